@@ -1,0 +1,73 @@
+# Everything runs in a virtual environment that these targets make themselves. Nothing else is needed but Python >= 3.11.
+#   make demo PYTHON=python3.12        make test PYTEST_ARGS="-k bitplane"        make test VENV=/path/of/a/venv
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# Waiting OpenMP threads that spin take the cores from the ones that work.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help demo test lint format types wheel-check bench-env clean
+
+help:  ## Lists the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+
+demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded model: `python train.py`, a few minutes.
+	$(BIN)/python train.py
+
+test: $(DEV)  ## Runs every test but those that need a GPU.
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(DEV)  ## Checks style, formatting and spelling.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+format: $(DEV)  ## Formats the code and applies the safe fixes.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Type checkers do not see an editable install's import hook, so they get the package laid out as links.
+TYPE_ROOT := build/types/flexquant_rl
+types: $(DEV)  ## Checks the types of the package (mypy, strict).
+	@rm -rf $(TYPE_ROOT) && mkdir -p $(TYPE_ROOT)
+	@ln -s $(addprefix ../../../,agents engine fq_env kernels py.typed train.py cli.py) $(TYPE_ROOT)
+	$(BIN)/mypy | sed 's#^$(TYPE_ROOT)/##'
+
+# The wheel is built from the source archive, so that an archive that lacks a file fails here too.
+wheel-check: $(DEV)  ## Builds the source archive and from it the wheel, then tests that wheel away from the checkout.
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --quiet --no-isolation --outdir dist
+	FLEXQUANT_WHEEL="$$(ls dist/*.whl)" $(BIN)/python -m pytest tests/test_packaging.py
+
+bench-env: $(RUNTIME)  ## Measures environment steps per second on the embedded model.
+	$(BIN)/fq bench env
+
+clean:  ## Removes what builds and tools wrote; keeps .venv and runs.
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
+
+define MAKE_VENV
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON=$(PYTHON) is missing or older \
+	than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+$(PYTHON) -m venv $(VENV)
+endef
+
+$(RUNTIME): pyproject.toml constraints.txt
+	$(MAKE_VENV)
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt
+	$(MAKE_VENV)
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $(RUNTIME) $@
