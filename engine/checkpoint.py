@@ -1,0 +1,374 @@
+"""Nested checkpoints: a Hugging Face directory of bitplanes in which every byte that is read back is verified.
+
+`config.json` (with `quantization_config`), `model.safetensors`, the tokenizer's files and `manifest.json`, which holds
+shape, dtype and sha256 of every tensor and the sha256 of every other file. What the directory must hold follows from
+config.json alone; the manifest says whether it is what was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import new_directory, write_json, write_tensors
+from flexquant_rl.engine.linear import DenseCache, NestedLinear
+from flexquant_rl.engine.model import DENSE_CACHE_BYTES, NestedCausalLM, Unit, load_causal_lm, make_units, nest
+from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.kernels.bitplane import NUM_PLANES, WORD_BITS, NestedWeight, padded_inputs
+
+CHECKPOINT_VERSION = 1
+"""Raised with every change of the format; checkpoints of another version are refused."""
+
+QUANT_METHOD = "flexquant"
+BIT_ORDER = "8c+t"  # bit 8c+t of a word is its input 4t+c (kernels/bitplane.py)
+CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE = "config.json", "model.safetensors", "manifest.json"
+_GENERATION_FILE = "generation_config.json"
+_COPY_AGAIN = "copy or quantise the checkpoint again"
+
+
+def save_checkpoint(model: NestedCausalLM, out: Path) -> int:
+    """Writes a nested model; nothing is left behind if that fails or is interrupted.
+
+    Tensors that are not nested are stored in half the bytes where bfloat16 or float16 holds every value exactly.
+
+    Args:
+        model: The model. Its unquantised reference weights are not stored.
+        out: Directory to create.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        InputError: If `out` exists and is not an empty directory.
+    """
+    with new_directory(out) as directory:
+        model.tokenizer.save_pretrained(directory)
+        _write_config(model, directory)
+        tensors = {
+            name: _narrowed(tensor.detach()).cpu().contiguous() for name, tensor in _stored(model.hf_model).items()
+        }
+        write_tensors(directory / TENSORS_FILE, tensors)
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        manifest = {
+            "format": QUANT_METHOD,
+            "version": CHECKPOINT_VERSION,
+            "files": {
+                path.relative_to(directory).as_posix(): _file_sha256(path)
+                for path in files
+                if path.name != TENSORS_FILE  # its tensors have hashes of their own
+            },
+            "tensors": {
+                name: {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "sha256": _tensor_sha256(tensor)}
+                for name, tensor in tensors.items()
+            },
+        }
+        write_json(directory / MANIFEST_FILE, manifest)
+        return sum(path.stat().st_size for path in [*files, directory / MANIFEST_FILE])
+
+
+def load_checkpoint(path: Path) -> NestedCausalLM:
+    """Loads a nested checkpoint after checking all of it; unquantised weights are not part of one.
+
+    Raises:
+        InputError: If a file or tensor is missing, unexpected, damaged or of another version.
+    """
+    manifest = _read_manifest(path)
+    _check_files(path, manifest["files"])
+    hf_config, config = _read_config(path)
+    try:
+        with _parameters_on_meta():
+            hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if (path / _GENERATION_FILE).is_file():
+            hf_model.generation_config = GenerationConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises a dozen types for what it cannot build
+        raise InputError(f"{path}: cannot be built from its files ({_first_line(error)}); {_COPY_AGAIN}") from error
+    units = make_units(hf_model, config)
+    cache = DenseCache(DENSE_CACHE_BYTES)
+    _insert_empty_linears(hf_model, units, config, cache)
+    _load_tensors(path, hf_model, manifest["tensors"])
+    hf_model.eval().requires_grad_(False)
+    return NestedCausalLM(hf_model, tokenizer, config, units, cache)
+
+
+def is_nested_checkpoint(path: Path) -> bool:
+    """Whether a directory claims to be a nested checkpoint, in config.json or (if that is damaged) the manifest."""
+    quantization = _read_json(path / CONFIG_FILE).get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        return True
+    return _read_json(path / MANIFEST_FILE).get("format") == QUANT_METHOD
+
+
+def load_model(
+    path: str,
+    config: QuantizationConfig,
+    *,
+    keep_reference: bool = True,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> NestedCausalLM:
+    """Loads a nested checkpoint as it is, or quantises a plain Hugging Face model in memory.
+
+    Args:
+        path: Directory, or name on the hub.
+        config: How a plain model is quantised; a nested checkpoint has been already.
+        keep_reference: Keep the unquantised weights of a plain model as the reference for output KL.
+        progress: Wraps the loop over linears.
+
+    Raises:
+        InputError: If it is missing, damaged, not a causal LM or not supported.
+    """
+    if is_nested_checkpoint(Path(path)):
+        return load_checkpoint(Path(path))
+    hf_model, tokenizer = load_causal_lm(path)
+    return nest(hf_model, tokenizer, config, keep_reference=keep_reference, progress=progress)
+
+
+def _stored(hf_model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; a tied one only under the first of its names."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in hf_model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """The tensor in 16 bits if that loses nothing: models published in bfloat16 are held in float32."""
+    if tensor.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            half = tensor.to(dtype)
+            if torch.equal(half.float(), tensor):
+                return half
+    return tensor
+
+
+def _write_config(model: NestedCausalLM, directory: Path) -> None:
+    hf_model = model.hf_model
+    hf_model.config.save_pretrained(directory)
+    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    config["architectures"] = [type(hf_model).__name__]
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "version": CHECKPOINT_VERSION,
+        "planes": NUM_PLANES,
+        "bit_order": BIT_ORDER,
+        **asdict(model.config),
+    }
+    write_json(directory / CONFIG_FILE, config)
+    generation = getattr(hf_model, "generation_config", None)
+    if generation is not None:
+        # Not save_pretrained: it refuses what many published models have, such as a temperature without sampling.
+        generation.to_json_file(directory / _GENERATION_FILE)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise InputError(f"{path} is not a directory; pass the output directory of `fq quantize`")
+    file = path / MANIFEST_FILE
+    manifest = _read_json(file)
+    version = manifest.get("version")
+    if version is not None and version != CHECKPOINT_VERSION:
+        raise InputError(
+            f"{file}: checkpoint version {version}, but this program reads {CHECKPOINT_VERSION}; "
+            "quantise the original model again or use the program that wrote it"
+        )
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    well_formed = (
+        manifest.get("format") == QUANT_METHOD
+        and version is not None
+        and isinstance(files, dict)
+        and CONFIG_FILE in files
+        and isinstance(tensors, dict)
+        and all(isinstance(entry, dict) for entry in tensors.values())
+    )
+    if not well_formed:
+        state = "damaged" if file.is_file() else "missing"
+        raise InputError(f"{file} is {state}, but it says what the other files must hold; {_COPY_AGAIN}")
+    return manifest
+
+
+def _check_files(path: Path, hashes: dict[str, Any]) -> None:
+    for name in [*hashes, TENSORS_FILE]:
+        if not (path / name).is_file():
+            raise InputError(f"{path / name} is missing, but manifest.json lists it; {_COPY_AGAIN}")
+    for name, expected in hashes.items():
+        found = _file_sha256(path / name)
+        if found != expected:
+            raise InputError(
+                f"{path / name}: sha256 {found[:12]}, but manifest.json says {str(expected)[:12]}; "
+                f"the file was edited or damaged: {_COPY_AGAIN}"
+            )
+
+
+def _read_config(path: Path) -> tuple[Any, QuantizationConfig]:
+    """Reads config.json, whose hash is right, into transformers' configuration and ours."""
+    file = path / CONFIG_FILE
+    stored = _read_json(file).get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
+        raise InputError(f"{file} has no quantization_config of method {QUANT_METHOD!r}; pass a nested checkpoint")
+    for key, expected in (("version", CHECKPOINT_VERSION), ("planes", NUM_PLANES), ("bit_order", BIT_ORDER)):
+        if stored.get(key) != expected:
+            raise InputError(
+                f"{file}: {key} {stored.get(key)!r}, but this program reads {expected!r}; "
+                "quantise the original model again or use the program that wrote it"
+            )
+    try:
+        config = QuantizationConfig(
+            method=stored["method"],
+            group_size=stored["group_size"],
+            bit_widths=tuple(stored["bit_widths"]),
+            unit=stored["unit"],
+            quantize_head=bool(stored["quantize_head"]),
+        )
+        config.validate()
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{file}: bad quantization_config ({_first_line(error)}); {_COPY_AGAIN}") from error
+    try:
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the model's own configuration class does
+        raise InputError(f"{file}: not a model that transformers knows ({_first_line(error)}); update it") from error
+    del hf_config.quantization_config  # of the stored tensors, not of the model that is built
+    return hf_config, config
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside the block hold parameters without storage: no memory, no random initialisation.
+
+    Unlike on torch's meta device, buffers are real: rotary frequencies are computed at construction and stored nowhere.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # A parameter that is on meta already must keep its identity: that is how embeddings are tied.
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _insert_empty_linears(
+    hf_model: PreTrainedModel, units: tuple[Unit, ...], config: QuantizationConfig, cache: DenseCache
+) -> None:
+    """Replaces the linears of a model without storage by nested ones without storage."""
+    for unit_index, unit in enumerate(units):
+        for name in unit.linears:
+            linear = hf_model.get_submodule(name)
+            assert isinstance(linear, nn.Linear | Conv1D)
+            shape = linear.weight.shape
+            num_outputs, num_inputs = shape if isinstance(linear, nn.Linear) else (shape[1], shape[0])
+            num_padded = padded_inputs(num_inputs)
+            pairs = (len(config.bit_widths), num_outputs, num_padded // config.group_size)
+            weight = NestedWeight(
+                torch.empty(NUM_PLANES, num_outputs, num_padded // WORD_BITS, dtype=torch.int32, device="meta"),
+                torch.empty(pairs, dtype=torch.float16, device="meta"),
+                torch.empty(pairs, dtype=torch.float16, device="meta"),
+                config.bit_widths,
+                config.group_size,
+                num_inputs,
+            )
+            bias = None if linear.bias is None else linear.bias.detach()
+            hf_model.set_submodule(name, NestedLinear(weight, bias, unit_index=unit_index, cache=cache))
+
+
+def _load_tensors(path: Path, hf_model: PreTrainedModel, listed: dict[str, dict[str, Any]]) -> None:
+    """Fills a model without storage, checking every tensor against the model, the manifest and its hash."""
+    file = path / TENSORS_FILE
+    wanted = _stored(hf_model)
+    _check_names(listed, wanted, f"{path / MANIFEST_FILE}")
+    loaded: dict[int, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            _check_names(tensors.keys(), wanted, f"{file}")
+            for name, place in wanted.items():
+                # A copy: what safetensors returns is mapped from the file and would change with it after the check.
+                tensor = tensors.get_tensor(name).clone()
+                _check_tensor(f"{file}: {name}", tensor, place, listed[name])
+                tensor = tensor.to(place.dtype)
+                loaded[id(place)] = nn.Parameter(tensor, False) if isinstance(place, nn.Parameter) else tensor
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: damaged or cut short ({_first_line(error)}); {_COPY_AGAIN}") from error
+    # Tied names get one parameter between them: the one that their common place was filled with.
+    state = {name: loaded[id(place)] for name, place in hf_model.state_dict(keep_vars=True).items()}
+    hf_model.load_state_dict(state, assign=True)
+
+
+def _check_names(found: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    for names, what in ((missing, "lacks"), (extra, "has unexpected")):
+        if names:
+            raise InputError(f"{where} {what} {len(names)} tensors, e.g. {names[0]}; {_COPY_AGAIN}")
+
+
+def _check_tensor(where: str, tensor: Tensor, place: Tensor, entry: dict[str, Any]) -> None:
+    """Raises InputError unless a stored tensor fits its place in the model and its entry in the manifest."""
+    if tensor.shape != place.shape:
+        raise InputError(
+            f"{where} has shape {list(tensor.shape)}, but config.json needs {list(place.shape)}; {_COPY_AGAIN}"
+        )
+    same_dtype = tensor.dtype == place.dtype
+    narrowed = place.dtype == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
+    if not (same_dtype or narrowed):
+        raise InputError(
+            f"{where} is {_dtype_name(tensor)}, but must be {_dtype_name(place)} as config.json has it; {_COPY_AGAIN}"
+        )
+    found = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "sha256": _tensor_sha256(tensor)}
+    for key, value in found.items():
+        if entry.get(key) != value:
+            raise InputError(
+                f"{where} has {key} {str(value)[:12]}, but manifest.json says {str(entry.get(key))[:12]}; "
+                f"the file was edited or damaged: {_COPY_AGAIN}"
+            )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _tensor_sha256(tensor: Tensor) -> str:
+    """Of the bytes as they are stored: contiguous, little-endian."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty if there is none that can be read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

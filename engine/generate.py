@@ -1,0 +1,90 @@
+"""Deployment: a prompt and a policy in, tokens out, one at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.policy import BitWidthPolicy
+from flexquant_rl.engine.profile import Profile
+from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token of the continuation.
+
+    Attributes:
+        token_id: The token.
+        bit_widths: `[U]` int64 of the step whose output it was sampled from; the largest width for the first token.
+        latency_ms: Wall clock of that step, policy included; of the prefill for the first token.
+    """
+
+    token_id: int
+    bit_widths: Tensor
+    latency_ms: float
+
+
+def generate(
+    model: NestedCausalLM,
+    policy: BitWidthPolicy,
+    profile: Profile,
+    prompt_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    kl_weight: float,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[GeneratedToken]:
+    """Continues a prompt, choosing the widths of every step with a policy.
+
+    Args:
+        model: The model.
+        policy: The policy.
+        profile: The one that the policy was trained with.
+        prompt_ids: `[T]` int64, read at the largest width.
+        max_new_tokens: Tokens at most; EOS ends earlier.
+        kl_weight: The dial.
+        temperature: 0 is greedy.
+        seed: Of the sampling.
+
+    Raises:
+        InputError: If the prompt is empty or does not fit the context with its continuation.
+    """
+    if not len(prompt_ids):
+        raise InputError("the prompt is empty; give at least one token of text")
+    session = DecodeSession(model, max_length=len(prompt_ids) + max_new_tokens)
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    tracker = SignalTracker(schema, profile, model.embedding_matrix(), unit_depths(model), num_rows=1)
+    generator = torch.Generator().manual_seed(seed)
+    eos = model.tokenizer.eos_token_id
+    widths = torch.full((1, model.num_units), max(model.bit_widths))
+    began = time.perf_counter()
+    output = session.prefill(prompt_ids[None])
+    for index in range(max_new_tokens):
+        token = _choose(output.logits, temperature, generator)
+        yield GeneratedToken(int(token), widths[0], (time.perf_counter() - began) * 1e3)
+        if int(token) == eos or index == max_new_tokens - 1:
+            break
+        began = time.perf_counter()
+        if index == 0:
+            tracker.reset(output, token, torch.tensor([kl_weight]), torch.tensor([0]))
+        else:
+            tracker.update(output, widths, token, model.mean_bit_width(widths))
+        widths = policy(tracker.signals()).cpu()
+        output = session.step(widths, token)
+    session.close()
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """The next token, `[1]` int64 on the CPU."""
+    if temperature == 0:
+        return logits.argmax(-1).cpu()
+    return torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0]

@@ -1,0 +1,197 @@
+"""Linear layers over nested weights, and the call-scoped argument that tells them which bits to read.
+
+Hugging Face modules do not pass extra arguments down to their linears, so the bit-widths of a call travel in a
+`ContextVar` holding a `WidthPlan`. It is set for the duration of one forward pass and reset by `with`, whatever happens in
+between: no module ever *has* a bit-width, and an exception cannot leave a model at the wrong one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels.bitplane import NestedWeight
+from flexquant_rl.kernels.reference import dequantize
+
+REFERENCE_WIDTH = 0
+"""Stands for the unquantised weights wherever a bit-width is expected."""
+
+
+class _UnitGroups:
+    """The tokens of one call sorted by the width that one unit reads for them."""
+
+    def __init__(self, widths: Tensor) -> None:
+        first = int(widths[0])
+        self.order: Tensor | None = None
+        self.runs: list[tuple[int, int]] = [(first, len(widths))]  # (bit-width, number of tokens)
+        if bool((widths != first).any()):
+            ordered, self.order = torch.sort(widths, stable=True)
+            values, counts = torch.unique_consecutive(ordered, return_counts=True)
+            self.runs = list(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+class WidthPlan:
+    """Which tokens of a forward pass read which width, unit by unit; also collects the layers' statistics.
+
+    Args:
+        body_widths: `[num_tokens, num_body_units]` int64, tokens in the row-major order of the input.
+        head_widths: `[num_kept_tokens]` int64 for the lm_head's unit, or None where the head is not a unit.
+        last_token: Positions within a row at which layer statistics are taken, or None for no statistics.
+    """
+
+    def __init__(self, body_widths: Tensor, head_widths: Tensor | None, *, collect: bool) -> None:
+        columns = [*body_widths.cpu().unbind(1)]
+        if head_widths is not None:
+            columns.append(head_widths.cpu())
+        self._groups = [_UnitGroups(column) for column in columns]
+        self.collect = collect
+        self.residual_update: dict[int, Tensor] = {}
+        self.crest: dict[int, Tensor] = {}
+
+    def groups(self, unit_index: int) -> _UnitGroups:
+        """The grouping of one unit."""
+        return self._groups[unit_index]
+
+    def observe_layer(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
+        """Records ‖Δh‖/‖h‖ and max|h|/rms(h) at the last token of each row; `before`, `after`: `[R, T, d]`."""
+        last, out = before[:, -1].float(), after[:, -1].float()
+        norm = last.norm(dim=-1).clamp_min(1e-12)
+        self.residual_update[layer_idx] = (out - last).norm(dim=-1) / norm
+        self.crest[layer_idx] = last.abs().amax(dim=-1) * last.shape[-1] ** 0.5 / norm
+
+
+_ACTIVE_PLAN: ContextVar[WidthPlan | None] = ContextVar("flexquant_rl_width_plan", default=None)
+
+
+@contextmanager
+def reading(plan: WidthPlan) -> Iterator[WidthPlan]:
+    """Makes `plan` the argument of every `NestedLinear` called inside the block."""
+    token = _ACTIVE_PLAN.set(plan)
+    try:
+        yield plan
+    finally:
+        _ACTIVE_PLAN.reset(token)
+
+
+def active_plan() -> WidthPlan | None:
+    """The plan of the forward pass under way, if any."""
+    return _ACTIVE_PLAN.get()
+
+
+class DenseCache:
+    """Keeps the most recently used dequantised matrices, up to a number of bytes.
+
+    Args:
+        max_bytes: Cap on the sum of the kept matrices; the one just asked for is always kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, linear: NestedLinear, bit_width: int) -> Tensor:
+        """Returns the float32 `[N, K]` matrix of a linear at a width."""
+        key = (id(linear), bit_width)
+        matrix = self._entries.get(key)
+        if matrix is not None:
+            self._entries.move_to_end(key)
+            return matrix
+        # Stored by columns: a matrix product of few tokens runs up to twice as fast that way round.
+        matrix = dequantize(linear.weight, bit_width=bit_width).t().contiguous().t()
+        self._entries[key] = matrix
+        self._bytes += matrix.nbytes
+        while self._bytes > self.max_bytes and len(self._entries) > 1:
+            _, oldest = self._entries.popitem(last=False)
+            self._bytes -= oldest.nbytes
+        return matrix
+
+    def clear(self) -> None:
+        """Forgets everything, e.g. after the model moved to another device."""
+        self._entries.clear()
+        self._bytes = 0
+
+
+class NestedLinear(nn.Module):
+    """`y = x @ W_b.T + bias`, where each token's b comes from the active `WidthPlan`.
+
+    Args:
+        weight: The stored bitplanes.
+        bias: `[N]` or None.
+        unit_index: The unit whose width this linear reads.
+        cache: Dequantised matrices, shared by the whole model.
+        reference_weight: `[N, K]` float32 unquantised weights, read at width `REFERENCE_WIDTH`; None where not kept.
+    """
+
+    planes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        weight: NestedWeight,
+        bias: Tensor | None,
+        *,
+        unit_index: int,
+        cache: DenseCache,
+        reference_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("planes", weight.planes)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("offset", weight.offset)
+        self.register_buffer("bias", bias)
+        self.register_buffer("reference_weight", reference_weight, persistent=False)
+        self.bit_widths = weight.bit_widths
+        self.group_size = weight.group_size
+        self.num_inputs = weight.num_inputs
+        self.unit_index = unit_index
+        self._cache = cache
+
+    @property
+    def weight(self) -> NestedWeight:
+        """The stored weight on the device where the buffers are now."""
+        return NestedWeight(self.planes, self.scale, self.offset, self.bit_widths, self.group_size, self.num_inputs)
+
+    def dense(self, bit_width: int) -> Tensor:
+        """The `[N, K]` float32 matrix that `bit_width` stands for."""
+        if bit_width != REFERENCE_WIDTH:
+            return self._cache.get(self, bit_width)
+        if self.reference_weight is None:
+            raise InputError(
+                "the unquantised weights were asked for (width 0), but this model holds nested weights only; "
+                "compare against its largest width, or load the original model"
+            )
+        reference: Tensor = self.reference_weight
+        return reference
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies; `x`: `[..., K]` -> `[..., N]`, tokens in the order of the active plan.
+
+        Raises:
+            RuntimeError: If called outside `reading(plan)`: bit-widths are an argument of every call.
+        """
+        plan = _ACTIVE_PLAN.get()
+        if plan is None:
+            raise RuntimeError("NestedLinear called without bit-widths; go through DecodeSession")
+        groups = plan.groups(self.unit_index)
+        if groups.order is None:
+            return F.linear(x, self.dense(groups.runs[0][0]), self.bias)
+        flat = x.reshape(-1, self.num_inputs)
+        gathered = flat.index_select(0, groups.order.to(x.device))
+        out_sorted = torch.cat(
+            [
+                F.linear(tokens, self.dense(bit_width), self.bias)
+                for tokens, (bit_width, _) in zip(gathered.split([n for _, n in groups.runs]), groups.runs, strict=True)
+            ]
+        )
+        out = torch.empty_like(out_sorted)
+        out.index_copy_(0, groups.order.to(x.device), out_sorted)
+        return out.view(*x.shape[:-1], out.shape[-1])

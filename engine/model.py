@@ -1,0 +1,389 @@
+"""A Hugging Face causal LM whose linears hold nested weights, cut into the units that a precision policy controls."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.kv_cache import RowCache
+from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, active_plan, reading
+from flexquant_rl.engine.quantize import QuantizationConfig, quantize_rtn
+
+DENSE_CACHE_BYTES = 2 << 30
+"""Default cap on dequantised matrices kept by one model."""
+
+# Newer ForCausalLM, older LMHeadModel (GPT-2).
+_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest part of a model that has a bit-width of its own.
+
+    Attributes:
+        name: `layer.3`, `layer.3.attention`, `layer.3.mlp` or `head`.
+        kind: What it is.
+        layer_idx: Decoder layer, or the number of layers for the head.
+        linears: Module names of its linears.
+        num_weights: Weights in them.
+    """
+
+    name: str
+    kind: Literal["layer", "attention", "mlp", "head"]
+    layer_idx: int
+    linears: tuple[str, ...]
+    num_weights: int
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """One pass. logits: `[R, kept, vocab]` float32; residual_update, crest: `[R, L]` float32 or None if not collected."""
+
+    logits: Tensor
+    residual_update: Tensor | None
+    crest: Tensor | None
+
+
+class NestedCausalLM:
+    """A causal LM with one stored copy of nested weights.
+
+    Attributes:
+        hf_model: The Hugging Face model, evaluation mode, float32, its linears replaced by `NestedLinear`.
+        tokenizer: Its tokenizer.
+        config: How it was quantised.
+        units: What a policy controls, in the order of every `[..., num_units]` tensor.
+        fingerprint: sha256 of the nested tensors, units and widths; ties profiles and policies to the model.
+    """
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: QuantizationConfig,
+        units: tuple[Unit, ...],
+        dense_cache: DenseCache,
+    ) -> None:
+        self.hf_model = hf_model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.units = units
+        self.dense_cache = dense_cache
+        self.bit_widths = config.bit_widths
+        self._body_units = [index for index, unit in enumerate(units) if unit.kind != "head"]
+        self._has_head_unit = units[-1].kind == "head"
+        self._layers = decoder_layers(hf_model)
+        for layer_idx, layer in enumerate(self._layers):
+            layer.register_forward_hook(_layer_hook(layer_idx), with_kwargs=True)
+        self._unit_layer = torch.tensor([unit.layer_idx for unit in units])
+        self.fingerprint = _fingerprint(self.nested_linears(), units, self.bit_widths)
+        if "position_ids" not in inspect.signature(hf_model.forward).parameters:
+            raise InputError(
+                f"{type(hf_model).__name__} takes no position_ids, so its rows cannot be at positions of their own; "
+                "use a model with rotary or learned positions (Llama, Qwen, Mistral, GPT-2, OPT, GPT-NeoX, Phi, Gemma)"
+            )
+
+    @property
+    def num_units(self) -> int:
+        """U: length of every bit-width vector."""
+        return len(self.units)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self._layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the output distribution."""
+        return int(self.hf_model.config.get_text_config().vocab_size)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the model can attend to; a sliding window counts as the limit."""
+        config = self.hf_model.config.get_text_config()
+        limit = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
+        window = getattr(config, "sliding_window", None)
+        return min(limit, int(window)) if window else limit
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.hf_model.device
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the unquantised weights are kept beside the nested ones."""
+        return all(linear.reference_weight is not None for linear in self.nested_linears().values())
+
+    @property
+    def unit_weights(self) -> Tensor:
+        """`[U]` int64: weights per unit."""
+        return torch.tensor([unit.num_weights for unit in self.units])
+
+    def nested_linears(self) -> dict[str, NestedLinear]:
+        """All nested linears by module name, in model order."""
+        return {name: m for name, m in self.hf_model.named_modules() if isinstance(m, NestedLinear)}
+
+    def weight_bytes(self, unit_index: int, bit_width: int) -> int:
+        """Bytes of nested weights that one token's pass reads for a unit at a width."""
+        linears = self.nested_linears()
+        return sum(linears[name].weight.bytes_read(bit_width) for name in self.units[unit_index].linears)
+
+    def embedding_matrix(self) -> Tensor:
+        """Input embeddings, `[vocab, d]`."""
+        embedding = self.hf_model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding.weight.detach()
+
+    def mean_bit_width(self, bit_widths: Tensor) -> Tensor:
+        """Parameter-weighted mean width of `[..., U]` -> `[...]` float32."""
+        weights = self.unit_weights.to(bit_widths.device, torch.float32)
+        return (bit_widths.float() * weights).sum(-1) / weights.sum()
+
+    def per_unit(self, per_layer: Tensor) -> Tensor:
+        """Spreads a per-layer statistic `[R, L]` over units, `[R, U]`; zero for the head."""
+        padded = torch.cat([per_layer, per_layer.new_zeros(len(per_layer), 1)], dim=1)
+        return padded[:, self._unit_layer.to(per_layer.device)]
+
+    def to(self, device: torch.device | str) -> NestedCausalLM:
+        """Moves the model; dequantised copies are dropped."""
+        self.dense_cache.clear()
+        self.hf_model.to(device)  # type: ignore[arg-type]
+        return self
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        bit_widths: Tensor,
+        *,
+        keep: int,
+        cache: RowCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> ForwardResult:
+        """Runs the model with a width per token and unit.
+
+        Args:
+            token_ids: `[R, T]` int64.
+            bit_widths: `[R, T, U]` int64; `REFERENCE_WIDTH` (0) reads the unquantised weights.
+            keep: Logits are computed for the last `keep` tokens of each row.
+            cache: Keys and values so far, or None for a pass that starts at position 0 and keeps nothing.
+            positions: `[R, T]` int64, with `cache`.
+            mask: Additive `[R, 1, T, end]`, with `cache`.
+        """
+        body = bit_widths[..., self._body_units].flatten(0, 1)
+        head = bit_widths[:, -keep:, -1].flatten() if self._has_head_unit else None
+        plan = WidthPlan(body, head, collect=cache is not None)
+        with reading(plan):
+            output = self.hf_model(
+                input_ids=token_ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=keep,
+            )
+        if not plan.collect:
+            return ForwardResult(output.logits.float(), None, None)
+        return ForwardResult(
+            output.logits.float(),
+            torch.stack([plan.residual_update[index] for index in range(self.num_layers)], dim=1),
+            torch.stack([plan.crest[index] for index in range(self.num_layers)], dim=1),
+        )
+
+
+def _layer_hook(layer_idx: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        plan = active_plan()
+        if plan is not None and plan.collect:
+            before = args[0] if args else kwargs["hidden_states"]
+            plan.observe_layer(layer_idx, before, output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def decoder_layers(hf_model: PreTrainedModel) -> nn.ModuleList:
+    """Finds the list of decoder layers, whatever the architecture calls it.
+
+    Raises:
+        InputError: If there is no such list.
+    """
+    depth = int(hf_model.config.get_text_config().num_hidden_layers)
+    for module in hf_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _linears(module[0]):
+            return module
+    raise InputError(
+        f"{type(hf_model).__name__} has no list of {depth} decoder layers made of Linear modules; "
+        "mixture-of-experts layers with fused weights are not supported"
+    )
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear | Conv1D | NestedLinear]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D | NestedLinear)}
+
+
+def make_units(hf_model: PreTrainedModel, config: QuantizationConfig) -> tuple[Unit, ...]:
+    """Cuts a model into units, before or after its linears have been replaced."""
+    names = {module: name for name, module in hf_model.named_modules()}
+    units = []
+    for layer_idx, layer in enumerate(decoder_layers(hf_model)):
+        linears = _linears(layer)
+        prefix = names[layer]
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() > 2:
+                raise InputError(
+                    f"{prefix}.{name} fuses the weights of {len(parameter)} experts, which cannot be nested; "
+                    "use a model whose layers are made of Linear modules"
+                )
+        if config.unit == "layer":
+            units.append(_unit(f"layer.{layer_idx}", "layer", layer_idx, prefix, linears))
+            continue
+        attention = {name: m for name, m in linears.items() if "attn" in name or "attention" in name}
+        mlp = {name: m for name, m in linears.items() if name not in attention}
+        if not attention or not mlp:
+            raise InputError(f"{prefix} does not divide into attention and MLP, as unit='half' needs; use unit='layer'")
+        units.append(_unit(f"layer.{layer_idx}.attention", "attention", layer_idx, prefix, attention))
+        units.append(_unit(f"layer.{layer_idx}.mlp", "mlp", layer_idx, prefix, mlp))
+    if config.quantize_head:
+        head = hf_model.get_output_embeddings()
+        units.append(_unit("head", "head", len(decoder_layers(hf_model)), names[head], {"": head}))
+    return tuple(units)
+
+
+def _unit(
+    name: str,
+    kind: Literal["layer", "attention", "mlp", "head"],
+    layer_idx: int,
+    prefix: str,
+    linears: dict[str, Any],
+) -> Unit:
+    paths = tuple(f"{prefix}.{local}".rstrip(".") for local in linears)
+    return Unit(name, kind, layer_idx, paths, sum(_num_weights(linear) for linear in linears.values()))
+
+
+def _num_weights(linear: nn.Linear | Conv1D | NestedLinear) -> int:
+    if isinstance(linear, NestedLinear):
+        return linear.planes.shape[1] * linear.num_inputs
+    return linear.weight.numel()
+
+
+def nest(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: QuantizationConfig,
+    *,
+    keep_reference: bool = True,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> NestedCausalLM:
+    """Quantises a model in place.
+
+    Args:
+        hf_model: Any causal LM whose decoder layers are made of `nn.Linear` or GPT-2's `Conv1D`.
+        tokenizer: Its tokenizer.
+        config: Method, group size, widths, unit.
+        keep_reference: Keep the unquantised matrices too, as the reference for output KL.
+        progress: Wraps the loop over linears.
+
+    Raises:
+        InputError: If a tensor holds NaN or infinite values, or the architecture is not supported.
+    """
+    config.validate()
+    for name, parameter in hf_model.named_parameters():
+        check_finite(name, parameter)
+    units = make_units(hf_model, config)
+    cache = DenseCache(DENSE_CACHE_BYTES)
+    unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
+    for name, unit_index in progress(list(unit_of.items())):
+        linear = hf_model.get_submodule(name)
+        assert isinstance(linear, nn.Linear | Conv1D)
+        dense = linear.weight.detach().float()
+        dense = dense.T.contiguous() if isinstance(linear, Conv1D) else dense
+        nested = quantize_rtn(dense, group_size=config.group_size, bit_widths=config.bit_widths, name=name)
+        bias = None if linear.bias is None else linear.bias.detach()
+        replacement = NestedLinear(
+            nested,
+            bias,
+            unit_index=unit_index,
+            cache=cache,
+            # By columns, as DenseCache keeps the others; a copy also frees a tied embedding from sharing its storage.
+            reference_weight=dense.t().clone(memory_format=torch.contiguous_format).t() if keep_reference else None,
+        )
+        hf_model.set_submodule(name, replacement)
+    hf_model.eval().requires_grad_(False)
+    return NestedCausalLM(hf_model, tokenizer, config, units, cache)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises InputError naming the tensor if it holds NaN or infinite values."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{name} holds {count} NaN or infinite values; weights must be finite: repair the checkpoint")
+
+
+def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads an unquantised causal LM in float32 from a directory or, by name, from the hub.
+
+    Raises:
+        InputError: If it is missing, not a causal LM, incomplete or unreadable.
+    """
+    _check_causal(path)
+    try:
+        hf_model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers and safetensors raise a dozen types for a bad directory
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: cannot be loaded as a causal LM ({reason}); check the directory or name") from error
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        missing = sorted(str(key) for key in [*info["missing_keys"], *info.get("mismatched_keys", [])])
+        raise InputError(
+            f"{path}: {len(missing)} tensors are missing or misshapen, e.g. {missing[0]}; the checkpoint is incomplete"
+        )
+    hf_model.eval()
+    return hf_model, tokenizer
+
+
+def _check_causal(path: str) -> None:
+    directory = Path(path)
+    looks_local = directory.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not looks_local:
+        return
+    if not directory.is_dir():
+        raise InputError(f"{path} is not a directory; pass a Hugging Face model directory or a hub name")
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise InputError(f"{path} has no config.json; pass a Hugging Face model directory")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{config_path} is not valid JSON ({error}); restore the file") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{config_path} holds no JSON object; restore the file")
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(_CAUSAL_SUFFIXES) for name in architectures):
+        raise InputError(
+            f"{path} is a {architectures[0]}, not a causal language model; a decoder that generates text is needed"
+        )
+
+
+def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_widths: tuple[int, ...]) -> str:
+    digest = hashlib.sha256(repr((bit_widths, [unit.name for unit in units])).encode())
+    for name, linear in linears.items():
+        digest.update(name.encode())
+        for tensor in (linear.planes, linear.scale, linear.offset):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+

@@ -1,0 +1,249 @@
+"""What the engine needs of a policy, and the learned policy as it is deployed: torch and a few kilobytes, nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import new_directory, write_json, write_tensors
+from flexquant_rl.engine.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
+
+if TYPE_CHECKING:  # loading a policy needs torch alone
+    from flexquant_rl.engine.profile import Profile
+
+POLICY_VERSION = 1
+PROFILE_FILE = "profile.json"
+_HIDDEN = 64
+
+
+class BitWidthPolicy(Protocol):
+    """Maps signals to bit-widths.
+
+    A policy keeps no state between calls: whatever it may remember (position, last widths, moving averages) is in the
+    signals, so that rows can be batched, restarted and replayed freely.
+    """
+
+    @property
+    def name(self) -> str:
+        """As it appears in tables, e.g. `knapsack:4.5`."""
+
+    def __call__(self, signals: Tensor) -> Tensor:
+        """`[B, dim]` float32 -> `[B, U]` int64 bit-widths."""
+
+
+@dataclass(frozen=True)
+class StaticAllocation:
+    """The same widths at every token.
+
+    Attributes:
+        name: As it appears in tables.
+        bit_widths: `[U]` int64.
+    """
+
+    name: str
+    bit_widths: Tensor
+
+    def __call__(self, signals: Tensor) -> Tensor:
+        """`[B, dim]` -> `[B, U]`."""
+        return self.bit_widths.to(signals.device).expand(len(signals), -1)
+
+
+class PrecisionNet(nn.Module):
+    """The precision requirement model: one small network applied to every unit, so that it fits any depth.
+
+    Each unit's own signals and an encoding of the global ones go through the same two hidden layers to one logit per width.
+    The value head sees the pooled units.
+
+    Args:
+        schema: What the signals are.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, schema: SignalSchema) -> None:
+        super().__init__()
+        self.schema = schema
+        self.register_buffer("mean", torch.zeros(schema.num_global + schema.num_per_unit))
+        self.register_buffer("std", torch.ones(schema.num_global + schema.num_per_unit))
+        self.encode_global = nn.Sequential(nn.Linear(schema.num_global, _HIDDEN), nn.Tanh())
+        self.encode_unit = nn.Sequential(
+            nn.Linear(schema.num_per_unit + _HIDDEN, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, _HIDDEN), nn.Tanh()
+        )
+        self.width_head = nn.Linear(_HIDDEN, len(schema.bit_widths))
+        self.encode_value = nn.Sequential(
+            nn.Linear(schema.num_per_unit + schema.num_global, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, _HIDDEN), nn.Tanh()
+        )
+        self.value_head = nn.Linear(_HIDDEN, 1)
+        nn.init.orthogonal_(self.width_head.weight, gain=0.01)
+
+    def normalised(self, signals: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits and standardises signals: `[B, G]` and `[B, U, F]`."""
+        global_signals, unit_signals = self.schema.split(signals)
+        count = self.schema.num_global
+        return (
+            (global_signals - self.mean[:count]) / self.std[:count],
+            (unit_signals - self.mean[count:]) / self.std[count:],
+        )
+
+    def set_normalisation(self, signals: Tensor) -> None:
+        """Takes mean and deviation from recorded signals `[B, dim]`; they are part of the exported policy."""
+        global_signals, unit_signals = self.schema.split(signals)
+        flat = unit_signals.flatten(0, 1)
+        self.mean.copy_(torch.cat([global_signals.mean(0), flat.mean(0)]))
+        std = torch.cat([global_signals.std(0), flat.std(0)])
+        self.std.copy_(torch.where(std < 1e-3, torch.ones_like(std), std))
+
+    def logits(self, signals: Tensor) -> Tensor:
+        """`[B, dim]` -> `[B, U, W]`: one score per unit and width."""
+        global_signals, unit_signals = self.normalised(signals)
+        context = self.encode_global(global_signals)[:, None].expand(-1, unit_signals.shape[1], -1)
+        logits: Tensor = self.width_head(self.encode_unit(torch.cat([unit_signals, context], dim=-1)))
+        return logits
+
+    def values(self, signals: Tensor) -> Tensor:
+        """`[B, dim]` -> `[B, 1]`: expected return."""
+        global_signals, unit_signals = self.normalised(signals)
+        context = global_signals[:, None].expand(-1, unit_signals.shape[1], -1)
+        pooled = self.encode_value(torch.cat([unit_signals, context], dim=-1)).mean(1)
+        value: Tensor = self.value_head(pooled)
+        return value
+
+
+@dataclass(frozen=True)
+class DialPoint:
+    """What one setting of the dial gave on validation text."""
+
+    kl_weight: float
+    speedup_modelled: float
+    output_kl_nats: float
+    mean_bit_width: float
+
+
+@dataclass(frozen=True)
+class PolicyCard:
+    """Everything about an exported policy that is not a weight; saved as `policy.json`.
+
+    Attributes:
+        schema: Signals that it reads.
+        model_fingerprint: The nested model it was trained for.
+        unit_names: Units it controls, in order.
+        dial: Expected speed and quality by KL weight, on validation text.
+        config: The training configuration.
+    """
+
+    schema: SignalSchema
+    model_fingerprint: str
+    unit_names: tuple[str, ...]
+    dial: tuple[DialPoint, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class LearnedPolicy:
+    """A trained `PrecisionNet` that takes the best-scored width of every unit.
+
+    Args:
+        net: The network.
+        card: What it belongs to.
+        name: As it appears in tables.
+    """
+
+    def __init__(self, net: PrecisionNet, card: PolicyCard, name: str = "ppo") -> None:
+        self.net = net.eval()
+        self.card = card
+        self.name = name
+        self._widths = torch.tensor(card.schema.bit_widths)
+
+    @torch.inference_mode()
+    def __call__(self, signals: Tensor) -> Tensor:
+        """`[B, dim]` -> `[B, U]` int64."""
+        choice = self.net.logits(signals).argmax(-1)
+        return self._widths.to(choice.device)[choice]
+
+    def kl_weight_for_speed(self, speedup: float) -> float:
+        """The dial setting whose validation speedup is nearest to the one asked for.
+
+        Raises:
+            InputError: If the speed is outside what the policy reached on validation.
+        """
+        points = self.card.dial
+        fastest = max((point.speedup_modelled for point in points), default=1.0)
+        if not points or not 1.0 <= speedup <= fastest * 1.001:
+            raise InputError(f"speed {speedup:g} is outside 1 to {fastest:.2f}, the fastest that this policy reached")
+        return min(points, key=lambda point: abs(point.speedup_modelled - speedup)).kl_weight
+
+    def save(self, out: Path, profile: Profile) -> None:
+        """Writes `policy.safetensors`, `policy.json` and the `profile.json` it was trained with, atomically.
+
+        The profile belongs to the policy: sensitivities and times are among its signals.
+        """
+        with new_directory(out) as directory:
+            profile.save(directory / PROFILE_FILE)
+            write_tensors(directory / "policy.safetensors", dict(self.net.state_dict()))
+            write_json(
+                directory / "policy.json",
+                {
+                    "version": POLICY_VERSION,
+                    "schema": self.card.schema.to_dict(),
+                    "model_fingerprint": self.card.model_fingerprint,
+                    "unit_names": list(self.card.unit_names),
+                    "dial": [vars(point) for point in self.card.dial],
+                    "config": self.card.config,
+                },
+            )
+
+
+def load_policy(directory: Path, *, model_fingerprint: str | None = None, name: str | None = None) -> LearnedPolicy:
+    """Loads an exported policy. Needs torch alone.
+
+    Args:
+        directory: Holds `policy.safetensors` and `policy.json`.
+        model_fingerprint: Of the model that the policy will control; None skips the check.
+        name: As it appears in tables; default: the directory's.
+
+    Raises:
+        InputError: If files are missing, damaged, of another schema or of another model.
+    """
+    card_path, weights_path = directory / "policy.json", directory / "policy.safetensors"
+    try:
+        data = json.loads(card_path.read_text(encoding="utf-8"))
+        weights = load_file(weights_path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{directory}: no readable policy ({error}); export it again with `fq export`") from error
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), dict):
+        raise InputError(f"{card_path}: not a policy; export it again with `fq export`")
+    versions = (data.get("version"), data["schema"].get("version"))
+    if versions != (POLICY_VERSION, SIGNAL_SCHEMA_VERSION):
+        raise InputError(
+            f"{directory}: policy version {versions[0]} with signal schema {versions[1]}, but this program reads "
+            f"{POLICY_VERSION} with {SIGNAL_SCHEMA_VERSION}; train and export the policy again"
+        )
+    try:
+        card = PolicyCard(
+            schema=SignalSchema.from_dict(data["schema"]),
+            model_fingerprint=data["model_fingerprint"],
+            unit_names=tuple(data["unit_names"]),
+            dial=tuple(DialPoint(**point) for point in data["dial"]),
+            config=data["config"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{card_path}: not a whole policy ({error!r}); export it again with `fq export`") from error
+    if model_fingerprint is not None and card.model_fingerprint != model_fingerprint:
+        raise InputError(
+            f"{directory}: the policy was trained for model {card.model_fingerprint[:12]}, but this one is "
+            f"{model_fingerprint[:12]}; train a policy for this model"
+        )
+    net = PrecisionNet(card.schema)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{weights_path}: tensors do not fit the schema in policy.json; export the policy again") from error
+    return LearnedPolicy(net, card, name or directory.name)
