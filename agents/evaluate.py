@@ -1,0 +1,212 @@
+"""Runs policies on held-out text and boils what happened down to rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.agents.rows import EvalRow
+from flexquant_rl.engine.cost import clock_ms
+from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.policy import BitWidthPolicy
+from flexquant_rl.engine.profile import Profile
+from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths
+from flexquant_rl.fq_env.batch import DecodeBatch
+from flexquant_rl.fq_env.task import EnvConfig
+
+_BOOTSTRAP_RESAMPLES = 1000
+_TIMING_WARMUP = 4
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a policy did on S sequences of T tokens.
+
+    Attributes:
+        bit_widths: `[S, T, U]` int64.
+        output_kl_nats: `[S, T]`.
+        token_nll_nats: `[S, T]`.
+        top1_agreement: `[S, T]` bool.
+        latency_ms: `[S, T]`, from the profile's table.
+        mean_bit_width: `[S, T]`.
+        full_latency_ms: Latency at the largest width everywhere.
+        reward: `[S, T]` at the dial that the policy was given.
+    """
+
+    bit_widths: Tensor
+    output_kl_nats: Tensor
+    token_nll_nats: Tensor
+    top1_agreement: Tensor
+    latency_ms: Tensor
+    mean_bit_width: Tensor
+    full_latency_ms: float
+    reward: Tensor
+
+    @property
+    def speedup(self) -> float:
+        """Time of all tokens at the largest width over time of all tokens as decided."""
+        return self.full_latency_ms / float(self.latency_ms.double().mean())
+
+
+class Evaluator:
+    """Replays the same windows under one policy after another; the reference's pass is made once.
+
+    Args:
+        model: The model.
+        profile: Of the model.
+        windows: `[S, window_tokens]` int64.
+        config: Shape of the episodes; the source must be `replay`.
+    """
+
+    def __init__(self, model: NestedCausalLM, profile: Profile, windows: Tensor, config: EnvConfig) -> None:
+        self.model = model
+        self.profile = profile
+        self.windows = windows
+        session = DecodeSession(model, num_rows=len(windows), max_length=config.window_tokens - 1)
+        self._batch = DecodeBatch(session, profile, config, num_rows=len(windows))
+
+    def run(self, policy: BitWidthPolicy, kl_weight: Tensor | float = 1.0) -> Trace:
+        """Plays every sequence to its end; `kl_weight` is the dial, one for all or `[S]`."""
+        count = len(self.windows)
+        dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(count)
+        self._batch.reset(torch.arange(count), self.windows, dials, torch.zeros(count, dtype=torch.int64))
+        widths, steps = [], []
+        for _ in range(self._batch.config.max_new_tokens):
+            chosen = policy(self._batch.signals()).cpu()
+            widths.append(chosen)
+            steps.append(self._batch.step(chosen))
+
+        def column(get: Callable[[Any], Tensor]) -> Tensor:
+            return torch.stack([get(step) for step in steps], dim=1)
+
+        return Trace(
+            bit_widths=torch.stack(widths, dim=1),
+            output_kl_nats=column(lambda step: step.output_kl_nats),
+            token_nll_nats=column(lambda step: step.token_nll_nats),
+            top1_agreement=column(lambda step: step.top1_agreement),
+            latency_ms=column(lambda step: step.latency_ms),
+            mean_bit_width=column(lambda step: step.mean_bit_width),
+            full_latency_ms=float(self.profile.cost.latency_ms(self.profile.cost.full_width())),
+            reward=column(lambda step: step.reward.total),
+        )
+
+    def close(self) -> None:
+        """Frees the session."""
+        self._batch.session.close()
+
+
+def summarise(
+    trace: Trace,
+    *,
+    policy: str,
+    family: str,
+    reference: str,
+    seed: int | None = None,
+    kl_weight: float | None = None,
+    speedup_measured: float | None = None,
+) -> EvalRow:
+    """One row of the table: means over all tokens, a bootstrap interval over sequences."""
+    per_sequence = trace.output_kl_nats.double().mean(1)
+    low, high = bootstrap_interval(per_sequence)
+    return EvalRow(
+        policy=policy,
+        family=family,
+        seed=seed,
+        kl_weight=kl_weight,
+        mean_bit_width=float(trace.mean_bit_width.mean()),
+        output_kl_nats=float(per_sequence.mean()),
+        output_kl_low=low,
+        output_kl_high=high,
+        output_kl_p99_nats=float(trace.output_kl_nats.flatten().double().quantile(0.99)),
+        perplexity=float(trace.token_nll_nats.double().mean().exp()),
+        top1_agreement=float(trace.top1_agreement.float().mean()),
+        speedup_modelled=trace.speedup,
+        speedup_measured=speedup_measured,
+        num_sequences=len(per_sequence),
+        num_tokens=trace.output_kl_nats.numel(),
+        reference=reference,
+        sequence_kl_nats=tuple(per_sequence.tolist()),
+    )
+
+
+def bootstrap_interval(values: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of `[S]` values by resampling sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(values), (_BOOTSTRAP_RESAMPLES, len(values)), generator=generator)
+    low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def measured_speedups(
+    model: NestedCausalLM,
+    profile: Profile,
+    window: Tensor,
+    config: EnvConfig,
+    policies: list[tuple[BitWidthPolicy, float]],
+    *,
+    rounds: int = 3,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[float]:
+    """Wall-clock speedup of batch-1 decoding over the largest width, the policy's own cost included.
+
+    Every round decodes the window once per policy and once at the largest width, interleaved, so that drift of the machine
+    hits all alike; the median step of all rounds counts.
+
+    Args:
+        model: The model.
+        profile: For the signals.
+        window: `[window_tokens]` int64.
+        config: Shape of the episode.
+        policies: Policies, each with its dial.
+        rounds: Repetitions.
+        progress: Wraps the rounds.
+    """
+    times: list[list[float]] = [[] for _ in policies]
+    baseline: list[float] = []
+    for _ in progress(range(rounds)):
+        baseline += _decode_times(model, profile, window, config, None, 1.0)
+        for index, (policy, kl_weight) in enumerate(policies):
+            times[index] += _decode_times(model, profile, window, config, policy, kl_weight)
+        baseline += _decode_times(model, profile, window, config, None, 1.0)
+    full = statistics.median(baseline)
+    return [full / statistics.median(own) for own in times]
+
+
+def _decode_times(
+    model: NestedCausalLM,
+    profile: Profile,
+    window: Tensor,
+    config: EnvConfig,
+    policy: BitWidthPolicy | None,
+    kl_weight: float,
+) -> list[float]:
+    """Milliseconds of each decode step of one sequence; without a policy, at the largest width and without signals."""
+    session = DecodeSession(model, max_length=config.window_tokens - 1)
+    output = session.prefill(window[None, : config.prompt_tokens])
+    tracker = None
+    if policy is not None:
+        schema = SignalSchema(model.num_units, model.bit_widths)
+        tracker = SignalTracker(schema, profile, model.embedding_matrix(), unit_depths(model), num_rows=1)
+        first = window[config.prompt_tokens : config.prompt_tokens + 1]
+        tracker.reset(output, first, torch.tensor([kl_weight]), torch.tensor([0]))
+    times = []
+    for index in range(config.prompt_tokens, len(window) - 1):
+        token, following = window[index : index + 1], window[index + 1 : index + 2]
+
+        def step(token: Tensor = token, following: Tensor = following) -> None:
+            if policy is None or tracker is None:
+                session.step(profile.cost.full_width(), token)
+                return
+            widths = policy(tracker.signals())
+            result = session.step(widths, token)
+            tracker.update(result, widths, following, model.mean_bit_width(widths))
+
+        times.append(clock_ms(step, model.device))
+    session.close()
+    return times[_TIMING_WARMUP:]

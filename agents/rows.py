@@ -1,0 +1,124 @@
+"""One evaluated policy: its numbers, and the JSON lines that they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import replacing
+
+_PUBLIC = (
+    "policy",
+    "seed",
+    "kl_weight",
+    "mean_bit_width",
+    "output_kl_nats",
+    "output_kl_p99_nats",
+    "perplexity",
+    "top1_agreement",
+    "speedup_modelled",
+    "speedup_measured",
+)
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """What one policy at one dial scored on the test text.
+
+    Attributes:
+        policy: Name, e.g. `fixed:4`, `knapsack:4.5`, `ppo`, `oracle`.
+        family: What draws one front: `fixed`, `knapsack`, `random`, `entropy`, `ppo`, `cloned`, `oracle`, ...
+        seed: Training seed of a learned policy, else None.
+        kl_weight: The dial, in units of speedup per nat; None for policies without one.
+        mean_bit_width: Parameter-weighted mean, bits.
+        output_kl_nats: Mean `KL(reference || quantised)` over all tokens, nats.
+        output_kl_low: Lower end of its bootstrap 95% interval over sequences, nats.
+        output_kl_high: Upper end, nats.
+        output_kl_p99_nats: 99th percentile over tokens, nats.
+        perplexity: `exp(mean negative log-likelihood in nats)`.
+        top1_agreement: Share of tokens whose most probable continuation is the reference's, 0 to 1.
+        speedup_modelled: Over the largest width everywhere, by the profile's latency table.
+        speedup_measured: The same by wall clock of batch-1 decoding; None where not measured.
+        num_sequences: Test sequences.
+        num_tokens: Tokens judged, over all sequences.
+        reference: `unquantised` or `8-bit`.
+        sequence_kl_nats: Mean output KL of each test sequence in order, nats, for paired bootstraps.
+    """
+
+    policy: str
+    family: str
+    seed: int | None
+    kl_weight: float | None
+    mean_bit_width: float
+    output_kl_nats: float
+    output_kl_low: float
+    output_kl_high: float
+    output_kl_p99_nats: float
+    perplexity: float
+    top1_agreement: float
+    speedup_modelled: float | None
+    speedup_measured: float | None
+    num_sequences: int
+    num_tokens: int
+    reference: str
+    sequence_kl_nats: tuple[float, ...]
+
+
+def public_dict(row: EvalRow) -> dict[str, Any]:
+    """The fields that commands print, ready for JSON; a number that is not finite becomes None."""
+    return {name: _plain(getattr(row, name)) for name in _PUBLIC}
+
+
+def write_rows(path: Path, rows: Iterable[EvalRow]) -> None:
+    """Writes one JSON object a line, atomically; a number that is not finite becomes null."""
+    lines = [json.dumps({name: _plain(value) for name, value in asdict(row).items()}, allow_nan=False) for row in rows]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[EvalRow]:
+    """Reads what `write_rows` wrote; null in a field that must be a number becomes NaN.
+
+    Raises:
+        InputError: If the file cannot be read, or a line is not a row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as evaluation rows ({error}); give an eval.jsonl") from error
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parse(line: str, where: str) -> EvalRow:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON ({error.msg}); write it again with fq evaluate") from error
+    expected = {field.name for field in fields(EvalRow)}
+    found = data.keys() if isinstance(data, dict) else set()
+    if found != expected:
+        wrong = ", ".join(sorted(expected ^ found))
+        raise InputError(f"{where} is not an evaluation row (missing or unknown: {wrong}); write it with fq evaluate")
+    for field in fields(EvalRow):
+        if field.type == "float" and data[field.name] is None:
+            data[field.name] = math.nan
+    sequence_kl = data.pop("sequence_kl_nats")
+    return EvalRow(**data, sequence_kl_nats=tuple(math.nan if kl is None else kl for kl in sequence_kl))
+
+
+def _plain(value: Any) -> Any:
+    """Turns numbers of any library into Python's; JSON has neither infinities nor NaN."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Integral):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,208 @@
+"""A whole run: the directory, the phases in order, the tables, pictures and the JSON that the command ends with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from flexquant_rl.agents.comparison import compare_at_equal_speed
+from flexquant_rl.agents.contest import (
+    compete,
+    headroom,
+    heuristics,
+    learned,
+    oracle_row,
+    showcase,
+    test_windows,
+)
+from flexquant_rl.agents.figures import plot_bits, plot_pareto
+from flexquant_rl.agents.progress import say
+from flexquant_rl.agents.report import write_report
+from flexquant_rl.agents.rows import EvalRow, public_dict, write_rows
+from flexquant_rl.agents.training import Prepared, SeedResult, TrainConfig, prepare, train_seed, with_dial_table
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import write_json
+
+RUN_VERSION = 1
+
+
+def start_run(config: TrainConfig, run_dir: Path | None) -> Path:
+    """Makes the directory of a new run and writes its configuration.
+
+    Raises:
+        InputError: If the directory exists already.
+    """
+    name = Path(config.model).name if config.model else "tiny-code-llama"
+    run_dir = run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (run_dir / "config.json").exists():
+        raise InputError(f"{run_dir} holds a run already; continue it with --resume {run_dir}, or choose another --run")
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise InputError(f"{run_dir} exists and is not a run; choose another --run directory")
+    write_json(run_dir / "config.json", {"version": RUN_VERSION, "config": asdict(config)})
+    return run_dir
+
+
+def load_run(run_dir: Path) -> TrainConfig:
+    """Reads the configuration of a run.
+
+    Raises:
+        InputError: If the directory is not a run of this version.
+    """
+    path = run_dir / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["version"] != RUN_VERSION:
+            raise InputError(f"{path}: run version {data['version']}, this is {RUN_VERSION}; start a new run")
+        config: TrainConfig = _from_dict(TrainConfig, data["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{run_dir} is not a run (no readable config.json: {error}); pass a directory of train.py") from error
+    return config
+
+
+def _from_dict(kind: Any, data: dict[str, Any]) -> Any:
+    """Rebuilds a nested dataclass from JSON; lists become tuples. Unknown and missing fields raise."""
+    hints = get_type_hints(kind)
+    unknown = set(data) - {field.name for field in fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown field {sorted(unknown)[0]}")
+    values = {}
+    for name, value in data.items():
+        if is_dataclass(hints[name]):
+            values[name] = _from_dict(hints[name], value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def train_run(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Runs or continues every phase and returns the command's JSON.
+
+    Raises:
+        InputError: On bad input, before anything is trained.
+    """
+    check_config(config)
+    prepared = prepare(config, run_dir)
+    results = [
+        train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index))
+        for index in range(config.seeds)
+    ]
+    best = max(results, key=lambda result: result.best_score)
+    policy_dir = run_dir / "policy"
+    if not policy_dir.exists():
+        policy = with_dial_table(best.policy, prepared, config.validation_sequences, config.num_dials)
+        policy.save(policy_dir, prepared.profile)
+    rows = compete(
+        prepared, [*heuristics(prepared), *learned(prepared, results, config.num_dials, best)], config.test_sequences
+    )
+    share = None
+    if config.oracle_sequences:
+        windows = test_windows(prepared, config.test_sequences)
+        picks = torch.linspace(0, len(windows) - 1, min(config.oracle_sequences, len(windows))).round().long()
+        oracle = oracle_row(prepared, windows[picks])
+        share = headroom(rows, oracle, picks.tolist())
+        rows.append(oracle)
+    sentences = _publish(config, prepared, results, best, rows, share, run_dir)
+    rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
+    return {
+        "run_dir": str(run_dir),
+        "policy_dir": str(policy_dir),
+        "env_steps": config.env_steps * config.seeds,
+        "env_steps_per_s": sum(rates) / len(rates) if rates else None,
+        "validation_reward_over_static": {
+            "cloned": [result.cloned_score for result in results],
+            "trained": [result.best_score for result in results],
+        },
+        "findings": sentences,
+        "rows": [public_dict(row) for row in rows],
+        "captured_headroom": share,
+    }
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raises InputError on numbers that make no run."""
+    for name in ("seeds", "env_steps", "validation_sequences", "test_sequences", "num_dials"):
+        value = getattr(config, name)
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+    if config.oracle_sequences < 0:
+        raise InputError(f"oracle_sequences={config.oracle_sequences} must not be negative; 0 leaves the oracle out")
+    if config.env.source != "replay" or config.env.action != "bit_widths":
+        raise InputError("train.py needs env.source=replay and env.action=bit_widths; other forms are for your own agents")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda, but torch sees no CUDA device; use --device cpu")
+    if config.device not in ("cpu", "cuda"):
+        raise InputError(f"device={config.device!r} is unknown; use cpu or cuda")
+    config.quantization.validate()
+    config.env.validate()
+
+
+def _publish(
+    config: TrainConfig,
+    prepared: Prepared,
+    results: Sequence[SeedResult],
+    best: SeedResult,
+    rows: list[EvalRow],
+    share: float | None,
+    run_dir: Path,
+) -> list[str]:
+    """Writes rows, pictures and report; returns the findings in words."""
+    write_rows(run_dir / "eval.jsonl", rows)
+    comparisons = [compare_at_equal_speed(rows, "ppo", other) for other in ("knapsack", "fixed", "random", "entropy")]
+    sentences = [comparison.sentence() for comparison in comparisons if comparison is not None]
+    cloned = ", ".join(f"{result.cloned_score:+.4f}" for result in results)
+    trained = ", ".join(f"{result.best_score:+.4f}" for result in results)
+    sentences.append(
+        f"validation reward per token over the static allocation: {cloned} cloned, {trained} after PPO, by seed"
+    )
+    if share is not None:
+        sentences.append(f"captured headroom at the oracle's speed: {share:.0%} of the way from static to the token oracle")
+    name = Path(config.model).name if config.model else "tiny-code-llama (embedded)"
+    threads = torch.get_num_threads()
+    conditions = (
+        f"{name}, {prepared.windows.source}; {rows[0].num_sequences} test sequences of "
+        f"{prepared.env.max_new_tokens} tokens, {config.seeds} training seeds of {config.env_steps} env steps; "
+        f"KL against the {prepared.profile.reference} model."
+    )
+    plot_pareto(
+        rows,
+        run_dir / "pareto.png",
+        title="Output KL against speed, learned and heuristic precision policies",
+        caption=conditions,
+        source=prepared.profile.cost.source,
+    )
+    dial = float(prepared.dials(3)[len(prepared.dials(3)) // 2])
+    trace, tokens = showcase(prepared, best.policy, dial)
+    plot_bits(
+        trace.bit_widths[0].numpy(),
+        tokens,
+        [unit.name for unit in prepared.model.units],
+        run_dir / "bits.png",
+        title=f"Bit-widths chosen for one test sequence (KL weight {dial:.3g}, {trace.speedup:.2f}x modelled)",
+        output_kl_nats=trace.output_kl_nats[0].numpy(),
+        bit_widths=prepared.model.bit_widths,
+    )
+    write_report(
+        run_dir,
+        rows=rows,
+        sentences=sentences,
+        facts={
+            "model": name,
+            "text": prepared.windows.source,
+            "profile source": prepared.profile.cost.source,
+            "training seeds": config.seeds,
+            "env steps per seed": config.env_steps,
+            "machine": f"{platform.machine()}, {prepared.model.device.type}",
+            "threads": threads,
+        },
+    )
+    say(f"report: {run_dir / 'report.md'}")
+    return sentences

@@ -1,0 +1,296 @@
+"""From a model and some text to an exported policy, in phases that each leave their result behind for a resume.
+
+    model -> profile.json -> static_front.safetensors -> seeds/<k>/policy -> policy
+
+Every phase is a deterministic function of the configuration and of the files before it, so a run that was interrupted
+anywhere and resumed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flexquant_rl.agents.evaluate import Evaluator
+from flexquant_rl.agents.export import PARITY_OBSERVATIONS, check_parity
+from flexquant_rl.agents.imitation import clone, collect_signals
+from flexquant_rl.agents.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.agents.progress import StepBar, say, track
+from flexquant_rl.agents.static import StaticFront, static_front
+from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.cost import roofline_cost
+from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.embedded import embedded_model_path
+from flexquant_rl.engine.files import write_tensors
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.policy import PROFILE_FILE, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
+from flexquant_rl.engine.profile import Profile, profile_model
+from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.fq_env.prompts import PromptWindows, load_windows
+from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.vec_env import DecodeVecEnv
+
+_PROFILE_WINDOWS = 12
+_FRONT_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result; saved as `config.json`."""
+
+    model: str | None = None
+    """Hugging Face directory or hub name, or a nested checkpoint; default: the embedded model."""
+    text: tuple[str, ...] = ()
+    """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
+    seeds: int = 3
+    """Policies trained, each with its own seed."""
+    env_steps: int = 32_768
+    """Environment steps per seed; rounded up to whole rollouts."""
+    seed: int = 0
+    """First seed."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    validation_sequences: int = 64
+    """Sequences on which the best checkpoint is chosen."""
+    test_sequences: int = 64
+    """Sequences of the final table."""
+    oracle_sequences: int = 8
+    """Sequences of the oracle; 0 leaves it out."""
+    num_dials: int = 6
+    """Settings of the dial in the final table."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """How the weights are nested."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Episodes and reward."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Learning."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every later phase needs.
+
+    Attributes:
+        model: The nested model.
+        windows: Text of all splits.
+        profile: Sensitivities and latencies.
+        front: Static allocations with measured KL.
+        env: The run's episodes, the dial's range filled in.
+    """
+
+    model: NestedCausalLM
+    windows: PromptWindows
+    profile: Profile
+    front: StaticFront
+    env: EnvConfig
+
+    def dials(self, count: int) -> Tensor:
+        """`count` KL weights, evenly spaced on a log scale over the run's range (or the fixed one)."""
+        if self.env.kl_weight is not None:
+            return torch.tensor([self.env.kl_weight])
+        low, high = math.log(self.env.kl_weight_min), math.log(self.env.kl_weight_max)
+        return torch.linspace(low, high, count).exp()
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One trained policy and its scores on validation text: reward per token over the static allocation."""
+
+    seed: int
+    policy: LearnedPolicy
+    cloned_score: float
+    best_score: float
+    env_steps_per_s: float | None
+
+
+def prepare(config: TrainConfig, run_dir: Path | None, profile: Profile | None = None) -> Prepared:
+    """Loads or quantises the model, reads the text, profiles, and solves the static allocation.
+
+    Args:
+        config: Of the run.
+        run_dir: Where profile and front are kept for a resume; None keeps nothing.
+        profile: One that exists already, as an exported policy carries it.
+    """
+    say("loading the model and nesting its weights")
+    model = load_model(
+        config.model or str(embedded_model_path()),
+        config.quantization,
+        progress=lambda items: track(items, "quantising"),
+    ).to(config.device)
+    config.env.validate()
+    windows = load_windows(model.tokenizer, config.env.window_tokens, [Path(text) for text in config.text])
+    # Fails here, before any work, if an episode does not fit the context.
+    DecodeSession(model, max_length=config.env.window_tokens - 1).close()
+    if profile is None:
+        profile = _profile(model, windows, run_dir / PROFILE_FILE if run_dir else None)
+    profile.cost.check(model)
+    front_path = run_dir / "static_front.safetensors" if run_dir else None
+    front = _front(model, windows, profile, config.env.prompt_tokens, front_path)
+    low, high = front.dial_range()
+    env = config.env if config.env.kl_weight is not None else replace(config.env, kl_weight_min=low, kl_weight_max=high)
+    return Prepared(model, windows, profile, front, env)
+
+
+def _profile(model: NestedCausalLM, windows: PromptWindows, path: Path | None) -> Profile:
+    if path is not None and path.exists():
+        return Profile.load(path)
+    say("profiling: output KL of every unit at every width")
+    profile = profile_model(
+        model,
+        _spread(windows.train, _PROFILE_WINDOWS)[:, :-1],
+        roofline_cost(model),
+        progress=lambda units: track(units, "profiling"),
+    )
+    if path is not None:
+        profile.save(path)
+    return profile
+
+
+def _front(
+    model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, path: Path | None
+) -> StaticFront:
+    if path is not None and path.exists():
+        return StaticFront(**load_file(path))
+    say("solving the static allocation and measuring its output KL")
+    session = DecodeSession(model)
+    front = static_front(profile, model.unit_weights).measured_on(
+        session, _spread(windows.train, _FRONT_WINDOWS)[:, :-1], first
+    )
+    if path is not None:
+        write_tensors(path, vars(front))
+    return front
+
+
+def _spread(windows: Tensor, count: int) -> Tensor:
+    """`count` windows, evenly spaced over all."""
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
+
+
+class Validation:
+    """Scores networks on validation text at all dials: mean reward per token over the static allocation's.
+
+    Args:
+        prepared: Model, text, profile and front.
+        num_sequences: Sequences; each plays at one of the dials.
+    """
+
+    def __init__(self, prepared: Prepared, num_sequences: int) -> None:
+        windows = _spread(prepared.windows.validation, num_sequences)
+        dials = prepared.dials(8)
+        self._dials = dials[torch.arange(len(windows)) % len(dials)]
+        self._evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env)
+        self._card = policy_card(prepared)
+        allocation = prepared.front.allocate(self._dials)
+        self._static_reward = self._evaluator.run(_PerSequence(allocation), self._dials).reward
+
+    def __call__(self, net: PrecisionNet) -> float:
+        """Mean reward per token over the static allocation's; higher is better."""
+        trace = self._evaluator.run(LearnedPolicy(net, self._card), self._dials)
+        net.train()
+        return float((trace.reward - self._static_reward).double().mean())
+
+
+@dataclass(frozen=True)
+class _PerSequence:
+    """A static allocation of its own for each row, `[S, U]`."""
+
+    bit_widths: Tensor
+    name: str = "static"
+
+    def __call__(self, signals: Tensor) -> Tensor:
+        return self.bit_widths
+
+
+def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> PolicyCard:
+    """The card of a policy of this run, the dial's table still empty."""
+    return PolicyCard(
+        schema=SignalSchema(prepared.model.num_units, prepared.model.bit_widths),
+        model_fingerprint=prepared.model.fingerprint,
+        unit_names=tuple(unit.name for unit in prepared.model.units),
+        config={} if config is None else asdict(config),
+    )
+
+
+def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Path) -> SeedResult:
+    """Clones the static knapsack, improves it with PPO and saves the network that was best on validation text."""
+    policy_dir = directory / "policy"
+    if (policy_dir / "policy.json").exists():
+        policy = load_policy(policy_dir, model_fingerprint=prepared.model.fingerprint, name=f"ppo seed {seed}")
+        scores = policy.card.config["scores"]
+        return SeedResult(seed, policy, scores["cloned"], scores["best"], scores["env_steps_per_s"])
+    validation = Validation(prepared, config.validation_sequences)
+    session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
+    env = DecodeVecEnv(
+        session,
+        prepared.profile,
+        prepared.windows.train,
+        prepared.env,
+        num_envs=config.ppo.num_envs,
+        seed=seed,
+        static=prepared.front.allocate if prepared.env.source == "replay" else None,
+    )
+    ppo = build_ppo(env, config.ppo, seed=seed, device=config.device)
+    bar = StepBar(f"PPO seed {seed}", config.env_steps)
+    checkpoint = directory / "checkpoint.safetensors"
+    callback = TrainingCallback(
+        checkpoint, validation, on_update=lambda steps, score: bar.update(steps, f"best over static {score:+.4f}")
+    )
+    if checkpoint.exists():
+        callback.restore(ppo, env)
+        say(f"PPO seed {seed}: resumed at {ppo.num_timesteps} env steps")
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        signals = collect_signals(env, prepared.front, generator)
+        dials = (prepared.env.kl_weight_min, prepared.env.kl_weight_max)
+        agreement = clone(precision_net(ppo), signals, prepared.front, dials, generator=generator)
+        say(f"PPO seed {seed}: cloned the static allocation, {agreement:.1%} of widths agree")
+    began, steps_before = time.monotonic(), ppo.num_timesteps
+    learn(ppo, callback, config.env_steps, directory / "tensorboard")
+    rate = (ppo.num_timesteps - steps_before) / (time.monotonic() - began) if ppo.num_timesteps > steps_before else None
+    bar.close()
+    env.close()
+    precision_net(ppo).load_state_dict(callback.best_state)
+    net = PrecisionNet(env.batch.schema)
+    net.load_state_dict({name: tensor.cpu() for name, tensor in callback.best_state.items()})
+    policy = LearnedPolicy(net, _trained_card(config, prepared, callback, rate), f"ppo seed {seed}")
+    policy.save(policy_dir, prepared.profile)
+    recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, env.batch.schema.dim)
+    check_parity(
+        policy_dir, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0]
+    )
+    say(f"PPO seed {seed}: validation reward over static {callback.first_score:+.4f} cloned, {callback.best_score:+.4f} best")
+    return SeedResult(seed, policy, callback.first_score, callback.best_score, rate)
+
+
+def _trained_card(
+    config: TrainConfig, prepared: Prepared, callback: TrainingCallback, env_steps_per_s: float | None
+) -> PolicyCard:
+    card = policy_card(prepared, config)
+    scores = {
+        "cloned": callback.first_score,
+        "best": callback.best_score,
+        "env_steps_per_s": env_steps_per_s,
+    }
+    return replace(card, config={**card.config, "scores": scores})
+
+
+def with_dial_table(policy: LearnedPolicy, prepared: Prepared, num_sequences: int, num_dials: int) -> LearnedPolicy:
+    """Measures speed and KL of a policy at each setting of the dial on validation text and writes them on its card."""
+    evaluator = Evaluator(
+        prepared.model, prepared.profile, _spread(prepared.windows.validation, num_sequences), prepared.env
+    )
+    points = []
+    for dial in prepared.dials(num_dials).tolist():
+        trace = evaluator.run(policy, dial)
+        points.append(
+            DialPoint(dial, trace.speedup, float(trace.output_kl_nats.mean()), float(trace.mean_bit_width.mean()))
+        )
+    evaluator.close()
+    return LearnedPolicy(policy.net, replace(policy.card, dial=tuple(points)), "ppo")
