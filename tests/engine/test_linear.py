@@ -1,0 +1,174 @@
+"""Nested linears: the widths of a call are its argument, token by token, and nothing outlives the call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.linear import REFERENCE_WIDTH, DenseCache, NestedLinear, WidthPlan, active_plan, reading
+from flexquant_rl.engine.quantize import quantize_rtn
+from flexquant_rl.kernels.reference import dequantize
+
+NUM_OUTPUTS, NUM_INPUTS = 24, 40
+MATRIX_BYTES = NUM_OUTPUTS * NUM_INPUTS * 4
+STORED = (3, 4, 5, 6, 8)
+
+
+def make_linear(
+    seed: int = 0, *, unit_index: int = 0, cache: DenseCache | None = None, bias: bool = True, reference: bool = True
+) -> NestedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(NUM_OUTPUTS, NUM_INPUTS, generator=generator)
+    return NestedLinear(
+        quantize_rtn(dense, group_size=32, bit_widths=STORED),
+        torch.randn(NUM_OUTPUTS, generator=generator) if bias else None,
+        unit_index=unit_index,
+        cache=DenseCache(1 << 20) if cache is None else cache,
+        reference_weight=dense if reference else None,
+    )
+
+
+def plan_of(*body_widths: list[int], head: list[int] | None = None) -> WidthPlan:
+    """A plan from the widths of each token, one list per token."""
+    return WidthPlan(torch.tensor(body_widths), None if head is None else torch.tensor(head), collect=False)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("bit_width", [REFERENCE_WIDTH, *STORED])
+def test_one_width_equals_its_dense_matrix(bit_width: int, bias: bool) -> None:
+    linear = make_linear(bias=bias)
+    x = torch.randn(2, 3, NUM_INPUTS)
+    matrix = linear.reference_weight if bit_width == 0 else dequantize(linear.weight, bit_width=bit_width)
+    with reading(plan_of(*[[bit_width]] * 6)):
+        assert torch.equal(linear(x), F.linear(x, matrix, linear.bias))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    widths=st.lists(
+        st.lists(st.sampled_from([REFERENCE_WIDTH, *STORED]), min_size=3, max_size=3), min_size=1, max_size=4
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_mixed_widths_equal_one_token_at_a_time(widths: list[list[int]], seed: int) -> None:
+    linear = make_linear(seed)
+    x = torch.randn(len(widths), 3, NUM_INPUTS, generator=torch.Generator().manual_seed(seed))
+    with reading(plan_of(*[[width] for row in widths for width in row])):
+        mixed = linear(x)
+    assert mixed.shape == (len(widths), 3, NUM_OUTPUTS)
+    for row, row_widths in enumerate(widths):
+        for position, width in enumerate(row_widths):
+            with reading(plan_of([width])):
+                alone = linear(x[row, position])
+            torch.testing.assert_close(mixed[row, position], alone)
+
+
+def test_mixed_widths_write_every_output(poison_empty: None) -> None:
+    linear = make_linear()
+    with reading(plan_of([3], [8], [3], [0])):
+        assert torch.isfinite(linear(torch.randn(1, 4, NUM_INPUTS))).all()
+
+
+def test_rows_do_not_see_each_other() -> None:
+    linear = make_linear()
+    x = torch.randn(3, 1, NUM_INPUTS)
+    other = x.clone()
+    other[1] = float("nan")
+    with reading(plan_of([3], [5], [3])):
+        first, second = linear(x), linear(other)
+    assert torch.equal(first[[0, 2]], second[[0, 2]])
+
+
+def test_each_linear_reads_the_width_of_its_unit() -> None:
+    linears = [make_linear(index, unit_index=index) for index in range(3)]
+    x = torch.randn(2, 1, NUM_INPUTS)
+    with reading(plan_of([3, 8], [8, 3], head=[5, 5])):
+        outputs = [linear(x) for linear in linears]
+    for index, widths in enumerate([(3, 8), (8, 3), (5, 5)]):
+        for row, width in enumerate(widths):
+            expected = F.linear(x[row], linears[index].dense(width), linears[index].bias)
+            torch.testing.assert_close(outputs[index][row], expected)
+
+
+def test_call_without_widths_raises() -> None:
+    with pytest.raises(RuntimeError, match="without bit-widths"):
+        make_linear()(torch.randn(1, NUM_INPUTS))
+
+
+def test_plan_ends_with_its_block_even_after_an_exception() -> None:
+    linear = make_linear()
+    x = torch.randn(1, NUM_INPUTS)
+    outer = plan_of([8])
+    with reading(outer):
+        with pytest.raises(ZeroDivisionError), reading(plan_of([3])):
+            raise ZeroDivisionError
+        assert active_plan() is outer
+        assert torch.equal(linear(x), F.linear(x, linear.dense(8), linear.bias))
+    assert active_plan() is None
+    with pytest.raises(RuntimeError, match="without bit-widths"):
+        linear(x)
+
+
+def test_reference_width_without_reference_weights_raises() -> None:
+    linear = make_linear(reference=False)
+    with pytest.raises(InputError, match="width 0"), reading(plan_of([REFERENCE_WIDTH])):
+        linear(torch.randn(1, NUM_INPUTS))
+    assert active_plan() is None
+
+
+def test_reference_weights_and_dense_copies_are_not_part_of_the_state() -> None:
+    linear = make_linear()
+    linear.dense(4)
+    assert set(linear.state_dict()) == {"planes", "scale", "offset", "bias"}
+
+
+class TestDenseCache:
+    def held(self, cache: DenseCache, linears: list[NestedLinear], bit_width: int = 4) -> list[bool]:
+        """Which matrices come from the cache, told from fresh ones by identity."""
+        return [(id(linear), bit_width) in cache._entries for linear in linears]
+
+    def test_keeps_no_more_than_its_cap(self) -> None:
+        cache = DenseCache(max_bytes=2 * MATRIX_BYTES)
+        linears = [make_linear(seed, cache=cache) for seed in range(5)]
+        for linear in linears:
+            linear.dense(4)
+            assert cache._bytes == sum(matrix.nbytes for matrix in cache._entries.values()) <= cache.max_bytes
+        assert self.held(cache, linears) == [False, False, False, True, True]
+
+    def test_drops_the_least_recently_used(self) -> None:
+        cache = DenseCache(max_bytes=2 * MATRIX_BYTES)
+        linears = [make_linear(seed, cache=cache) for seed in range(3)]
+        first = linears[0].dense(4)
+        linears[1].dense(4)
+        assert linears[0].dense(4) is first, "held matrices are not made again"
+        linears[2].dense(4)
+        assert self.held(cache, linears) == [True, False, True]
+
+    def test_always_keeps_the_last_one(self) -> None:
+        cache = DenseCache(max_bytes=0)
+        linears = [make_linear(seed, cache=cache) for seed in range(2)]
+        for linear in linears:
+            assert linear.dense(4) is linear.dense(4)
+        assert self.held(cache, linears) == [False, True]
+
+    def test_widths_have_entries_of_their_own(self) -> None:
+        linear = make_linear()
+        matrices: list[Tensor] = [linear.dense(bit_width) for bit_width in STORED]
+        for bit_width, matrix in zip(STORED, matrices, strict=True):
+            assert linear.dense(bit_width) is matrix
+            assert torch.equal(matrix, dequantize(linear.weight, bit_width=bit_width))
+
+    def test_clear_forgets(self) -> None:
+        cache = DenseCache(1 << 20)
+        linear = make_linear(cache=cache)
+        before = linear.dense(4)
+        cache.clear()
+        assert cache._bytes == 0
+        after = linear.dense(4)
+        assert after is not before
+        assert torch.equal(after, before)

@@ -1,0 +1,265 @@
+"""The Gymnasium environment: both checkers, determinism, pickling, bounds, and what it refuses."""
+
+from __future__ import annotations
+
+import pickle  # noqa: TID251  # what a process pool does with an environment
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env import precision_env, prompts
+from flexquant_rl.fq_env.precision_env import PrecisionEnv
+from flexquant_rl.fq_env.stdlib_text import StdlibSplit, stdlib_text
+
+IDS = ("FlexQuant/Decode-v0", "FlexQuant/MeasuredDecode-v0")
+CARD = (
+    "Description",
+    "Action Space",
+    "Observation Space",
+    "Rewards",
+    "Starting State",
+    "Episode End",
+    "Arguments",
+    "Version History",
+)
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def keywords(tiny_model_dir: Path, text_file: Path, profile_path: Path) -> dict[str, Any]:
+    """Arguments of short episodes on the tiny model; the profile spares a second per environment."""
+    return {
+        "model": str(tiny_model_dir),
+        "texts": [str(text_file)],
+        "profile": str(profile_path),
+        "prompt_tokens": 4,
+        "max_new_tokens": STEPS,
+    }
+
+
+@pytest.fixture(scope="module")
+def make(keywords: dict[str, Any]) -> Iterator[Callable[..., gym.Env[Any, Any]]]:
+    """Builds registered environments and closes them in the end."""
+    made = []
+
+    def build(name: str = IDS[0], **options: Any) -> gym.Env[Any, Any]:
+        made.append(gym.make(f"flexquant_rl.fq_env:{name}", **{**keywords, **options}))
+        return made[-1]
+
+    yield build
+    for env in made:
+        env.close()
+
+
+@pytest.fixture(scope="module")
+def env(make: Callable[..., gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
+    """One environment for the tests that reset it themselves."""
+    return make()
+
+
+def rollout(env: gym.Env[Any, Any], *, seed: int) -> list[tuple[Any, ...]]:
+    """One episode with seeded random actions."""
+    env.action_space.seed(seed)
+    observation, info = env.reset(seed=seed)
+    trace: list[tuple[Any, ...]] = [(observation, info)]
+    done = False
+    while not done:
+        observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        trace.append((observation, reward, terminated, truncated, info))
+        done = terminated or truncated
+    return trace
+
+
+def assert_same(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> None:
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_array_equal(mine[0], theirs[0])
+        assert mine[1:] == theirs[1:]
+
+
+@pytest.mark.parametrize("check", [gymnasium_check_env, sb3_check_env], ids=["gymnasium", "sb3"])
+@pytest.mark.parametrize("name", IDS)
+def test_checkers_have_nothing_to_say(make: Callable[..., gym.Env[Any, Any]], name: str, check: Any) -> None:
+    env = make(name)
+    assert env.spec is not None
+    assert env.spec.nondeterministic == ("Measured" in name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(env.unwrapped)
+
+
+def test_flexquant_action_form_passes_the_checkers(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    env = make(action="num_low_units", source="free", temperature=1.0, probe_every=2).unwrapped
+    assert env.action_space == gym.spaces.MultiDiscrete([4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gymnasium_check_env(env, skip_close_check=True)
+        sb3_check_env(env)
+
+
+@pytest.mark.parametrize("options", [{}, {"source": "free", "temperature": 1.0}], ids=["replay", "free"])
+def test_two_environments_with_one_seed_agree(make: Callable[..., gym.Env[Any, Any]], options: dict[str, Any]) -> None:
+    one, other = make(**options), make(**options)
+    assert_same(rollout(one, seed=7), rollout(other, seed=7))
+    first, second = rollout(one, seed=7), rollout(one, seed=8)
+    assert first[0][1] != second[0][1]
+    assert_same(first, rollout(other, seed=7))  # whatever was played before
+
+
+def test_unseeded_resets_go_on_in_the_same_stream(env: gym.Env[Any, Any]) -> None:
+    _, first = env.reset(seed=3)
+    _, second = env.reset()
+    assert first != second
+    env.reset(seed=3)
+    assert env.reset()[1] == second
+
+
+def test_pickle_builds_the_same_environment(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    env = make(split="validation").unwrapped
+    twin = pickle.loads(pickle.dumps(env))
+    assert isinstance(twin, PrecisionEnv)
+    assert twin.config == env.config
+    assert_same(rollout(env, seed=1), rollout(twin, seed=1))
+    twin.close()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_actions_keep_observations_in_bounds(env: gym.Env[Any, Any], data: st.DataObject) -> None:
+    options = {"kl_weight": data.draw(st.floats(1e-6, 1e9), label="kl_weight")}
+    observation, _ = env.reset(seed=data.draw(st.integers(0, 2**31), label="seed"), options=options)
+    action = st.lists(st.integers(0, 4), min_size=3, max_size=3)
+    for number in range(1, STEPS + 1):
+        assert env.observation_space.contains(observation)
+        observation, reward, terminated, truncated, info = env.step(np.array(data.draw(action)))
+        assert np.isfinite(reward)
+        assert reward == pytest.approx(info["reward_latency"] - info["reward_quality"], rel=1e-5, abs=1e-5)
+        assert info["reward_latency"] == pytest.approx(info["speedup"] - 1, abs=1e-6)
+        assert info["reward_quality"] == pytest.approx(info["kl_weight"] * info["output_kl_nats"], rel=1e-5)
+        assert info["kl_weight"] == pytest.approx(options["kl_weight"])
+        assert 3 <= info["mean_bit_width"] <= 8
+        assert (terminated, truncated) == (False, number == STEPS)
+    assert env.observation_space.contains(observation)
+
+
+def test_deterministic_latency_is_the_table_s(env: gym.Env[Any, Any], tiny_profile: Any) -> None:
+    env.reset(seed=0)
+    action = np.array([0, 2, 4])
+    *_, info = env.step(action)
+    widths = tiny_profile.cost.full_width().new_tensor([3, 5, 8])
+    assert info["latency_ms"] == pytest.approx(float(tiny_profile.cost.latency_ms(widths)))
+    assert info["speedup"] == pytest.approx(float(tiny_profile.cost.speedup(widths)))
+
+
+def test_measured_latency_is_the_clock_s(make: Callable[..., gym.Env[Any, Any]], tiny_profile: Any) -> None:
+    env = make(IDS[1])
+    env.reset(seed=0)
+    times = [env.step(np.array([4, 4, 4]))[-1]["latency_ms"] for _ in range(STEPS)]
+    assert len(set(times)) > 1
+    assert min(times) > 0.01  # the roofline says 12 microseconds; a real step through the model takes longer
+
+
+def test_options_fix_window_and_dial(env: gym.Env[Any, Any]) -> None:
+    one, info = env.reset(seed=0, options={"window": 5, "kl_weight": 3.0})
+    assert info == {"window": 5, "kl_weight": 3.0}
+    other, _ = env.reset(seed=1, options={"window": 5, "kl_weight": 3.0})
+    np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(one, env.reset(options={"window": 6, "kl_weight": 3.0})[0])
+
+
+def test_a_fixed_dial_is_kept(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    env = make(kl_weight=12.0)
+    assert [env.reset(seed=seed)[1]["kl_weight"] for seed in range(3)] == [12.0] * 3
+
+
+def test_splits_have_text_of_their_own(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    observations = [
+        make(split=split).reset(seed=0, options={"window": 0, "kl_weight": 1.0})[0]
+        for split in ("train", "validation", "test")
+    ]
+    assert not np.array_equal(observations[0], observations[1])
+    assert not np.array_equal(observations[1], observations[2])
+
+
+def test_without_a_profile_one_is_measured(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    env = make(profile=None)
+    profile = env.unwrapped.batch.profile  # type: ignore[attr-defined]
+    assert profile.cost.source == "roofline"
+    assert (profile.sensitivity[:, :-1] > profile.sensitivity[:, 1:]).all()
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+
+
+def test_closing_twice_is_fine(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    env = make().unwrapped
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        env.step(env.action_space.sample())
+
+
+def test_an_environment_that_failed_to_start_can_be_closed() -> None:
+    env = PrecisionEnv.__new__(PrecisionEnv)
+    env.close()
+
+
+def test_docstring_is_gymnasium_s_card() -> None:
+    assert PrecisionEnv.__doc__ is not None
+    headings = [line.strip().removeprefix("## ") for line in PrecisionEnv.__doc__.splitlines() if "## " in line]
+    assert headings == list(CARD)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"split": "valid"}, "split=valid is not known; choose one of train, validation, test"),
+        ({"max_new_tokens": 200, "prompt_tokens": 100}, "the model's context holds 128"),
+        ({"texts": ["no/such/file.txt"]}, "is not a file"),
+        ({"texts": "no/such/file.txt"}, "no/such/file.txt is not a file"),
+        ({"profile": "no/such/profile.json"}, "run `fq profile`"),
+        ({"action": "num_low_units", "low_width": 7}, "low_width=7 is not stored"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(keywords: dict[str, Any], options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError) as error:
+        PrecisionEnv(**{**keywords, **options})
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_profile_of_another_model_is_refused(keywords: dict[str, Any], tiny_profile: Any, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    tiny_profile.save(path)
+    path.write_text(path.read_text(encoding="utf-8").replace(tiny_profile.fingerprint, "0" * 64), encoding="utf-8")
+    with pytest.raises(InputError, match="the profile is of model 000000000000"):
+        PrecisionEnv(**{**keywords, "profile": str(path)})
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, -1.0, float("nan")])
+def test_a_dial_that_prices_nothing_is_refused(env: gym.Env[Any, Any], kl_weight: float) -> None:
+    with pytest.raises(InputError, match="must be positive and finite"):
+        env.reset(options={"kl_weight": kl_weight})
+
+
+def test_default_model_and_text(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
+    def some_stdlib_text(split: StdlibSplit) -> dict[str, str]:
+        return dict(list(stdlib_text(split).items())[:3])  # all of it takes seconds, letter by letter
+
+    monkeypatch.setattr(precision_env, "embedded_model_path", lambda: tiny_model_dir)
+    monkeypatch.setattr(prompts, "stdlib_text", some_stdlib_text)
+    env = PrecisionEnv(prompt_tokens=4, max_new_tokens=3, split="test")
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    env.close()

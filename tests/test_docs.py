@@ -1,0 +1,144 @@
+"""The documents tell the truth: links lead somewhere, commands and options exist, examples print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".cff", ".c", ".cpp", ".h", ".sh", ".csv", ""}
+MACHINE_FOLDERS = ("work", "root", "farm", "home", "Users")
+MACHINE_PATH = re.compile(rf"(?<![\w.~$}}/-])/(?:{'|'.join(MACHINE_FOLDERS)})\b")
+
+
+def identifier(path: Path) -> str:
+    """A test id: the path inside the repository."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def tracked_files() -> list[Path]:
+    """Every file that git tracks or would add."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def without_code(text: str) -> str:
+    """Removes fenced blocks and inline code."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a document's headings."""
+    headings = re.findall(r"^#+\s+(.*?)\s*$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=identifier)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{identifier(document)} links to {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{identifier(document)} links to {target}: no such heading"
+
+
+def test_no_machine_paths() -> None:
+    found = []
+    for path in tracked_files():
+        if path.suffix not in TEXT_SUFFIXES or path.stat().st_size > 1_000_000:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if MACHINE_PATH.search(line):
+                found.append(f"{identifier(path)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("folder", MACHINE_FOLDERS)
+def test_machine_paths_are_recognised(folder: str) -> None:
+    assert all(MACHINE_PATH.search(text) for text in (f"at /{folder}/x", f"'/{folder}'", f"=/{folder}/me"))
+    others = (f"https://example.org/{folder}/", f"net/{folder}", f"a/{folder}s", f"$OUT/{folder}/", f"/{folder}s/x")
+    assert not any(MACHINE_PATH.search(text) for text in others)
+
+
+def code_lines(document: Path) -> list[str]:
+    """The shell lines of a document: fenced blocks and inline code, continuation lines joined."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```(?:bash|sh|console|shell|)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    lines = [line.split(" #")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in [*lines, *inline] if line]
+
+
+def commands(program: str) -> list[tuple[str, list[str]]]:
+    """Every call of a program in the documents for users: its first argument, and the options on the line."""
+    found = []
+    for document in DOCUMENTS:
+        if document.name == "LOG.md":  # history may name what is gone
+            continue
+        for line in code_lines(document):
+            for match in re.finditer(rf"(?:^|[;&|]\s*|\s){program}(?:\s+([\w-]+))?(?=\s|$)([^;&|]*)", line):
+                found.append((match[1] or "", re.findall(r"(?<!\S)(--[a-z][\w-]*)", match[2])))
+    return found
+
+
+@cache
+def help_text(*arguments: str) -> str:
+    """What a command prints for `--help`."""
+    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", *arguments, "--help"]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for target, _ in commands("make"):
+        assert not target or target in targets, f"make {target}"
+
+
+def test_fq_commands_exist() -> None:
+    for name, options in commands("fq"):
+        if name:
+            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("flexquant_rl.cli")), f"fq {name}"
+            check_options(f"fq {name}", options, help_text("flexquant_rl.cli", name))
+
+
+def test_train_options_exist() -> None:
+    for program in (r"(?:python )?train\.py", "fq-train"):
+        for _, options in commands(program):
+            if options:
+                check_options(program, options, help_text("flexquant_rl.train"))
+
+
+def check_options(command: str, options: list[str], text: str) -> None:
+    """Asserts that a command's help names the options."""
+    for option in options:
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), f"{command} has no option {option}"
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if "```pycon" in path.read_text(encoding="utf-8")], ids=identifier
+)
+def test_examples_print_what_they_say(document: Path) -> None:
+    blocks = re.findall(r"^```pycon\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, identifier(document), str(document), 0)
+    report: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(example, out=report.append)
+    assert result.attempted > 0
+    assert result.failed == 0, "".join(report)
