@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py
 
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,29 +19,32 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from flexquant_rl.agents.baselines import make_policy
+from flexquant_rl.agents.baselines import check_policy_name, make_policy
 from flexquant_rl.agents.bench_env import bench_env
+from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.agents.command import command, print_result
 from flexquant_rl.agents.contest import Contestant, compete, policy_context
 from flexquant_rl.agents.export import export_run
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.report import console_table
 from flexquant_rl.agents.rows import public_dict
+from flexquant_rl.agents.run import check_config, load_run
 from flexquant_rl.agents.training import Prepared, TrainConfig, prepare
-from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
+from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model, save_checkpoint
 from flexquant_rl.engine.cost import clock_ms, measured_cost, roofline_cost
 from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.embedded import embedded_model_path
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import write_json
+from flexquant_rl.engine.files import check_new_directory, write_json
+from flexquant_rl.engine.generate import StreamedText
 from flexquant_rl.engine.generate import generate as generate_tokens
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.perplexity import perplexity_by_width
-from flexquant_rl.engine.policy import PROFILE_FILE, load_policy
+from flexquant_rl.engine.policy import PROFILE_FILE, LearnedPolicy, load_policy
 from flexquant_rl.engine.profile import Profile, profile_model
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.fq_env.prompts import load_windows
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.task import EnvConfig, check_kl_weight
 from flexquant_rl.train import TrainArguments, train
 
 _TIMED_PROMPT = 16
@@ -61,12 +64,17 @@ def quantize(
         quantization: How.
         text: Measures perplexity by width on the test split of these files.
     """
+    check_new_directory(out)
+    quantization.validate()
+    if is_nested_checkpoint(Path(source)):
+        raise InputError(f"{source} is a nested checkpoint already; give the model that it was made from")
     began = time.perf_counter()
     model = load_model(source, quantization, progress=lambda items: track(items, "quantising"))
+    windows = _text_windows(model, text) if text else None  # bad text must not leave a checkpoint behind
     result: dict[str, object] = {"out": str(out), "bytes": save_checkpoint(model, out)}
     result["seconds"] = time.perf_counter() - began
-    if text:
-        result["perplexity_by_width"] = perplexity_by_width(model, _text_windows(model, text))
+    if windows is not None:
+        result["perplexity_by_width"] = perplexity_by_width(model, windows)
     print_result(result)
 
 
@@ -92,11 +100,11 @@ def profile(
         source: Time whole steps at random widths, or model them by the bytes they read.
         steps: Whole steps to time.
     """
-    nested = load_model(model, QuantizationConfig(), progress=lambda items: track(items, "quantising"))
-    target = out or Path(model) / PROFILE_FILE
     if out is None and not Path(model).is_dir():
-        raise InputError(f"{model} is not a directory to write {PROFILE_FILE} into; give --out FILE")
-    windows = load_windows(nested.tokenizer, EnvConfig().window_tokens, text).train
+        raise InputError(f"{model} is not a directory to write {PROFILE_FILE} into; check the name, or give --out FILE")
+    target = out or Path(model) / PROFILE_FILE
+    nested = load_model(model, QuantizationConfig(), progress=lambda items: track(items, "quantising"))
+    windows = load_windows(nested.tokenizer, min(EnvConfig().window_tokens, nested.max_context + 1), text).train
     cost = roofline_cost(nested)
     if source == "measured":
         session = DecodeSession(nested, max_length=_TIMED_PROMPT + 1)
@@ -144,9 +152,16 @@ def evaluate(
         mode: Lossy decoding: the widths chosen are the widths used.
         env: Episodes.
     """
-    exported = [Path(name) for name in policy if (Path(name) / "policy.json").is_file()]
+    config = TrainConfig(model=model, text=text, env=env, device=device, test_sequences=sequences, num_dials=dials)
+    check_config(config)
+    if not policy:
+        raise InputError("--policy names no policy; name one or more, e.g. fixed:4 knapsack:4.5")
+    for name in policy:
+        check_policy_name(name)
+    exported = [Path(name) for name in policy if Path(name).is_dir()]
+    for directory in exported:
+        load_policy(directory)  # a damaged one should not be found out after minutes
     carried = Profile.load(exported[0] / PROFILE_FILE) if exported else None
-    config = TrainConfig(model=model, text=text, env=env, device=device, test_sequences=sequences)
     prepared = prepare(config, None, carried)
     rows = compete(prepared, _contestants(prepared, policy, dials), sequences)
     print(console_table(rows))
@@ -157,7 +172,7 @@ def _contestants(prepared: Prepared, names: tuple[str, ...], dials: int) -> list
     context = policy_context(prepared)
     found = []
     for name in names:
-        if (Path(name) / "policy.json").is_file():
+        if Path(name).is_dir():
             learned = load_policy(Path(name), model_fingerprint=prepared.model.fingerprint)
             found += [Contestant(learned.name, learned, dial) for dial in prepared.dials(dials).tolist()]
         else:
@@ -172,6 +187,7 @@ def export(run: Positional[Path], out: Positional[Path]) -> None:
         run: Directory of a run of train.py.
         out: New directory.
     """
+    load_run(run)
     policy = export_run(run, out)
     print_result(
         {
@@ -198,27 +214,25 @@ def generate(
 
     Args:
         model: Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model.
-        policy: Directory of an exported policy, or a name such as fixed:4.
+        policy: Directory of an exported policy.
         prompt: Text to continue.
         max_new_tokens: Tokens at most.
         speed: Modelled speedup to aim for, from the policy's own table; default: its middle setting.
         kl_weight: The dial itself, instead of a speed.
         temperature: 0 is greedy.
         seed: Of the sampling.
-        show_bits: Print every token's mean width below the text.
+        show_bits: Show every token's mean width: as its background colour on a terminal, else in a line below the text.
     """
+    if not Path(policy).is_dir():
+        raise InputError(f"{policy} is not the directory of an exported policy; export one with `fq export RUN OUT`")
+    dial = _dial_setting(load_policy(Path(policy)), speed, kl_weight)
+    carried = Profile.load(Path(policy) / PROFILE_FILE)
     path = str(embedded_model_path()) if model == "default" else model
     nested = load_model(path, QuantizationConfig(), progress=lambda items: track(items, "quantising"))
-    if (Path(policy) / "policy.json").is_file():
-        chosen = load_policy(Path(policy), model_fingerprint=nested.fingerprint)
-        carried = Profile.load(Path(policy) / PROFILE_FILE)
-        points = chosen.card.dial
-        if kl_weight is None:
-            kl_weight = points[len(points) // 2].kl_weight if speed is None else chosen.kl_weight_for_speed(speed)
-        controller = chosen
-    else:
-        raise InputError(f"{policy} is not an exported policy; export one with `fq export RUN OUT`")
+    controller = load_policy(Path(policy), model_fingerprint=nested.fingerprint)
+    colours = show_bits and has_colours(sys.stdout)
     ids = nested.tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
+    text = StreamedText(nested.tokenizer, ids.tolist())
     began = time.perf_counter()
     tokens = []
     for token in generate_tokens(
@@ -227,24 +241,42 @@ def generate(
         carried,
         ids,
         max_new_tokens=max_new_tokens,
-        kl_weight=kl_weight,
+        kl_weight=dial,
         temperature=temperature,
         seed=seed,
     ):
         tokens.append(token)
-        print(nested.tokenizer.decode([token.token_id]), end="", flush=True)
+        piece = text.add(token.token_id)
+        if colours:
+            piece = coloured(piece, float(nested.mean_bit_width(token.bit_widths)), nested.bit_widths)
+        print(piece, end="", flush=True)
     print()
     mean = nested.mean_bit_width(torch.stack([token.bit_widths for token in tokens]))
     if show_bits:
-        print("bits: " + " ".join(f"{bits:.1f}" for bits in mean.tolist()))
+        print(legend(nested.bit_widths) if colours else numbers(mean.tolist()))
     print_result(
         {
             "num_tokens": len(tokens),
             "seconds": time.perf_counter() - began,
             "mean_bit_width": float(mean.mean()),
-            "kl_weight": kl_weight,
+            "kl_weight": dial,
         }
     )
+
+
+def _dial_setting(policy: LearnedPolicy, speed: float | None, kl_weight: float | None) -> float:
+    """The KL weight to run a policy at: as given, for the speed asked for, or its middle setting."""
+    if kl_weight is not None:
+        if speed is not None:
+            raise InputError(f"--speed {speed:g} and --kl-weight {kl_weight:g} set the same dial; give one of them")
+        check_kl_weight(kl_weight)
+        return kl_weight
+    if speed is not None:
+        return policy.kl_weight_for_speed(speed)
+    points = policy.card.dial
+    if not points:
+        raise InputError(f"policy {policy.name!r} has no table of its dial to choose a setting from; give --kl-weight")
+    return points[len(points) // 2].kl_weight
 
 
 def bench(
@@ -265,6 +297,9 @@ def bench(
         rounds: Rollouts timed.
         json: Also write the row to this file.
     """
+    for name, value in (("num_envs", num_envs), ("rounds", rounds)):
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
     prepared = prepare(TrainConfig(model=model, text=text), None)
     say(f"timing {rounds} rollouts of {num_envs} episodes")
     row = bench_env(prepared, num_envs=num_envs, rounds=rounds)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 
-# Torch's OpenMP threads spin while they wait, which on a busy machine costs 8 ms per operation; libgomp reads this once,
+# Torch's OpenMP threads spin while they wait, which on a busy machine costs 8 ms per operation; libgomp reads this
+# once,
 # when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,9 @@ import tyro
 from flexquant_rl.agents.command import command, print_result
 from flexquant_rl.agents.report import console_table
 from flexquant_rl.agents.rows import read_rows
-from flexquant_rl.agents.run import load_run, start_run, train_run
+from flexquant_rl.agents.run import load_run, new_run, train_run
 from flexquant_rl.agents.training import TrainConfig
+from flexquant_rl.engine.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,23 @@ class TrainArguments:
 
 def train(arguments: TrainArguments) -> None:
     """Starts or continues a run and prints the table and the JSON line."""
-    if arguments.resume is not None:
-        if replace(arguments, resume=None) != TrainArguments(TrainConfig()):
-            from flexquant_rl.engine.errors import InputError
+    if arguments.resume is None:
+        with new_run(arguments.config, arguments.run) as run_dir:
+            _finish(arguments.config, run_dir)
+        return
+    given, default = ({"run": args.run, **vars(args.config)} for args in (arguments, TrainArguments(TrainConfig())))
+    others = [f"{name}={value}" for name, value in given.items() if value != default[name]]
+    if others:
+        raise InputError(f"--resume continues a run as it was started, but {others[0]} was given too; leave it out")
+    _finish(load_run(arguments.resume), arguments.resume)
 
-            raise InputError("--resume takes no other options: the run continues as it was started")
-        run_dir, config = arguments.resume, load_run(arguments.resume)
-    else:
-        config = arguments.config
-        run_dir = start_run(config, arguments.run)
+
+def _finish(config: TrainConfig, run_dir: Path) -> None:
+    """Runs what is left of a run."""
     try:
         result = train_run(config, run_dir)
     except KeyboardInterrupt:
-        print(f"interrupted; continue with: python train.py --resume {run_dir}", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(f"continue with: python train.py --resume {run_dir}") from None
     print(console_table(read_rows(run_dir / "eval.jsonl")))
     for finding in result["findings"]:
         print(f"- {finding}")

@@ -1,8 +1,9 @@
-"""Policies that learn nothing, behind the same protocol as the learned one, and the names by which commands know them."""
+"""Policies that learn nothing, behind the same protocol as the learned one, and the names that commands know."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ _LOW_WIDTH, _HIGH_WIDTH = 4, 8
 class RandomWidths:
     """Draws each unit's width anew at every token, from the two stored widths around a mean.
 
-    The control for "any mix works". Not a pure function of the signals, the only such policy: it owns a seeded generator.
+    The control for "any mix works". Not a pure function of the signals, the only such policy: it owns a seeded
+    generator.
 
     Args:
         profile: Gives the stored widths.
@@ -55,7 +57,8 @@ class RandomWidths:
 class EntropyThreshold:
     """FlexQuant's shape: the smoothed entropy of the output says how many units, least sensitive first, run low.
 
-    The paper's abstract fixes the signals and the granularity; the map from entropy to a number of units is ours: linear
+    The paper's abstract fixes the signals and the granularity; the map from entropy to a number of units is ours:
+    linear
     between two thresholds, with hysteresis, optionally one-way (low units never return).
 
     Attributes:
@@ -63,7 +66,7 @@ class EntropyThreshold:
         rank: `[U]` int64, 0 for the least sensitive unit.
         threshold_nats: At this entropy half of the units run low; above it fewer, below it more.
         spread_nats: From all low to none low over this range.
-        hysteresis_units: Changes of fewer units than this are not made.
+        hysteresis_units: Changes of so few units, or fewer, are not made.
         one_way: Units that have gone low stay low until the episode ends.
         low_width: Width of the low units.
         high_width: Width of the others.
@@ -109,9 +112,12 @@ class PolicyContext:
 
 def _number(name: str, argument: str, context: PolicyContext) -> float:
     try:
-        return float(argument)
-    except ValueError as error:
-        raise InputError(f"policy {name!r}: {argument!r} is not a number; write e.g. {name.split(':')[0]}:4.5") from error
+        number = float(argument)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"policy {name!r}: {argument!r} is not a number; write e.g. {name.split(':')[0]}:4")
+    return number
 
 
 def _fixed(name: str, argument: str, context: PolicyContext) -> BitWidthPolicy:
@@ -126,7 +132,7 @@ def _knapsack(name: str, argument: str, context: PolicyContext) -> BitWidthPolic
     mean = _number(name, argument, context)
     widths = context.profile.bit_widths
     if not widths[0] <= mean <= widths[-1]:
-        raise InputError(f"policy {name!r}: mean width {argument} is outside the stored widths {widths[0]} to {widths[-1]}")
+        raise InputError(f"policy {name!r}: mean width {argument} is outside the stored {widths[0]} to {widths[-1]}")
     return StaticAllocation(name, context.front.nearest(mean))
 
 
@@ -158,18 +164,26 @@ _FAMILIES: dict[str, Callable[[str, str, PolicyContext], BitWidthPolicy]] = {
 }
 
 
+def check_policy_name(name: str) -> None:
+    """Raises InputError if a name is neither `family:number` nor a directory; needs no model, so it can come first."""
+    family, separator, argument = name.partition(":")
+    if (separator and family in _FAMILIES) or Path(name).is_dir():
+        return
+    near = difflib.get_close_matches(family, _FAMILIES, n=1, cutoff=0.5)
+    known = ", ".join(f"{family}:NUMBER" for family in _FAMILIES)
+    hint = f"did you mean {near[0]}:{argument or '4'}?" if near else f"known: {known}"
+    raise InputError(f"unknown policy {name!r}; {hint} (or the directory of an exported policy)")
+
+
 def make_policy(name: str, context: PolicyContext) -> BitWidthPolicy:
     """Builds a policy from `family:number` or from the directory of an exported one.
 
     Raises:
-        InputError: If the name is unknown (with the nearest known one), the number makes no sense, or the directory holds
-            a policy of another model or schema.
+        InputError: If the name is unknown, the number makes no sense, or the directory holds a damaged policy or one of
+            another model or schema.
     """
+    check_policy_name(name)
     family, separator, argument = name.partition(":")
     if separator and family in _FAMILIES:
         return _FAMILIES[family](name, argument, context)
-    if Path(name).is_dir():
-        return load_policy(Path(name), model_fingerprint=context.model_fingerprint)
-    near = difflib.get_close_matches(family, _FAMILIES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}:{argument or '4.5'}?" if near else "known: " + ", ".join(f"{f}:NUMBER" for f in _FAMILIES)
-    raise InputError(f"unknown policy {name!r}; {hint} (or the directory of an exported policy)")
+    return load_policy(Path(name), model_fingerprint=context.model_fingerprint)

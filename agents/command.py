@@ -10,18 +10,35 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flexquant_rl.engine.errors import InputError
 
 DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+_NOT_A_PLACE = "choose another place to write to"
+# What the machine refuses although the program is right, and what to do about it.
+_ADVICE = {
+    errno.ENOSPC: "free some space and run the command again",
+    errno.EDQUOT: "free some space and run the command again",
+    errno.EACCES: "change its permissions or choose another place",
+    errno.EPERM: "change its permissions or choose another place",
+    errno.EROFS: _NOT_A_PLACE,
+    errno.ENOTDIR: _NOT_A_PLACE,
+    errno.EISDIR: _NOT_A_PLACE,
+    errno.EEXIST: _NOT_A_PLACE,
+    errno.ENAMETOOLONG: _NOT_A_PLACE,
+}
+
 
 def command(run: Callable[[], None]) -> int:
     """Runs a command's body and turns what it raises into an exit code and one line on stderr.
 
-    Bad input and a full disk give 2, an interruption 130; any other exception is a bug and keeps its traceback.
+    Bad input and a disk that cannot be written give 2, an interruption 130; any other exception is a bug and keeps its
+    traceback.
+
+    Args:
+        run: The body; may raise `KeyboardInterrupt` with a message that says how to continue.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -29,20 +46,23 @@ def command(run: Callable[[], None]) -> int:
     try:
         run()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
+        return _bad_input(str(error))
+    except KeyboardInterrupt as interruption:
+        print("; ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return INTERRUPTED
-    except (OSError, SafetensorError) as error:
-        if not _is_full_disk(error):
+    except OSError as error:
+        advice = _ADVICE.get(errno.ENOSPC if "No space left" in str(error) else error.errno or 0)
+        if advice is None:
             raise
-        print(f"error: the disk is full ({error}); free some space and run the command again", file=sys.stderr)
-        return BAD_INPUT
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _bad_input(f"{where}; {advice}")
     return DONE
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+def _bad_input(message: str) -> int:
+    # What other libraries say may have several lines.
+    print("error: " + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    return BAD_INPUT
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -121,8 +121,9 @@ def pareto_front(rows: Iterable[EvalRow]) -> list[EvalRow]:
 def interpolated_kl(rows: Iterable[EvalRow], speedup: float) -> float | None:
     """Output KL of a front at a modelled speedup, nats.
 
-    The logarithm of the KL is linear in the speedup between neighbouring points of the Pareto front. It is not made
-    convex: at the speed of a point the front has that point's KL, never one that nothing reached.
+    Between neighbouring points of the Pareto front the KL is linear in the time of a token: what one gets by running a share
+    of the sequences at one point and the rest at the other. So a sparse front (fixed widths) is not credited with points
+    that nothing reaches, as a line in log KL would do.
 
     Args:
         rows: All points of one front.
@@ -135,7 +136,7 @@ def interpolated_kl(rows: Iterable[EvalRow], speedup: float) -> float | None:
     speeds = _speeds(front)
     if not front or not speeds[0] <= speedup <= speeds[-1]:
         return None
-    return float(np.exp(np.interp(speedup, speeds, np.log([row.output_kl_nats for row in front]))))
+    return float(np.interp(-1 / speedup, -1 / speeds, [row.output_kl_nats for row in front]))
 
 
 def captured_headroom(static_kl: float | None, policy_kl: float | None, oracle_kl: float | None) -> float | None:
@@ -373,11 +374,11 @@ def _mean_and_interval(log_ratios: Array, generator: np.random.Generator) -> tup
 
 def _mean_log_kl(front: Sequence[EvalRow], speeds: Array, weights: Array) -> Array:
     """Log KL of a front, averaged over speeds `[G]`, for each weighting of the sequences `[B, n]` -> `[B]`."""
-    # Interpolation and mean are linear in the log KL of the points, so their shares are found once.
-    shares = np.stack([np.interp(speeds, _speeds(front), point) for point in np.eye(len(front))]).mean(-1)  # [P]
+    # Interpolation is linear in the KL of the points, so their shares at each speed are found once.
+    shares = np.stack([np.interp(-1 / speeds, -1 / _speeds(front), point) for point in np.eye(len(front))])  # [P, G]
     sequence_kl = np.array([row.sequence_kl_nats for row in front], dtype=np.float64)  # [P, n]
-    log_kl: Array = np.log(np.maximum(weights @ sequence_kl.T, _SMALLEST_KL_NATS))
-    return np.asarray(log_kl @ shares, dtype=np.float64)
+    log_kl: Array = np.log(np.maximum(weights @ sequence_kl.T @ shares, _SMALLEST_KL_NATS))
+    return np.asarray(log_kl.mean(-1), dtype=np.float64)
 
 
 def _paired_by_seed(a: Mapping[int | None, Array], b: Mapping[int | None, Array]) -> dict[int | None, Array]:

@@ -21,7 +21,7 @@ from flexquant_rl.engine.signals import SignalSchema
 RANDOM_MEANS = (3.5, 4.5, 5.5)
 ENTROPY_THRESHOLDS_NATS = (0.5, 1.5, 2.5, 3.5)
 _TIMED_TOKENS = 24
-_KNAPSACK_POINTS = 9
+_KNAPSACK_POINTS = 12
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def _time(prepared: Prepared, contestants: Sequence[Contestant], window: Tensor)
     return speedups
 
 
-def oracle_row(prepared: Prepared, windows: Tensor) -> EvalRow:
-    """The token oracle between the static allocations of about 4 and 5 bits, on windows `[S, window_tokens]`."""
+def oracle_row(prepared: Prepared, num_sequences: int, config: OracleConfig) -> EvalRow:
+    """The token oracle between the static allocations of about 4 and 5 bits, on the same test windows as everyone."""
+    windows = test_windows(prepared, num_sequences)
     trace = token_oracle(
         prepared.model,
         prepared.profile,
@@ -126,35 +127,28 @@ def oracle_row(prepared: Prepared, windows: Tensor) -> EvalRow:
         prepared.front.nearest(4.0),
         prepared.front.nearest(5.0),
         prepared.env,
-        OracleConfig(),
+        config,
         progress=lambda sequences: track(sequences, "oracle"),
     )
     return summarise(trace, policy="oracle:token", family="oracle", reference=prepared.profile.reference)
 
 
-def on_sequences(rows: Sequence[EvalRow], picks: Sequence[int]) -> list[EvalRow]:
-    """The rows with their mean KL over some of the test sequences only."""
-    return [
-        replace(row, output_kl_nats=sum(row.sequence_kl_nats[index] for index in picks) / len(picks)) for row in rows
-    ]
+def headroom(rows: Sequence[EvalRow]) -> float | None:
+    """Share of the way from static to oracle that the learned policies go at the oracle's speed.
 
-
-def headroom(rows: Sequence[EvalRow], oracle: EvalRow | None, picks: Sequence[int]) -> float | None:
-    """Share of the way from static to oracle that the learned policies go, at the oracle's speed and on its sequences.
-
-    The mean over training seeds; None where a front does not reach the oracle's speed.
+    The mean over training seeds; None without an oracle or where a front does not reach its speed.
     """
-    if oracle is None or oracle.speedup_modelled is None:
+    oracles = [row for row in rows if row.family == "oracle"]
+    if not oracles or oracles[0].speedup_modelled is None:
         return None
-    same_text = on_sequences(rows, picks)
-    speed = oracle.speedup_modelled
-    static = interpolated_kl([row for row in same_text if row.family == "knapsack"], speed)
-    seeds = sorted({row.seed for row in same_text if row.family == "ppo" and row.seed is not None})
+    speed = oracles[0].speedup_modelled
+    static = interpolated_kl([row for row in rows if row.family == "knapsack"], speed)
+    seeds = sorted({row.seed for row in rows if row.family == "ppo" and row.seed is not None})
     shares = [
         captured_headroom(
             static,
-            interpolated_kl([row for row in same_text if row.family == "ppo" and row.seed == seed], speed),
-            oracle.output_kl_nats,
+            interpolated_kl([row for row in rows if row.family == "ppo" and row.seed == seed], speed),
+            oracles[0].output_kl_nats,
         )
         for seed in seeds
     ]
@@ -169,5 +163,5 @@ def showcase(prepared: Prepared, policy: LearnedPolicy, kl_weight: float) -> tup
     trace = evaluator.run(policy, kl_weight)
     evaluator.close()
     first = prepared.env.prompt_tokens
-    tokens = [prepared.model.tokenizer.decode([token]) for token in windows[0, first:-1].tolist()]
+    tokens = [str(prepared.model.tokenizer.decode([token])) for token in windows[0, first:-1].tolist()]
     return trace, tokens

@@ -36,7 +36,8 @@ def check_parity(
     differing = int((ours != theirs).sum())
     if differing:
         raise RuntimeError(
-            f"{exported}: {differing} of {ours.numel()} widths differ from the trained policy's on recorded observations"
+            f"{exported}: {differing} of {ours.numel()} widths differ from the trained policy's on recorded "
+            f"observations"
         )
 
 

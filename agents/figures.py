@@ -109,9 +109,9 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
     drawable = drawable_rows(rows)
     hidden = sorted({row.policy for row in rows if row.speedup_modelled is not None} - {row.policy for row in drawable})
     if hidden:
-        caption = f"{caption} Not drawn, as the KL is 0: {', '.join(hidden)}."
+        caption = f"{caption.rstrip(' .')}. Not drawn, as the KL is 0: {', '.join(hidden)}."
     ratios = _ratios_to_static(drawable)
-    caption = f"{caption} Bars: 95% bootstrap intervals over test sequences{_PAIRED if ratios else '.'}".strip()
+    caption = f"{caption.rstrip(' .')}. Bars: 95% bootstrap intervals over test sequences{_PAIRED if ratios else '.'}"
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(8, 7.0 if ratios else 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         grid = figure.add_gridspec(2 if ratios else 1, 1, height_ratios=(3, 1.35) if ratios else None)
@@ -343,9 +343,14 @@ def _label_log_axis(axes: Axes, values: Sequence[float]) -> None:
     """Plain decimals at 1, 2 and 5, or at whole decades where there are many."""
     decades = math.log10(max(values) / min(values)) if values else 1.0
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,), numticks=30))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_decimal))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _decimal(value: float, _: object) -> str:
+    """`0.00005` rather than `5e-05`, down to where counting zeros is harder."""
+    return f"{value:.6f}".rstrip("0").rstrip(".") if value >= 0.99e-5 else f"{value:g}"
 
 
 def _draw_widths(axes: Axes, bar_axes: Axes, widths: NDArray[np.int64], stored: NDArray[np.int64]) -> None:
@@ -394,7 +399,7 @@ def _draw_token_kl(axes: Axes, kl: Array) -> None:
     axes.set_ylim(floor, top * 1.6)
     axes.set_ylabel("output KL\n(nats, log)", fontsize=9.5)
     axes.yaxis.set_major_locator(LogLocator(numticks=5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_decimal))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="y", labelsize=9)
     axes.grid(axis="y", linewidth=0.8)
@@ -409,7 +414,7 @@ def _runs(present: NDArray[np.bool_]) -> list[tuple[int, int]]:
 def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
     step = math.ceil(len(tokens) / _MAX_TOKEN_LABELS)
     shown = range(0, len(tokens), step)
-    size = 8.5 if len(shown) > 40 else 9.5
+    size = 9 if len(shown) > 40 else 9.5
     labels = [visible_token(tokens[index]) for index in shown]
     axes.set_xticks(list(shown), labels, rotation=90, fontsize=size, family=_TOKEN_FONT)
     axes.tick_params(axis="x", length=2.5, pad=2)

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from flexquant_rl.agents.static import StaticFront
 from flexquant_rl.engine.policy import PrecisionNet
+from flexquant_rl.engine.profile import Profile
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
-_NEIGHBOUR_PROBABILITY = 0.04
-"""Left on each adjacent width: PPO then explores one bit up and down, where the headroom is, and nowhere else."""
+_TEMPERATURE = 0.02
+"""Reward per token that makes a width e times less likely than the static one: PPO explores what is cheap."""
+_MARGIN = 0.3
+"""Other widths are at least this many temperatures behind: the clone's best-scored widths are the static ones."""
 
 
 def collect_signals(env: DecodeVecEnv, front: StaticFront, generator: torch.Generator) -> Tensor:
@@ -38,6 +41,7 @@ def clone(
     net: PrecisionNet,
     signals: Tensor,
     front: StaticFront,
+    profile: Profile,
     dials: tuple[float, float],
     *,
     num_steps: int = 600,
@@ -45,7 +49,7 @@ def clone(
     learning_rate: float = 4e-3,
     generator: torch.Generator,
 ) -> float:
-    """Fits a network to static allocations by cross-entropy; sets its normalisation first.
+    """Fits a network to static allocations, softened by what leaving them costs; sets its normalisation first.
 
     The rows of one rollout hold few settings of the dial, so every sample's dial is drawn afresh and its label follows.
 
@@ -53,6 +57,7 @@ def clone(
         net: Trained in place.
         signals: `[n, dim]` recorded signals.
         front: Gives the labels.
+        profile: Of the model.
         dials: Range of the dial.
         num_steps: Gradient steps.
         batch_size: Samples per step.
@@ -77,7 +82,7 @@ def clone(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / num_steps)
         picked, columns = batch(batch_size)
-        targets = _soft_targets(columns, len(widths))
+        targets = _targets(front, profile, 10 ** picked[:, dial_index], columns)
         loss = F.cross_entropy(net.logits(picked).flatten(0, 1), targets.flatten(0, 1))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -87,10 +92,7 @@ def clone(
         return float((net.logits(picked).argmax(-1) == columns).float().mean())
 
 
-def _soft_targets(columns: Tensor, num_widths: int) -> Tensor:
-    """`[n, U]` indices -> `[n, U, W]` probabilities, a little on each neighbour."""
-    hot = F.one_hot(columns, num_widths).float()
-    below = F.pad(hot[..., 1:], (0, 1))
-    above = F.pad(hot[..., :-1], (1, 0))
-    soft = hot + _NEIGHBOUR_PROBABILITY * (below + above)
-    return soft / soft.sum(-1, keepdim=True)
+def _targets(front: StaticFront, profile: Profile, kl_weight: Tensor, columns: Tensor) -> Tensor:
+    """Boltzmann policy over what leaving the static allocation in one unit costs, `[n, U, W]` probabilities."""
+    others = (front.marginal_rewards(profile, kl_weight) / _TEMPERATURE).clamp_max(-_MARGIN)
+    return others.scatter(-1, columns[..., None], 0.0).softmax(-1).float()

@@ -1,8 +1,10 @@
 """An upper bound that cannot be deployed: which tokens deserve the higher widths, judged with hindsight.
 
 The influence of a token is what its low widths do to the KL of the *whole* sequence, its own output and all later ones
-through keys and values. It is estimated by ridge regression over random choices of tokens (a myopic oracle, which looks at
-each token's own KL only, does worse than a static allocation). Then the best half of the tokens gets the high widths and
+through keys and values. It is estimated by ridge regression over random choices of tokens (a myopic oracle, which
+looks at
+each token's own KL only, does worse than a static allocation). Then the best half of the tokens gets the high widths
+and
 the sequence is really run.
 """
 
@@ -21,15 +23,15 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.profile import Profile, kl_nats, reference_width
 from flexquant_rl.fq_env.task import EnvConfig
 
-_RIDGE = 1.0
+_RIDGE = 16.0
 
 
 @dataclass(frozen=True)
 class OracleConfig:
     """How hard to look."""
 
-    num_masks: int = 192
-    """Random choices of tokens per sequence for the regression."""
+    num_masks: int = 96
+    """Random choices of tokens per sequence for the regression, in pairs of a choice and its complement."""
     share_high: float = 0.5
     """Share of tokens that get the high allocation."""
     seed: int = 0
@@ -136,14 +138,15 @@ class _MaskScorer:
 def _best_mask(scorer: _MaskScorer, config: OracleConfig, *, seed: int) -> Tensor:
     """The tokens whose high widths lower the sequence's KL most, `[T]` bool."""
     generator = torch.Generator().manual_seed(seed)
-    num_high = round(config.share_high * scorer.num_tokens)
-    order = torch.rand(config.num_masks, scorer.num_tokens, generator=generator).argsort(1)
-    masks = order < num_high
-    kl = scorer.sequence_kl(masks)
-    design = masks.double() - config.share_high
+    order = torch.rand(config.num_masks // 2, scorer.num_tokens, generator=generator).argsort(1)
+    masks = order < scorer.num_tokens // 2
+    # The difference of a choice and its complement has no share of what both have in common.
+    kl = scorer.sequence_kl(torch.cat([masks, ~masks])).view(2, -1)
+    design = 2 * masks.double() - 1
     influence = torch.linalg.solve(
-        design.T @ design + _RIDGE * torch.eye(scorer.num_tokens, dtype=torch.float64), design.T @ (kl - kl.mean())
+        design.T @ design + _RIDGE * torch.eye(scorer.num_tokens, dtype=torch.float64), design.T @ (kl[0] - kl[1])
     )
+    num_high = round(config.share_high * scorer.num_tokens)
     best = torch.zeros(scorer.num_tokens, dtype=torch.bool)
     best[influence.argsort()[:num_high]] = True  # most negative: high widths there save most
     return best

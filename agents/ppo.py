@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +32,17 @@ from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 class PPOConfig:
     """Hyper-parameters; saved with every run."""
 
-    num_envs: int = 64
+    num_envs: int = 128
     """Episodes in lockstep."""
     learning_rate: float = 1e-3
     """Falls linearly to zero."""
-    batch_size: int = 512
+    batch_size: int = 1024
     """Transitions per gradient step."""
     num_epochs: int = 4
     """Passes over each rollout."""
-    gamma: float = 0.9
+    gamma: float = 0.8
     """Discount per token: keys and values written at few bits cost later tokens, so it must not be small."""
-    gae_lambda: float = 0.9
+    gae_lambda: float = 0.7
     """Bias and variance of the advantage."""
     clip_range: float = 0.2
     """PPO's trust region."""
@@ -49,6 +50,19 @@ class PPOConfig:
     """Bonus for policy entropy."""
     value_coefficient: float = 0.5
     """Weight of the value loss."""
+
+    def validate(self) -> None:
+        """Raises InputError on values that PPO cannot learn with."""
+        # Advantages are normalised over a batch, which one transition does not allow.
+        bounds = {"num_envs": (1, math.inf), "batch_size": (2, math.inf), "num_epochs": (1, math.inf)}
+        bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
+        bounds |= {name: (0, math.inf) for name in ("entropy_coefficient", "value_coefficient")}
+        bounds |= {name: (1e-12, math.inf) for name in ("learning_rate", "clip_range")}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high or math.isinf(value):
+                limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
+                raise InputError(f"ppo.{name}={value:g} must be {limit}; change --ppo.{name.replace('_', '-')}")
 
 
 class UnitSharedPolicy(ActorCriticPolicy):
@@ -128,7 +142,7 @@ def precision_net(ppo: PPO) -> PrecisionNet:
 
 
 class TrainingCallback(BaseCallback):
-    """Before each rollout: validate, keep the best network, save a checkpoint. During it: collect TensorBoard's numbers.
+    """Before each rollout: validate, keep the best network, save a checkpoint. During it: collect numbers to log.
 
     Args:
         checkpoint: Where to save.
@@ -168,8 +182,6 @@ class TrainingCallback(BaseCallback):
         if self._resumed:  # everything below was done before the interruption
             self._resumed = False
             return
-        if self._updates:
-            self._log_update()
         if self._updates % self._validate_every == 0:
             self.consider(precision_net(self.ppo))
         self._save()
@@ -214,6 +226,7 @@ class TrainingCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._updates += 1
+        self._log_update()
 
     def _add(self, tag: str, value: float) -> None:
         self._sums[tag] = self._sums.get(tag, 0.0) + value
@@ -238,10 +251,13 @@ class TrainingCallback(BaseCallback):
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_state.items()}
         for key, state in ppo.policy.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{key}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        numpy_state = np.random.get_state(legacy=False)
+        # The global generator: SB3 shuffles its minibatches with it.
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
         assert isinstance(numpy_state, dict)
         inner = numpy_state["state"]
         tensors["rng.torch"] = torch.get_rng_state()
+        if ppo.device.type == "cuda":  # where actions are sampled
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(ppo.device)
         tensors["rng.numpy"] = torch.from_numpy(inner["key"].astype(np.int64))
         facts = {
             "num_timesteps": ppo.num_timesteps,
@@ -264,30 +280,34 @@ class TrainingCallback(BaseCallback):
             with safe_open(self._checkpoint, "pt") as file:
                 facts = json.loads(file.metadata()["facts"])
             tensors = load_file(self._checkpoint)
-            ppo.policy.load_state_dict(_under(tensors, "policy."))
+            self._restore(ppo, facts, tensors)
+            episodes = facts["env"]
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._checkpoint}: damaged checkpoint ({error}); delete it to train again") from error
+        ppo._last_obs = env.restart(episodes)  # type: ignore[assignment]
+        ppo._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        self._resumed = True
+
+    def _restore(self, ppo: PPO, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        ppo.policy.load_state_dict(_under(tensors, "policy."))
         optimizer_state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under(tensors, "optimizer.").items():
             key, field = name.split(".", 1)
             optimizer_state.setdefault(int(key), {})[field] = tensor
         optimizer = ppo.policy.optimizer
-        optimizer.load_state_dict(
-            {"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+        optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
         ppo.num_timesteps = facts["num_timesteps"]
         ppo._n_updates = facts["n_updates"]
-        ppo._last_obs = env.restart(facts["env"])  # type: ignore[assignment]
-        ppo._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._updates = facts["updates"]
         self.best_score, self.first_score = facts["best_score"], facts["first_score"]
         self.best_state = _under(tensors, "best.")
-        self._resumed = True
-        numpy_state = np.random.get_state(legacy=False)
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
         assert isinstance(numpy_state, dict)
         numpy_state["state"] = {"key": tensors["rng.numpy"].numpy().astype(np.uint32), "pos": facts["numpy_pos"]}
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(tensors["rng.torch"])
+        if ppo.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], ppo.device)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -295,10 +315,18 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def learn(ppo: PPO, callback: TrainingCallback, total_env_steps: int, log_dir: Path) -> None:
-    """Trains up to a total number of env steps, counting those before a resume, and considers the final network."""
+    """Trains up to a total number of env steps, counting those before a resume, and considers the final network.
+
+    The total is rounded up to whole rollouts: beyond its own end SB3's learning rate is negative.
+    """
     ppo.set_logger(Logger(str(log_dir), [TensorBoardOutputFormat(str(log_dir))]))
-    remaining = total_env_steps - ppo.num_timesteps
-    if remaining > 0:
-        ppo.learn(remaining, callback=callback, reset_num_timesteps=False)
+    per_rollout = ppo.n_steps * ppo.n_envs
+    total = math.ceil(total_env_steps / per_rollout) * per_rollout
+    schedule = ppo.learning_rate
+    assert callable(schedule)
+    # SB3 takes the progress after a rollout for the update from it, so the last one would be made at rate 0.
+    ppo.lr_schedule = lambda remaining: schedule(remaining + per_rollout / total)
+    if ppo.num_timesteps < total:
+        ppo.learn(total - ppo.num_timesteps, callback=callback, reset_num_timesteps=False)
     callback.consider(precision_net(ppo))
     ppo.logger.dump(ppo.num_timesteps)

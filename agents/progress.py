@@ -1,10 +1,10 @@
-"""Progress on a terminal as a bar, elsewhere as plain lines; always on stderr, so that stdout keeps its last JSON line."""
+"""Progress on a terminal as a bar, elsewhere as plain lines; on stderr, so that stdout keeps its last JSON line."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -29,7 +29,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
     if sys.stderr.isatty():
         yield from tqdm(items, desc=label, total=total, leave=False, dynamic_ncols=True)
         return
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     began = last = time.monotonic()
     for done, item in enumerate(items):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,9 +21,9 @@ from flexquant_rl.agents.contest import (
     learned,
     oracle_row,
     showcase,
-    test_windows,
 )
 from flexquant_rl.agents.figures import plot_bits, plot_pareto
+from flexquant_rl.agents.oracle import OracleConfig
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.report import write_report
 from flexquant_rl.agents.rows import EvalRow, public_dict, write_rows
@@ -31,22 +32,40 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_json
 
 RUN_VERSION = 1
+CONFIG_FILE = "config.json"
 
 
-def start_run(config: TrainConfig, run_dir: Path | None) -> Path:
-    """Makes the directory of a new run and writes its configuration.
+@contextmanager
+def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
+    """Makes the directory of a new run, writes its configuration and yields it.
+
+    Where the block fails on what it was given, or on the disk, before any phase left a result, all of it is taken away
+    again: the corrected command may use the same name. After an interruption it stays, to be resumed.
+
+    Args:
+        config: Of the run.
+        run_dir: The directory; default: `runs/<model>-<time>`.
 
     Raises:
         InputError: If the directory exists already.
     """
     name = Path(config.model).name if config.model else "tiny-code-llama"
     run_dir = run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (run_dir / "config.json").exists():
+    if (run_dir / CONFIG_FILE).exists():
         raise InputError(f"{run_dir} holds a run already; continue it with --resume {run_dir}, or choose another --run")
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(f"{run_dir} exists and is not a run; choose another --run directory")
-    write_json(run_dir / "config.json", {"version": RUN_VERSION, "config": asdict(config)})
-    return run_dir
+    created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        write_json(run_dir / CONFIG_FILE, {"version": RUN_VERSION, "config": asdict(config)})
+        yield run_dir
+    except (InputError, OSError):
+        if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {CONFIG_FILE}:
+            (run_dir / CONFIG_FILE).unlink(missing_ok=True)
+            for folder in created:
+                with suppress(OSError):  # another run may have come to use a parent
+                    folder.rmdir()
+        raise
 
 
 def load_run(run_dir: Path) -> TrainConfig:
@@ -55,7 +74,7 @@ def load_run(run_dir: Path) -> TrainConfig:
     Raises:
         InputError: If the directory is not a run of this version.
     """
-    path = run_dir / "config.json"
+    path = run_dir / CONFIG_FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["version"] != RUN_VERSION:
@@ -64,7 +83,9 @@ def load_run(run_dir: Path) -> TrainConfig:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{run_dir} is not a run (no readable config.json: {error}); pass a directory of train.py") from error
+        raise InputError(
+            f"{run_dir} is not a run (no readable config.json: {error}); pass a directory of train.py"
+        ) from error
     return config
 
 
@@ -103,13 +124,9 @@ def train_run(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
     rows = compete(
         prepared, [*heuristics(prepared), *learned(prepared, results, config.num_dials, best)], config.test_sequences
     )
-    share = None
-    if config.oracle_sequences:
-        windows = test_windows(prepared, config.test_sequences)
-        picks = torch.linspace(0, len(windows) - 1, min(config.oracle_sequences, len(windows))).round().long()
-        oracle = oracle_row(prepared, windows[picks])
-        share = headroom(rows, oracle, picks.tolist())
-        rows.append(oracle)
+    if config.oracle_masks:
+        rows.append(oracle_row(prepared, config.test_sequences, OracleConfig(num_masks=config.oracle_masks)))
+    share = headroom(rows)
     sentences = _publish(config, prepared, results, best, rows, share, run_dir)
     rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
     return {
@@ -132,17 +149,23 @@ def check_config(config: TrainConfig) -> None:
     for name in ("seeds", "env_steps", "validation_sequences", "test_sequences", "num_dials"):
         value = getattr(config, name)
         if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-    if config.oracle_sequences < 0:
-        raise InputError(f"oracle_sequences={config.oracle_sequences} must not be negative; 0 leaves the oracle out")
+            raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
+    if not 0 <= config.seed <= 2**32 - config.seeds:
+        raise InputError(f"seed={config.seed} is not one that NumPy takes; use 0 to {2**32 - config.seeds}")
+    if config.oracle_masks < 0:
+        raise InputError(f"oracle_masks={config.oracle_masks} must not be negative; 0 leaves the oracle out")
     if config.env.source != "replay" or config.env.action != "bit_widths":
-        raise InputError("train.py needs env.source=replay and env.action=bit_widths; other forms are for your own agents")
+        raise InputError(
+            f"env.source={config.env.source} with env.action={config.env.action} is for agents of your own; "
+            "train.py needs env.source=replay and env.action=bit_widths"
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda, but torch sees no CUDA device; use --device cpu")
     if config.device not in ("cpu", "cuda"):
         raise InputError(f"device={config.device!r} is unknown; use cpu or cuda")
     config.quantization.validate()
     config.env.validate()
+    config.ppo.validate()
 
 
 def _publish(
@@ -164,7 +187,7 @@ def _publish(
         f"validation reward per token over the static allocation: {cloned} cloned, {trained} after PPO, by seed"
     )
     if share is not None:
-        sentences.append(f"captured headroom at the oracle's speed: {share:.0%} of the way from static to the token oracle")
+        sentences.append(f"captured headroom at the oracle's speed: {share:.0%} of the way from static to oracle")
     name = Path(config.model).name if config.model else "tiny-code-llama (embedded)"
     threads = torch.get_num_threads()
     conditions = (
@@ -175,7 +198,7 @@ def _publish(
     plot_pareto(
         rows,
         run_dir / "pareto.png",
-        title="Output KL against speed, learned and heuristic precision policies",
+        title="Output KL against speed",
         caption=conditions,
         source=prepared.profile.cost.source,
     )

@@ -9,11 +9,13 @@ anywhere and resumed ends with the same weights as one that was not.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.cost import roofline_cost
 from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.embedded import embedded_model_path
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import PROFILE_FILE, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
@@ -59,10 +62,10 @@ class TrainConfig:
     """cpu or cuda."""
     validation_sequences: int = 64
     """Sequences on which the best checkpoint is chosen."""
-    test_sequences: int = 64
+    test_sequences: int = 48
     """Sequences of the final table."""
-    oracle_sequences: int = 8
-    """Sequences of the oracle; 0 leaves it out."""
+    oracle_masks: int = 96
+    """Random choices of tokens per sequence from which the oracle learns their influence; 0 leaves it out."""
     num_dials: int = 6
     """Settings of the dial in the final table."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -125,6 +128,11 @@ def prepare(config: TrainConfig, run_dir: Path | None, profile: Profile | None =
         progress=lambda items: track(items, "quantising"),
     ).to(config.device)
     config.env.validate()
+    if len(model.bit_widths) < 2:
+        raise InputError(
+            f"the model stores only width {model.bit_widths[0]}, which leaves nothing to choose; nest it with two or "
+            "more, e.g. --quantization.bit-widths 4 8"
+        )
     windows = load_windows(model.tokenizer, config.env.window_tokens, [Path(text) for text in config.text])
     # Fails here, before any work, if an episode does not fit the context.
     DecodeSession(model, max_length=config.env.window_tokens - 1).close()
@@ -133,8 +141,9 @@ def prepare(config: TrainConfig, run_dir: Path | None, profile: Profile | None =
     profile.cost.check(model)
     front_path = run_dir / "static_front.safetensors" if run_dir else None
     front = _front(model, windows, profile, config.env.prompt_tokens, front_path)
-    low, high = front.dial_range()
-    env = config.env if config.env.kl_weight is not None else replace(config.env, kl_weight_min=low, kl_weight_max=high)
+    fixed = config.env.kl_weight
+    low, high = (fixed, fixed) if fixed is not None else front.dial_range()
+    env = replace(config.env, kl_weight_min=low, kl_weight_max=high)
     return Prepared(model, windows, profile, front, env)
 
 
@@ -157,7 +166,10 @@ def _front(
     model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, path: Path | None
 ) -> StaticFront:
     if path is not None and path.exists():
-        return StaticFront(**load_file(path))
+        try:
+            return StaticFront(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error}); delete it to have it computed again") from error
     say("solving the static allocation and measuring its output KL")
     session = DecodeSession(model)
     front = static_front(profile, model.unit_weights).measured_on(
@@ -249,7 +261,8 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
         generator = torch.Generator().manual_seed(seed)
         signals = collect_signals(env, prepared.front, generator)
         dials = (prepared.env.kl_weight_min, prepared.env.kl_weight_max)
-        agreement = clone(precision_net(ppo), signals, prepared.front, dials, generator=generator)
+        net = precision_net(ppo)
+        agreement = clone(net, signals, prepared.front, prepared.profile, dials, generator=generator)
         say(f"PPO seed {seed}: cloned the static allocation, {agreement:.1%} of widths agree")
     began, steps_before = time.monotonic(), ppo.num_timesteps
     learn(ppo, callback, config.env_steps, directory / "tensorboard")
@@ -257,15 +270,20 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     bar.close()
     env.close()
     precision_net(ppo).load_state_dict(callback.best_state)
-    net = PrecisionNet(env.batch.schema)
-    net.load_state_dict({name: tensor.cpu() for name, tensor in callback.best_state.items()})
-    policy = LearnedPolicy(net, _trained_card(config, prepared, callback, rate), f"ppo seed {seed}")
-    policy.save(policy_dir, prepared.profile)
+    exported = PrecisionNet(env.batch.schema)
+    exported.load_state_dict({name: tensor.cpu() for name, tensor in callback.best_state.items()})
+    policy = LearnedPolicy(exported, _trained_card(config, prepared, callback, rate), f"ppo seed {seed}")
+    # A resume takes `policy` for finished, so it gets its name only when it has been checked.
+    unchecked = directory / "policy.unchecked"
+    shutil.rmtree(unchecked, ignore_errors=True)
+    policy.save(unchecked, prepared.profile)
     recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, env.batch.schema.dim)
     check_parity(
-        policy_dir, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0]
+        unchecked, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0]
     )
-    say(f"PPO seed {seed}: validation reward over static {callback.first_score:+.4f} cloned, {callback.best_score:+.4f} best")
+    unchecked.rename(policy_dir)
+    scores = f"{callback.first_score:+.4f} cloned, {callback.best_score:+.4f} best"
+    say(f"PPO seed {seed}: validation reward over static {scores}")
     return SeedResult(seed, policy, callback.first_score, callback.best_score, rate)
 
 

@@ -1,10 +1,12 @@
-"""Trains `assets/tiny-code-llama` from scratch: a small Llama that reads Python. CPU only, resumable, a few hours on two cores.
+"""Trains `assets/tiny-code-llama` from scratch: a small Llama that reads Python. Resumable; hours on two cores.
 
     python assets/train_tiny_code_llama.py --work DIR --out assets/tiny-code-llama
 
 The text is the standard library without the modules that `fq_env/stdlib_text.py` holds out, and permissively licensed
-packages installed beside it. Weights are trained in bfloat16 with float32 master copies; hidden matrices by Muon, embeddings
-and norms by AdamW; the learning rate is flat, then falls linearly to zero. Batches depend on the step number alone, so an
+packages installed beside it. Weights are trained in bfloat16 with float32 master copies; hidden matrices by Muon,
+embeddings
+and norms by AdamW; the learning rate is flat, then falls linearly to zero. Batches depend on the step number alone, so
+an
 interrupted run that is started again continues as if nothing had happened.
 """
 
@@ -36,17 +38,17 @@ VOCAB_SIZE = 4096
 CONTEXT = 512
 # Permissive licences only (BSD, MIT, Apache-2.0, PSF, HPND); MPL packages (hypothesis, certifi, tqdm) are left out.
 PACKAGES = (
-    "torch transformers sympy numpy matplotlib networkx pip pygments fontTools mypy huggingface_hub setuptools tensorboard "
-    "pydantic mpmath triton _pytest gymnasium rich PIL torchgen fsspec tyro werkzeug stable_baselines3 grpc filelock anyio "
+    "torch transformers sympy numpy matplotlib networkx pip pygments fontTools mypy huggingface_hub setuptools "
+    "tensorboard "
+    "pydantic mpmath triton _pytest gymnasium rich PIL torchgen fsspec tyro werkzeug stable_baselines3 grpc "
+    "filelock anyio "
     "jinja2 packaging absl click typer virtualenv"
 ).split()
 MAX_PACKAGE_CHARS = 3_000_000  # so that no package drowns the others
 MAX_FILE_CHARS = 150_000  # larger ones are tables
 STDLIB_REPEATS = 3  # the evaluation text is standard library, so it is read three times
 # cl100k-like: keeps indentation together and lets a word take the one space before it.
-SPLIT_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,12 @@ def batch(tokens: np.ndarray, step: int, recipe: Recipe) -> torch.Tensor:
 
 
 def num_steps(recipe: Recipe) -> int:
+    """Optimizer steps of the whole recipe."""
     return recipe.total_tokens // recipe.tokens_per_step
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Share of the base learning rate: warm-up, flat, then linearly to zero."""
     left = (num_steps(recipe) - step) / (recipe.decay_share * num_steps(recipe))
     return min(1.0, (step + 1) / recipe.warmup_steps, left)
 
@@ -222,6 +226,7 @@ class MixedPrecisionTrainer:
         return torch.nn.functional.cross_entropy(logits, targets.flatten())
 
     def step(self, rows: torch.Tensor, factor: float) -> float:
+        """One update on `rows` `[batch, window + 1]`; returns the loss in nats."""
         loss = self._loss(rows[:, :-1], rows[:, 1:])
         loss.backward()
         parameters = dict(self.model.named_parameters())
@@ -251,6 +256,7 @@ class MixedPrecisionTrainer:
         os.replace(path.with_suffix(".tmp"), path)
 
     def load(self, path: Path) -> None:
+        """Restores what `save` wrote."""
         tensors = load_file(path)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -291,6 +297,7 @@ def export(trainer: MixedPrecisionTrainer, tokenizer: Tokenizer, out: Path, fact
 
 
 def main() -> None:
+    """Builds the corpus, trains, measures and writes the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for corpus and checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
@@ -316,7 +323,8 @@ def main() -> None:
         losses.append(trainer.step(batch(tokens, step, recipe), learning_rate_factor(step, recipe)))
         if (step + 1) % 10 == 0:
             rate = (step + 1 - start) * recipe.tokens_per_step / (time.monotonic() - began)
-            print(f"step {step + 1}/{num_steps(recipe)} loss {np.mean(losses[-10:]):.4f} {rate:.0f} tokens/s", flush=True)
+            loss = np.mean(losses[-10:])
+            print(f"step {step + 1}/{num_steps(recipe)} loss {loss:.4f} {rate:.0f} tokens/s", flush=True)
         if (step + 1) % 50 == 0:
             trainer.save(checkpoint, step + 1)
         if (step + 1) % 200 == 0:

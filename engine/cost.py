@@ -1,6 +1,7 @@
 """Latency of a decode step as a function of the bit-widths: fixed + the sum over units of a table entry.
 
-Two sources that are never mixed in one column: `roofline` counts the bytes that a step must read, `measured` times whole
+Two sources that are never mixed in one column: `roofline` counts the bytes that a step must read, `measured` times
+whole
 steps on this device. A table belongs to one model, device and thread count and refuses any other.
 """
 
@@ -117,7 +118,8 @@ class CostTable:
 def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BANDWIDTH_GB_S) -> CostTable:
     """Models a step that reads every weight byte once at a given bandwidth and does nothing else.
 
-    `fixed_ms` is what is read whatever the widths: norms, biases and, where the head is not a unit, the head. Python and
+    `fixed_ms` is what is read whatever the widths: norms, biases and, where the head is not a unit, the head. Python
+    and
     launch overhead, attention and arithmetic are not in it; `measured` is the source that knows them.
     """
     per_ms = bandwidth_gb_s * 1e6
@@ -148,7 +150,8 @@ def measured_cost(
     Args:
         model: The model that `time_step` runs.
         time_step: Runs one step at `[U]` widths and returns its milliseconds.
-        num_steps: Whole steps to time, in random order so that drift of the machine hits all widths alike; raised to four
+        num_steps: Whole steps to time, in random order so that drift of the machine hits all widths alike; raised to
+        four
             per table entry where there are many.
         seed: Of the widths.
     """
@@ -182,7 +185,8 @@ def _fit(choices: Tensor, times: Tensor, num_widths: int) -> tuple[float, Tensor
         residual = times - design @ solution
         kept = residual <= residual.quantile(0.9)
     saved = solution[1:].view(choices.shape[1], num_widths - 1)
-    # Only sums over units are identified: keep the whole intercept in `fixed_ms` and make entries relative to the widest.
+    # Only sums over units are identified: keep the whole intercept in `fixed_ms` and make entries relative to the
+    # widest.
     return float(solution[0]), torch.cat([saved, torch.zeros(len(saved), 1, dtype=torch.float64)], dim=1)
 
 

@@ -90,7 +90,9 @@ class Decoder(Protocol):
     def lengths(self) -> Tensor:
         """`[R]` int64 tokens held per row."""
 
-    def prefill(self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None) -> StepOutput:
+    def prefill(
+        self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
+    ) -> StepOutput:
         """Restarts rows with prompts."""
 
     def step(self, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
@@ -172,7 +174,8 @@ class DecodeSession:
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Teacher-forced logits of whole sequences in one parallel pass; the session's own rows are untouched.
 
-        Every token writes its keys and values at its own widths, so this equals decoding step by step with widths that are
+        Every token writes its keys and values at its own widths, so this equals decoding step by step with widths that
+        are
         known in advance, up to float rounding.
 
         Args:
@@ -229,14 +232,13 @@ class DecodeSession:
         held = 0 if restart else int(cache.lengths.max())
         if held + length > self._max_length:
             raise InputError(
-                f"{held + length} tokens do not fit into a row of {self._max_length}; shorten the prompt or the continuation"
+                f"{held + length} tokens do not fit into a row of {self._max_length}; shorten the prompt or the "
+                f"continuation"
             )
         widths = self._expand(bit_widths, num_rows, length)
         device = self._model.device
         positions, mask = cache.begin(length, None if rows is None else rows.to(device), restart=restart)
-        result = self._model.forward(
-            token_ids.to(device), widths, keep=1, cache=cache, positions=positions, mask=mask
-        )
+        result = self._model.forward(token_ids.to(device), widths, keep=1, cache=cache, positions=positions, mask=mask)
         cache.commit()
         assert result.residual_update is not None and result.crest is not None
         return StepOutput(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +33,12 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_new_directory(path: Path) -> None:
+    """Raises InputError if `path` exists and is not an empty directory. Worth doing before the work that fills it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not empty; choose another output directory or remove it")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary directory that becomes `path` when the block succeeds.
@@ -38,13 +46,18 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         InputError: If `path` exists and is not an empty directory.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not empty; choose another output directory or remove it")
+    check_new_directory(path)
     with replacing(path) as temporary:
         if temporary.is_dir():  # left by a killed process that had the same id
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
         yield temporary
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -58,5 +71,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(f"{path}: {error}") from error
         temporary.chmod(mode)  # safetensors makes a file that only its owner may read, whatever the umask

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -15,6 +17,9 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import BitWidthPolicy
 from flexquant_rl.engine.profile import Profile
 from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths
+
+_CONTEXT_TOKENS = 8
+"""Tokens that are decoded again with each new one."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,36 @@ class GeneratedToken:
     token_id: int
     bit_widths: Tensor
     latency_ms: float
+
+
+class StreamedText:
+    """The text of tokens as they come.
+
+    Decoding tokens one by one loses the space before a word in many vocabularies, and characters that are spread over
+    tokens; so each is decoded together with those before it, and text appears once it is whole.
+
+    Args:
+        tokenizer: Of the model.
+        prompt_ids: What the tokens continue.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._shown = len(self._ids)
+
+    def add(self, token_id: int) -> str:
+        """What the token adds to the text: nothing if it is a special one or leaves a character incomplete."""
+        self._ids.append(token_id)
+        before, text = self._decode(self._ids[: self._shown]), self._decode(self._ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._ids = self._ids[max(0, self._shown - _CONTEXT_TOKENS) :]
+        self._shown = len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def generate(
@@ -56,10 +91,15 @@ def generate(
         seed: Of the sampling.
 
     Raises:
-        InputError: If the prompt is empty or does not fit the context with its continuation.
+        InputError: If the prompt is empty or does not fit the context with its continuation, or a number is out of
+            its domain.
     """
     if not len(prompt_ids):
         raise InputError("the prompt is empty; give at least one token of text")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1; ask for a token or more")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
     session = DecodeSession(model, max_length=len(prompt_ids) + max_new_tokens)
     schema = SignalSchema(model.num_units, model.bit_widths)
     tracker = SignalTracker(schema, profile, model.embedding_matrix(), unit_depths(model), num_rows=1)

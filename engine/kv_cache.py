@@ -29,7 +29,7 @@ class RowCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, `[num_rows, heads, max_length, head_dim]`, allocated at the first write."""
 
     def __init__(self, owner: RowCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -122,7 +122,8 @@ class RowCache(Cache):
         twin = RowCache(len(self.layers), self.num_rows, self.max_length, self.lengths.device)
         twin.lengths.copy_(self.lengths)
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
-            if mine.is_initialized:
+            assert isinstance(mine, RowCacheLayer) and isinstance(theirs, RowCacheLayer)
+            if mine.keys is not None and mine.values is not None:
                 theirs.keys, theirs.values = mine.keys.clone(), mine.values.clone()
                 theirs.is_initialized = True
         return twin

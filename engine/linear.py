@@ -1,7 +1,8 @@
 """Linear layers over nested weights, and the call-scoped argument that tells them which bits to read.
 
 Hugging Face modules do not pass extra arguments down to their linears, so the bit-widths of a call travel in a
-`ContextVar` holding a `WidthPlan`. It is set for the duration of one forward pass and reset by `with`, whatever happens in
+`ContextVar` holding a `WidthPlan`. It is set for the duration of one forward pass and reset by `with`, whatever
+happens in
 between: no module ever *has* a bit-width, and an exception cannot leave a model at the wrong one.
 """
 
@@ -133,6 +134,8 @@ class NestedLinear(nn.Module):
     planes: Tensor
     scale: Tensor
     offset: Tensor
+    bias: Tensor | None
+    reference_weight: Tensor | None
 
     def __init__(
         self,
@@ -169,8 +172,7 @@ class NestedLinear(nn.Module):
                 "the unquantised weights were asked for (width 0), but this model holds nested weights only; "
                 "compare against its largest width, or load the original model"
             )
-        reference: Tensor = self.reference_weight
-        return reference
+        return self.reference_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies; `x`: `[..., K]` -> `[..., N]`, tokens in the order of the active plan.

@@ -48,7 +48,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """One pass. logits: `[R, kept, vocab]` float32; residual_update, crest: `[R, L]` float32 or None if not collected."""
+    """One pass. logits: `[R, kept, vocab]` float32; residual_update, crest: `[R, L]` float32, None if not collected."""
 
     logits: Tensor
     residual_update: Tensor | None
@@ -340,13 +340,15 @@ def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     _check_causal(path)
     try:
-        hf_model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and safetensors raise a dozen types for a bad directory
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: cannot be loaded as a causal LM ({reason}); check the directory or name") from error
+    hf_model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if info["missing_keys"] or info.get("mismatched_keys"):
         missing = sorted(str(key) for key in [*info["missing_keys"], *info.get("mismatched_keys", [])])
         raise InputError(
@@ -386,4 +388,3 @@ def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_
         for tensor in (linear.planes, linear.scale, linear.offset):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-

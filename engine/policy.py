@@ -1,4 +1,4 @@
-"""What the engine needs of a policy, and the learned policy as it is deployed: torch and a few kilobytes, nothing else."""
+"""What the engine needs of a policy, and the learned policy as it is deployed: torch and a few kilobytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import new_directory, write_json, write_tensors
+from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
 from flexquant_rl.engine.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 
 if TYPE_CHECKING:  # loading a policy needs torch alone
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # loading a policy needs torch alone
 
 POLICY_VERSION = 1
 PROFILE_FILE = "profile.json"
+WEIGHTS_FILE = "policy.safetensors"
 _HIDDEN = 64
 
 
@@ -59,7 +60,8 @@ class StaticAllocation:
 class PrecisionNet(nn.Module):
     """The precision requirement model: one small network applied to every unit, so that it fits any depth.
 
-    Each unit's own signals and an encoding of the global ones go through the same two hidden layers to one logit per width.
+    Each unit's own signals and an encoding of the global ones go through the same two hidden layers to one logit per
+    width.
     The value head sees the pooled units.
 
     Args:
@@ -80,7 +82,10 @@ class PrecisionNet(nn.Module):
         )
         self.width_head = nn.Linear(_HIDDEN, len(schema.bit_widths))
         self.encode_value = nn.Sequential(
-            nn.Linear(schema.num_per_unit + schema.num_global, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, _HIDDEN), nn.Tanh()
+            nn.Linear(schema.num_per_unit + schema.num_global, _HIDDEN),
+            nn.Tanh(),
+            nn.Linear(_HIDDEN, _HIDDEN),
+            nn.Tanh(),
         )
         self.value_head = nn.Linear(_HIDDEN, 1)
         nn.init.orthogonal_(self.width_head.weight, gain=0.01)
@@ -187,7 +192,7 @@ class LearnedPolicy:
         """
         with new_directory(out) as directory:
             profile.save(directory / PROFILE_FILE)
-            write_tensors(directory / "policy.safetensors", dict(self.net.state_dict()))
+            write_tensors(directory / WEIGHTS_FILE, dict(self.net.state_dict()))
             write_json(
                 directory / "policy.json",
                 {
@@ -197,6 +202,7 @@ class LearnedPolicy:
                     "unit_names": list(self.card.unit_names),
                     "dial": [vars(point) for point in self.card.dial],
                     "config": self.card.config,
+                    "weights_sha256": file_sha256(directory / "policy.safetensors"),
                 },
             )
 
@@ -212,10 +218,11 @@ def load_policy(directory: Path, *, model_fingerprint: str | None = None, name: 
     Raises:
         InputError: If files are missing, damaged, of another schema or of another model.
     """
-    card_path, weights_path = directory / "policy.json", directory / "policy.safetensors"
+    card_path, weights_path = directory / "policy.json", directory / WEIGHTS_FILE
     try:
         data = json.loads(card_path.read_text(encoding="utf-8"))
         weights = load_file(weights_path)
+        found_sha256 = file_sha256(weights_path)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{directory}: no readable policy ({error}); export it again with `fq export`") from error
     if not isinstance(data, dict) or not isinstance(data.get("schema"), dict):
@@ -234,6 +241,7 @@ def load_policy(directory: Path, *, model_fingerprint: str | None = None, name: 
             dial=tuple(DialPoint(**point) for point in data["dial"]),
             config=data["config"],
         )
+        weights_sha256 = data["weights_sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{card_path}: not a whole policy ({error!r}); export it again with `fq export`") from error
     if model_fingerprint is not None and card.model_fingerprint != model_fingerprint:
@@ -245,5 +253,10 @@ def load_policy(directory: Path, *, model_fingerprint: str | None = None, name: 
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{weights_path}: tensors do not fit the schema in policy.json; export the policy again") from error
+        raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; export the policy again") from error
+    if found_sha256 != weights_sha256:
+        raise InputError(
+            f"{weights_path}: sha256 {found_sha256[:12]}, but policy.json says {str(weights_sha256)[:12]}; "
+            "the file was edited or damaged: copy the policy or export it again"
+        )
     return LearnedPolicy(net, card, name or directory.name)

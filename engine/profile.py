@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.cost import CostTable
-from flexquant_rl.engine.decode import DecodeSession, DecoderModel
+from flexquant_rl.engine.decode import DecoderModel, DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_json
 from flexquant_rl.engine.linear import REFERENCE_WIDTH

@@ -1,7 +1,9 @@
 """What a policy sees: the one place where features are computed, for training and serving alike.
 
-All signals are known *before* the step whose widths they decide. They are scaled by fixed functions to be of order one and
-clipped to ±`SIGNAL_LIMIT`, so that a policy carries no running normaliser that could drift between training and serving.
+All signals are known *before* the step whose widths they decide. They are scaled by fixed functions to be of order one
+and
+clipped to ±`SIGNAL_LIMIT`, so that a policy carries no running normaliser that could drift between training and
+serving.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _KL_FLOOR_NATS = 1e-6
 _LOG_PROBABILITY_FLOOR = -110.0  # below it float32 probabilities are 0: a finite stand-in keeps 0 * -inf out of sums
 _PROJECTION_SEED = 20_250_612  # fixed: the projection is part of the schema
 _TOKENS_SINCE_PROBE_LIMIT = 256.0
+_ROW_SCALARS = ("entropy", "entropy_ema", "surprisal", "step_kl", "probe_kl", "since_probe", "position", "dial")
 
 
 @dataclass(frozen=True)
@@ -163,10 +166,7 @@ class SignalTracker:
             "last_widths": torch.full((num_rows, schema.num_units), float(max(schema.bit_widths)), device=device),
             "residual_update": torch.zeros(num_rows, schema.num_units, device=device),
             "crest": torch.zeros(num_rows, schema.num_units, device=device),
-            **{
-                name: torch.zeros(num_rows, device=device)
-                for name in ("entropy", "entropy_ema", "surprisal", "step_kl", "probe_kl", "since_probe", "position", "dial")
-            },
+            **{name: torch.zeros(num_rows, device=device) for name in _ROW_SCALARS},
         }
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor) -> None:
@@ -262,7 +262,7 @@ class SignalTracker:
 
 
 def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:
-    """Projects standardised input embeddings by a fixed Gaussian matrix, `[vocab, num_dims]` float32 of unit variance."""
+    """Projects centred input embeddings by a fixed Gaussian matrix, `[vocab, num_dims]` float32 of unit variance."""
     generator = torch.Generator().manual_seed(_PROJECTION_SEED)
     matrix = torch.randn(embedding.shape[1], num_dims, generator=generator).to(embedding.device)
     centred = embedding.float() - embedding.float().mean(0)

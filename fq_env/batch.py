@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.cost import clock_ms
-from flexquant_rl.engine.decode import Decoder, DecoderModel, StepOutput
+from flexquant_rl.engine.decode import Decoder, StepOutput
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.profile import Profile, kl_nats, reference_width
 from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths

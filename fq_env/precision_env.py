@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -71,7 +71,7 @@ class PrecisionEnv(gym.Env[Observation, NDArray[np.int64]], EzPickle):
       `FlexQuant/MeasuredDecode-v0` times each step with the wall clock and is not.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium declares it without ClassVar
 
     def __init__(
         self,

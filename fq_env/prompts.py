@@ -75,7 +75,7 @@ def load_windows(
         if not len(windows):
             raise InputError(
                 f"{source}: the {split} split ({sum(map(len, parts))} characters) holds no window of {length} tokens; "
-                "give more text, or fewer --prompt-tokens and --max-new-tokens"
+                "give more text, or shorter episodes with --env.prompt-tokens and --env.max-new-tokens"
             )
         keep = torch.linspace(0, len(windows) - 1, min(len(windows), max_windows)).round().long()
         found[split] = windows[keep]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 from torch import Tensor
 
 from flexquant_rl.engine.decode import Decoder
@@ -75,12 +75,12 @@ class DecodeVecEnv(VecEnv):
         """JSON-able state from which `restart` begins the very episodes that are now at their first step."""
         return self._restart_state
 
-    def restart(self, state: dict[str, Any]) -> VecEnvObs:
+    def restart(self, state: dict[str, Any]) -> NDArray[np.float32]:
         """Starts all rows as they were started when `restart_state` returned `state`."""
         self._rng.bit_generator.state = state
         return self.reset()
 
-    def reset(self) -> VecEnvObs:
+    def reset(self) -> NDArray[np.float32]:
         """Starts a new episode in every row."""
         self._restart_state = dict(self._rng.bit_generator.state)
         self._start(torch.arange(self.num_envs))

@@ -67,8 +67,8 @@ def row(
 
 
 def static_kl(speedup: float) -> float:
-    """A front that is a straight line in log KL."""
-    return 1e-3 * math.exp(4 * (speedup - 1))
+    """A front whose KL is linear in the time of a token."""
+    return 1e-3 * (1 + 60 * (1 - 1 / speedup))
 
 
 def evaluation(*, factor: float = 0.9, noise: float = 0.02, seeds: int = 3) -> list[EvalRow]:
@@ -156,11 +156,11 @@ def test_front_rises_and_nothing_lies_below_it(points: list[tuple[float, float]]
         assert value is None or value <= kl * (1 + 1e-9)
 
 
-def test_interpolation_is_linear_in_the_logarithm() -> None:
+def test_interpolation_is_time_sharing() -> None:
     rows = [row("a", 2.0, 0.16), row("a", 1.0, 0.01), row("a", 1.2, 0.5)]
     assert interpolated_kl(rows, 1.0) == pytest.approx(0.01)
-    assert interpolated_kl(rows, 1.5) == pytest.approx(0.04)  # the geometric mean; the point at 1.2 is dominated
-    assert interpolated_kl(rows, 1.25) == pytest.approx(0.02)
+    # Half of the sequences at each point take 3/4 of the time, and the mean KL; the point at 1.2 is dominated.
+    assert interpolated_kl(rows, 4 / 3) == pytest.approx(0.085)
     assert interpolated_kl(rows, 2.0) == pytest.approx(0.16)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flexquant_rl.engine import checkpoint
+from flexquant_rl.engine import checkpoint, files
 from flexquant_rl.engine.checkpoint import (
     CHECKPOINT_VERSION,
     is_nested_checkpoint,
@@ -365,6 +366,18 @@ def test_failed_save_leaves_nothing(
 
     monkeypatch.setattr(checkpoint, stage, fail)
     with pytest.raises(type(error)):
+        save_checkpoint(nested_model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_as_safetensors_reports_it(
+    nested_model: NestedCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensors: dict[str, Tensor], file: Path, metadata: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError, match=r"model\.safetensors: .*No space left on device"):
         save_checkpoint(nested_model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -196,12 +196,18 @@ class TestFork:
         for one in (session, control):
             one.prefill(random_ids(1, 5))
         twin = session.fork()
-        for step in range(3):
-            twin.step(all_at(nested_model, 3), random_ids(1, seed=step))
-        twin.close()
-        assert session.lengths.tolist() == [5]
+        for step in range(3):  # in turns: a shared cache would hold the twin's entries where the parent has its own
+            tokens = random_ids(1, seed=step)
+            assert_identical(
+                session.step(all_at(nested_model, 8), tokens), control.step(all_at(nested_model, 8), tokens)
+            )
+            twin.step(all_at(nested_model, 3), tokens)
+        twin.prefill(random_ids(1, 9, seed=7))
+        assert session.lengths.tolist() == [8]
         token = torch.tensor([42])
         assert_identical(session.step(all_at(nested_model, 8), token), control.step(all_at(nested_model, 8), token))
+        twin.close()
+        assert session.lengths.tolist() == [9]
 
     def test_fork_of_an_empty_session(self, nested_model: NestedCausalLM) -> None:
         twin = DecodeSession(nested_model).fork()

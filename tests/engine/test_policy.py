@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flexquant_rl.engine.cost import CostTable
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.policy import (
     POLICY_VERSION,
+    PROFILE_FILE,
     DialPoint,
     LearnedPolicy,
     PolicyCard,
@@ -23,6 +26,7 @@ from flexquant_rl.engine.policy import (
     StaticAllocation,
     load_policy,
 )
+from flexquant_rl.engine.profile import Profile
 from flexquant_rl.engine.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 
 WIDTHS = (3, 4, 5, 6, 8)
@@ -50,11 +54,16 @@ def make_policy(schema: SignalSchema = SCHEMA, dial: tuple[DialPoint, ...] = DIA
     return LearnedPolicy(net, card)
 
 
+def make_profile() -> Profile:
+    cost = CostTable("roofline", 1.0, torch.ones(3, 5, dtype=torch.float64), WIDTHS, "f" * 64, "cpu", 1)
+    return Profile(cost, torch.rand(3, 5, generator=torch.Generator().manual_seed(0)), WIDTHS, "f" * 64, 9, "8-bit")
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A directory with an exported policy."""
     out = tmp_path / "policy"
-    make_policy().save(out)
+    make_policy().save(out, make_profile())
     return out
 
 
@@ -102,7 +111,7 @@ class TestActions:
     def test_untrained_network_is_indifferent(self) -> None:
         torch.manual_seed(0)
         probabilities = PrecisionNet(SCHEMA).logits(random_signals(50)).softmax(-1)
-        torch.testing.assert_close(probabilities, torch.full_like(probabilities, 0.2), atol=0.01, rtol=0)
+        torch.testing.assert_close(probabilities, torch.full_like(probabilities, 0.2), atol=0.03, rtol=0)
 
     def test_normalisation_standardises_what_it_was_set_from(self) -> None:
         net = PrecisionNet(SCHEMA)
@@ -134,7 +143,8 @@ class TestDial:
 class TestFiles:
     def test_roundtrip(self, saved: Path) -> None:
         original, loaded = make_policy(), load_policy(saved, model_fingerprint="f" * 64)
-        assert sorted(file.name for file in saved.iterdir()) == ["policy.json", "policy.safetensors"]
+        assert sorted(file.name for file in saved.iterdir()) == ["policy.json", "policy.safetensors", "profile.json"]
+        assert Profile.load(saved / PROFILE_FILE).sensitivity.tolist() == make_profile().sensitivity.tolist()
         assert loaded.card == original.card
         assert loaded.name == "policy"
         assert load_policy(saved, name="mine").name == "mine"
@@ -150,16 +160,16 @@ class TestFiles:
     def test_existing_output_is_kept(self, saved: Path) -> None:
         before = (saved / "policy.json").read_bytes()
         with pytest.raises(InputError, match="exists and is not empty"):
-            make_policy(dial=()).save(saved)
+            make_policy(dial=()).save(saved, make_profile())
         assert (saved / "policy.json").read_bytes() == before
 
     def test_failed_save_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(path: Path, data: object) -> None:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr("flexquant_rl.engine.policy.write_json", fail)
         with pytest.raises(OSError, match="No space left"):
-            make_policy().save(tmp_path / "out")
+            make_policy().save(tmp_path / "out", make_profile())
         assert list(tmp_path.iterdir()) == []
 
     def test_another_model(self, saved: Path) -> None:
@@ -221,11 +231,11 @@ class TestFiles:
         else:
             tensors["width_head.bias"] = torch.zeros(4)
         save_file(tensors, saved / "policy.safetensors")
-        self.assert_refused(saved, "tensors do not fit the schema")
+        self.assert_refused(saved, "tensors do not fit")
 
     def test_tensors_of_another_width_list(self, saved: Path) -> None:
         self.edit(saved, schema=SignalSchema(3, (3, 8)).to_dict())
-        self.assert_refused(saved, "tensors do not fit the schema")
+        self.assert_refused(saved, "tensors do not fit")
 
     def assert_refused(self, path: Path, match: str) -> None:
         with pytest.raises(InputError, match=match) as caught:

@@ -301,7 +301,7 @@ EXTREMES = st.sampled_from([-math.inf, -3e38, -1e5, -100.0, 0.0, 100.0, 1e5, 3e3
 FINITE_ROWS = st.lists(EXTREMES, min_size=VOCAB_SIZE, max_size=VOCAB_SIZE).filter(lambda row: max(row) > -math.inf)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     first=FINITE_ROWS,
     second=FINITE_ROWS,

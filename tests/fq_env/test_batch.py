@@ -137,10 +137,13 @@ def test_static_policy_has_no_advantage_over_itself(
 
 def test_full_width_without_loss_earns_nothing(fake_model: FakeModel, fake_model_profile: Profile) -> None:
     batch = DecodeBatch(FakeSession(fake_model), fake_model_profile, CONFIG, num_rows=1)
-    start(batch, fake_windows(1, 11))
+    windows = fake_windows(1, CONFIG.window_tokens)
+    start(batch, windows)
     step = batch.step(torch.full((1, 4), 8))
     assert float(step.speedup) == 1.0
-    assert float(step.reward.total) == pytest.approx(-0.46 / 4**5, abs=1e-6)
+    loss = float(fake_model.own_kl_nats(windows[:, PROMPT], torch.full((1, 4), 8)))
+    assert 0 < loss < 1e-3
+    assert float(step.reward.total) == pytest.approx(-loss, abs=1e-6)
     assert float(step.static_reward) == 0.0
 
 

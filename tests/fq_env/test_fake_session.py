@@ -31,12 +31,13 @@ def test_output_kl_is_the_sum_over_units() -> None:
     session: Decoder = FakeSession(num_rows=1)
     tokens = torch.tensor([[5, 6]])
     reference = session.score(tokens)
-    for widths, expected in (
-        ([3, 3, 3, 3], 0.4 + 3 * 0.02),
-        ([8, 3, 8, 8], 0.4 + 3 * 0.02 / 4**5),
-        ([3, 4, 4, 4], (0.4 + 2 * 0.02) / 4 + 0.02),
+    for widths, expected in (  # token 5 is of class 1, which needs unit 1: 0.3 nats at width 3, the other units 0.02
+        ([3, 3, 3, 3], 0.3 + 3 * 0.02),
+        ([8, 3, 8, 8], 0.3 + 3 * 0.02 / 4**5),
+        ([3, 4, 4, 4], 0.02 + (0.3 + 2 * 0.02) / 4),
+        ([0, 0, 0, 0], 0.0),
     ):
-        kl = output_kl_nats(reference, session.score(tokens, torch.tensor(widths)))[0, 0]  # token 5 is of class 1
+        kl = output_kl_nats(reference, session.score(tokens, torch.tensor(widths)))[0, 0]
         assert float(kl) == pytest.approx(expected, abs=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle  # noqa: TID251  # what a process pool does with an environment
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
+from flexquant_rl.engine import embedded
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env import precision_env, prompts
 from flexquant_rl.fq_env.precision_env import PrecisionEnv
@@ -65,6 +67,11 @@ def make(keywords: dict[str, Any]) -> Iterator[Callable[..., gym.Env[Any, Any]]]
 def env(make: Callable[..., gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
     """One environment for the tests that reset it themselves."""
     return make()
+
+
+def some_stdlib_text(split: StdlibSplit) -> dict[str, str]:
+    """A part of it: all takes seconds, letter by letter."""
+    return dict(list(stdlib_text(split).items())[:3])
 
 
 def rollout(env: gym.Env[Any, Any], *, seed: int) -> list[tuple[Any, ...]]:
@@ -254,12 +261,21 @@ def test_a_dial_that_prices_nothing_is_refused(env: gym.Env[Any, Any], kl_weight
 
 
 def test_default_model_and_text(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
-    def some_stdlib_text(split: StdlibSplit) -> dict[str, str]:
-        return dict(list(stdlib_text(split).items())[:3])  # all of it takes seconds, letter by letter
-
     monkeypatch.setattr(precision_env, "embedded_model_path", lambda: tiny_model_dir)
     monkeypatch.setattr(prompts, "stdlib_text", some_stdlib_text)
     env = PrecisionEnv(prompt_tokens=4, max_new_tokens=3, split="test")
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
     env.close()
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["gym.make", "DecodeVecEnv"])
+def test_documented_code_runs(
+    repo_root: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, number: int
+) -> None:
+    document = (repo_root / "docs" / "environment.md").read_text(encoding="utf-8")
+    block = re.findall(r"^```python\n(.*?)^```", document, flags=re.DOTALL | re.MULTILINE)[number]
+    monkeypatch.setattr(precision_env, "embedded_model_path", lambda: tiny_model_dir)
+    monkeypatch.setattr(embedded, "embedded_model_path", lambda: tiny_model_dir)
+    monkeypatch.setattr(prompts, "stdlib_text", some_stdlib_text)
+    exec(compile(block, "docs/environment.md", "exec"), {})

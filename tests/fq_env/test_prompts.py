@@ -167,7 +167,7 @@ def test_too_little_text_says_which_split(tiny_tokenizer: PreTrainedTokenizerFas
     with pytest.raises(InputError, match=r"short\.txt: the \w+ split .* holds no window of 21 tokens") as error:
         load_windows(tiny_tokenizer, LENGTH, [path])
     assert "\n" not in str(error.value)
-    assert "--prompt-tokens" in str(error.value)
+    assert "--env.prompt-tokens" in str(error.value)
 
 
 def test_windows_longer_than_the_text_are_refused(tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:

@@ -1,0 +1,356 @@
+"""CPU product over bitplanes: builds and loads the C++ kernels of kernels/native, and calls them on torch tensors.
+
+The library has a plain C ABI and is loaded with ctypes, so it needs neither torch nor Python headers and survives their
+upgrades. It is compiled once, without flags for the build machine (each body names its own instruction set and is
+chosen at run time), into a per-user cache under a hash of its sources.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight, check_bit_width
+
+Isa = Literal["avx512", "avx2", "portable"]
+Mode = Literal["int8", "float32"]
+
+MAX_TOKENS = 16
+ISA_VARIABLE = "FQ_CPU_ISA"
+
+_SOURCE_DIR = Path(__file__).resolve().parent / "native"
+# Contraction would round the activations differently in a body that has fused multiply-add and in one that has not.
+_COMPILE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off")
+_COMPILE_TIMEOUT_S = 300
+_ABI_VERSION = 1
+_ISA_CODES: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2}
+_MODE_CODES: dict[str, int] = {"int8": 0, "float32": 1}
+_STATUS_TEXTS = {1: "bad argument", 2: "instruction set not supported", 3: "out of memory"}
+
+
+class _WeightStruct(ctypes.Structure):
+    """`FqWeight` of native/bitplane_gemv.h, field by field."""
+
+    _fields_ = (
+        ("planes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("plane_stride", ctypes.c_int64),
+        ("num_outputs", ctypes.c_int64),
+        ("num_inputs", ctypes.c_int64),
+        ("num_words", ctypes.c_int64),
+        ("group_size", ctypes.c_int32),
+        ("bit_width", ctypes.c_int32),
+        ("scale_factor", ctypes.c_float),
+        ("offset_factor", ctypes.c_float),
+    )
+
+
+class NativeGemv:
+    """Multiplies activations by one nested weight with the native kernels.
+
+    The result is the same, bit for bit, for any number of threads and whichever tokens share a call. It carries no
+    gradient. The weight's tensors are read in place and must not be freed or resized while this object is in use (it
+    holds references); writing to them is seen by the next call.
+
+    Attributes:
+        weight: The nested weight, on the CPU.
+        num_threads: Threads used at most; small products use fewer. 1 involves no pool.
+        mode: "int8" rounds activations to int8 with one scale per 32 inputs; "float32" keeps them.
+        isa: The body in use.
+
+    Raises:
+        ValueError: If the weight is not on the CPU, not laid out in whole rows or not aligned, or if an option has a
+            value that does not exist.
+        RuntimeError: If the library cannot be loaded; `load_library` says beforehand.
+    """
+
+    def __init__(
+        self, weight: NestedWeight, *, num_threads: int = 1, mode: Mode = "int8", isa: Isa | None = None
+    ) -> None:
+        """Checks the weight once, so that a call has only its own arguments to check."""
+        library = load_library()
+        if library is None:
+            raise RuntimeError("the native kernels could not be built; use flexquant_rl.kernels.reference instead")
+        if mode not in _MODE_CODES:
+            raise ValueError(f"mode={mode!r} does not exist; use one of {', '.join(_MODE_CODES)}")
+        if num_threads < 1:
+            raise ValueError(f"num_threads={num_threads} must be at least 1; use 1 for no pool")
+        _check_weight(weight)
+        self.weight = weight
+        self.num_threads = num_threads
+        self.mode: Mode = mode
+        self.isa: Isa = _choose_isa(isa)
+        self._gemv = library.fq_gemv
+        self._structs = {width: _weight_struct(weight, width) for width in range(1, NUM_PLANES + 1)}
+        self._pointers = {width: ctypes.addressof(struct) for width, struct in self._structs.items()}
+        self._options = (_MODE_CODES[mode], _ISA_CODES[self.isa], num_threads)
+
+    def __call__(self, x: Tensor, *, bit_width: int, out: Tensor | None = None) -> Tensor:
+        """Computes ``x @ W.T`` with the top `bit_width` planes, accumulated in float32.
+
+        Shapes: M tokens (1..16), K input features, N output features.
+
+        Args:
+            x: Activations, `[M, K]` float32 on the CPU, unit stride in K.
+            bit_width: Planes to read, 1..8; no other plane is touched.
+            out: Result, `[M, N]` float32 on the CPU, unit stride in N; allocated if not given.
+
+        Returns:
+            `out`, or a new tensor.
+
+        Raises:
+            ValueError: If a tensor has another dtype, shape, device, stride or alignment, or `bit_width` is not in
+                1..8.
+        """
+        check_bit_width(bit_width)
+        weight = self.weight
+        _check_matrix("x", x, weight.num_inputs)
+        num_tokens = x.shape[0]
+        if not 1 <= num_tokens <= MAX_TOKENS:
+            raise ValueError(
+                f"x has {num_tokens} tokens but the kernel takes 1 to {MAX_TOKENS}; dequantize the weight for more"
+            )
+        if out is None:
+            out = torch.empty(num_tokens, weight.num_outputs, dtype=torch.float32)
+        else:
+            _check_matrix("out", out, weight.num_outputs)
+            if out.shape[0] != num_tokens:
+                raise ValueError(f"out has {out.shape[0]} rows but x has {num_tokens}; allocate [{num_tokens}, N]")
+        status = self._gemv(
+            self._pointers[bit_width],
+            x.data_ptr(),
+            x.stride(0),
+            num_tokens,
+            out.data_ptr(),
+            out.stride(0),
+            *self._options,
+        )
+        if status != 0:
+            raise RuntimeError(f"native kernel failed: {_STATUS_TEXTS.get(status, status)}")
+        return out
+
+
+def native_gemv(
+    x: Tensor, weight: NestedWeight, *, bit_width: int, num_threads: int = 1, mode: Mode = "int8"
+) -> Tensor:
+    """Multiplies once; for repeated products keep a `NativeGemv`, which checks the weight only once.
+
+    Args:
+        x: Activations, `[M, K]` float32, M at most 16.
+        weight: The nested weight, N outputs and K inputs.
+        bit_width: Planes to read, 1..8.
+        num_threads: Threads used at most.
+        mode: "int8" or "float32" activations.
+
+    Returns:
+        `[M, N]` float32.
+
+    Raises:
+        ValueError: As `NativeGemv` and its call.
+    """
+    return NativeGemv(weight, num_threads=num_threads, mode=mode)(x, bit_width=bit_width)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """Builds the library if need be and loads it.
+
+    Returns:
+        The library, or None (after one RuntimeWarning) if it can be neither found nor built; later calls return the
+        same.
+    """
+    try:
+        library = ctypes.CDLL(str(build_library()))
+        version = library.fq_abi_version()
+        if version != _ABI_VERSION:
+            raise OSError(f"the native library has ABI version {version}, not {_ABI_VERSION}; delete it")
+    except (OSError, BuildError) as error:
+        warnings.warn(f"no native CPU kernels, falling back to torch (slow): {error}", RuntimeWarning, stacklevel=2)
+        return None
+    int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+    library.fq_gemv.argtypes = (pointer, pointer, int64, int64, pointer, int64, int32, int32, int32)
+    library.fq_read_bytes.argtypes = (pointer, int64, int32, int32)
+    library.fq_read_bytes.restype = ctypes.c_uint64
+    return library
+
+
+class BuildError(Exception):
+    """The native library could not be compiled."""
+
+
+def build_library(cache_dir: Path | None = None) -> Path:
+    """Compiles the native library with the first of $CXX, g++ and clang++ that works, unless it is cached.
+
+    Safe against other processes that build at the same time: each compiles into a directory of its own and renames.
+
+    Args:
+        cache_dir: Where to keep it; default `flexquant-rl` in $XDG_CACHE_HOME or ~/.cache.
+
+    Returns:
+        The shared library.
+
+    Raises:
+        BuildError: If there is no C++ compiler, or none of them can compile it.
+        OSError: If the sources cannot be read or the cache cannot be written.
+    """
+    sources = sorted(_SOURCE_DIR.glob("*.cpp"))
+    if not sources:
+        raise BuildError(f"no C++ sources in {_SOURCE_DIR}; reinstall the package")
+    directory = cache_dir if cache_dir is not None else _default_cache_dir()
+    library = directory / f"flexquant_native_{_source_hash()}.so"
+    if library.exists():
+        return library
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    failures = []
+    with tempfile.TemporaryDirectory(dir=directory) as build_dir:
+        built = Path(build_dir) / library.name
+        for compiler in _compilers():
+            command = [*compiler, *_COMPILE_FLAGS, *map(str, sources), "-o", str(built)]
+            failure = _run_compiler(command)
+            if failure is None:
+                built.replace(library)
+                return library
+            failures.append(failure)
+    raise BuildError("; ".join(failures) or "no C++ compiler found; install g++ or clang++, or set CXX")
+
+
+def supported_isas() -> tuple[Isa, ...]:
+    """Returns the bodies that this machine can run, fastest first; empty if there is no library."""
+    library = load_library()
+    if library is None:
+        return ()
+    names: tuple[Isa, ...] = ("avx512", "avx2", "portable")
+    return tuple(name for name in names if library.fq_isa_supported(_ISA_CODES[name]))
+
+
+def read_bytes(data: Tensor, *, num_threads: int = 1, isa: Isa | None = None) -> int:
+    """Reads a contiguous CPU tensor once with a plain vector loop; benchmarks compare bandwidths with it.
+
+    Args:
+        data: Any dtype and shape.
+        num_threads: Threads that share the reading.
+        isa: Body whose loop is used; default as for `NativeGemv`.
+
+    Returns:
+        A checksum without meaning, so that the reads cannot be left out.
+
+    Raises:
+        ValueError: If `data` is not a contiguous CPU tensor.
+        RuntimeError: If there is no library.
+    """
+    if data.device.type != "cpu" or not data.is_contiguous():
+        raise ValueError(f"data is on {data.device}, strides {data.stride()}; pass a contiguous CPU tensor")
+    library = load_library()
+    if library is None:
+        raise RuntimeError("the native kernels could not be built")
+    code = _ISA_CODES[_choose_isa(isa)]
+    return int(library.fq_read_bytes(data.data_ptr(), data.nbytes, code, num_threads))
+
+
+def _choose_isa(isa: str | None) -> Isa:
+    """Returns the requested body, else the one $FQ_CPU_ISA names, else the fastest."""
+    supported = supported_isas()
+    requested = isa if isa is not None else os.environ.get(ISA_VARIABLE) or None
+    if requested is None:
+        return supported[0]
+    if requested not in supported:
+        source = "isa" if isa is not None else ISA_VARIABLE
+        raise ValueError(f"{source}={requested} but this machine runs {', '.join(supported)}; use one of these")
+    return requested
+
+
+def _check_weight(weight: NestedWeight) -> None:
+    """Raises ValueError unless the kernel can walk the weight's tensors by address."""
+    planes, num_words = weight.planes, weight.planes.shape[2]
+    for name, tensor in (("planes", planes), ("scale", weight.scale), ("offset", weight.offset)):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} are on {tensor.device}; move the weight to the CPU or use another backend")
+        if tensor.data_ptr() % tensor.itemsize != 0:
+            raise ValueError(f"{name} are not aligned to {tensor.itemsize} bytes; clone the tensor")
+    if weight.num_outputs < 1:
+        raise ValueError("the weight has no outputs; there is nothing to multiply")
+    if planes.stride()[1:] != (num_words, 1) or planes.stride(0) < weight.num_outputs * num_words:
+        raise ValueError(
+            f"planes have strides {planes.stride()} but rows of {num_words} words must be adjacent; call contiguous()"
+        )
+    for name, tensor in (("scale", weight.scale), ("offset", weight.offset)):
+        if not tensor[0].is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()} but a width must be contiguous; call contiguous()")
+
+
+def _check_matrix(name: str, matrix: Tensor, num_columns: int) -> None:
+    """Raises ValueError unless `matrix` is a float32 CPU matrix with unit stride in its columns."""
+    if matrix.dtype != torch.float32 or matrix.device.type != "cpu":
+        raise ValueError(f"{name} is {matrix.dtype} on {matrix.device}; pass float32 on the CPU")
+    if matrix.dim() != 2 or matrix.shape[1] != num_columns:
+        raise ValueError(f"{name} is {list(matrix.shape)} but must have {num_columns} columns; pass [M, {num_columns}]")
+    if matrix.stride(1) != 1 and num_columns > 1:
+        raise ValueError(f"{name} has strides {matrix.stride()} but needs unit stride in a row; call contiguous()")
+    if matrix.data_ptr() % 4 != 0:
+        raise ValueError(f"{name} is not aligned to 4 bytes; clone the tensor")
+
+
+def _weight_struct(weight: NestedWeight, bit_width: int) -> _WeightStruct:
+    """Describes one width to the kernel; one that is not stored is derived from the 8-bit pair."""
+    is_stored = bit_width in weight.bit_widths
+    width_idx = weight.bit_widths.index(bit_width if is_stored else NUM_PLANES)
+    num_merged = 1 if is_stored else 2 ** (NUM_PLANES - bit_width)
+    return _WeightStruct(
+        planes=weight.planes.data_ptr(),
+        scale=weight.scale[width_idx].data_ptr(),
+        offset=weight.offset[width_idx].data_ptr(),
+        plane_stride=weight.planes.stride(0),
+        num_outputs=weight.num_outputs,
+        num_inputs=weight.num_inputs,
+        num_words=weight.planes.shape[2],
+        group_size=weight.group_size,
+        bit_width=bit_width,
+        scale_factor=float(num_merged),
+        offset_factor=(num_merged - 1) / 2,
+    )
+
+
+def _default_cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "flexquant-rl"
+
+
+def _source_hash() -> str:
+    """Hashes everything the library is made from: sources, flags, system."""
+    digest = hashlib.sha256()
+    for path in sorted([*_SOURCE_DIR.glob("*.cpp"), *_SOURCE_DIR.glob("*.h")]):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode())
+        digest.update(content)
+    digest.update(" ".join((*_COMPILE_FLAGS, platform.system(), platform.machine())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compilers() -> list[list[str]]:
+    """Returns the commands to try; $CXX may carry arguments, such as `ccache g++`."""
+    candidates = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"]]
+    return [command for command in candidates if command and shutil.which(command[0])]
+
+
+def _run_compiler(command: list[str]) -> str | None:
+    """Returns None on success, otherwise one line on what went wrong."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error}"
+    if result.returncode == 0:
+        return None
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    return f"{command[0]} failed: {errors[0] if errors else f'exit status {result.returncode}'}"

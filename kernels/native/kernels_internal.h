@@ -1,0 +1,72 @@
+// What the bodies (portable, AVX2, AVX-512) share: the prepared activations and the signature of a row kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "bitplane_gemv.h"
+
+#define FQ_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define FQ_X86 1
+#else
+#define FQ_X86 0
+#endif
+
+namespace fq {
+
+constexpr int64_t kWordsPerChunk = 16;  // one 64-byte vector of one plane: 512 inputs
+constexpr int64_t kChunkInputs = 512;
+constexpr int64_t kMaxTokens = 16;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Activations permuted to the order of the bits: value [chunk][t][word 0..15][c] is input 32 * (16 * chunk + word) +
+// 4 * t + c. Whatever lies beyond num_inputs is zero, so padded codes never matter.
+struct Activations {
+    const void* values;       // int8 or float, num_chunks * 512 per token
+    const float* word_scale;  // int8 only: num_chunks * 16 per token, one scale per 32 inputs
+    const float* group_sum;   // sum of the (rounded) activations of each group, num_chunks * 16 per token
+    int64_t token_bytes;      // from one token to the next, for all three
+    int64_t tokens;
+};
+
+inline int64_t token_bytes(int64_t num_words, int32_t mode) {
+    const int64_t num_chunks = round_up(num_words, kWordsPerChunk) / kWordsPerChunk;
+    const int64_t value_bytes = num_chunks * kChunkInputs * (mode == kFqInt8 ? 1 : 4);
+    return value_bytes + 2 * num_chunks * kWordsPerChunk * 4;
+}
+
+inline Activations view_activations(const void* buffer, int64_t num_words, int64_t tokens, int32_t mode) {
+    const int64_t stride = token_bytes(num_words, mode);
+    const int64_t table_bytes = round_up(num_words, kWordsPerChunk) * 4;
+    const char* bytes = static_cast<const char*>(buffer);
+    return {bytes, reinterpret_cast<const float*>(bytes + stride - 2 * table_bytes),
+            reinterpret_cast<const float*>(bytes + stride - table_bytes), stride, tokens};
+}
+
+// Value of one unit of a code aligned to the top of a byte, where every body leaves it.
+inline float top_aligned_factor(const FqWeight& weight) {
+    return weight.scale_factor / static_cast<float>(1 << (8 - weight.bit_width));
+}
+
+// Computes rows [begin, end) of y for all tokens.
+using RowsKernel = void (*)(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
+                            int64_t y_stride);
+using PrepareKernel = void (*)(const float* x, int64_t x_stride, int64_t tokens, int64_t num_inputs, int64_t num_words,
+                               int32_t group_size, void* buffer);
+using ReadKernel = uint64_t (*)(const void* data, int64_t num_bytes);
+
+struct Body {
+    RowsKernel rows[2][9];  // [mode][bit_width]
+    PrepareKernel prepare[2];
+    ReadKernel read;
+};
+
+const Body& portable_body();
+#if FQ_X86
+const Body& avx2_body();
+const Body& avx512_body();
+#endif
+
+}  // namespace fq

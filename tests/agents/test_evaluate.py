@@ -1,0 +1,231 @@
+"""Evaluation: numbers against hand arithmetic and against the parallel pass, whatever ran before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexquant_rl.agents import evaluate
+from flexquant_rl.agents.baselines import RandomWidths, entropy_threshold, make_policy
+from flexquant_rl.agents.contest import policy_context
+from flexquant_rl.agents.evaluate import Evaluator, Trace, bootstrap_interval, measured_speedups, summarise
+from flexquant_rl.agents.training import Prepared
+from flexquant_rl.engine.decode import DecodeSession, StepOutput
+from flexquant_rl.engine.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.engine.profile import kl_nats
+
+TRACE_FIELDS = (
+    "bit_widths",
+    "output_kl_nats",
+    "token_nll_nats",
+    "top1_agreement",
+    "latency_ms",
+    "mean_bit_width",
+    "reward",
+)
+
+
+def hand_made_trace() -> Trace:
+    """Two sequences of two tokens on one unit."""
+    return Trace(
+        bit_widths=torch.tensor([[[4], [8]], [[4], [4]]]),
+        output_kl_nats=torch.tensor([[0.1, 0.0], [0.3, 0.2]]),
+        token_nll_nats=torch.tensor([[1.0, 2.0], [3.0, 2.0]]),
+        top1_agreement=torch.tensor([[True, True], [False, True]]),
+        latency_ms=torch.tensor([[1.0, 2.0], [1.0, 1.0]]),
+        mean_bit_width=torch.tensor([[4.0, 8.0], [4.0, 4.0]]),
+        full_latency_ms=2.0,
+        reward=torch.zeros(2, 2),
+    )
+
+
+def test_summary_by_hand() -> None:
+    row = summarise(
+        hand_made_trace(), policy="p", family="f", reference="8-bit", seed=3, kl_weight=2.0, speedup_measured=1.25
+    )
+    assert row.output_kl_nats == pytest.approx(0.15)
+    assert row.sequence_kl_nats == pytest.approx((0.05, 0.25))
+    assert row.output_kl_low == pytest.approx(0.05)  # of two sequences, resamples of one alone are the ends
+    assert row.output_kl_high == pytest.approx(0.25)
+    assert row.output_kl_p99_nats == pytest.approx(0.2 + 0.97 * 0.1)
+    assert row.perplexity == pytest.approx(math.exp(2.0))
+    assert row.top1_agreement == 0.75
+    assert row.mean_bit_width == 5.0
+    assert row.speedup_modelled == pytest.approx(2.0 / 1.25)  # total time over total time, not a mean of ratios
+    assert (row.speedup_measured, row.seed, row.kl_weight) == (1.25, 3, 2.0)
+    assert (row.policy, row.family, row.reference) == ("p", "f", "8-bit")
+    assert (row.num_sequences, row.num_tokens) == (2, 4)
+
+
+def evaluator_of(prepared: Prepared) -> Evaluator:
+    return Evaluator(prepared.model, prepared.profile, prepared.windows.test, prepared.env)
+
+
+def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None:
+    model, windows, first = tiny_prepared.model, tiny_prepared.windows.test, tiny_prepared.env.prompt_tokens
+    allocation = torch.tensor([4, 3, 6])
+    dials = torch.linspace(2, 9, len(windows))
+    trace = evaluator_of(tiny_prepared).run(StaticAllocation("static", allocation), dials)
+    per_token = torch.full((*windows[:, :-1].shape, 3), 8)
+    per_token[:, first:] = allocation
+    session = DecodeSession(model)
+    log_probs = session.score(windows[:, :-1], per_token, first=first).log_softmax(-1)
+    reference = session.score(windows[:, :-1], first=first).log_softmax(-1)
+    kl = kl_nats(reference, log_probs)
+    assert float(kl.mean()) > 1e-3
+    torch.testing.assert_close(trace.output_kl_nats, kl, atol=2e-5, rtol=1e-3)
+    nll = -log_probs.gather(-1, windows[:, first + 1 :, None])[..., 0]
+    torch.testing.assert_close(trace.token_nll_nats, nll, atol=2e-4, rtol=1e-4)
+    assert torch.equal(trace.top1_agreement, reference.argmax(-1) == log_probs.argmax(-1))
+    assert torch.equal(trace.bit_widths, allocation.expand(len(windows), 12, 3))
+    cost = tiny_prepared.profile.cost
+    assert trace.speedup == pytest.approx(float(cost.speedup(allocation)))
+    torch.testing.assert_close(
+        trace.reward, (trace.speedup - 1 - dials[:, None] * trace.output_kl_nats), atol=1e-5, rtol=1e-5
+    )
+    row = summarise(trace, policy="static", family="static", reference="unquantised")
+    assert row.perplexity == pytest.approx(float(nll.double().mean().exp()), rel=1e-4)
+    assert row.mean_bit_width == pytest.approx(float(model.mean_bit_width(allocation)))
+
+
+def policies(prepared: Prepared) -> dict[str, Callable[[], BitWidthPolicy]]:
+    context = policy_context(prepared)
+    return {
+        "fixed:4": lambda: make_policy("fixed:4", context),
+        "random": lambda: RandomWidths(prepared.profile, 4.5, seed=2),
+        "entropy": lambda: entropy_threshold(context, 1.5, one_way=True),
+        "fixed:8": lambda: make_policy("fixed:8", context),
+    }
+
+
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 2, 1, 0]])
+def test_the_order_of_policies_changes_nothing(tiny_prepared: Prepared, order: list[int]) -> None:
+    makers = policies(tiny_prepared)
+    shared = evaluator_of(tiny_prepared)
+    traces = {list(makers)[index]: shared.run(list(makers.values())[index]()) for index in order}
+    for name, make in makers.items():
+        alone = evaluator_of(tiny_prepared).run(make())
+        for field in TRACE_FIELDS:
+            assert torch.equal(getattr(traces[name], field), getattr(alone, field)), (name, field)
+    again = shared.run(makers["random"]())
+    assert torch.equal(again.output_kl_nats, traces["random"].output_kl_nats)
+
+
+def test_policies_see_their_dial(tiny_prepared: Prepared) -> None:
+    seen: list[Tensor] = []
+
+    class Spy:
+        name = "spy"
+
+        def __call__(self, signals: Tensor) -> Tensor:
+            seen.append(signals.clone())
+            return torch.full((len(signals), 3), 8)
+
+    dials = torch.linspace(1, 80, len(tiny_prepared.windows.test))
+    evaluator = evaluator_of(tiny_prepared)
+    evaluator.run(Spy(), dials)
+    evaluator.run(Spy(), 30.0)
+    column = policy_context(tiny_prepared).schema.index("dial")
+    assert len(seen) == 2 * tiny_prepared.env.max_new_tokens
+    for signals in seen[:12]:
+        torch.testing.assert_close(signals[:, column], dials.log10())
+    for signals in seen[12:]:
+        torch.testing.assert_close(signals[:, column], torch.full((8,), 30.0).log10())
+
+
+def test_wider_is_better_and_slower(tiny_prepared: Prepared) -> None:
+    evaluator = evaluator_of(tiny_prepared)
+    traces = [evaluator.run(make_policy(f"fixed:{b}", policy_context(tiny_prepared))) for b in (3, 4, 5, 6, 8)]
+    kls = [float(trace.output_kl_nats.mean()) for trace in traces]
+    speeds = [trace.speedup for trace in traces]
+    assert kls == sorted(kls, reverse=True)
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[-1] == pytest.approx(1.0)
+    evaluator.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        evaluator.run(make_policy("fixed:8", policy_context(tiny_prepared)))
+
+
+def test_bootstrap_covers_a_known_mean() -> None:
+    """The nominal 95% on skewed data of 40 sequences: exponential, mean 1."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    widths = []
+    for _ in range(200):
+        values = torch.empty(40, dtype=torch.float64).exponential_(generator=generator)
+        low, high = bootstrap_interval(values)
+        covered += low <= 1 <= high
+        widths.append(high - low)
+    assert 0.88 <= covered / 200 <= 0.98
+    assert sum(widths) / 200 == pytest.approx(2 * 1.96 / math.sqrt(40), rel=0.1)
+    assert bootstrap_interval(torch.full((5,), 0.3, dtype=torch.float64)) == pytest.approx((0.3, 0.3))
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+class FakeClock:
+    """Steps take as many milliseconds as their mean width, and a thousand while warming up or when something stalls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, warmup: int = 4) -> None:
+        self._widths: Tensor | None = None
+        self._step_of_run = 0
+        self._warmup = warmup
+        self.runs: list[float] = []
+        step, prefill = DecodeSession.step, DecodeSession.prefill
+
+        def spy_step(session: DecodeSession, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
+            self._widths = bit_widths
+            return step(session, bit_widths, token_ids)
+
+        def spy_prefill(session: DecodeSession, prompt_ids: Tensor) -> StepOutput:
+            self._step_of_run = 0
+            return prefill(session, prompt_ids)
+
+        monkeypatch.setattr(DecodeSession, "step", spy_step)
+        monkeypatch.setattr(DecodeSession, "prefill", spy_prefill)
+        monkeypatch.setattr(evaluate, "clock_ms", self)
+
+    def __call__(self, run: Callable[[], object], device: torch.device) -> float:
+        run()
+        assert self._widths is not None
+        self._step_of_run += 1
+        width = float(self._widths.double().mean())
+        if self._step_of_run == 1:
+            self.runs.append(width)
+        return 1000.0 if self._step_of_run <= self._warmup or self._step_of_run == 9 else width
+
+
+def test_measured_speedups_are_ratios_of_medians(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+    context = policy_context(tiny_prepared)
+    entries: list[tuple[BitWidthPolicy, float]] = [(make_policy(f"fixed:{b}", context), 1.0) for b in (4, 8, 5)]
+    window = tiny_prepared.windows.test[0]
+    speedups = measured_speedups(
+        tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, entries, rounds=2
+    )
+    assert speedups == pytest.approx([2.0, 1.0, 1.6])
+    assert clock.runs == [8, 4, 8, 5, 8] * 2  # interleaved, the baseline at both ends of each round
+
+
+def test_timing_needs_no_long_window(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps as the warm-up takes, or fewer: some are left to count."""
+    FakeClock(monkeypatch, warmup=0)
+    for steps in (1, 3, 4):
+        env = replace(tiny_prepared.env, max_new_tokens=steps)
+        entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+        window = tiny_prepared.windows.test[0, : env.window_tokens]
+        speedups = measured_speedups(tiny_prepared.model, tiny_prepared.profile, window, env, [entry], rounds=1)
+        assert speedups == pytest.approx([2.0])
+
+
+def test_measured_by_the_real_clock(tiny_prepared: Prepared) -> None:
+    entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+    window = tiny_prepared.windows.test[0]
+    (speedup,) = measured_speedups(
+        tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, [entry], rounds=1
+    )
+    assert 0 < speedup < math.inf

@@ -1,0 +1,221 @@
+"""Generation: step by step what a session gives, and the very signals that training has shown the policy."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.cost import roofline_cost
+from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.generate import GeneratedToken, StreamedText, generate
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.engine.profile import Profile, profile_model
+from flexquant_rl.fq_env.batch import DecodeBatch
+from flexquant_rl.fq_env.task import EnvConfig
+
+PROMPT = torch.tensor([1, 104, 101, 108, 108, 111])
+WIDTHS = torch.tensor([4, 3, 6])
+
+
+@pytest.fixture(scope="module")
+def profile(nested_model: NestedCausalLM) -> Profile:
+    windows = torch.randint(97, 123, (2, 12), generator=torch.Generator().manual_seed(0))
+    return profile_model(nested_model, windows, roofline_cost(nested_model))
+
+
+class Alternating:
+    """Widths that follow the signals: another allocation whenever the entropy crosses its average."""
+
+    name = "alternating"
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, signals: Tensor) -> Tensor:
+        self.seen.append(signals.clone())
+        low = (signals[:, 0] < signals[:, 1])[:, None]
+        return torch.where(low | (len(self.seen) % 3 == 0), torch.tensor([3, 4, 4]), torch.tensor([6, 5, 8]))
+
+
+def tokens_of(
+    model: NestedCausalLM,
+    profile: Profile,
+    policy: BitWidthPolicy | None = None,
+    *,
+    count: int = 10,
+    kl_weight: float = 7.0,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[GeneratedToken]:
+    chosen = policy or StaticAllocation("static", WIDTHS)
+    return list(
+        generate(
+            model,
+            chosen,
+            profile,
+            PROMPT,
+            max_new_tokens=count,
+            kl_weight=kl_weight,
+            temperature=temperature,
+            seed=seed,
+        )
+    )
+
+
+def ids(tokens: list[GeneratedToken]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+def test_greedy_equals_manual_stepping(nested_model: NestedCausalLM, profile: Profile) -> None:
+    session = DecodeSession(nested_model)
+    output = session.prefill(PROMPT[None])
+    expected = []
+    for _ in range(10):
+        token = output.logits.argmax(-1)
+        expected.append(int(token))
+        output = session.step(WIDTHS, token)
+    tokens = tokens_of(nested_model, profile)
+    assert ids(tokens) == expected
+    assert len(set(expected)) > 2
+
+
+def test_widths_and_latencies(nested_model: NestedCausalLM, profile: Profile) -> None:
+    class Slow:
+        name = "slow"
+
+        def __call__(self, signals: Tensor) -> Tensor:
+            time.sleep(0.02)
+            return WIDTHS.expand(len(signals), -1)
+
+    tokens = tokens_of(nested_model, profile, Slow(), count=4)
+    assert tokens[0].bit_widths.tolist() == [8, 8, 8]  # sampled from the prefill
+    assert [token.bit_widths.tolist() for token in tokens[1:]] == [WIDTHS.tolist()] * 3
+    assert all(token.latency_ms > 0 for token in tokens)
+    assert all(token.latency_ms >= 20 for token in tokens[1:])  # the policy's time is the step's
+
+
+def test_time_between_tokens_is_the_readers(nested_model: NestedCausalLM, profile: Profile) -> None:
+    """A slow consumer of the stream does not make steps slow."""
+    stream = generate(
+        nested_model, StaticAllocation("static", WIDTHS), profile, PROMPT, max_new_tokens=3, kl_weight=1.0
+    )
+    latencies = []
+    for token in stream:
+        latencies.append(token.latency_ms)
+        time.sleep(0.3)
+    assert min(latencies) < 300
+
+
+def test_policy_sees_what_the_environment_shows(nested_model: NestedCausalLM, profile: Profile) -> None:
+    """The same prompt, dial and policy in training's environment: the same signals, widths and tokens."""
+    config = EnvConfig(prompt_tokens=len(PROMPT), max_new_tokens=9, source="free")
+    batch = DecodeBatch(
+        DecodeSession(nested_model, max_length=config.window_tokens), profile, config, num_rows=1
+    )
+    window = torch.zeros(1, config.window_tokens, dtype=torch.int64)
+    window[0, : len(PROMPT)] = PROMPT
+    batch.reset(torch.tensor([0]), window, torch.tensor([7.0]), torch.tensor([0]))
+    in_training, widths = Alternating(), []
+    for _ in range(9):
+        widths.append(in_training(batch.signals()))
+        batch.step(widths[-1])
+    served = Alternating()
+    tokens = tokens_of(nested_model, profile, served, count=10)
+    torch.testing.assert_close(torch.cat(served.seen), torch.cat(in_training.seen), atol=1e-5, rtol=1e-5)
+    assert [token.bit_widths.tolist() for token in tokens[1:]] == torch.cat(widths).tolist()
+    assert len({tuple(token.bit_widths.tolist()) for token in tokens[1:]}) == 2
+    read = batch._tokens[0, len(PROMPT) : len(PROMPT) + 10].tolist()
+    assert ids(tokens) == read
+
+
+def test_eos_ends_the_text(
+    nested_model: NestedCausalLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = ids(tokens_of(nested_model, profile))
+    eos = free[4]
+    first = free.index(eos)
+    monkeypatch.setattr(nested_model, "tokenizer", SimpleNamespace(eos_token_id=eos))
+    assert ids(tokens_of(nested_model, profile)) == free[: first + 1]
+    monkeypatch.setattr(nested_model, "tokenizer", SimpleNamespace(eos_token_id=None))
+    assert ids(tokens_of(nested_model, profile)) == free
+
+
+def test_sampling_is_seeded(nested_model: NestedCausalLM, profile: Profile) -> None:
+    def sampled(seed: int, temperature: float = 1.5) -> list[int]:
+        return ids(tokens_of(nested_model, profile, count=16, temperature=temperature, seed=seed))
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+    assert sampled(1, temperature=1e-4) == ids(tokens_of(nested_model, profile, count=16))
+    state = torch.get_rng_state()
+    sampled(3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sampling_follows_the_distribution(nested_model: NestedCausalLM, profile: Profile) -> None:
+    probs = DecodeSession(nested_model).prefill(PROMPT[None]).logits.softmax(-1)[0]
+    firsts = [
+        ids(tokens_of(nested_model, profile, count=1, temperature=1.0, seed=seed))[0] for seed in range(300)
+    ]
+    top = int(probs.argmax())
+    share = sum(token == top for token in firsts) / len(firsts)
+    assert share == pytest.approx(float(probs[top]), abs=0.1)
+
+
+def test_one_token_needs_no_policy(nested_model: NestedCausalLM, profile: Profile) -> None:
+    policy = Alternating()
+    assert len(tokens_of(nested_model, profile, policy, count=1)) == 1
+    assert not policy.seen
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [
+        (torch.zeros(0, dtype=torch.int64), {}, "the prompt is empty"),
+        (torch.full((120,), 97), {"max_new_tokens": 9}, "context holds 128"),
+        (torch.full((200,), 97), {}, "context holds 128"),
+        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (PROMPT, {"max_new_tokens": -3}, "max_new_tokens=-3"),
+        (PROMPT, {"temperature": -1.0}, "temperature=-1"),
+        (PROMPT, {"temperature": float("nan")}, "temperature=nan"),
+    ],
+)
+def test_wrong_prompts_and_numbers(
+    nested_model: NestedCausalLM, profile: Profile, prompt: Tensor, changes: dict[str, float], message: str
+) -> None:
+    arguments = {"max_new_tokens": 5, "kl_weight": 1.0, **changes}
+    stream = generate(nested_model, StaticAllocation("static", WIDTHS), profile, prompt, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        next(stream)
+
+
+def test_the_context_can_be_filled(nested_model: NestedCausalLM, profile: Profile) -> None:
+    prompt = torch.full((120,), 97)
+    policy = StaticAllocation("static", WIDTHS)
+    tokens = list(generate(nested_model, policy, profile, prompt, max_new_tokens=8, kl_weight=1.0))
+    assert len(tokens) == 8 or tokens[-1].token_id == nested_model.tokenizer.eos_token_id
+
+
+class ByteTokenizer:
+    """Tokens are bytes of UTF-8, so that characters are spread over tokens; 0 is special."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return bytes(token for token in token_ids if token).decode("utf-8", errors="replace")
+
+
+def test_streamed_text_waits_for_whole_characters() -> None:
+    text = "a\N{GREEK SMALL LETTER BETA} \N{GRINNING FACE}!"
+    stream = StreamedText(ByteTokenizer(), list(b"prompt"))  # type: ignore[arg-type]
+    pieces = [stream.add(byte) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert pieces == ["a", "", "\N{GREEK SMALL LETTER BETA}", " ", "", "", "", "\N{GRINNING FACE}", "!"]
+    assert stream.add(0) == ""
+    long = "the quick brown fox " * 5
+    assert "".join(stream.add(byte) for byte in long.encode()) == long

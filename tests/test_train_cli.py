@@ -1,0 +1,263 @@
+"""The whole of `train.py` on a tiny model: what it leaves behind, and that an interruption anywhere changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runner import TINY_RUN, Finished, leftovers, run, spawn, tree, write_text
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flexquant_rl import train
+from flexquant_rl.agents.imitation import clone
+from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.policy import load_policy
+from flexquant_rl.engine.quantize import QuantizationConfig
+
+ROW_FIELDS = {
+    *("policy", "seed", "kl_weight", "mean_bit_width", "output_kl_nats", "output_kl_p99_nats"),
+    *("perplexity", "top1_agreement", "speedup_modelled", "speedup_measured"),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tiny_model_dir: Path, text: Path) -> Finished:
+    """`python train.py` as it is started by hand, in a process of its own, nothing replaced."""
+    options = ("--model", tiny_model_dir, "--text", text, "--run", "run", "--seeds", 1)
+    process = spawn("train.py", *options, *TINY_RUN, cwd=folder)
+    out, err = process.communicate(timeout=280)
+    return Finished(process.returncode, out, err)
+
+
+class TestWholeRun:
+    def test_last_line_is_json(self, finished: Finished) -> None:
+        result = finished.result
+        assert result["run_dir"] == "run"
+        assert result["policy_dir"] == "run/policy"
+        assert result["env_steps"] == 48
+        assert result["env_steps_per_s"] > 0
+        assert result["captured_headroom"] is None or isinstance(result["captured_headroom"], float)
+        assert all(row.keys() >= ROW_FIELDS for row in result["rows"])
+
+    def test_rows_cover_all_kinds_of_policies(self, finished: Finished) -> None:
+        rows = finished.result["rows"]
+        families = {row["policy"].split(":")[0] for row in rows}
+        assert families == {"fixed", "knapsack", "random", "entropy", "ppo", "oracle"}
+        learned = [row for row in rows if row["policy"] == "ppo"]
+        assert [row["seed"] for row in learned] == [0, 0]
+        assert len({row["kl_weight"] for row in learned}) == 2
+        assert all(row["output_kl_nats"] >= 0 and 3 <= row["mean_bit_width"] <= 8 for row in rows)
+        assert all(row["speedup_measured"] > 0 for row in rows if row["policy"] != "oracle:token")
+
+    def test_console_table_fits_the_screen(self, finished: Finished) -> None:
+        lines = finished.out.splitlines()
+        table = lines[: lines.index("")]
+        assert len(table) == 2 + len(finished.result["rows"])
+        assert max(map(len, table)) <= 110
+
+    def test_stderr_holds_progress_and_nothing_else(self, finished: Finished) -> None:
+        known = (
+            "loading",
+            "quantising",
+            "profiling",
+            "solving",
+            "PPO seed 0",
+            "evaluating",
+            "timing",
+            "oracle",
+            "report",
+        )
+        assert [line for line in finished.err.splitlines() if not line.startswith(known)] == []
+
+    def test_run_directory(self, finished: Finished, folder: Path) -> None:
+        run_dir = folder / finished.result["run_dir"]
+        files = tree(run_dir)
+        assert {"config.json", "profile.json", "eval.jsonl", "report.md", "pareto.png", "bits.png"} <= files.keys()
+        assert {f"policy/{name}" for name in ("policy.json", "policy.safetensors", "profile.json")} <= files.keys()
+        assert leftovers(files) == []
+        assert len((run_dir / "eval.jsonl").read_text().splitlines()) == len(finished.result["rows"])
+        for name in ("pareto.png", "bits.png"):
+            with Image.open(run_dir / name) as image:
+                assert image.format == "PNG"
+                assert min(image.size) > 300
+                image.load()
+        report = (run_dir / "report.md").read_text()
+        assert "](pareto.png)" in report
+        assert "](bits.png)" in report
+        assert json.loads((run_dir / "config.json").read_text())["config"]["env_steps"] == 48
+
+    def test_tensorboard(self, finished: Finished, folder: Path) -> None:
+        assert finished.code == 0
+        events = EventAccumulator(str(folder / "run" / "seeds" / "0" / "tensorboard"))
+        events.Reload()
+        tags = set(events.Tags()["scalars"])
+        assert {"reward/total", "bits/mean", "quality/output_kl_nats", "policy/approx_kl"} <= tags
+        assert {"validation/reward_over_static", "policy/policy_entropy"} <= tags
+
+    def test_policy_is_of_this_model(self, finished: Finished, folder: Path, tiny_model_dir: Path) -> None:
+        model = load_model(str(tiny_model_dir), QuantizationConfig())
+        policy = load_policy(folder / finished.result["policy_dir"], model_fingerprint=model.fingerprint)
+        assert policy.card.unit_names == tuple(unit.name for unit in model.units)
+        assert len(policy.card.dial) == 2
+
+
+def test_interrupt_from_the_shell(tmp_path: Path, tiny_model_dir: Path, text: Path) -> None:
+    options = ("--model", tiny_model_dir, "--text", text, "--run", "run")
+    process = spawn("train.py", *options, *TINY_RUN, cwd=tmp_path)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("loading the model")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == "interrupted; continue with: python train.py --resume run"
+    assert "Traceback" not in err
+    assert leftovers(tree(tmp_path)) == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+
+
+def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures."""
+    monkeypatch.setattr("flexquant_rl.agents.training.clone", partial(clone, num_steps=10))
+    monkeypatch.setattr("flexquant_rl.agents.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4]))
+    for name in ("plot_pareto", "plot_bits"):
+        monkeypatch.setattr(f"flexquant_rl.agents.run.{name}", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def start(tiny_model_dir: Path, text: Path) -> tuple[object, ...]:
+    """The options of every run below: two seeds."""
+    return ("--model", tiny_model_dir, "--text", text, "--seeds", 2, *TINY_RUN)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_quick(monkeypatch)
+        assert run(train.main, *start, "--run", run_dir).code == 0
+    return run_dir
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """All that a run ends with, but for clocks."""
+    policies = ["policy", "seeds/0/policy", "seeds/1/policy"]
+    rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
+    dial = json.loads((run_dir / "policy" / "policy.json").read_text())["dial"]
+    return {path: (run_dir / path / "policy.safetensors").read_bytes() for path in policies} | {
+        "rows": rows,
+        "dial": dial,
+        "front": (run_dir / "static_front.safetensors").read_bytes(),
+        "profile": (run_dir / "profile.json").read_bytes(),
+    }
+
+
+def stopping_at(target: str, call: int, stop: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a function, `module:name` below flexquant_rl, call `stop` at its n-th call, before its own work."""
+    module_name, _, path = target.partition(":")
+    owner: Any = import_module(f"flexquant_rl.{module_name}")
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            stop()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def interrupt() -> None:
+    """What Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
+
+
+# Each seed takes 12 steps of 4 episodes at a time, 3 rollouts of 4; two epochs of two batches follow each rollout. What
+# is replaced on disk: configuration, profile, front, then a checkpoint before each rollout.
+PHASES = {
+    "quantising": ("engine.model:quantize_rtn", 4),
+    "profiling": ("engine.profile:output_kl_nats", 5),
+    "front": ("agents.static:kl_nats", 3),
+    "cloning": ("agents.imitation:_targets", 5),
+    "seed 0, rollout": ("agents.ppo:TrainingCallback._on_step", 7),
+    "seed 0, update": ("agents.ppo:UnitSharedPolicy.evaluate_actions", 7),
+    "seed 0, checkpoint": ("engine.files:os.replace", 5),
+    "seed 0, validation": ("agents.training:Validation.__call__", 2),
+    "seed 0, export": ("agents.training:check_parity", 1),
+    "seed 1, rollout": ("agents.ppo:TrainingCallback._on_step", 22),
+    "dial table": ("agents.training:DialPoint", 2),
+    "evaluation": ("agents.contest:summarise", 3),
+    "oracle": ("agents.oracle:_best_mask", 2),
+    "report": ("agents.run:write_report", 1),
+}
+# Seven steps are a rollout more than a checkpoint keeps: the third of these interruptions is in the second seed.
+AGAIN_AND_AGAIN = ["quantising", "front", "cloning", *["seed 0, rollout"] * 3, "evaluation", "report"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("phases", [[name] for name in PHASES] + [AGAIN_AND_AGAIN], ids="+".join)
+def test_resumed_run_ends_like_an_uninterrupted_one(
+    phases: list[str], start: tuple[object, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = (*start, "--run", run_dir)
+    for phase in phases:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            stopping_at(*PHASES[phase], interrupt, monkeypatch)
+            stopped = run(train.main, *arguments)
+        assert stopped.code == 130, f"{phase}: {stopped.err}"
+        assert stopped.err.splitlines()[-1] == f"interrupted; continue with: python train.py --resume {run_dir}"
+        assert stopped.out == ""
+        arguments = ("--resume", run_dir)
+    finished = run(train.main, *arguments)
+    assert finished.result["run_dir"] == str(run_dir)
+    assert outcome(run_dir) == outcome(uninterrupted)
+    assert leftovers(tree(run_dir)) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_full_disk_while_training(start: tuple[object, ...], uninterrupted: Path, tmp_path: Path) -> None:
+    def full_disk() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "checkpoint.safetensors")
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stopping_at("agents.ppo:write_tensors", 2, full_disk, monkeypatch)
+        stopped = run(train.main, *start, "--run", tmp_path / "run")
+    assert stopped.error == "checkpoint.safetensors: No space left on device; free some space and run the command again"
+    assert run(train.main, "--resume", tmp_path / "run").code == 0
+    assert outcome(tmp_path / "run") == outcome(uninterrupted)
+
+
+@pytest.mark.usefixtures("quick")
+def test_finished_run_may_be_resumed(uninterrupted: Path) -> None:
+    before = outcome(uninterrupted)
+    assert run(train.main, "--resume", uninterrupted).code == 0
+    assert outcome(uninterrupted) == before

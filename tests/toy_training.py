@@ -1,0 +1,102 @@
+"""Training on the fake model, where the best reward is known: what the tests of agents have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fake_session import NUM_CLASSES, FakeModel, FakeSession, fake_profile, fake_windows, optimal_bit_widths
+from stable_baselines3 import PPO
+from torch import Tensor
+
+from flexquant_rl.agents.ppo import PPOConfig, TrainingCallback, build_ppo
+from flexquant_rl.agents.static import StaticFront, static_front
+from flexquant_rl.engine.policy import BitWidthPolicy, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.fq_env.batch import DecodeBatch
+from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.vec_env import DecodeVecEnv
+
+TOY_CONFIG = EnvConfig(prompt_tokens=4, max_new_tokens=16, kl_weight=4.0)
+TOY_PPO = PPOConfig(num_envs=64, batch_size=256, num_epochs=6, learning_rate=3e-3, gamma=0.5)
+
+
+@dataclass(frozen=True)
+class UnitModel(FakeModel):
+    """The units differ and the tokens do not: one allocation is the best at every token."""
+
+    @property
+    def need(self) -> Tensor:
+        return torch.tensor([0.3, 0.02, 0.08, 0.005], dtype=torch.float64).expand(NUM_CLASSES, 4).clone()
+
+
+def toy_front(model: FakeModel) -> StaticFront:
+    """Every static allocation worth having."""
+    return static_front(fake_profile(model), model.unit_weights, num_points=1000)
+
+
+def toy_env(
+    model: FakeModel,
+    *,
+    config: EnvConfig = TOY_CONFIG,
+    num_envs: int = TOY_PPO.num_envs,
+    seed: int = 0,
+    static: StaticFront | None = None,
+) -> DecodeVecEnv:
+    """A batch of episodes on random text; `static` is the control variate."""
+    return DecodeVecEnv(
+        FakeSession(model, num_rows=num_envs),
+        fake_profile(model),
+        fake_windows(256, config.window_tokens),
+        config,
+        num_envs=num_envs,
+        seed=seed,
+        static=None if static is None else static.allocate,
+    )
+
+
+def toy_windows(config: EnvConfig = TOY_CONFIG, *, seed: int = 9) -> Tensor:
+    """`[64, window_tokens]` other text than `toy_env` draws from."""
+    return fake_windows(64, config.window_tokens, seed=seed)
+
+
+def toy_policy(net: PrecisionNet, model: FakeModel) -> LearnedPolicy:
+    """The network as it is deployed."""
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    return LearnedPolicy(net, PolicyCard(schema, model.fingerprint, tuple(unit.name for unit in model.units)))
+
+
+def mean_reward(policy: BitWidthPolicy, model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFIG) -> float:
+    """Mean reward per token on windows `[n, window_tokens]` at the config's dial."""
+    assert config.kl_weight is not None
+    count = len(windows)
+    batch = DecodeBatch(FakeSession(model, num_rows=count), fake_profile(model), config, num_rows=count)
+    rows = torch.arange(count)
+    batch.reset(rows, windows, torch.full((count,), config.kl_weight), torch.zeros_like(rows))
+    steps = [batch.step(policy(batch.signals())) for _ in range(config.max_new_tokens)]
+    return float(torch.stack([step.reward.total for step in steps]).double().mean())
+
+
+def best_reward(model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFIG) -> float:
+    """Mean over tokens of the best of all W^U allocations at each: without carry no token's choice touches another."""
+    assert config.kl_weight is not None
+    assert model.carry == 0
+    tokens = windows[:, config.prompt_tokens : -1].flatten()
+    widths = optimal_bit_widths(model, tokens, config.kl_weight)
+    speedup = fake_profile(model).cost.speedup(widths)
+    return float((speedup - 1 - config.kl_weight * model.own_kl_nats(tokens, widths)).mean())
+
+
+def toy_training(
+    env: DecodeVecEnv, model: FakeModel, checkpoint: Path, *, seed: int = 0, ppo_config: PPOConfig = TOY_PPO
+) -> tuple[PPO, TrainingCallback]:
+    """PPO on an env, and a callback that validates by the mean reward."""
+    windows = toy_windows(seed=5)
+
+    def validate(net: PrecisionNet) -> float:
+        score = mean_reward(toy_policy(net, model), model, windows)
+        net.train()
+        return score
+
+    return build_ppo(env, ppo_config, seed=seed), TrainingCallback(checkpoint, validate)
