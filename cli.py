@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -317,7 +318,7 @@ def _train(arguments: Annotated[TrainArguments, tyro.conf.arg(name="")] = TrainA
     train(arguments)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "quantize": quantize,
     "profile": profile,
     "train": _train,

@@ -58,8 +58,7 @@ class EntropyThreshold:
     """FlexQuant's shape: the smoothed entropy of the output says how many units, least sensitive first, run low.
 
     The paper's abstract fixes the signals and the granularity; the map from entropy to a number of units is ours:
-    linear
-    between two thresholds, with hysteresis, optionally one-way (low units never return).
+    linear between two thresholds, with hysteresis, optionally one-way (low units never return).
 
     Attributes:
         schema: Of the signals.

@@ -121,9 +121,9 @@ def pareto_front(rows: Iterable[EvalRow]) -> list[EvalRow]:
 def interpolated_kl(rows: Iterable[EvalRow], speedup: float) -> float | None:
     """Output KL of a front at a modelled speedup, nats.
 
-    Between neighbouring points of the Pareto front the KL is linear in the time of a token: what one gets by running a share
-    of the sequences at one point and the rest at the other. So a sparse front (fixed widths) is not credited with points
-    that nothing reaches, as a line in log KL would do.
+    Between neighbouring points of the Pareto front the KL is linear in the time of a token: what one gets by running a
+    share of the sequences at one point and the rest at the other. So a sparse front (fixed widths) is not credited with
+    points that nothing reaches, as a line in log KL would do.
 
     Args:
         rows: All points of one front.

@@ -156,8 +156,7 @@ def measured_speedups(
     """Wall-clock speedup of batch-1 decoding over the largest width, the policy's own cost included.
 
     Every round decodes the window once per policy and once at the largest width, interleaved, so that drift of the
-    machine
-    hits all alike; the median step of all rounds counts.
+    machine hits all alike; the median step of all rounds counts.
 
     Args:
         model: The model.

@@ -37,7 +37,7 @@ def check_parity(
     if differing:
         raise RuntimeError(
             f"{exported}: {differing} of {ours.numel()} widths differ from the trained policy's on recorded "
-            f"observations"
+            "observations"
         )
 
 

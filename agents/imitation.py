@@ -33,7 +33,7 @@ def collect_signals(env: DecodeVecEnv, front: StaticFront, generator: torch.Gene
         shift = torch.randint(-1, 2, columns.shape, generator=generator)
         moved = torch.rand(columns.shape, generator=generator) < 0.2
         columns = (columns + shift * moved).clamp(0, len(env.actions_map.bit_widths) - 1)
-        observations = torch.as_tensor(env.step(columns.numpy())[0])  # type: ignore[arg-type]
+        observations = torch.as_tensor(env.step(columns.numpy())[0])
     return torch.cat(signals)
 
 
@@ -85,7 +85,7 @@ def clone(
         targets = _targets(front, profile, 10 ** picked[:, dial_index], columns)
         loss = F.cross_entropy(net.logits(picked).flatten(0, 1), targets.flatten(0, 1))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     with torch.inference_mode():
         picked, columns = batch(4 * batch_size)

@@ -2,10 +2,8 @@
 
 The influence of a token is what its low widths do to the KL of the *whole* sequence, its own output and all later ones
 through keys and values. It is estimated by ridge regression over random choices of tokens (a myopic oracle, which
-looks at
-each token's own KL only, does worse than a static allocation). Then the best half of the tokens gets the high widths
-and
-the sequence is really run.
+looks at each token's own KL only, does worse than a static allocation). Then the best half of the tokens gets the high
+widths and the sequence is really run.
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 class PPOConfig:
     """Hyper-parameters; saved with every run."""
 
-    num_envs: int = 128
+    num_envs: int = 96
     """Episodes in lockstep."""
     learning_rate: float = 1e-3
-    """Falls linearly to zero."""
+    """Falls linearly: of K updates, the last one is made at 1/K of it."""
     batch_size: int = 1024
     """Transitions per gradient step."""
     num_epochs: int = 4
@@ -54,8 +54,8 @@ class PPOConfig:
     def validate(self) -> None:
         """Raises InputError on values that PPO cannot learn with."""
         # Advantages are normalised over a batch, which one transition does not allow.
-        bounds = {"num_envs": (1, math.inf), "batch_size": (2, math.inf), "num_epochs": (1, math.inf)}
-        bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
+        bounds: dict[str, tuple[float, float]] = {"num_envs": (1, math.inf), "batch_size": (2, math.inf)}
+        bounds |= {"num_epochs": (1, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
         bounds |= {name: (0, math.inf) for name in ("entropy_coefficient", "value_coefficient")}
         bounds |= {name: (1e-12, math.inf) for name in ("learning_rate", "clip_range")}
         for name, (low, high) in bounds.items():
@@ -178,7 +178,7 @@ class TrainingCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         if not self._env.aligned:
-            self.model._last_obs = self._env.reset()  # type: ignore[attr-defined]
+            self.model._last_obs = self._env.reset()
         if self._resumed:  # everything below was done before the interruption
             self._resumed = False
             return
@@ -284,7 +284,7 @@ class TrainingCallback(BaseCallback):
             episodes = facts["env"]
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._checkpoint}: damaged checkpoint ({error}); delete it to train again") from error
-        ppo._last_obs = env.restart(episodes)  # type: ignore[assignment]
+        ppo._last_obs = env.restart(episodes)
         ppo._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._resumed = True
 

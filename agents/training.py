@@ -54,7 +54,7 @@ class TrainConfig:
     """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
     seeds: int = 3
     """Policies trained, each with its own seed."""
-    env_steps: int = 32_768
+    env_steps: int = 49_152
     """Environment steps per seed; rounded up to whole rollouts."""
     seed: int = 0
     """First seed."""
@@ -62,7 +62,7 @@ class TrainConfig:
     """cpu or cuda."""
     validation_sequences: int = 64
     """Sequences on which the best checkpoint is chosen."""
-    test_sequences: int = 48
+    test_sequences: int = 32
     """Sequences of the final table."""
     oracle_masks: int = 96
     """Random choices of tokens per sequence from which the oracle learns their influence; 0 leaves it out."""
@@ -278,9 +278,7 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     shutil.rmtree(unchecked, ignore_errors=True)
     policy.save(unchecked, prepared.profile)
     recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, env.batch.schema.dim)
-    check_parity(
-        unchecked, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0]
-    )
+    check_parity(unchecked, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0])
     unchecked.rename(policy_dir)
     scores = f"{callback.first_score:+.4f} cloned, {callback.best_score:+.4f} best"
     say(f"PPO seed {seed}: validation reward over static {scores}")

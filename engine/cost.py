@@ -154,6 +154,9 @@ def measured_cost(
         four
             per table entry where there are many.
         seed: Of the widths.
+
+    Raises:
+        InputError: If the times are too noisy to fit a table.
     """
     generator = torch.Generator().manual_seed(seed)
     widths = torch.tensor(model.bit_widths)
@@ -165,6 +168,12 @@ def measured_cost(
     times = torch.tensor([time_step(widths[choice]) for choice in choices], dtype=torch.float64)
     held_out = torch.arange(num_steps) % 4 == 3
     fixed, unit_ms = _fit(choices[~held_out], times[~held_out], len(widths))
+    fastest = fixed + float(unit_ms.amin(1).sum())
+    if fastest <= 0:
+        raise InputError(
+            f"{num_steps} timed steps say that the fastest one takes {fastest:.3g} ms, which cannot be: the machine is "
+            "too busy to time this model; run again with more --steps, or take --source roofline"
+        )
     table = replace(
         roofline_cost(model), source="measured", fixed_ms=fixed, unit_ms=unit_ms, fingerprint=model.fingerprint
     )

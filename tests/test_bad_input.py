@@ -142,6 +142,11 @@ def model_missing(inputs: Inputs) -> Mistake:
 
 
 @case
+def model_missing_in_a_run_without_a_name(inputs: Inputs) -> Mistake:
+    return Mistake(train.main, ("--model", inputs.own / "nowhere"), "nowhere is not a directory", "pass a Hugging Face")
+
+
+@case
 def model_is_a_file(inputs: Inputs) -> Mistake:
     return bad_model(inputs, inputs.text, "text.txt is not a directory", "pass a Hugging Face model directory")
 
@@ -674,6 +679,14 @@ def test_full_disk_at_the_start_of_a_run(inputs: Inputs, monkeypatch: pytest.Mon
     finished = run(train.main, *training(inputs))
     assert "config.json" in finished.error
     assert "free some space" in finished.error
+    assert tree(inputs.own) == {}
+
+
+def test_machine_too_busy_to_time_steps(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "clock_ms", lambda step, device: -1.0)
+    finished = run(cli.main, "profile", inputs.model, "--text", inputs.text, "--out", inputs.own / "profile.json")
+    assert "takes -1 ms" in finished.error
+    assert "--source roofline" in finished.error
     assert tree(inputs.own) == {}
 
 

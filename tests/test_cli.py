@@ -7,6 +7,9 @@ import json
 import os
 import pty
 import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -16,11 +19,12 @@ from cli_runner import TINY_EPISODES, Finished, run, tree, write_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flexquant_rl import cli
+from flexquant_rl import cli, train
 from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.agents.run import new_run
 from flexquant_rl.agents.training import TrainConfig
 from flexquant_rl.engine.checkpoint import load_checkpoint
+from flexquant_rl.engine.cost import roofline_cost
 from flexquant_rl.engine.generate import StreamedText
 from flexquant_rl.engine.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.profile import Profile
@@ -48,16 +52,22 @@ def nested(quantized: tuple[Path, Finished]) -> Path:
 
 @pytest.fixture(scope="module")
 def profiled(nested: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
-    """A copy of the checkpoint with the `profile.json` that `fq profile` put into it."""
+    """A copy of the checkpoint with the `profile.json` that `fq profile` put into it; every step took 1 ms."""
+
+    def one_millisecond(step: Callable[[], object], device: torch.device) -> float:
+        step()
+        return 1.0
+
     model = shutil.copytree(nested, tmp_path_factory.mktemp("profiled") / "model")
-    return model, run(cli.main, "profile", model, "--text", text, "--steps", 40)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cli, "clock_ms", one_millisecond)
+        return model, run(cli.main, "profile", model, "--text", text, "--steps", 40)
 
 
 @pytest.fixture(scope="module")
-def run_dir(profiled: tuple[Path, Finished], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What train.py leaves of a finished run that `fq export` reads; the policy is untrained."""
-    model_dir, _ = profiled
-    model = load_checkpoint(model_dir)
+    model = load_checkpoint(nested)
     schema = SignalSchema(model.num_units, model.bit_widths)
     torch.manual_seed(0)
     net = PrecisionNet(schema)
@@ -65,9 +75,12 @@ def run_dir(profiled: tuple[Path, Finished], tmp_path_factory: pytest.TempPathFa
     dial = (DialPoint(100.0, 1.2, 0.01, 6.0), DialPoint(30.0, 1.5, 0.05, 5.0), DialPoint(10.0, 1.8, 0.1, 4.0))
     names = tuple(unit.name for unit in model.units)
     folder = tmp_path_factory.mktemp("run") / "run"
-    with new_run(TrainConfig(model=str(model_dir)), folder):
+    sensitivity = torch.tensor([0.5, 0.1, 0.03, 0.01, 0.0]).expand(3, -1)
+    with new_run(TrainConfig(model=str(nested)), folder):
         policy = LearnedPolicy(net, PolicyCard(schema, model.fingerprint, names, dial))
-        policy.save(folder / "policy", Profile.load(model_dir / "profile.json"))
+        policy.save(
+            folder / "policy", Profile(roofline_cost(model), sensitivity, WIDTHS, model.fingerprint, 9, "8-bit")
+        )
     return folder
 
 
@@ -109,8 +122,8 @@ def test_profile(profiled: tuple[Path, Finished]) -> None:
     result = finished.result
     assert result["source"] == "measured"
     assert result["latency_ms_by_width"].keys() == {str(width) for width in WIDTHS}
-    assert all(value > 0 for value in result["latency_ms_by_width"].values())
-    assert 0 <= result["table_error_p50"] <= result["table_error_p95"]
+    assert list(result["latency_ms_by_width"].values()) == pytest.approx([1.0] * len(WIDTHS), abs=1e-3)
+    assert 0 <= result["table_error_p50"] <= result["table_error_p95"] < 1e-3
     assert torch.tensor(result["sensitivity"]).shape == (3, len(WIDTHS))
     profile = Profile.load(model / "profile.json")
     assert result["profile"] == str(model / "profile.json")
@@ -199,13 +212,38 @@ class TestGenerate:
         reader, writer = pty.openpty()
         with os.fdopen(writer, "w") as terminal:
             finished = self.generate(nested, exported[0], "--show-bits", stdout=terminal)
-            terminal.flush()
-            shown = os.read(reader, 65536).decode().replace("\r\n", "\n")
-        os.close(reader)
         assert finished.code == 0, finished.err
-        assert shown.count("\x1b[48;5;") > len(WIDTHS)
-        assert legend(WIDTHS) in shown
-        assert json.loads(shown.splitlines()[-1])["num_tokens"] == 6
+        with os.fdopen(reader, "rb", buffering=0) as screen:
+            shown = b"".join(until_closed(screen)).decode().replace("\r\n", "\n")
+        text, end = shown.split(legend(WIDTHS))
+        assert "\x1b[48;5;" in text
+        assert "bits: 8.0" not in shown
+        assert json.loads(end)["num_tokens"] == 6
+
+
+def until_closed(terminal: io.RawIOBase) -> Iterator[bytes]:
+    """What was written to a terminal whose other end is closed, which Linux reports as an error."""
+    with suppress(OSError):
+        while chunk := terminal.read(4096):
+            yield chunk
+
+
+def test_interrupted_command_leaves_nothing(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("flexquant_rl.engine.files.save_file", save_half)
+    finished = run(cli.main, "quantize", tiny_model_dir, tmp_path / "out")
+    assert finished == Finished(130, "", "interrupted\n")
+    assert tree(tmp_path) == {}
+
+
+def test_train_is_the_same_as_train_py(tmp_path: Path) -> None:
+    assert "--env.prompt-tokens" in run(cli.main, "train", "--help").out
+    assert run(cli.main, "train", "--resume", tmp_path).error == run(train.main, "--resume", tmp_path).error
 
 
 def test_bench_env(nested: Path, text: Path, tmp_path: Path) -> None:

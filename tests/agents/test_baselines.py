@@ -22,9 +22,7 @@ from flexquant_rl.fq_env.task import EnvConfig
 MODEL = FakeModel()
 PROFILE = fake_profile(MODEL)
 SCHEMA = SignalSchema(MODEL.num_units, MODEL.bit_widths)
-CONTEXT = PolicyContext(
-    PROFILE, static_front(PROFILE, MODEL.unit_weights, num_points=1000), SCHEMA, MODEL.fingerprint
-)
+CONTEXT = PolicyContext(PROFILE, static_front(PROFILE, MODEL.unit_weights, num_points=1000), SCHEMA, MODEL.fingerprint)
 NAMES = ["fixed:3", "fixed:8", "knapsack:3", "knapsack:4.5", "random:3.5", "random:4", "entropy:1.5", "entropy:-2"]
 
 

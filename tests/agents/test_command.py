@@ -105,7 +105,9 @@ def test_unwritable_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_result_is_the_last_line_and_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
     print("a table")
-    print_result({"nan": math.nan, "rows": [{"kl": math.inf, "x": 1.5}, (-math.inf, 2)], "s": "NaN", "n": None, "b": True})
+    print_result(
+        {"nan": math.nan, "rows": [{"kl": math.inf, "x": 1.5}, (-math.inf, 2)], "s": "NaN", "n": None, "b": True}
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
 

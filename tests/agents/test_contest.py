@@ -112,7 +112,7 @@ def learned_result(prepared: Prepared, seed: int) -> SeedResult:
 def test_compete_judges_all_on_the_same_text(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
 
-    def fake_speedups(model: object, profile: object, window: Tensor, config: object, policies: list, **_: object):  # noqa: ANN202
+    def fake_speedups(model: object, profile: object, window: Tensor, config: object, policies: list, **_: object):
         timed.extend(policy.name for policy, _ in policies)
         assert len(window) == tiny_prepared.env.window_tokens
         return [float(index) for index in range(len(policies))]
@@ -153,9 +153,7 @@ def test_oracle_row_is_on_the_same_text(tiny_prepared: Prepared) -> None:
     assert 1 < (result.speedup_modelled or 0) < math.inf
     assert 0 < result.output_kl_nats < math.inf
     # Half of the tokens at each of the two allocations.
-    mean = [
-        float(tiny_prepared.model.mean_bit_width(tiny_prepared.front.nearest(bits))) for bits in (4.0, 5.0)
-    ]
+    mean = [float(tiny_prepared.model.mean_bit_width(tiny_prepared.front.nearest(bits))) for bits in (4.0, 5.0)]
     assert result.mean_bit_width == pytest.approx(sum(mean) / 2, rel=1e-4)
 
 

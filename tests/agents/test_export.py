@@ -23,7 +23,7 @@ from flexquant_rl.engine.policy import LearnedPolicy, PrecisionNet, load_policy
 
 MODEL = FakeModel(carry=0.5)
 
-SERVE = '''
+SERVE = """
 import sys
 
 class Refuse:
@@ -41,7 +41,7 @@ directory, observations, out = map(Path, sys.argv[1:])
 policy = load_policy(directory)
 save_file({"bit_widths": policy(load_file(observations)["observations"])}, out)
 print(*sorted({name.split(".")[0] for name in sys.modules}))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -99,9 +99,7 @@ def test_normalisation_comes_from_the_signals(clone_and_agreement: tuple[Precisi
     global_signals, unit_signals = net.normalised(collect())
     varying = global_signals.std(0) > 1e-2
     assert float(global_signals.mean(0).abs().max()) < 1e-2
-    torch.testing.assert_close(
-        global_signals.std(0)[varying], torch.ones(int(varying.sum())), atol=0.05, rtol=0
-    )
+    torch.testing.assert_close(global_signals.std(0)[varying], torch.ones(int(varying.sum())), atol=0.05, rtol=0)
     assert bool(unit_signals.isfinite().all())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_session import NUM_CLASSES, FakeModel, fake_profile, fake_windows, optimal_bit_widths, token_class
+from fake_session import NUM_CLASSES, FakeModel, fake_profile, optimal_bit_widths, token_class
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stable_baselines3 import PPO
@@ -142,10 +142,10 @@ def test_the_policy_is_the_network(tmp_path: Path) -> None:
 
 
 def test_returns_cross_no_episode_and_bootstrap_the_truncated_end(tmp_path: Path) -> None:
-    """One rollout's advantages against GAE by hand: the last step adds gamma V(what it leads to), not V(the restart)."""
+    """A rollout's advantages against GAE by hand: the last step adds gamma V(what it leads to), not V(the restart)."""
     model = FakeModel(carry=0.5)
     env = toy_env(model, num_envs=8, static=toy_front(model))
-    ppo, callback = toy_training(env, model, tmp_path / "checkpoint.safetensors", ppo_config=SMALL)
+    ppo = build_ppo(env, SMALL, seed=0)
     rewards: list[np.ndarray] = []
     terminal: list[Tensor] = []
     step_wait = env.step_wait

@@ -181,7 +181,9 @@ def test_prompts_are_read_at_the_models_largest_width() -> None:
     """Also where no allocation of the front has that width."""
     model = FakeModel(carry=0.9)
     whole = static_front(fake_profile(model), model.unit_weights, num_points=1000)
-    fast = StaticFront(*(getattr(whole, name)[:1] for name in ("bit_widths", "speedup", "output_kl_nats")), torch.ones(1))
+    fast = StaticFront(
+        *(getattr(whole, name)[:1] for name in ("bit_widths", "speedup", "output_kl_nats")), torch.ones(1)
+    )
     assert int(fast.bit_widths.max()) == 3
     windows = fake_windows(4, 6)
     at_eight = torch.full((4, 6, 4), 8)
