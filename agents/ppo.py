@@ -156,7 +156,7 @@ class TrainingCallback(BaseCallback):
         checkpoint: Path,
         validate: Callable[[PrecisionNet], float],
         *,
-        validate_every: int = 2,
+        validate_every: int = 3,
         on_update: Callable[[int, float], None] = lambda steps, score: None,
     ) -> None:
         super().__init__()

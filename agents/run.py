@@ -152,8 +152,8 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
     if not 0 <= config.seed <= 2**32 - config.seeds:
         raise InputError(f"seed={config.seed} is not one that NumPy takes; use 0 to {2**32 - config.seeds}")
-    if config.oracle_masks < 0:
-        raise InputError(f"oracle_masks={config.oracle_masks} must not be negative; 0 leaves the oracle out")
+    if config.oracle_masks < 0 or config.oracle_masks == 1:
+        raise InputError(f"oracle_masks={config.oracle_masks} must be at least 2; 0 leaves the oracle out")
     if config.env.source != "replay" or config.env.action != "bit_widths":
         raise InputError(
             f"env.source={config.env.source} with env.action={config.env.action} is for agents of your own; "

@@ -52,15 +52,15 @@ class TrainConfig:
     """Hugging Face directory or hub name, or a nested checkpoint; default: the embedded model."""
     text: tuple[str, ...] = ()
     """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
-    seeds: int = 3
+    seeds: int = 2
     """Policies trained, each with its own seed."""
-    env_steps: int = 49_152
+    env_steps: int = 36_864
     """Environment steps per seed; rounded up to whole rollouts."""
     seed: int = 0
     """First seed."""
     device: str = "cpu"
     """cpu or cuda."""
-    validation_sequences: int = 64
+    validation_sequences: int = 48
     """Sequences on which the best checkpoint is chosen."""
     test_sequences: int = 32
     """Sequences of the final table."""

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import new_directory, write_json, write_tensors
+from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
 from flexquant_rl.engine.model import DENSE_CACHE_BYTES, NestedCausalLM, Unit, load_causal_lm, make_units, nest
 from flexquant_rl.engine.quantize import QuantizationConfig
@@ -71,7 +71,7 @@ def save_checkpoint(model: NestedCausalLM, out: Path) -> int:
             "format": QUANT_METHOD,
             "version": CHECKPOINT_VERSION,
             "files": {
-                path.relative_to(directory).as_posix(): _file_sha256(path)
+                path.relative_to(directory).as_posix(): file_sha256(path)
                 for path in files
                 if path.name != TENSORS_FILE  # its tensors have hashes of their own
             },
@@ -212,7 +212,7 @@ def _check_files(path: Path, hashes: dict[str, Any]) -> None:
         if not (path / name).is_file():
             raise InputError(f"{path / name} is missing, but manifest.json lists it; {_COPY_AGAIN}")
     for name, expected in hashes.items():
-        found = _file_sha256(path / name)
+        found = file_sha256(path / name)
         if found != expected:
             raise InputError(
                 f"{path / name}: sha256 {found[:12]}, but manifest.json says {str(expected)[:12]}; "
@@ -353,11 +353,6 @@ def _dtype_name(tensor: Tensor) -> str:
 def _tensor_sha256(tensor: Tensor) -> str:
     """Of the bytes as they are stored: contiguous, little-endian."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

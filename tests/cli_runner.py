@@ -108,4 +108,4 @@ def tree(root: Path) -> dict[str, int | None]:
 
 def leftovers(paths: Iterable[str]) -> list[str]:
     """Names that only an unfinished write leaves."""
-    return [path for path in paths if path.endswith(".tmp") or "unchecked" in path]
+    return [path for path in paths if path.endswith(".tmp")]

@@ -272,6 +272,7 @@ def assert_same(a: tuple[PPO, TrainingCallback], b: tuple[PPO, TrainingCallback]
     assert (a[1].best_score, a[1].first_score) == (b[1].best_score, b[1].first_score)
     assert a[0].num_timesteps == b[0].num_timesteps
     assert a[0]._n_updates == b[0]._n_updates
+    assert a[1]._updates == b[1]._updates
 
 
 # In the first rollout, right at the start of one, in the middle of the third, and at the very last step.

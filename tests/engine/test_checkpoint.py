@@ -355,7 +355,7 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), Interrupted()], ids=["full_disk", "interrupted"]
 )
-@pytest.mark.parametrize("stage", ["_write_config", "write_tensors", "write_json", "_file_sha256"])
+@pytest.mark.parametrize("stage", ["_write_config", "write_tensors", "write_json", "file_sha256"])
 def test_failed_save_leaves_nothing(
     nested_model: NestedCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
 ) -> None:
