@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from flexquant_rl.agents.baselines import PolicyContext, make_policy
@@ -17,6 +16,7 @@ from flexquant_rl.agents.rows import EvalRow
 from flexquant_rl.agents.training import Prepared, SeedResult
 from flexquant_rl.engine.policy import BitWidthPolicy, LearnedPolicy
 from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.fq_env.prompts import spread
 
 RANDOM_MEANS = (3.5, 4.5, 5.5)
 ENTROPY_THRESHOLDS_NATS = (0.5, 1.5, 2.5, 3.5)
@@ -52,9 +52,9 @@ def heuristics(prepared: Prepared) -> list[Contestant]:
     context = policy_context(prepared)
     widths = prepared.model.bit_widths
     front = prepared.front
-    picks = torch.linspace(0, len(front.speedup) - 1, min(_KNAPSACK_POINTS, len(front.speedup))).round().long()
+    means = spread(front.mean_bit_width, _KNAPSACK_POINTS).tolist()
     names = [f"fixed:{width}" for width in widths]
-    names += [f"knapsack:{mean:.3g}" for mean in dict.fromkeys(front.mean_bit_width[picks].tolist())]
+    names += [f"knapsack:{mean:.3g}" for mean in dict.fromkeys(means)]
     names += [f"random:{mean:g}" for mean in RANDOM_MEANS if widths[0] <= mean <= widths[-1]]
     names += [f"entropy:{threshold:g}" for threshold in ENTROPY_THRESHOLDS_NATS]
     return [Contestant(name.split(":")[0], make_policy(name, context)) for name in names]
@@ -94,8 +94,7 @@ def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences
 
 def test_windows(prepared: Prepared, num_sequences: int) -> Tensor:
     """`[S, window_tokens]`, evenly spaced over the test split."""
-    windows = prepared.windows.test
-    return windows[torch.linspace(0, len(windows) - 1, min(num_sequences, len(windows))).round().long()]
+    return spread(prepared.windows.test, num_sequences)
 
 
 def _time(prepared: Prepared, contestants: Sequence[Contestant], window: Tensor) -> list[float | None]:

@@ -36,7 +36,7 @@ from flexquant_rl.engine.policy import PROFILE_FILE, DialPoint, LearnedPolicy, P
 from flexquant_rl.engine.profile import Profile, profile_model
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.engine.signals import SignalSchema
-from flexquant_rl.fq_env.prompts import PromptWindows, load_windows
+from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
 from flexquant_rl.fq_env.task import EnvConfig
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
@@ -153,7 +153,7 @@ def _profile(model: NestedCausalLM, windows: PromptWindows, path: Path | None) -
     say("profiling: output KL of every unit at every width")
     profile = profile_model(
         model,
-        _spread(windows.train, _PROFILE_WINDOWS)[:, :-1],
+        spread(windows.train, _PROFILE_WINDOWS)[:, :-1],
         roofline_cost(model),
         progress=lambda units: track(units, "profiling"),
     )
@@ -173,16 +173,11 @@ def _front(
     say("solving the static allocation and measuring its output KL")
     session = DecodeSession(model)
     front = static_front(profile, model.unit_weights).measured_on(
-        session, _spread(windows.train, _FRONT_WINDOWS)[:, :-1], first
+        session, spread(windows.train, _FRONT_WINDOWS)[:, :-1], first
     )
     if path is not None:
         write_tensors(path, vars(front))
     return front
-
-
-def _spread(windows: Tensor, count: int) -> Tensor:
-    """`count` windows, evenly spaced over all."""
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
 
 
 class Validation:
@@ -194,7 +189,7 @@ class Validation:
     """
 
     def __init__(self, prepared: Prepared, num_sequences: int) -> None:
-        windows = _spread(prepared.windows.validation, num_sequences)
+        windows = spread(prepared.windows.validation, num_sequences)
         dials = prepared.dials(8)
         self._dials = dials[torch.arange(len(windows)) % len(dials)]
         self._evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env)
@@ -300,7 +295,7 @@ def _trained_card(
 def with_dial_table(policy: LearnedPolicy, prepared: Prepared, num_sequences: int, num_dials: int) -> LearnedPolicy:
     """Measures speed and KL of a policy at each setting of the dial on validation text and writes them on its card."""
     evaluator = Evaluator(
-        prepared.model, prepared.profile, _spread(prepared.windows.validation, num_sequences), prepared.env
+        prepared.model, prepared.profile, spread(prepared.windows.validation, num_sequences), prepared.env
     )
     points = []
     for dial in prepared.dials(num_dials).tolist():

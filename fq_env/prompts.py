@@ -77,9 +77,13 @@ def load_windows(
                 f"{source}: the {split} split ({sum(map(len, parts))} characters) holds no window of {length} tokens; "
                 "give more text, or shorter episodes with --env.prompt-tokens and --env.max-new-tokens"
             )
-        keep = torch.linspace(0, len(windows) - 1, min(len(windows), max_windows)).round().long()
-        found[split] = windows[keep]
+        found[split] = spread(windows, max_windows)
     return PromptWindows(found["train"], found["validation"], found["test"], source)
+
+
+def spread(items: Tensor, count: int) -> Tensor:
+    """`count` of the items along the first axis, evenly spaced from first to last; all where there are fewer."""
+    return items[torch.linspace(0, len(items) - 1, min(count, len(items))).round().long()]
 
 
 def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, stride: int) -> Tensor:
