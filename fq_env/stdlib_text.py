@@ -2,13 +2,15 @@
 
 The unit of the split is the *top-level module* (`asyncio`, `json`, ...): its hash alone decides, so the split is the
 same on every machine and for every Python version, and the embedded model, the policy and the final numbers use
-disjoint text. `test_x.py` belongs to `x`: a model that has read the tests of a held-out module has half read it.
+disjoint text. `test_x.py` and `test_x_y.py` belong to `x`: a model that has read the tests of a held-out module has
+half read it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +61,12 @@ def split_of(module: str) -> StdlibSplit:
 
 
 def _top_level_module(relative: Path) -> str:
+    """`test_zipfile64` tests `zipfile` and `test_httplib` tests `http`: the longest module name that begins it."""
     parts = relative.with_suffix("").parts
-    if parts[0] == "test" and len(parts) > 1:
-        return parts[1].removeprefix("test_")
-    return parts[0]
+    if parts[0] != "test" or len(parts) == 1:
+        return parts[0]
+    subject = parts[1].removeprefix("test_")
+    return max((name for name in sys.stdlib_module_names if subject.startswith(name)), key=len, default=subject)
 
 
 def stdlib_files(root: Path | None = None) -> list[StdlibFile]:
