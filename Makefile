@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 # Waiting OpenMP threads that spin take the cores from the ones that work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint format types wheel-check bench-env clean
+.PHONY: help demo test lint format types wheel-check bench-env bench-gpu clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -45,15 +45,21 @@ types: $(DEV)  ## Checks the types of the package (mypy, strict).
 
 # The wheel is built from the source archive, so that an archive that lacks a file fails here too.
 wheel-check: $(DEV)  ## Builds the source archive and from it the wheel, then tests that wheel away from the checkout.
-	rm -rf build/lib build/bdist.* dist
+	rm -rf build/lib* build/temp.* build/bdist.* dist
 	$(BIN)/python -m build --quiet --no-isolation --outdir dist
 	FLEXQUANT_WHEEL="$$(ls dist/*.whl)" $(BIN)/python -m pytest tests/test_packaging.py
 
 bench-env: $(RUNTIME)  ## Measures environment steps per second on the embedded model.
 	$(BIN)/fq bench env
 
+GPU_BENCHMARKS := activations dequantize gemv policy_net rms_norm rotary swiglu
+bench-gpu: $(RUNTIME)  ## Times the Triton kernels; writes benchmarks/results/gpu-*.json. Needs an NVIDIA GPU.
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "error: make bench-gpu \
+	needs a CUDA device and this machine has none; run it on a machine with an NVIDIA GPU" >&2; exit 1; }
+	for name in $(GPU_BENCHMARKS); do $(BIN)/python benchmarks/bench_$$name.py; done
+
 clean:  ## Removes what builds and tools wrote; keeps .venv and runs.
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info kernels/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
 
 define MAKE_VENV
@@ -62,12 +68,12 @@ define MAKE_VENV
 $(PYTHON) -m venv $(VENV)
 endef
 
-$(RUNTIME): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml setup.py constraints.txt
 	$(MAKE_VENV)
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt
+$(DEV): pyproject.toml setup.py constraints.txt
 	$(MAKE_VENV)
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $(RUNTIME) $@

@@ -17,6 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is decorated, its own included: before transformers imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,9 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB_SIZE = 128
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Triton reads it when a kernel is decorated, so it must be set before any kernel module is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

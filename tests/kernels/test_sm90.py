@@ -1,0 +1,222 @@
+"""What the compiler makes of every kernel for sm_90, without a GPU: registers, spills, barriers, width of loads.
+
+Layout mistakes do not change results: a row that is loaded as a vector and spread afterwards costs shared memory and
+barriers inside the loop, and only the machine code shows it. The kernels are compiled in a process of its own, because
+those of the other tests are interpreted. Run as a program, this file prints one JSON object per kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+UNALIGNED = {"bit_widths_ptr", "bit_width_ptr", "segments_ptr", "bias_ptr", "residual_ptr", "positions_ptr", "rows_ptr"}
+TYPES = {"planes_ptr": "*i32", "bit_widths_ptr": "*i32", "bit_width_ptr": "*i32", "segments_ptr": "*i32", "eps": "fp32"}
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);", re.MULTILINE)
+
+# Tokens of a call -> registers: the sums of eight tokens do not fit beside the weights in 96.
+REGISTERS = {"gemv_4_tokens": 112, "gemv_8_tokens": 160}
+
+
+def gemv_case(*, num_words: int, num_tokens: int = 1, words_per_group: int = 4, tile: tuple[int, int, int]) -> Any:
+    """Arguments of the product for one compilation."""
+    from flexquant_rl.kernels.gemv import _gemv_kernel
+    from flexquant_rl.kernels.plane_merge import width_table
+
+    types = {"values_ptr": "*i32", "scale_ptr": "*fp16", "offset_ptr": "*fp16", "out_ptr": "*fp16", "bias_ptr": "*fp16"}
+    constants = {
+        "NUM_WORDS": num_words,
+        "NUM_USED_GROUPS": num_words // words_per_group,
+        "NUM_TOKENS": num_tokens,
+        "NUM_WIDTHS": 5,
+        "MIN_WIDTH": 3,
+        "WIDTH_TABLE": width_table((3, 4, 5, 6, 8)),
+        "WORDS_PER_GROUP": words_per_group,
+        "IS_INT8": True,
+        "HAS_SEGMENTS": True,
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": True,
+        "BLOCK_ROWS": tile[0],
+        "BLOCK_WORDS": tile[1],
+        "USE_ASM": True,
+    }
+    return _gemv_kernel, {**types, "residual_ptr": "*fp16"}, constants, tile[2], True
+
+
+def cases() -> dict[str, Any]:
+    """Name -> (kernel, types of arguments that are not float32 or int32, constants, warps, fused multiply-add)."""
+    from flexquant_rl.kernels.activations import _pack_kernel
+    from flexquant_rl.kernels.dequantize import _dequantize_kernel
+    from flexquant_rl.kernels.plane_merge import width_table
+    from flexquant_rl.kernels.policy_net import _policy_kernel
+    from flexquant_rl.kernels.rms_norm import _rms_norm_kernel
+    from flexquant_rl.kernels.rotary import _rotary_kernel
+    from flexquant_rl.kernels.swiglu import _swiglu_kernel
+
+    packed = {"values_ptr": "*i32", "x_ptr": "*fp16", "gate_up_ptr": "*fp16", "weight_ptr": "*fp16"}
+    inputs = {"NUM_INPUTS": 4096, "NUM_WORDS": 128, "IS_INT8": True}
+    heads = {"NUM_HEADS": 32, "NUM_KEY_HEADS": 8, "HEAD_DIM": 128, "HAS_ROWS": False, "HAS_ONE_ROW": True}
+    names = ("q_norm_ptr", "k_norm_ptr", "keys_ptr", "values_ptr", "out_ptr")
+    cache = {**dict.fromkeys(names, "*fp16"), "positions_ptr": "*i64", "rows_ptr": "*i64"}
+    pairs = {"scale_ptr": "*fp16", "offset_ptr": "*fp16", "out_ptr": "*fp16"}
+    dense = {
+        "NUM_INPUTS": 4096,
+        "NUM_WORDS": 128,
+        "NUM_WIDTHS": 5,
+        "MIN_WIDTH": 3,
+        "WIDTH_TABLE": width_table((3, 4, 5, 6, 8)),
+        "GROUP_SIZE": 128,
+        "BLOCK_ROWS": 4,
+        "BLOCK_WORDS": 32,
+        "USE_ASM": True,
+    }
+    network = {
+        "NUM_GLOBAL": 28,
+        "NUM_PER_UNIT": 14,
+        "NUM_HIDDEN": 64,
+        "NUM_WIDTHS": 5,
+        "HAS_LOGITS": False,
+        "BLOCK_GLOBAL": 32,
+        "BLOCK_UNIT": 16,
+        "BLOCK_WIDTHS": 8,
+    }
+    return {
+        "gemv": gemv_case(num_words=512, tile=(4, 128, 4)),
+        "gemv_masked": gemv_case(num_words=344, tile=(4, 128, 4)),
+        "gemv_one_warp": gemv_case(num_words=64, tile=(4, 32, 1)),
+        "gemv_group_32": gemv_case(num_words=512, words_per_group=1, tile=(4, 128, 4)),
+        "gemv_2_tokens": gemv_case(num_words=512, num_tokens=2, tile=(4, 128, 4)),
+        "gemv_4_tokens": gemv_case(num_words=512, num_tokens=4, tile=(4, 128, 4)),
+        "gemv_8_tokens": gemv_case(num_words=512, num_tokens=8, tile=(4, 128, 4)),
+        "pack_activations": (_pack_kernel, packed, {**inputs, "BLOCK_WORDS": 32}, 4, False),
+        "rms_norm": (_rms_norm_kernel, packed, {**inputs, "BLOCK_WORDS": 128}, 8, False),
+        "swiglu": (_swiglu_kernel, packed, {**inputs, "BLOCK_WORDS": 32}, 4, False),
+        "rotary": (_rotary_kernel, cache, {**heads, "HAS_NORM": True, "BLOCK_HALF": 64}, 1, True),
+        "dequantize": (_dequantize_kernel, pairs, dense, 1, True),
+        "policy_net": (_policy_kernel, {"out_ptr": "*i32"}, network, 4, True),
+    }
+
+
+def compile_case(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int, fp_fusion: bool
+) -> dict[str, Any]:
+    """Compiles for sm_90 and counts what the machine code holds."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    names = kernel.arg_names
+    defaults = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    signature = {name: "constexpr" if name in constants else {**defaults, **TYPES, **types}[name] for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") and name not in UNALIGNED]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": fp_fusion}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as directory:
+        binary = Path(directory) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage, code = (
+            subprocess.run([tools / "cuobjdump", option, binary], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert resources is not None, usage
+    instructions = [(int(address, 16), op, rest) for address, op, rest in INSTRUCTION.findall(code)]
+    assert len(instructions) > 50, "the listing is not understood"
+    loops = []
+    for address, op, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and int(target[1], 16) < address:
+            loops.append(Counter(o for a, o, _ in instructions if int(target[1], 16) <= a <= address))
+    counts = Counter(op for _, op, _ in instructions)
+    return {
+        "registers": int(resources[1]),
+        "stack_bytes": int(resources[2]) + int(resources[4]),
+        "counts": counts,
+        "loops": loops,
+    }
+
+
+NAMES = (
+    "gemv gemv_masked gemv_one_warp gemv_group_32 gemv_2_tokens gemv_4_tokens gemv_8_tokens "
+    "pack_activations rms_norm swiglu rotary dequantize policy_net"
+).split()
+GEMV_NAMES = [name for name in NAMES if name.startswith("gemv")]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    """Everything, compiled once in another process."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {row["name"]: row for row in map(json.loads, result.stdout.splitlines())}
+
+
+def loads(counts: dict[str, int], kind: str) -> int:
+    return sum(count for op, count in counts.items() if op.startswith("LDG.E") and kind in op)
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # thirteen kernels take minutes on a busy machine, once
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_spills_and_few_registers(compiled: dict[str, Any], name: str) -> None:
+    row = compiled[name]
+    assert row["stack_bytes"] == 0
+    assert not [op for op in row["counts"] if op.startswith(("LDL", "STL"))]
+    assert row["registers"] <= REGISTERS.get(name, 96)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_barrier_in_a_loop(compiled: dict[str, Any], name: str) -> None:
+    loops = compiled[name]["loops"]
+    assert len(loops) == (2 if name in GEMV_NAMES else 0)
+    for loop in loops:
+        assert not [op for op in loop if op.startswith(("BAR", "STS", "LDS", "LDSM", "STSM", "SHFL", "ATOM", "RED"))]
+
+
+@pytest.mark.parametrize("name", GEMV_NAMES)
+def test_the_product_reads_vectors(compiled: dict[str, Any], name: str) -> None:
+    """Per token 8 quads, a scale and a sum; per body one vector for every plane: all of 16 bytes."""
+    tokens = int(name.split("_")[1]) if name.endswith("tokens") else 1
+    planes = sorted(loads(loop, "EF.128") for loop in compiled[name]["loops"])
+    assert planes == [4, 8]
+    for loop in compiled[name]["loops"]:
+        assert loads(loop, ".128") - loads(loop, "EF.128") == 10 * tokens
+        assert sum(count for op, count in loop.items() if op.startswith("IDP.4A")) == 32 * tokens
+        # What is left are the two loads of half-precision pairs, one for every group of the thread.
+        assert loads(loop, "") - loads(loop, ".128") <= 2
+
+
+@pytest.mark.parametrize(("name", "wide"), [("pack_activations", 1), ("rms_norm", 4), ("swiglu", 2), ("dequantize", 8)])
+def test_the_others_read_vectors(compiled: dict[str, Any], name: str, wide: int) -> None:
+    counts = compiled[name]["counts"]
+    assert loads(counts, ".128") >= wide
+    # Dequantise also reads the width and a pair, each once.
+    assert loads(counts, "") - loads(counts, ".128") <= (3 if name == "dequantize" else 0)
+
+
+def test_the_list_of_names_is_complete(compiled: dict[str, Any]) -> None:
+    assert sorted(compiled) == sorted(NAMES)
+
+
+if __name__ == "__main__":
+    for case_name, case in cases().items():
+        print(json.dumps({"name": case_name, **compile_case(*case)}), flush=True)
