@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.rows import EvalRow
+from flexquant_rl.engine.controller import make_controller
 from flexquant_rl.engine.cost import clock_ms
 from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.lean import open_session
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import BitWidthPolicy
 from flexquant_rl.engine.profile import Profile
-from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -187,25 +188,22 @@ def _decode_times(
     kl_weight: float,
 ) -> list[float]:
     """Milliseconds of each decode step of one sequence; without a policy, at the largest width and without signals."""
-    session = DecodeSession(model, max_length=config.window_tokens - 1)
+    session = open_session(model, max_length=config.window_tokens - 1)
     output = session.prefill(window[None, : config.prompt_tokens])
-    tracker = None
+    controller = None
     if policy is not None:
-        schema = SignalSchema(model.num_units, model.bit_widths)
-        tracker = SignalTracker(schema, profile, model.embedding_matrix(), unit_depths(model), num_rows=1)
-        first = window[config.prompt_tokens : config.prompt_tokens + 1]
-        tracker.reset(output, first, torch.tensor([kl_weight]), torch.tensor([0]))
+        controller = make_controller(model, policy, profile)
+        controller.reset(output, window[config.prompt_tokens : config.prompt_tokens + 1], kl_weight)
     times = []
     for index in range(config.prompt_tokens, len(window) - 1):
         token, following = window[index : index + 1], window[index + 1 : index + 2]
 
         def step(token: Tensor = token, following: Tensor = following) -> None:
-            if policy is None or tracker is None:
+            if controller is None:
                 session.step(profile.cost.full_width(), token)
                 return
-            widths = policy(tracker.signals())
-            result = session.step(widths, token)
-            tracker.update(result, widths, following, model.mean_bit_width(widths))
+            widths = controller.bit_widths()
+            controller.update(session.step(widths, token), widths, following)
 
         times.append(clock_ms(step, model.device))
     session.close()

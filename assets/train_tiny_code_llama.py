@@ -4,10 +4,8 @@
 
 The text is the standard library without the modules that `fq_env/stdlib_text.py` holds out, and permissively licensed
 packages installed beside it. Weights are trained in bfloat16 with float32 master copies; hidden matrices by Muon,
-embeddings
-and norms by AdamW; the learning rate is flat, then falls linearly to zero. Batches depend on the step number alone, so
-an
-interrupted run that is started again continues as if nothing had happened.
+embeddings and norms by AdamW; the learning rate is flat, then falls linearly to zero. Batches depend on the step number
+alone, so an interrupted run that is started again continues as if nothing had happened.
 """
 
 from __future__ import annotations

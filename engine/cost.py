@@ -1,8 +1,7 @@
 """Latency of a decode step as a function of the bit-widths: fixed + the sum over units of a table entry.
 
 Two sources that are never mixed in one column: `roofline` counts the bytes that a step must read, `measured` times
-whole
-steps on this device. A table belongs to one model, device and thread count and refuses any other.
+whole steps on this device. A table belongs to one model, device and thread count and refuses any other.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.lean import default_decoder
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -34,7 +34,8 @@ class CostTable:
         bit_widths: The W widths, ascending.
         fingerprint: Of the model.
         device: `cpu` or `cuda`.
-        num_threads: Torch threads, which matter on a CPU.
+        num_threads: Of the decoder, which matter on a CPU.
+        decoder: Whose steps were timed, `lean` or `hf`; None for a roofline.
         error_p50: Median relative error on held-out whole steps; None for a roofline.
         error_p95: 95th percentile of the same.
     """
@@ -46,6 +47,7 @@ class CostTable:
     fingerprint: str
     device: str
     num_threads: int
+    decoder: Literal["lean", "hf"] | None = None
     error_p50: float | None = None
     error_p95: float | None = None
 
@@ -82,11 +84,11 @@ class CostTable:
                 "run `fq profile` on this model"
             )
         if self.source == "measured":
-            here = (model.device.type, torch.get_num_threads())
-            if (self.device, self.num_threads) != here:
+            here = (model.device.type, *default_decoder(model))
+            if (self.device, self.decoder, self.num_threads) != here:
                 raise InputError(
-                    f"the profile was measured on {self.device} with {self.num_threads} threads, but this is {here[0]} "
-                    f"with {here[1]}; run `fq profile` again"
+                    f"the profile was measured on {self.device} with the {self.decoder} decoder and {self.num_threads} "
+                    f"threads, but this is {here[0]} with {here[1]} and {here[2]}; run `fq profile` again"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class CostTable:
             "fingerprint": self.fingerprint,
             "device": self.device,
             "num_threads": self.num_threads,
+            "decoder": self.decoder,
             "error_p50": self.error_p50,
             "error_p95": self.error_p95,
         }
@@ -119,8 +122,7 @@ def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BAND
     """Models a step that reads every weight byte once at a given bandwidth and does nothing else.
 
     `fixed_ms` is what is read whatever the widths: norms, biases and, where the head is not a unit, the head. Python
-    and
-    launch overhead, attention and arithmetic are not in it; `measured` is the source that knows them.
+    and launch overhead, attention and arithmetic are not in it; `measured` is the source that knows them.
     """
     per_ms = bandwidth_gb_s * 1e6
     unit_bytes = [[model.weight_bytes(unit, b) for b in model.bit_widths] for unit in range(model.num_units)]
@@ -149,10 +151,9 @@ def measured_cost(
 
     Args:
         model: The model that `time_step` runs.
-        time_step: Runs one step at `[U]` widths and returns its milliseconds.
+        time_step: Runs one step of `open_session`'s decoder at `[U]` widths and returns its milliseconds.
         num_steps: Whole steps to time, in random order so that drift of the machine hits all widths alike; raised to
-        four
-            per table entry where there are many.
+        four per table entry where there are many.
         seed: Of the widths.
 
     Raises:
@@ -174,8 +175,14 @@ def measured_cost(
             f"{num_steps} timed steps say that the fastest one takes {fastest:.3g} ms, which cannot be: the machine is "
             "too busy to time this model; run again with more --steps, or take --source roofline"
         )
+    decoder, num_threads = default_decoder(model)
     table = replace(
-        roofline_cost(model), source="measured", fixed_ms=fixed, unit_ms=unit_ms, fingerprint=model.fingerprint
+        roofline_cost(model),
+        source="measured",
+        fixed_ms=fixed,
+        unit_ms=unit_ms,
+        num_threads=num_threads,
+        decoder=decoder,
     )
     error = (table.latency_ms(widths[choices[held_out]]) / times[held_out] - 1).abs()
     return replace(table, error_p50=float(error.quantile(0.5)), error_p95=float(error.quantile(0.95)))

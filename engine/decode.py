@@ -175,8 +175,7 @@ class DecodeSession:
         """Teacher-forced logits of whole sequences in one parallel pass; the session's own rows are untouched.
 
         Every token writes its keys and values at its own widths, so this equals decoding step by step with widths that
-        are
-        known in advance, up to float rounding.
+        are known in advance, up to float rounding.
 
         Args:
             token_ids: `[R', T]` int64.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.controller import make_controller
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.lean import DecoderName, open_session
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import BitWidthPolicy
 from flexquant_rl.engine.profile import Profile
-from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths
 
 _CONTEXT_TOKENS = 8
 """Tokens that are decoded again with each new one."""
@@ -77,6 +77,7 @@ def generate(
     kl_weight: float,
     temperature: float = 0.0,
     seed: int = 0,
+    decoder: DecoderName = "auto",
 ) -> Iterator[GeneratedToken]:
     """Continues a prompt, choosing the widths of every step with a policy.
 
@@ -89,6 +90,7 @@ def generate(
         kl_weight: The dial.
         temperature: 0 is greedy.
         seed: Of the sampling.
+        decoder: As for `open_session`.
 
     Raises:
         InputError: If the prompt is empty or does not fit the context with its continuation, or a number is out of
@@ -100,25 +102,24 @@ def generate(
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1; ask for a token or more")
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
-    session = DecodeSession(model, max_length=len(prompt_ids) + max_new_tokens)
-    schema = SignalSchema(model.num_units, model.bit_widths)
-    tracker = SignalTracker(schema, profile, model.embedding_matrix(), unit_depths(model), num_rows=1)
+    session = open_session(model, max_length=len(prompt_ids) + max_new_tokens, decoder=decoder)
+    controller = make_controller(model, policy, profile)
     generator = torch.Generator().manual_seed(seed)
     eos = model.tokenizer.eos_token_id
-    widths = torch.full((1, model.num_units), max(model.bit_widths))
+    widths = torch.full((model.num_units,), max(model.bit_widths))
     began = time.perf_counter()
     output = session.prefill(prompt_ids[None])
     for index in range(max_new_tokens):
         token = _choose(output.logits, temperature, generator)
-        yield GeneratedToken(int(token), widths[0], (time.perf_counter() - began) * 1e3)
+        yield GeneratedToken(int(token), widths, (time.perf_counter() - began) * 1e3)
         if int(token) == eos or index == max_new_tokens - 1:
             break
         began = time.perf_counter()
         if index == 0:
-            tracker.reset(output, token, torch.tensor([kl_weight]), torch.tensor([0]))
+            controller.reset(output, token, kl_weight)
         else:
-            tracker.update(output, widths, token, model.mean_bit_width(widths))
-        widths = policy(tracker.signals()).cpu()
+            controller.update(output, widths, token)
+        widths = controller.bit_widths()
         output = session.step(widths, token)
     session.close()
 

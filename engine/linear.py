@@ -1,9 +1,8 @@
 """Linear layers over nested weights, and the call-scoped argument that tells them which bits to read.
 
 Hugging Face modules do not pass extra arguments down to their linears, so the bit-widths of a call travel in a
-`ContextVar` holding a `WidthPlan`. It is set for the duration of one forward pass and reset by `with`, whatever
-happens in
-between: no module ever *has* a bit-width, and an exception cannot leave a model at the wrong one.
+`ContextVar` holding a `WidthPlan`. It is set for the duration of one forward pass and reset by `with`, whatever happens
+in between: no module ever *has* a bit-width, and an exception cannot leave a model at the wrong one.
 """
 
 from __future__ import annotations

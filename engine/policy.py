@@ -61,8 +61,7 @@ class PrecisionNet(nn.Module):
     """The precision requirement model: one small network applied to every unit, so that it fits any depth.
 
     Each unit's own signals and an encoding of the global ones go through the same two hidden layers to one logit per
-    width.
-    The value head sees the pooled units.
+    width. The value head sees the pooled units.
 
     Args:
         schema: What the signals are.
@@ -152,11 +151,50 @@ class PolicyCard:
     config: dict[str, Any] = field(default_factory=dict)
 
 
+class _FrozenLogits:
+    """`PrecisionNet.logits` with the weights as they are now, equal bit for bit.
+
+    A step has one row, where walking through modules, splitting and normalising take longer than the products. So the
+    weights are at hand as the products want them, and the normalisation is laid out for the whole vector.
+    """
+
+    def __init__(self, net: PrecisionNet) -> None:
+        schema = net.schema
+        count = schema.num_global
+        self._num_global = count
+        self._unit_shape = (schema.num_units, schema.num_per_unit)
+        self._mean, self._std = (
+            torch.cat([values[:count], values[count:].repeat(schema.num_units)]) for values in (net.mean, net.std)
+        )
+        linears = (net.encode_global[0], net.encode_unit[0], net.encode_unit[2], net.width_head)
+        self._encode_global, *self._encode_unit, self._width_head = map(_frozen, linears)
+
+    def __call__(self, signals: Tensor) -> Tensor:
+        """`[B, dim]` -> `[B * U, W]`."""
+        num_units, num_per_unit = self._unit_shape
+        normalised = (signals - self._mean).div_(self._std)
+        bias, weight = self._encode_global
+        # Contiguous because a product's last bits may depend on how its rows lie.
+        context = torch.addmm(bias, normalised[:, : self._num_global].contiguous(), weight).tanh_()
+        per_unit = normalised[:, self._num_global :].view(-1, num_units, num_per_unit)
+        hidden = torch.cat([per_unit, context[:, None].expand(-1, num_units, -1)], dim=-1).flatten(0, 1)
+        for bias, weight in self._encode_unit:
+            hidden = torch.addmm(bias, hidden, weight).tanh_()
+        bias, weight = self._width_head
+        return torch.addmm(bias, hidden, weight)
+
+
+def _frozen(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """Copies of bias and transposed weight, as `addmm` takes them."""
+    assert isinstance(linear, nn.Linear)
+    return linear.bias.detach().clone(), linear.weight.detach().clone().t()
+
+
 class LearnedPolicy:
     """A trained `PrecisionNet` that takes the best-scored width of every unit.
 
     Args:
-        net: The network.
+        net: The network. Its weights are copied: training it further leaves the policy as it is.
         card: What it belongs to.
         name: As it appears in tables.
     """
@@ -165,13 +203,14 @@ class LearnedPolicy:
         self.net = net.eval()
         self.card = card
         self.name = name
-        self._widths = torch.tensor(card.schema.bit_widths)
+        self._logits = _FrozenLogits(net)
+        self._widths = torch.tensor(card.schema.bit_widths, device=net.mean.device)
 
-    @torch.inference_mode()
     def __call__(self, signals: Tensor) -> Tensor:
         """`[B, dim]` -> `[B, U]` int64."""
-        choice = self.net.logits(signals).argmax(-1)
-        return self._widths.to(choice.device)[choice]
+        with torch.inference_mode():
+            choice = self._logits(signals).argmax(-1)
+            return self._widths.index_select(0, choice).view(len(signals), -1)
 
     def kl_weight_for_speed(self, speedup: float) -> float:
         """The dial setting whose validation speedup is nearest to the one asked for.

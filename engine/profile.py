@@ -18,7 +18,7 @@ from flexquant_rl.engine.files import write_json
 from flexquant_rl.engine.linear import REFERENCE_WIDTH
 from flexquant_rl.engine.model import NestedCausalLM
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 @dataclass(frozen=True)

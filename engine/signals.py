@@ -1,8 +1,7 @@
 """What a policy sees: the one place where features are computed, for training and serving alike.
 
 All signals are known *before* the step whose widths they decide. They are scaled by fixed functions to be of order one
-and
-clipped to ±`SIGNAL_LIMIT`, so that a policy carries no running normaliser that could drift between training and
+and clipped to ±`SIGNAL_LIMIT`, so that a policy carries no running normaliser that could drift between training and
 serving.
 """
 
@@ -151,13 +150,8 @@ class SignalTracker:
         self.schema = schema
         self._projected = project_embedding(embedding, schema.num_embedding_dims)
         device = embedding.device
-        sensitivity = profile.sensitivity.clamp_min(_KL_FLOOR_NATS).log10()
-        unit_ms = profile.cost.unit_ms
-        saved = (unit_ms[:, -1:] - unit_ms) / profile.cost.latency_ms(profile.cost.full_width())
         depth = torch.tensor(depths, dtype=torch.float32)[:, None]
-        # Time saved is a share of a step; times U makes it of order one for any depth.
-        static = torch.cat([sensitivity / 2, saved * schema.num_units], dim=1).to(device, torch.float32)
-        self._static = static.expand(num_rows, -1, -1)
+        self._static = unit_constants(profile, schema).to(device).expand(num_rows, -1, -1)
         self._depth = depth.to(device).expand(num_rows, -1, -1)
         self._rows: dict[str, Tensor] = {
             "log_probs": torch.zeros(num_rows, len(embedding), device=device),
@@ -259,6 +253,15 @@ class SignalTracker:
         )
         vector = torch.cat([torch.stack(columns, dim=1), state["embedding"], per_unit.flatten(1)], dim=1)
         return vector.clamp(-SIGNAL_LIMIT, SIGNAL_LIMIT)
+
+
+def unit_constants(profile: Profile, schema: SignalSchema) -> Tensor:
+    """Signals of the units that no step changes: log sensitivities and times saved, `[U, 2 W]` float32."""
+    sensitivity = profile.sensitivity.clamp_min(_KL_FLOOR_NATS).log10()
+    unit_ms = profile.cost.unit_ms
+    saved = (unit_ms[:, -1:] - unit_ms) / profile.cost.latency_ms(profile.cost.full_width())
+    # Time saved is a share of a step; times U makes it of order one for any depth.
+    return torch.cat([sensitivity / 2, saved * schema.num_units], dim=1).float()
 
 
 def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:

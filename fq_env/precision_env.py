@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.cost import roofline_cost
-from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.embedded import embedded_model_path
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.lean import DecoderName, open_session
 from flexquant_rl.engine.profile import Profile, profile_model
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.engine.signals import SIGNAL_LIMIT
@@ -96,7 +96,9 @@ class PrecisionEnv(gym.Env[Observation, NDArray[np.int64]], EzPickle):
             loaded.cost.check(nested)
         else:
             loaded = profile_model(nested, windows.train[:_PROFILE_WINDOWS, :-1], roofline_cost(nested))
-        session = DecodeSession(nested, max_length=self.config.window_tokens - 1)
+        # Timed steps are those of the fastest decoder; the deterministic environment stays with the reference one.
+        decoder: DecoderName = "auto" if measured else "hf"
+        session = open_session(nested, max_length=self.config.window_tokens - 1, decoder=decoder)
         self._measured = measured
         self._batch = DecodeBatch(
             session,

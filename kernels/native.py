@@ -1,27 +1,21 @@
 """CPU product over bitplanes: builds and loads the C++ kernels of kernels/native, and calls them on torch tensors.
 
 The library has a plain C ABI and is loaded with ctypes, so it needs neither torch nor Python headers and survives their
-upgrades. It is compiled once, without flags for the build machine (each body names its own instruction set and is
-chosen at run time), into a per-user cache under a hash of its sources.
+upgrades. An installation has compiled it; from sources without one, or newer than it, it is compiled on first use into
+a per-user cache (native_build.py).
 """
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight, check_bit_width
+from flexquant_rl.kernels.native_build import BuildError, build_library
 
 Isa = Literal["avx512", "avx2", "portable"]
 Mode = Literal["int8", "float32"]
@@ -29,17 +23,13 @@ Mode = Literal["int8", "float32"]
 MAX_TOKENS = 16
 ISA_VARIABLE = "FQ_CPU_ISA"
 
-_SOURCE_DIR = Path(__file__).resolve().parent / "native"
-# Contraction would round the activations differently in a body that has fused multiply-add and in one that has not.
-_COMPILE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off")
-_COMPILE_TIMEOUT_S = 300
 _ABI_VERSION = 1
-_ISA_CODES: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2}
-_MODE_CODES: dict[str, int] = {"int8": 0, "float32": 1}
-_STATUS_TEXTS = {1: "bad argument", 2: "instruction set not supported", 3: "out of memory"}
+ISA_CODES: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2}
+MODE_CODES: dict[str, int] = {"int8": 0, "float32": 1}
+STATUS_TEXTS = {1: "bad argument", 2: "instruction set not supported", 3: "out of memory"}
 
 
-class _WeightStruct(ctypes.Structure):
+class WeightStruct(ctypes.Structure):
     """`FqWeight` of native/bitplane_gemv.h, field by field."""
 
     _fields_ = (
@@ -83,19 +73,19 @@ class NativeGemv:
         library = load_library()
         if library is None:
             raise RuntimeError("the native kernels could not be built; use flexquant_rl.kernels.reference instead")
-        if mode not in _MODE_CODES:
-            raise ValueError(f"mode={mode!r} does not exist; use one of {', '.join(_MODE_CODES)}")
+        if mode not in MODE_CODES:
+            raise ValueError(f"mode={mode!r} does not exist; use one of {', '.join(MODE_CODES)}")
         if num_threads < 1:
             raise ValueError(f"num_threads={num_threads} must be at least 1; use 1 for no pool")
-        _check_weight(weight)
+        check_weight(weight)
         self.weight = weight
         self.num_threads = num_threads
         self.mode: Mode = mode
-        self.isa: Isa = _choose_isa(isa)
+        self.isa: Isa = choose_isa(isa)
         self._gemv = library.fq_gemv
-        self._structs = {width: _weight_struct(weight, width) for width in range(1, NUM_PLANES + 1)}
+        self._structs = {width: weight_struct(weight, width) for width in range(1, NUM_PLANES + 1)}
         self._pointers = {width: ctypes.addressof(struct) for width, struct in self._structs.items()}
-        self._options = (_MODE_CODES[mode], _ISA_CODES[self.isa], num_threads)
+        self._options = (MODE_CODES[mode], ISA_CODES[self.isa], num_threads)
 
     def __call__(self, x: Tensor, *, bit_width: int, out: Tensor | None = None) -> Tensor:
         """Computes ``x @ W.T`` with the top `bit_width` planes, accumulated in float32.
@@ -138,7 +128,7 @@ class NativeGemv:
             *self._options,
         )
         if status != 0:
-            raise RuntimeError(f"native kernel failed: {_STATUS_TEXTS.get(status, status)}")
+            raise RuntimeError(f"native kernel failed: {STATUS_TEXTS.get(status, status)}")
         return out
 
 
@@ -165,7 +155,7 @@ def native_gemv(
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Builds the library if need be and loads it.
+    """Finds the library, or compiles it if need be, and loads it.
 
     Returns:
         The library, or None (after one RuntimeWarning) if it can be neither found nor built; later calls return the
@@ -186,53 +176,13 @@ def load_library() -> ctypes.CDLL | None:
     return library
 
 
-class BuildError(Exception):
-    """The native library could not be compiled."""
-
-
-def build_library(cache_dir: Path | None = None) -> Path:
-    """Compiles the native library with the first of $CXX, g++ and clang++ that works, unless it is cached.
-
-    Safe against other processes that build at the same time: each compiles into a directory of its own and renames.
-
-    Args:
-        cache_dir: Where to keep it; default `flexquant-rl` in $XDG_CACHE_HOME or ~/.cache.
-
-    Returns:
-        The shared library.
-
-    Raises:
-        BuildError: If there is no C++ compiler, or none of them can compile it.
-        OSError: If the sources cannot be read or the cache cannot be written.
-    """
-    sources = sorted(_SOURCE_DIR.glob("*.cpp"))
-    if not sources:
-        raise BuildError(f"no C++ sources in {_SOURCE_DIR}; reinstall the package")
-    directory = cache_dir if cache_dir is not None else _default_cache_dir()
-    library = directory / f"flexquant_native_{_source_hash()}.so"
-    if library.exists():
-        return library
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    failures = []
-    with tempfile.TemporaryDirectory(dir=directory) as build_dir:
-        built = Path(build_dir) / library.name
-        for compiler in _compilers():
-            command = [*compiler, *_COMPILE_FLAGS, *map(str, sources), "-o", str(built)]
-            failure = _run_compiler(command)
-            if failure is None:
-                built.replace(library)
-                return library
-            failures.append(failure)
-    raise BuildError("; ".join(failures) or "no C++ compiler found; install g++ or clang++, or set CXX")
-
-
 def supported_isas() -> tuple[Isa, ...]:
     """Returns the bodies that this machine can run, fastest first; empty if there is no library."""
     library = load_library()
     if library is None:
         return ()
     names: tuple[Isa, ...] = ("avx512", "avx2", "portable")
-    return tuple(name for name in names if library.fq_isa_supported(_ISA_CODES[name]))
+    return tuple(name for name in names if library.fq_isa_supported(ISA_CODES[name]))
 
 
 def read_bytes(data: Tensor, *, num_threads: int = 1, isa: Isa | None = None) -> int:
@@ -255,11 +205,11 @@ def read_bytes(data: Tensor, *, num_threads: int = 1, isa: Isa | None = None) ->
     library = load_library()
     if library is None:
         raise RuntimeError("the native kernels could not be built")
-    code = _ISA_CODES[_choose_isa(isa)]
+    code = ISA_CODES[choose_isa(isa)]
     return int(library.fq_read_bytes(data.data_ptr(), data.nbytes, code, num_threads))
 
 
-def _choose_isa(isa: str | None) -> Isa:
+def choose_isa(isa: str | None) -> Isa:
     """Returns the requested body, else the one $FQ_CPU_ISA names, else the fastest."""
     supported = supported_isas()
     requested = isa if isa is not None else os.environ.get(ISA_VARIABLE) or None
@@ -271,7 +221,7 @@ def _choose_isa(isa: str | None) -> Isa:
     return requested
 
 
-def _check_weight(weight: NestedWeight) -> None:
+def check_weight(weight: NestedWeight) -> None:
     """Raises ValueError unless the kernel can walk the weight's tensors by address."""
     planes, num_words = weight.planes, weight.planes.shape[2]
     for name, tensor in (("planes", planes), ("scale", weight.scale), ("offset", weight.offset)):
@@ -302,12 +252,12 @@ def _check_matrix(name: str, matrix: Tensor, num_columns: int) -> None:
         raise ValueError(f"{name} is not aligned to 4 bytes; clone the tensor")
 
 
-def _weight_struct(weight: NestedWeight, bit_width: int) -> _WeightStruct:
+def weight_struct(weight: NestedWeight, bit_width: int) -> WeightStruct:
     """Describes one width to the kernel; one that is not stored is derived from the 8-bit pair."""
     is_stored = bit_width in weight.bit_widths
     width_idx = weight.bit_widths.index(bit_width if is_stored else NUM_PLANES)
     num_merged = 1 if is_stored else 2 ** (NUM_PLANES - bit_width)
-    return _WeightStruct(
+    return WeightStruct(
         planes=weight.planes.data_ptr(),
         scale=weight.scale[width_idx].data_ptr(),
         offset=weight.offset[width_idx].data_ptr(),
@@ -320,37 +270,3 @@ def _weight_struct(weight: NestedWeight, bit_width: int) -> _WeightStruct:
         scale_factor=float(num_merged),
         offset_factor=(num_merged - 1) / 2,
     )
-
-
-def _default_cache_dir() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "flexquant-rl"
-
-
-def _source_hash() -> str:
-    """Hashes everything the library is made from: sources, flags, system."""
-    digest = hashlib.sha256()
-    for path in sorted([*_SOURCE_DIR.glob("*.cpp"), *_SOURCE_DIR.glob("*.h")]):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode())
-        digest.update(content)
-    digest.update(" ".join((*_COMPILE_FLAGS, platform.system(), platform.machine())).encode())
-    return digest.hexdigest()[:16]
-
-
-def _compilers() -> list[list[str]]:
-    """Returns the commands to try; $CXX may carry arguments, such as `ccache g++`."""
-    candidates = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"]]
-    return [command for command in candidates if command and shutil.which(command[0])]
-
-
-def _run_compiler(command: list[str]) -> str | None:
-    """Returns None on success, otherwise one line on what went wrong."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{command[0]}: {error}"
-    if result.returncode == 0:
-        return None
-    errors = [line for line in result.stderr.splitlines() if "error" in line]
-    return f"{command[0]} failed: {errors[0] if errors else f'exit status {result.returncode}'}"

@@ -31,15 +31,6 @@ bool is_supported(int32_t isa) {
     return false;
 }
 
-const Body* body_of(int32_t isa) {
-    if (!is_supported(isa)) return nullptr;
-#if FQ_X86
-    if (isa == kFqAvx512) return &avx512_body();
-    if (isa == kFqAvx2) return &avx2_body();
-#endif
-    return &portable_body();
-}
-
 bool is_shape_valid(int64_t num_inputs, int64_t num_words, int32_t group_size, int32_t mode, int64_t tokens) {
     return (group_size == 32 || group_size == 64 || group_size == 128) && num_words > 0 && num_words % 4 == 0 &&
            num_inputs > 0 && num_inputs <= 32 * num_words && tokens >= 1 && tokens <= kMaxTokens &&
@@ -98,6 +89,16 @@ void* scratch(int64_t num_bytes) {
 }
 
 }  // namespace
+
+const Body* body_of(int32_t isa) {
+    if (!is_supported(isa)) return nullptr;
+#if FQ_X86
+    if (isa == kFqAvx512) return &avx512_body();
+    if (isa == kFqAvx2) return &avx2_body();
+#endif
+    return &portable_body();
+}
+
 }  // namespace fq
 
 using namespace fq;

@@ -14,7 +14,7 @@
 
 extern "C" {
 
-// One width of a nested weight. Mirrored field by field by `_WeightStruct` in kernels/native.py.
+// One width of a nested weight. Mirrored field by field by `WeightStruct` in kernels/native.py.
 struct FqWeight {
     const int32_t* planes;   // plane p, row n, word w at planes[p * plane_stride + n * num_words + w]
     const uint16_t* scale;   // fp16 [num_outputs, groups]

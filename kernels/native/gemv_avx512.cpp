@@ -210,6 +210,79 @@ FQ_INLINE FQ_AVX512 void add_chunk(const Rows& rows, __m512 scale, const Activat
     else add_float<kWidth>(codes, scale, x, chunk, tokens, total);
 }
 
+// Sums of the lanes of each row, in every lane of that row: 16, 8 or 4 lanes belong to one row. One tree for all three,
+// so that a row has the same sum whether it was packed or not.
+FQ_INLINE FQ_AVX512 __m512 sum_rows(__m512 lanes, int64_t lanes_per_row) {
+    if (lanes_per_row == 16) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4E));
+    if (lanes_per_row >= 8) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xB1));
+    lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0x4E));
+    return _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0xB1));
+}
+
+// The activations of one token, repeated for each of the rows that share a vector.
+struct PackedToken {
+    __m512i values[8];
+    __m512 word_scale;
+    __m512 group_sum;  // in the first lanes of each row, as the offsets
+};
+
+FQ_INLINE FQ_AVX512 void pack_token(const Activations& x, int64_t m, __m512i word_of_lane, __mmask16 group_lanes,
+                                    PackedToken* packed) {
+    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
+    for (int t = 0; t < 8; ++t) {
+        packed->values[t] = _mm512_permutexvar_epi32(word_of_lane, _mm512_load_si512(base + 64 * t));
+    }
+    packed->word_scale = _mm512_permutexvar_ps(word_of_lane, _mm512_load_ps(x.word_scale + m * (x.token_bytes / 4)));
+    const __m512 sums = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4));
+    packed->group_sum = _mm512_maskz_permutexvar_ps(group_lanes, word_of_lane, sums);
+}
+
+// Rows of 4 or 8 words would leave most of a vector empty: four or two of them, adjacent in every plane, share one.
+// Returns the first row that is left.
+template <int kWidth>
+FQ_AVX512 int64_t run_packed_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
+                                  int64_t y_stride) {
+    const int64_t num_words = weight.num_words, rows_per_vector = kWordsPerChunk / num_words;
+    const int words_per_group = weight.group_size / 32;
+    const int64_t num_groups = num_words / words_per_group;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i word_of_lane = _mm512_and_si512(lane, _mm512_set1_epi32(static_cast<int>(num_words - 1)));
+    const __m512i row_of_lane = _mm512_srli_epi32(lane, num_words == 8 ? 3 : 2);
+    const __m512i scale_of_lane = _mm512_srli_epi32(lane, static_cast<unsigned>(words_per_group / 2));
+    const __m512i row_groups = _mm512_mullo_epi32(row_of_lane, _mm512_set1_epi32(static_cast<int>(num_groups)));
+    const __m512i offset_of_lane = _mm512_add_epi32(row_groups, word_of_lane);
+    const __mmask16 group_lanes =
+        _mm512_cmplt_epi32_mask(word_of_lane, _mm512_set1_epi32(static_cast<int>(num_groups)));
+    const __mmask16 pair_mask = mask_of(rows_per_vector * num_groups);
+    const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
+    const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
+    PackedToken packed[kMaxTokens];
+    for (int64_t m = 0; m < x.tokens; ++m) {
+        pack_token(x, m, word_of_lane, group_lanes, &packed[m]);
+    }
+    Rows rows{reinterpret_cast<const char*>(weight.planes + begin * num_words), weight.plane_stride * 4, 0xffff};
+    for (; begin + rows_per_vector <= end; begin += rows_per_vector) {
+        Codes codes;
+        load_codes<kWidth, false>(rows, &codes);
+        rows.first += kWordsPerChunk * 4;
+        const __m512 group_scale = load_halves(weight.scale + begin * num_groups, pair_mask);
+        const __m512 group_offset =
+            _mm512_fmadd_ps(group_scale, offset_factor, load_halves(weight.offset + begin * num_groups, pair_mask));
+        const __m512 offset = _mm512_maskz_permutexvar_ps(group_lanes, offset_of_lane, group_offset);
+        const __m512 scale = _mm512_permutexvar_ps(scale_of_lane, _mm512_mul_ps(group_scale, scale_factor));
+        for (int64_t m = 0; m < x.tokens; ++m) {
+            const __m512 total = _mm512_mul_ps(offset, packed[m].group_sum);
+            const __m512 dot = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(packed[m].values));
+            const __m512 sums =
+                sum_rows(_mm512_fmadd_ps(dot, _mm512_mul_ps(packed[m].word_scale, scale), total), num_words);
+            float lanes[16];
+            _mm512_storeu_ps(lanes, sums);
+            for (int64_t r = 0; r < rows_per_vector; ++r) y[m * y_stride + begin + r] = lanes[r * num_words];
+        }
+    }
+    return begin;
+}
+
 template <int kMode, int kWidth, int kTokens>  // kTokens = 0: as many as x has
 FQ_AVX512 void run_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
                         int64_t y_stride) {
@@ -255,13 +328,16 @@ FQ_AVX512 void run_rows(const FqWeight& weight, const Activations& x, int64_t be
                 rows.first += row_bytes % (kWordsPerChunk * 4);
             }
         }
-        for (int64_t m = 0; m < tokens; ++m) y[m * y_stride + row] = _mm512_reduce_add_ps(total[m]);
+        for (int64_t m = 0; m < tokens; ++m) y[m * y_stride + row] = _mm512_cvtss_f32(sum_rows(total[m], 16));
     }
 }
 
 template <int kWidth>
 FQ_AVX512 void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
                         int64_t y_stride) {
+    if (weight.num_words == 4 || weight.num_words == 8) {
+        begin = run_packed_rows<kWidth>(weight, x, begin, end, y, y_stride);
+    }
     if (x.tokens == 1) run_rows<kFqInt8, kWidth, 1>(weight, x, begin, end, y, y_stride);
     else run_rows<kFqInt8, kWidth, 0>(weight, x, begin, end, y, y_stride);
 }

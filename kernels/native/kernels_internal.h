@@ -63,6 +63,9 @@ struct Body {
     ReadKernel read;
 };
 
+// Null if this machine cannot run it.
+const Body* body_of(int32_t isa);
+
 const Body& portable_body();
 #if FQ_X86
 const Body& avx2_body();

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flexquant_rl.engine.cost import CostTable, clock_ms, measured_cost, roofline_cost
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.lean import default_decoder
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantize import QuantizationConfig
 
@@ -193,13 +194,17 @@ class TestCheck:
         with pytest.raises(InputError, match=r"the profile is of model .{12}, but this one is .{12}; run `fq profile`"):
             roofline_cost(nested_model).check(half_unit_model)
 
-    def test_another_device_or_thread_count(self, nested_model: NestedCausalLM) -> None:
-        threads = torch.get_num_threads()
-        self.table(nested_model, source="measured").check(nested_model)
-        with pytest.raises(InputError, match=f"measured on cuda with {threads} threads, but this is cpu"):
-            self.table(nested_model, source="measured", device="cuda").check(nested_model)
-        with pytest.raises(InputError, match=f"on cpu with {threads + 1} threads, but this is cpu with {threads}"):
-            self.table(nested_model, source="measured", num_threads=threads + 1).check(nested_model)
+    def test_another_device_decoder_or_thread_count(self, nested_model: NestedCausalLM) -> None:
+        decoder, threads = default_decoder(nested_model)
+        here = {"source": "measured", "decoder": decoder, "num_threads": threads}
+        self.table(nested_model, **here).check(nested_model)
+        for change, message in (
+            ({"device": "cuda"}, f"measured on cuda with the {decoder} decoder and {threads} threads, but this is cpu"),
+            ({"num_threads": threads + 1}, f"and {threads + 1} threads, but this is cpu with {decoder} and {threads};"),
+            ({"decoder": "other"}, f"with the other decoder and {threads} threads, but this is cpu with {decoder}"),
+        ):
+            with pytest.raises(InputError, match=message):
+                self.table(nested_model, **(here | change)).check(nested_model)
         self.table(nested_model, num_threads=threads + 1).check(nested_model)  # a roofline knows no threads
 
 

@@ -83,6 +83,26 @@ class TestActions:
         best = policy.net.logits(signals).argmax(-1)
         assert widths.tolist() == [[WIDTHS[column] for column in row] for row in best.tolist()]
 
+    @pytest.mark.parametrize("num_units", [1, 3, 33])
+    @pytest.mark.parametrize("batch", [1, 2, 64])
+    def test_serving_equals_the_network_exactly(self, num_units: int, batch: int) -> None:
+        schema = SignalSchema(num_units, WIDTHS)
+        policy = make_policy(schema)
+        for seed in range(10):
+            signals = random_signals(batch, schema, seed)
+            logits = policy._logits(signals).view(batch, num_units, len(WIDTHS))
+            assert torch.equal(logits, policy.net.logits(signals))
+            assert torch.equal(policy(signals), torch.tensor(WIDTHS)[logits.argmax(-1)])
+
+    def test_training_on_leaves_the_policy_as_it_is(self) -> None:
+        policy = make_policy()
+        signals = random_signals(20)
+        before = policy(signals)
+        with torch.no_grad():
+            for tensor in policy.net.state_dict().values():
+                tensor.add_(1.0)
+        assert torch.equal(policy(signals), before)
+
     def test_rows_do_not_see_each_other(self) -> None:
         policy = make_policy()
         signals = random_signals(6)

@@ -144,10 +144,10 @@ class TestFile:
         path.write_bytes(b"\xff\xfe")
         self.assert_refused(path, "no readable profile")
 
-    @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"version": 2}'])
+    @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"version": 1}'])
     def test_another_version(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "profile.json").write_text(text)
-        self.assert_refused(tmp_path / "profile.json", "profile version .* this is 1")
+        self.assert_refused(tmp_path / "profile.json", "profile version .* this is 2")
 
     @pytest.mark.parametrize(
         "damage",

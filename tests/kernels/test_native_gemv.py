@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexquant_rl.kernels import native
+from flexquant_rl.kernels import native, native_build
 from flexquant_rl.kernels.bitplane import NestedWeight, pack_codes, padded_inputs, unpack_codes
 from flexquant_rl.kernels.native import Isa, Mode, NativeGemv, native_gemv
 from flexquant_rl.kernels.reference import dequantize
@@ -338,6 +339,16 @@ def test_one_call_function() -> None:
     assert torch.equal(native_gemv(x, weight, bit_width=4), NativeGemv(weight)(x, bit_width=4))
 
 
+@pytest.fixture
+def bare_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sources without the library that an installation may have put beside them."""
+    directory = tmp_path / "native"
+    shutil.copytree(native_build.SOURCE_DIR, directory, ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(native_build, "SOURCE_DIR", directory)
+    return directory
+
+
+@pytest.mark.usefixtures("bare_sources")
 def test_without_a_compiler_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -356,30 +367,56 @@ def test_without_a_compiler_there_is_one_warning(tmp_path: Path, monkeypatch: py
         native.load_library.cache_clear()
 
 
-@needs_library
+def fake_compiler(command: list[str]) -> str | None:
+    """Works unless it is called `false`."""
+    if command[0] == "false":
+        return "false failed"
+    Path(command[-1]).write_bytes(b"library")
+    return None
+
+
+@pytest.mark.usefixtures("bare_sources")
 def test_build_is_cached_and_tries_the_next_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failing $CXX is passed over; a second build finds the first one's file; nothing else is left behind."""
+    """A failing compiler is passed over; a second build finds the first one's file; nothing else is left behind."""
     attempts = []
 
-    def fake_compiler(command: list[str]) -> str | None:
+    def compiler(command: list[str]) -> str | None:
         attempts.append(command[0])
-        if command[0] == "false":
-            return "false failed"
-        Path(command[-1]).write_bytes(b"library")
-        return None
+        return fake_compiler(command)
 
-    monkeypatch.setenv("CXX", "false --option")
-    monkeypatch.setattr(native, "_run_compiler", fake_compiler)
-    library = native.build_library(tmp_path / "cache")
-    assert native.build_library(tmp_path / "cache") == library
-    assert len(attempts) == 2
-    assert attempts[0] == "false"
+    monkeypatch.setattr(native_build, "_compilers", lambda: [["false", "--option"], ["g++"]])
+    monkeypatch.setattr(native_build, "_run_compiler", compiler)
+    library = native_build.build_library(tmp_path / "cache")
+    assert native_build.build_library(tmp_path / "cache") == library
+    assert attempts == ["false", "g++"]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [library.name]
 
 
+def test_compilers_that_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "g++" else name)
+    monkeypatch.setenv("CXX", "ccache c++")
+    assert native_build._compilers() == [["ccache", "c++"], ["clang++"]]
+
+
+def test_installed_library_is_found_first(bare_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer once the sources have changed."""
+    monkeypatch.setattr(native_build, "_compilers", lambda: [["g++"]])
+    monkeypatch.setattr(native_build, "_run_compiler", fake_compiler)
+    cached = native_build.build_library(tmp_path / "cache")
+    assert cached.parent == tmp_path / "cache"
+    installed = bare_sources / native_build.library_name()
+    native_build.compile_library(installed)
+    assert native_build.build_library(tmp_path / "cache") == installed
+    (bare_sources / "api.cpp").write_text("// changed\n")
+    rebuilt = native_build.build_library(tmp_path / "cache")
+    assert rebuilt.parent == tmp_path / "cache"
+    assert rebuilt != cached
+
+
+@pytest.mark.usefixtures("bare_sources")
 def test_failed_build_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_compilers", lambda: [["g++"]])
-    monkeypatch.setattr(native, "_run_compiler", lambda command: "g++ failed: error: no")
-    with pytest.raises(native.BuildError, match="g\\+\\+ failed: error: no"):
-        native.build_library(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(native_build, "_compilers", lambda: [["g++"]])
+    monkeypatch.setattr(native_build, "_run_compiler", lambda command: "g++ failed: error: no")
+    with pytest.raises(native_build.BuildError, match="g\\+\\+ failed: error: no"):
+        native_build.build_library(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []

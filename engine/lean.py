@@ -1,0 +1,304 @@
+"""The lean decoder: one sequence, one native call per token, for Llama, Mistral, Qwen2 and Qwen3 on the CPU.
+
+It reads the same stored weights as the Hugging Face model that it was made from and gives the same numbers, but none of
+that model's code runs at a step. `DecodeSession` remains the reference: any architecture, any number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flexquant_rl.engine.decode import DecodeSession, StepOutput, check_bit_widths
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.linear import NestedLinear
+from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
+from flexquant_rl.kernels.native import MAX_TOKENS, Isa, Mode, load_library
+from flexquant_rl.kernels.native_decoder import (
+    DecoderWeights,
+    LayerCache,
+    LayerWeights,
+    LinearWeights,
+    NativeDecoder,
+)
+
+DecoderName = Literal["auto", "lean", "hf"]
+
+LEAN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotations that depend on the position alone; the others change with the length of the sequence."""
+
+
+def why_not_lean(model: NestedCausalLM) -> str | None:
+    """Returns why a model cannot be decoded by `LeanDecoder`, in a few words, or None if it can."""
+    config: Any = model.hf_model.config.get_text_config()
+    if config.model_type not in LEAN_MODEL_TYPES:
+        return f"model_type={config.model_type!r} is not one of {', '.join(LEAN_MODEL_TYPES)}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"hidden_act={config.hidden_act!r} is not 'silu'"
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        return f"rope_type={rope_type!r} is not one of {', '.join(_ROPE_TYPES)}"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}, the native kernels are for the CPU"
+    if load_library() is None:
+        return "the native kernels could not be built"
+    return None
+
+
+class LeanDecoder:
+    """A model described to the native kernels; sessions share it.
+
+    Args:
+        model: A Llama, Mistral, Qwen2 or Qwen3 model on the CPU.
+        max_length: Tokens that a sequence can hold; default: the model's context.
+        num_threads: Threads of a step at most. 1 is the fastest below about 100 million weights.
+        mode: "int8" (activations rounded to int8, one scale per 32 inputs) or "float32".
+        isa: Body of the kernels; default: `FQ_CPU_ISA`, else the fastest.
+
+    Raises:
+        InputError: If the model is of another kind, `max_length` exceeds its context, or there is no native library.
+    """
+
+    def __init__(
+        self,
+        model: NestedCausalLM,
+        *,
+        max_length: int | None = None,
+        num_threads: int = 1,
+        mode: Mode = "int8",
+        isa: Isa | None = None,
+    ) -> None:
+        reason = why_not_lean(model)
+        if reason is not None:
+            raise InputError(f"the lean decoder cannot run this model ({reason}); use decoder='hf'")
+        max_length = max_length or model.max_context
+        if max_length > model.max_context:
+            raise InputError(
+                f"{max_length} tokens (prompt and continuation) were asked for, but the model's context holds "
+                f"{model.max_context}; shorten the prompt or the continuation"
+            )
+        self.model = model
+        self.layer_of_unit = torch.tensor([unit.layer_idx for unit in model.units])
+        self.native = NativeDecoder(_weights(model, max_length), num_threads=num_threads, mode=mode, isa=isa)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.native.max_length
+
+
+def open_session(
+    model: NestedCausalLM, *, max_length: int | None = None, decoder: DecoderName = "auto"
+) -> DecodeSession | LeanSession:
+    """Opens a session for one sequence: the lean decoder where it can run the model, else Hugging Face's modules.
+
+    Args:
+        model: The model.
+        max_length: Tokens that the sequence can hold; default: the model's context.
+        decoder: "lean" or "hf" insist on one of them.
+
+    Raises:
+        InputError: If `max_length` exceeds the context, or "lean" was asked for and cannot run the model.
+    """
+    if decoder == "lean" or (decoder == "auto" and default_decoder(model)[0] == "lean"):
+        return LeanSession(LeanDecoder(model, max_length=max_length))
+    return DecodeSession(model, max_length=max_length)
+
+
+def default_decoder(model: NestedCausalLM) -> tuple[Literal["lean", "hf"], int]:
+    """The decoder that `open_session` takes unless told otherwise, and the number of threads of its steps."""
+    return ("lean", 1) if why_not_lean(model) is None else ("hf", torch.get_num_threads())
+
+
+def _weights(model: NestedCausalLM, max_length: int) -> DecoderWeights:
+    """Finds the parts of a Llama-family model under the names that Hugging Face gives them."""
+    hf_model: Any = model.hf_model
+    config: Any = hf_model.config.get_text_config()
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    positions = torch.arange(max_length)[None]
+    cosine, sine = hf_model.model.rotary_emb(torch.zeros(1, 1), positions)
+    if cosine.shape[-1] != head_dim:
+        raise InputError(
+            f"the model rotates {cosine.shape[-1]} of {head_dim} dimensions of a head; the lean decoder rotates all: "
+            "use decoder='hf'"
+        )
+    half = head_dim // 2
+    by_layer: dict[int, dict[str, int]] = {}
+    for index, unit in enumerate(model.units):
+        kinds = ("attention", "mlp") if unit.kind == "layer" else (unit.kind,)
+        by_layer.setdefault(unit.layer_idx, {}).update(dict.fromkeys(kinds, index))
+    layers = [_layer(layer, by_layer[index]) for index, layer in enumerate(decoder_layers(model.hf_model))]
+    head = hf_model.get_output_embeddings()
+    return DecoderWeights(
+        layers=layers,
+        embedding=_plain(model.embedding_matrix()),
+        final_norm=_plain(hf_model.model.norm.weight),
+        head=_linear(head),
+        head_unit=by_layer[model.num_layers]["head"] if isinstance(head, NestedLinear) else -1,
+        cosine=_plain(cosine[0, :, :half]),
+        sine=_plain(sine[0, :, :half]),
+        num_heads=int(config.num_attention_heads),
+        num_key_value_heads=int(config.num_key_value_heads),
+        head_dim=head_dim,
+        norm_epsilon=float(config.rms_norm_eps),
+        attention_scale=float(hf_model.model.layers[0].self_attn.scaling),
+        num_units=model.num_units,
+    )
+
+
+def _layer(layer: Any, unit_of: dict[str, int]) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return LayerWeights(
+        query=_linear(attention.q_proj),
+        key=_linear(attention.k_proj),
+        value=_linear(attention.v_proj),
+        output=_linear(attention.o_proj),
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
+        attention_norm=_plain(layer.input_layernorm.weight),
+        mlp_norm=_plain(layer.post_attention_layernorm.weight),
+        query_norm=None if query_norm is None else _plain(query_norm.weight),
+        key_norm=None if key_norm is None else _plain(key_norm.weight),
+        attention_unit=unit_of["attention"],
+        mlp_unit=unit_of["mlp"],
+    )
+
+
+def _linear(module: NestedLinear | nn.Linear) -> LinearWeights:
+    bias = None if module.bias is None else _plain(module.bias)
+    if isinstance(module, NestedLinear):
+        return LinearWeights(module.weight, module.reference_weight, bias)
+    # Read by columns like every unquantised matrix: one copy, of a head that is not nested.
+    return LinearWeights(None, _plain(module.weight.t()).t(), bias)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
+
+
+@dataclass
+class _Row:
+    """The state of one sequence."""
+
+    cache: LayerCache
+    length: int = 0
+
+
+class LeanSession:
+    """Decodes one sequence with a `LeanDecoder`; a drop-in for a one-row `DecodeSession`.
+
+    Sessions of one decoder may be interleaved but not run at the same time.
+
+    Args:
+        decoder: The model.
+    """
+
+    def __init__(self, decoder: LeanDecoder) -> None:
+        self._decoder = decoder
+        self._row: _Row | None = _Row(decoder.native.new_cache())
+
+    @property
+    def model(self) -> NestedCausalLM:
+        """The model behind the session."""
+        return self._decoder.model
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[1]` int64 tokens held."""
+        return torch.tensor([self._open().length])
+
+    def prefill(
+        self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
+    ) -> StepOutput:
+        """Restarts the sequence with a prompt, read 16 tokens at a time.
+
+        Args:
+            prompt_ids: `[1, T]` int64.
+            rows: As for `DecodeSession`: None or row 0.
+            bit_widths: `[U]`; default the largest stored width everywhere.
+
+        Raises:
+            InputError: If the prompt is empty or too long, or a width is not stored.
+        """
+        if len(prompt_ids) != 1 or (rows is not None and rows.tolist() != [0]):
+            raise ValueError(
+                f"{len(prompt_ids)} prompts were given, but a LeanSession holds one row; use DecodeSession"
+            )
+        if bit_widths is None:
+            bit_widths = torch.full((self.model.num_units,), max(self.model.bit_widths))
+        if prompt_ids.shape[1] == 0:
+            raise InputError("the prompt is empty; at least one token is needed")
+        row = self._open()
+        self._check_room(prompt_ids.shape[1], held=0)
+        check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
+        row.length = 0
+        for chunk in prompt_ids[0].split(MAX_TOKENS):
+            output = self._run(chunk, bit_widths)
+        return output
+
+    def step(self, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
+        """Appends one token.
+
+        Args:
+            bit_widths: `[U]` or `[1, U]` int64; 0 reads the unquantised weights.
+            token_ids: `[1]` int64.
+
+        Raises:
+            InputError: If the row is full or a width is not stored.
+        """
+        row = self._open()
+        self._check_room(1, held=row.length)
+        widths = bit_widths[0] if bit_widths.ndim == 2 else bit_widths
+        return self._run(token_ids, widths)
+
+    def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
+        """Teacher-forced logits of whole sequences: `DecodeSession.score`, a parallel pass over dense matrices."""
+        scorer = DecodeSession(self.model, max_length=1)
+        return scorer.score(token_ids, bit_widths, first=first)
+
+    def fork(self) -> LeanSession:
+        """An independent copy of the session, keys and values included."""
+        row = self._open()
+        twin = LeanSession.__new__(LeanSession)
+        twin._decoder = self._decoder
+        twin._row = _Row(row.cache.copy(), row.length)
+        return twin
+
+    def close(self) -> None:
+        """Frees the cache; any later call raises. Closing twice is fine."""
+        self._row = None
+
+    def _open(self) -> _Row:
+        if self._row is None:
+            raise RuntimeError("this LeanSession is closed")
+        return self._row
+
+    def _check_room(self, num_tokens: int, *, held: int) -> None:
+        if held + num_tokens > self._decoder.max_length:
+            raise InputError(
+                f"{held + num_tokens} tokens do not fit into a row of {self._decoder.max_length}; shorten the prompt "
+                "or the continuation"
+            )
+
+    def _run(self, token_ids: Tensor, bit_widths: Tensor) -> StepOutput:
+        row = self._open()
+        try:
+            logits, statistics = self._decoder.native(row.cache, token_ids, row.length, bit_widths)
+        except ValueError:
+            # The native call refuses what is wrong without saying which: find out, at leisure.
+            check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
+            if not self.model.has_reference and bool((bit_widths == 0).any()):
+                raise InputError(
+                    "the unquantised weights were asked for (width 0), but this model holds nested weights only; "
+                    "compare against its largest width, or load the original model"
+                ) from None
+            raise
+        row.length += len(token_ids)
+        residual_update, crest = statistics[:, self._decoder.layer_of_unit].split(1)
+        return StepOutput(logits, residual_update, crest)

@@ -1,0 +1,55 @@
+// C ABI of run-time control: from the output of a step to the bit-widths of the next, for one sequence.
+//
+// The signals are those of engine/signals.py and the network that of engine/policy.py, both of which are the reference;
+// torch's overhead on vectors this small would cost more than a decode step of a small model.
+// kernels/native_control.py mirrors the structs field by field.
+#pragma once
+
+#include "bitplane_gemv.h"
+
+extern "C" {
+
+// Matrices by inputs: weight[input][output].
+struct FqPolicyNet {
+    const float* mean;  // [num_global + num_per_unit]
+    const float* deviation;
+    const float *global_weight, *global_bias;    // [num_global, hidden], [hidden]
+    const float *context_weight, *unit_weight;   // the first layer in two: [hidden, hidden], [num_per_unit, hidden]
+    const float* first_bias;                     // [hidden]
+    const float *second_weight, *second_bias;    // [hidden, hidden], [hidden]
+    const float *width_weight, *width_bias;      // [hidden, 16], [16], padded with zeros
+    int64_t hidden;                              // a multiple of 16, at most 256
+};
+
+struct FqControl {
+    const FqPolicyNet* net;
+    const int64_t* bit_widths;      // [num_widths], ascending
+    const float* embedding;         // [vocab_size, num_embedding_dims], projected
+    const float* unit_constants;    // [num_units, 2 * num_widths]: log sensitivities, times saved
+    const float* depth;             // [num_units]
+    const float* weight_share;      // [num_units], share of all weights
+    int64_t vocab_size, num_units, num_widths, num_embedding_dims;
+    // State of the sequence.
+    float* log_probs;               // [vocab_size]
+    float* recent_widths;           // [16]
+    float *residual_update, *crest, *last_widths;  // [num_units]
+    float entropy, entropy_ema, top1, top2, surprisal, step_kl, dial;
+    int64_t position, token_id;
+};
+
+// Starts a sequence after its prompt: logits [vocab_size], statistics [num_units]. `token_id` is what the first step
+// will read.
+FQ_EXPORT int32_t fq_control_reset(FqControl* control, const float* logits, const float* residual_update,
+                                   const float* crest, int64_t token_id, float kl_weight, int32_t isa);
+
+// Moves on by a step that ran at `bit_widths` [num_units].
+FQ_EXPORT int32_t fq_control_update(FqControl* control, const float* logits, const float* residual_update,
+                                    const float* crest, const int64_t* bit_widths, int64_t token_id, int32_t isa);
+
+// Writes the signals, [num_global + num_units * num_per_unit].
+FQ_EXPORT int32_t fq_control_signals(const FqControl* control, float* signals);
+
+// The network's choice of widths, [num_units], given signals.
+FQ_EXPORT int32_t fq_control_choose(const FqControl* control, const float* signals, int64_t* bit_widths, int32_t isa);
+
+}  // extern "C"

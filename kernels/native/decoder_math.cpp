@@ -1,0 +1,250 @@
+// One text for every instruction set, in the compiler's own 16-lane vectors: the same operations in the same order, so
+// the same numbers on every machine.
+#include "decoder_math.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "vector_math.h"
+
+namespace fq {
+namespace {
+
+FQ_INLINE void rms_norm_body(const float* x, const float* weight, float epsilon, int64_t size, float* y) {
+    const float factor = 1.0f / std::sqrt(dot(x, x, size) / static_cast<float>(size) + epsilon);
+    for (int64_t i = 0; i < size; ++i) y[i] = weight[i] * (x[i] * factor);
+}
+
+FQ_INLINE void rotate_body(float* head, const float* cosine, const float* sine, int64_t head_dim) {
+    const int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = head[i], second = head[i + half];
+        head[i] = first * cosine[i] - second * sine[i];
+        head[i + half] = second * cosine[i] + first * sine[i];
+    }
+}
+
+// Exponentiates scores less their maximum, in place; returns one over their sum.
+FQ_INLINE float softmax_weights(float* scores, int64_t length) {
+    float largest = scores[0];
+    for (int64_t i = 1; i < length; ++i) largest = std::max(largest, scores[i]);
+    for (int64_t i = length; i % kLanes != 0; ++i) scores[i] = -INFINITY;
+    Vector sum = {};
+    for (int64_t i = 0; i < length; i += kLanes) {
+        Vector weight = load(scores + i) - largest;
+        exponential(&weight);
+        const int64_t left = length - i;
+        for (int64_t lane = left; lane < kLanes; ++lane) weight[lane] = 0.0f;
+        store(scores + i, weight);
+        sum += weight;
+    }
+    return 1.0f / sum_lanes(sum);
+}
+
+// out[0 .. 16 * kBlocks) = sum over positions of weight * values; rows of values are `stride` floats apart.
+template <int kBlocks>
+FQ_INLINE void mix_values(const float* weights, const float* values, int64_t stride, int64_t length, float factor,
+                          float* out) {
+    Vector sum[kBlocks] = {};
+    for (int64_t i = 0; i < length; ++i) {
+        for (int block = 0; block < kBlocks; ++block) {
+            sum[block] += load(values + i * stride + block * kLanes) * weights[i];
+        }
+    }
+    for (int block = 0; block < kBlocks; ++block) store(out + block * kLanes, sum[block] * factor);
+}
+
+// Products of one query with a block of 16 keys, which lie with their positions adjacent: [head_dim][16].
+FQ_INLINE Vector block_scores(const float* query, const float* keys, int64_t head_dim) {
+    Vector sum[2] = {};
+    int64_t d = 0;
+    for (; d + 2 <= head_dim; d += 2) {
+        sum[0] += load(keys + d * kLanes) * query[d];
+        sum[1] += load(keys + (d + 1) * kLanes) * query[d + 1];
+    }
+    return sum[0] + sum[1];
+}
+
+FQ_INLINE void attend_body(const float* queries, int64_t num_queries, int64_t head_dim, const float* keys,
+                           const float* values, int64_t length, float scale, float* scores, float* out) {
+    for (int64_t query = 0; query < num_queries; ++query) {
+        for (int64_t i = 0; i < length; i += kLanes) {
+            store(scores + i, block_scores(queries + query * head_dim, keys + i * head_dim, head_dim) * scale);
+        }
+        const float factor = softmax_weights(scores, length);
+        float* mixed = out + query * head_dim;
+        int64_t d = 0;
+        for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
+            mix_values<4>(scores, values + d, head_dim, length, factor, mixed + d);
+        }
+        for (; d + kLanes <= head_dim; d += kLanes) {
+            mix_values<1>(scores, values + d, head_dim, length, factor, mixed + d);
+        }
+        for (; d < head_dim; ++d) {
+            float sum = 0.0f;
+            for (int64_t i = 0; i < length; ++i) sum += scores[i] * values[i * head_dim + d];
+            mixed[d] = sum * factor;
+        }
+    }
+}
+
+FQ_INLINE void swiglu_body(float* gate, const float* up, int64_t size) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+        const Vector value = load(gate + i);
+        Vector decay = -value;
+        exponential(&decay);
+        store(gate + i, value / (decay + 1.0f) * load(up + i));
+    }
+    for (; i < size; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+template <int kBlocks>
+FQ_INLINE void dense_block(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, float* y) {
+    Vector sum[kBlocks] = {};
+    for (int64_t k = 0; k < num_inputs; ++k) {
+        for (int block = 0; block < kBlocks; ++block) {
+            sum[block] += load(weight + k * num_outputs + block * kLanes) * x[k];
+        }
+    }
+    for (int block = 0; block < kBlocks; ++block) store(y + block * kLanes, sum[block]);
+}
+
+FQ_INLINE void dense_body(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, int64_t begin,
+                          int64_t end, float* y) {
+    int64_t n = begin;
+    for (; n + 4 * kLanes <= end; n += 4 * kLanes) dense_block<4>(x, weight + n, num_inputs, num_outputs, y + n);
+    for (; n + kLanes <= end; n += kLanes) dense_block<1>(x, weight + n, num_inputs, num_outputs, y + n);
+    for (; n < end; ++n) {
+        float sum = 0.0f;
+        for (int64_t k = 0; k < num_inputs; ++k) sum += weight[k * num_outputs + n] * x[k];
+        y[n] = sum;
+    }
+}
+
+FQ_INLINE void add_body(const float* x, int64_t size, float* y) {
+    for (int64_t i = 0; i < size; ++i) y[i] += x[i];
+}
+
+FQ_INLINE void observe_body(const float* before, const float* after, int64_t size, float* residual_update,
+                            float* crest) {
+    float largest = 0.0f;
+    double squares = 0.0, difference = 0.0;
+    for (int64_t i = 0; i < size; ++i) {
+        const float delta = after[i] - before[i];
+        largest = std::max(largest, std::fabs(before[i]));
+        squares += static_cast<double>(before[i]) * before[i];
+        difference += static_cast<double>(delta) * delta;
+    }
+    const double norm = std::max(std::sqrt(squares), 1e-12);
+    *residual_update = static_cast<float>(std::sqrt(difference) / norm);
+    *crest = static_cast<float>(largest * std::sqrt(static_cast<double>(size)) / norm);
+}
+
+// A vector of which only `count` lanes may lie in memory; the others are `fill`.
+FQ_INLINE Vector load_part(const float* address, int64_t count, float fill) {
+    if (count >= kLanes) return load(address);
+    float lanes[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < count ? address[lane] : fill;
+    return load(lanes);
+}
+
+FQ_INLINE void store_part(float* address, int64_t count, const Vector& vector) {
+    if (count >= kLanes) store(address, vector);
+    else std::memcpy(address, &vector, static_cast<size_t>(count) * 4);
+}
+
+FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor, float* log_probs,
+                                 DistributionStatistics* statistics) {
+    Vector first = Vector{} - INFINITY, second = first;  // the two largest of each lane
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Vector value = load_part(logits + i, size - i, -INFINITY);
+        second = larger(second, smaller(first, value));
+        first = larger(first, value);
+    }
+    float largest = -INFINITY, runner_up = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        runner_up = std::max(std::max(runner_up, second[lane]), std::min(largest, first[lane]));
+        largest = std::max(largest, first[lane]);
+    }
+    Vector sum = {};
+    for (int64_t i = 0; i < size; i += kLanes) {
+        Vector weight = load_part(logits + i, size - i, -INFINITY) - largest;
+        const Vector is_real = weight > -87.0f ? (Vector{} + 1.0f) : Vector{};  // `exponential` stops there
+        exponential(&weight);
+        sum += weight * is_real;
+    }
+    const float log_sum = largest + std::log(sum_lanes(sum));
+    Vector entropy = {}, divergence = {};
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Vector log_prob = larger(load_part(logits + i, size - i, -INFINITY) - log_sum, Vector{} + floor);
+        const Vector is_real = log_prob > -87.0f ? (Vector{} + 1.0f) : Vector{};
+        Vector probability = log_prob;
+        exponential(&probability);
+        probability *= is_real;
+        entropy -= probability * log_prob;
+        divergence += probability * (log_prob - load_part(log_probs + i, size - i, 0.0f));
+        store_part(log_probs + i, size - i, log_prob);
+    }
+    statistics->entropy = sum_lanes(entropy);
+    statistics->divergence = sum_lanes(divergence);
+    statistics->top1 = std::exp(largest - log_sum);
+    statistics->top2 = std::exp(std::max(runner_up - log_sum, floor));
+}
+
+FQ_INLINE void tanh_body(float* x, int64_t size) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+        Vector value = load_part(x + i, size - i, 0.0f);
+        tangent(&value);
+        store_part(x + i, size - i, value);
+    }
+}
+
+// The same table for each target; a body is inlined into a function that carries the attribute.
+#define FQ_DECODER_MATH(name, target)                                                                                  \
+    namespace name {                                                                                                   \
+    target void rms_norm(const float* x, const float* weight, float epsilon, int64_t size, float* y) {                 \
+        rms_norm_body(x, weight, epsilon, size, y);                                                                    \
+    }                                                                                                                  \
+    target void rotate(float* head, const float* cosine, const float* sine, int64_t head_dim) {                        \
+        rotate_body(head, cosine, sine, head_dim);                                                                     \
+    }                                                                                                                  \
+    target void attend(const float* queries, int64_t num_queries, int64_t head_dim, const float* keys,                 \
+                       const float* values, int64_t length, float scale, float* scores, float* out) {                  \
+        attend_body(queries, num_queries, head_dim, keys, values, length, scale, scores, out);                         \
+    }                                                                                                                  \
+    target void swiglu(float* gate, const float* up, int64_t size) { swiglu_body(gate, up, size); }                    \
+    target void dense(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, int64_t begin,     \
+                      int64_t end, float* y) {                                                                         \
+        dense_body(x, weight, num_inputs, num_outputs, begin, end, y);                                                 \
+    }                                                                                                                  \
+    target void add(const float* x, int64_t size, float* y) { add_body(x, size, y); }                                  \
+    target void observe(const float* before, const float* after, int64_t size, float* residual_update, float* crest) { \
+        observe_body(before, after, size, residual_update, crest);                                                     \
+    }                                                                                                                  \
+    target void distribution(const float* logits, int64_t size, float floor, float* log_probs,                         \
+                             DistributionStatistics* statistics) {                                                     \
+        distribution_body(logits, size, floor, log_probs, statistics);                                                 \
+    }                                                                                                                  \
+    target void tanh(float* x, int64_t size) { tanh_body(x, size); }                                                   \
+    const DecoderMath table = {rms_norm, rotate,  attend,       swiglu, dense,                                         \
+                               add,      observe, distribution, tanh};                                                 \
+    }
+
+FQ_DECODER_MATH(portable, )
+#if FQ_X86
+FQ_DECODER_MATH(avx2, __attribute__((target("avx2,fma"))))
+FQ_DECODER_MATH(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))))
+#endif
+
+}  // namespace
+
+const DecoderMath* decoder_math_of(int32_t isa) {
+#if FQ_X86
+    if (isa == kFqAvx512) return &avx512::table;
+    if (isa == kFqAvx2) return &avx2::table;
+#endif
+    return isa == kFqPortable ? &portable::table : nullptr;
+}
+
+}  // namespace fq

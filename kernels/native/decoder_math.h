@@ -1,0 +1,42 @@
+// What decoding and control do between matrix products, one table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fq {
+
+struct DistributionStatistics {
+    float entropy;     // nats
+    float divergence;  // KL(new || previous), nats
+    float top1, top2;  // the two largest probabilities
+};
+
+struct DecoderMath {
+    // y = x / rms(x) * weight
+    void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t size, float* y);
+    // Rotates the pairs (i, i + head_dim / 2) of one head in place.
+    void (*rotate)(float* head, const float* cosine, const float* sine, int64_t head_dim);
+    // Attention of the `num_queries` query heads that share one key-value head, over `length` positions.
+    // queries, out: [num_queries, head_dim]; keys: blocks of 16 positions, each [head_dim, 16]; values:
+    // [length, head_dim]; scores: room for length + 15 floats.
+    void (*attend)(const float* queries, int64_t num_queries, int64_t head_dim, const float* keys, const float* values,
+                   int64_t length, float scale, float* scores, float* out);
+    // gate = gate * sigmoid(gate) * up
+    void (*swiglu)(float* gate, const float* up, int64_t size);
+    // Outputs [begin, end) of y = W x, W by columns: weight[k * num_outputs + n].
+    void (*dense)(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, int64_t begin,
+                  int64_t end, float* y);
+    // y += x
+    void (*add)(const float* x, int64_t size, float* y);
+    // See residual_update and crest of fq_decode.
+    void (*observe)(const float* before, const float* after, int64_t size, float* residual_update, float* crest);
+    // Log-probabilities of logits, not below `floor`; they replace the previous ones in `log_probs`.
+    void (*distribution)(const float* logits, int64_t size, float floor, float* log_probs,
+                         DistributionStatistics* statistics);
+    void (*tanh)(float* x, int64_t size);
+};
+
+// Null if this machine cannot run it.
+const DecoderMath* decoder_math_of(int32_t isa);
+
+}  // namespace fq

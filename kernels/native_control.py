@@ -1,0 +1,262 @@
+"""Run-time control on the CPU: signals and policy network of one sequence in a native call each.
+
+`engine/signals.py` and `engine/policy.py` are the reference for what is computed here. On vectors of a few hundred
+numbers torch's overhead per operation is several times the work, and a policy must cost less than the step it decides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.kernels.native import ISA_CODES, STATUS_TEXTS, Isa, choose_isa, load_library
+
+_RECENT_TOKENS = 16
+_PADDED_WIDTHS = 16
+_ROW_SIGNALS = 12
+
+
+@dataclass(frozen=True)
+class PolicyNetWeights:
+    """A unit-shared policy network; every matrix `[outputs, inputs]` float32 as `nn.Linear` holds it.
+
+    Shapes: G global signals, F signals of a unit, H hidden, W widths.
+
+    Attributes:
+        mean: `[G + F]`, subtracted from the signals.
+        deviation: `[G + F]`, divides them.
+        encode_global: `[H, G]` and `[H]`, followed by tanh.
+        first: `[H, F + H]` and `[H]`, on a unit's signals and the encoded global ones, followed by tanh.
+        second: `[H, H]` and `[H]`, followed by tanh.
+        width_head: `[W, H]` and `[W]`.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    encode_global: tuple[Tensor, Tensor]
+    first: tuple[Tensor, Tensor]
+    second: tuple[Tensor, Tensor]
+    width_head: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ControlWeights:
+    """What is the same at every step.
+
+    Attributes:
+        net: The network.
+        bit_widths: Stored widths, ascending.
+        embedding: `[vocab, E]` float32, projected input embeddings.
+        unit_constants: `[U, 2 W]` float32, log sensitivities and times saved.
+        depth: `[U]` float32.
+        weight_share: `[U]` float32, each unit's share of the weights.
+    """
+
+    net: PolicyNetWeights
+    bit_widths: tuple[int, ...]
+    embedding: Tensor
+    unit_constants: Tensor
+    depth: Tensor
+    weight_share: Tensor
+
+
+class _NetStruct(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("mean", "deviation", "global_weight", "global_bias", "context_weight", "unit_weight"),
+                *("first_bias", "second_weight", "second_bias", "width_weight", "width_bias"),
+            )
+        ),
+        ("hidden", ctypes.c_int64),
+    )
+
+
+class _ControlStruct(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("net", "bit_widths", "embedding", "unit_constants", "depth", "weight_share")
+        ),
+        *((name, ctypes.c_int64) for name in ("vocab_size", "num_units", "num_widths", "num_embedding_dims")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("log_probs", "recent_widths", "residual_update", "crest", "last_widths")
+        ),
+        *(
+            (name, ctypes.c_float)
+            for name in ("entropy", "entropy_ema", "top1", "top2", "surprisal", "step_kl", "dial")
+        ),
+        ("position", ctypes.c_int64),
+        ("token_id", ctypes.c_int64),
+    )
+
+
+class NativeControl:
+    """Signals and policy of one sequence.
+
+    Args:
+        weights: Model and network; copied where the layout must change, else referenced.
+        isa: Body to use; default: `FQ_CPU_ISA`, else the fastest.
+
+    Raises:
+        ValueError: If shapes disagree or the network is too wide for the kernel.
+        RuntimeError: If there is no native library.
+    """
+
+    def __init__(self, weights: ControlWeights, *, isa: Isa | None = None) -> None:
+        """Lays out the weights and allocates the state."""
+        library = load_library()
+        if library is None:
+            raise RuntimeError("the native kernels could not be built; use the torch policy instead")
+        self._kept: list[Any] = []
+        self._num_units = len(weights.depth)
+        self._num_widths = len(weights.bit_widths)
+        self._vocab_size, num_embedding_dims = weights.embedding.shape
+        num_global = _ROW_SIGNALS + num_embedding_dims
+        self._dim = num_global + self._num_units * (2 * self._num_widths + 4)
+        net = self._net(weights.net, num_global)
+        self._control = _ControlStruct(
+            net=ctypes.addressof(net),
+            bit_widths=self._address(torch.tensor(weights.bit_widths), (self._num_widths,), torch.int64),
+            embedding=self._address(weights.embedding, (self._vocab_size, num_embedding_dims)),
+            unit_constants=self._address(weights.unit_constants, (self._num_units, 2 * self._num_widths)),
+            depth=self._address(weights.depth, (self._num_units,)),
+            weight_share=self._address(weights.weight_share, (self._num_units,)),
+            vocab_size=self._vocab_size,
+            num_units=self._num_units,
+            num_widths=self._num_widths,
+            num_embedding_dims=num_embedding_dims,
+            log_probs=self._address(torch.zeros(self._vocab_size), (self._vocab_size,)),
+            recent_widths=self._address(torch.zeros(_RECENT_TOKENS), (_RECENT_TOKENS,)),
+            **{
+                name: self._address(torch.zeros(self._num_units), (self._num_units,))
+                for name in ("residual_update", "crest", "last_widths")
+            },
+        )
+        self._pointer = ctypes.addressof(self._control)
+        self._isa_code = ISA_CODES[choose_isa(isa)]
+        self._library = _declared(library)
+
+    def reset(
+        self, logits: Tensor, residual_update: Tensor, crest: Tensor, next_token_id: int, kl_weight: float
+    ) -> None:
+        """Starts a sequence after its prompt.
+
+        Args:
+            logits: `[vocab]` float32.
+            residual_update: `[U]` float32.
+            crest: `[U]` float32.
+            next_token_id: The token that the first step will read.
+            kl_weight: The dial, positive.
+
+        Raises:
+            ValueError: If a shape disagrees or the token is not in the vocabulary.
+        """
+        self._check(logits)
+        status = self._library.fq_control_reset(
+            self._pointer,
+            logits.data_ptr(),
+            residual_update.data_ptr(),
+            crest.data_ptr(),
+            next_token_id,
+            kl_weight,
+            self._isa_code,
+        )
+        self._raise_for(status, next_token_id)
+
+    def update(
+        self, logits: Tensor, residual_update: Tensor, crest: Tensor, bit_widths: Tensor, next_token_id: int
+    ) -> None:
+        """Moves on by a step that ran at `bit_widths` `[U]` int64; the rest as for `reset`."""
+        self._check(logits)
+        status = self._library.fq_control_update(
+            self._pointer,
+            logits.data_ptr(),
+            residual_update.data_ptr(),
+            crest.data_ptr(),
+            bit_widths.data_ptr(),
+            next_token_id,
+            self._isa_code,
+        )
+        self._raise_for(status, next_token_id)
+
+    def signals(self) -> Tensor:
+        """The signal vector, `[dim]` float32."""
+        signals = torch.empty(self._dim)
+        self._library.fq_control_signals(self._pointer, signals.data_ptr())
+        return signals
+
+    def choose(self, signals: Tensor) -> Tensor:
+        """The network's bit-widths for signals `[dim]`, `[U]` int64."""
+        bit_widths = torch.empty(self._num_units, dtype=torch.int64)
+        status = self._library.fq_control_choose(
+            self._pointer, signals.data_ptr(), bit_widths.data_ptr(), self._isa_code
+        )
+        self._raise_for(status, 0)
+        return bit_widths
+
+    def _check(self, logits: Tensor) -> None:
+        if logits.dtype != torch.float32 or tuple(logits.shape) != (self._vocab_size,) or not logits.is_contiguous():
+            raise ValueError(
+                f"logits are {logits.dtype} {list(logits.shape)}; pass contiguous float32 [{self._vocab_size}]"
+            )
+
+    def _raise_for(self, status: int, token_id: int) -> None:
+        if status == 1:
+            raise ValueError(f"token {token_id} is not in the vocabulary of {self._vocab_size}")
+        if status != 0:
+            raise RuntimeError(f"native control failed: {STATUS_TEXTS.get(status, status)}")
+
+    def _net(self, weights: PolicyNetWeights, num_global: int) -> _NetStruct:
+        hidden = len(weights.second[1])
+        num_per_unit = 2 * self._num_widths + 4
+        if hidden % 16 or hidden > 256 or num_global > 64 or num_per_unit > 64 or self._num_widths > _PADDED_WIDTHS:
+            raise ValueError(
+                f"a network of {num_global} global and {num_per_unit} unit signals, {hidden} hidden units and "
+                f"{self._num_widths} widths; the kernel takes 64, 64, a multiple of 16 up to 256, and 16"
+            )
+        first = weights.first[0].t()
+        padding = (0, _PADDED_WIDTHS - self._num_widths)
+        width_weight = torch.nn.functional.pad(weights.width_head[0].t(), padding)
+        struct = _NetStruct(
+            mean=self._address(weights.mean, (num_global + num_per_unit,)),
+            deviation=self._address(weights.deviation, (num_global + num_per_unit,)),
+            global_weight=self._address(weights.encode_global[0].t(), (num_global, hidden)),
+            global_bias=self._address(weights.encode_global[1], (hidden,)),
+            context_weight=self._address(first[num_per_unit:], (hidden, hidden)),
+            unit_weight=self._address(first[:num_per_unit], (num_per_unit, hidden)),
+            first_bias=self._address(weights.first[1], (hidden,)),
+            second_weight=self._address(weights.second[0].t(), (hidden, hidden)),
+            second_bias=self._address(weights.second[1], (hidden,)),
+            width_weight=self._address(width_weight, (hidden, _PADDED_WIDTHS)),
+            width_bias=self._address(torch.nn.functional.pad(weights.width_head[1], padding), (_PADDED_WIDTHS,)),
+            hidden=hidden,
+        )
+        self._kept.append(struct)
+        return struct
+
+    def _address(self, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+        """Address of a contiguous copy or the tensor itself, kept alive."""
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+            raise ValueError(
+                f"a tensor is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; pass {dtype} {list(shape)} "
+                "on the CPU"
+            )
+        plain = tensor.detach().contiguous()
+        self._kept.append(plain)
+        return plain.data_ptr()
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+    library.fq_control_reset.argtypes = (pointer, pointer, pointer, pointer, int64, ctypes.c_float, int32)
+    library.fq_control_update.argtypes = (pointer, pointer, pointer, pointer, pointer, int64, int32)
+    library.fq_control_signals.argtypes = (pointer, pointer)
+    library.fq_control_choose.argtypes = (pointer, pointer, pointer, int32)
+    return library

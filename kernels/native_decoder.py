@@ -1,0 +1,400 @@
+"""CPU decode step: one native call reads a token through a whole Llama-family model on bitplanes.
+
+Between two matrix products of a small model Python and a tensor library take longer than the products themselves, so
+the walk through the layers is native too. This module describes the model to native/decoder.h and owns the buffers;
+what the numbers mean (which Hugging Face module they come from) is known one layer up, in engine/lean.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight
+from flexquant_rl.kernels.native import (
+    ISA_CODES,
+    MAX_TOKENS,
+    MODE_CODES,
+    STATUS_TEXTS,
+    Isa,
+    Mode,
+    WeightStruct,
+    check_weight,
+    choose_isa,
+    load_library,
+    weight_struct,
+)
+
+_ALIGNMENT = 64
+_BLOCK = 16  # positions of keys that lie side by side
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """One linear layer, `y = W x + bias`, nested, unquantised or both.
+
+    Attributes:
+        nested: The stored bitplanes, or None.
+        dense: `[N, K]` float32 unquantised matrix stored by columns (`dense.t()` is contiguous), read at width 0; or
+            None.
+        bias: `[N]` float32 or None.
+    """
+
+    nested: NestedWeight | None
+    dense: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        if self.nested is not None:
+            return self.nested.num_outputs, self.nested.num_inputs
+        assert self.dense is not None
+        return self.dense.shape[0], self.dense.shape[1]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. Norm weights are float32; query_norm and key_norm are `[head_dim]`, None where absent."""
+
+    query: LinearWeights
+    key: LinearWeights
+    value: LinearWeights
+    output: LinearWeights
+    gate: LinearWeights
+    up: LinearWeights
+    down: LinearWeights
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    attention_unit: int
+    mlp_unit: int
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """A Llama-family model.
+
+    Attributes:
+        layers: Decoder layers.
+        embedding: `[vocab, hidden]` float32.
+        final_norm: `[hidden]` float32.
+        head: Output head, N = vocab.
+        head_unit: Its index in a bit-width vector, or -1 if it is always read unquantised.
+        cosine: `[T, head_dim / 2]` float32, rotation of each position.
+        sine: `[T, head_dim / 2]` float32.
+        num_heads: Query heads.
+        num_key_value_heads: Heads of keys and values; divides `num_heads`.
+        head_dim: Even.
+        norm_epsilon: Added to the mean square in every norm.
+        attention_scale: Factor of the scores.
+        num_units: Length of a bit-width vector.
+    """
+
+    layers: Sequence[LayerWeights]
+    embedding: Tensor
+    final_norm: Tensor
+    head: LinearWeights
+    head_unit: int
+    cosine: Tensor
+    sine: Tensor
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    norm_epsilon: float
+    attention_scale: float
+    num_units: int
+
+
+class _LinearStruct(ctypes.Structure):
+    _fields_ = (
+        ("widths", ctypes.c_void_p),
+        ("dense", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("num_outputs", ctypes.c_int64),
+        ("num_inputs", ctypes.c_int64),
+    )
+
+
+_LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+_NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
+
+
+class _LayerStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, _LinearStruct) for name in _LINEARS),
+        *((name, ctypes.c_void_p) for name in _NORMS),
+        ("attention_unit", ctypes.c_int32),
+        ("mlp_unit", ctypes.c_int32),
+    )
+
+
+class _DecoderStruct(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("head", _LinearStruct),
+        ("num_layers", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("num_key_value_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("max_length", ctypes.c_int64),
+        ("cache_length", ctypes.c_int64),
+        ("num_units", ctypes.c_int64),
+        ("head_unit", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("norm_epsilon", ctypes.c_float),
+        ("attention_scale", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one sequence.
+
+    Attributes:
+        keys: `[layers, key-value heads, C / 16, head_dim, 16]` float32, the positions of a block side by side.
+        values: `[layers, key-value heads, C, head_dim]` float32.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def copy(self) -> LayerCache:
+        """An independent copy."""
+        return LayerCache(self.keys.clone(), self.values.clone())
+
+
+class NativeDecoder:
+    """Decodes one sequence at a time on the CPU.
+
+    The result is the same, bit for bit, for any number of threads. Weights are read in place: they must not be freed
+    or resized while this object is in use (it holds references). One call at a time: the intermediate results of a
+    call lie in a buffer of the object.
+
+    Args:
+        weights: The model.
+        num_threads: Threads used at most.
+        mode: "int8" rounds the activations of nested products to int8, one scale per 32 inputs; "float32" keeps them.
+        isa: Body to use; default: `FQ_CPU_ISA`, else the fastest.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or options disagree.
+        RuntimeError: If there is no native library.
+    """
+
+    def __init__(
+        self, weights: DecoderWeights, *, num_threads: int = 1, mode: Mode = "int8", isa: Isa | None = None
+    ) -> None:
+        """Describes the model to the library and allocates what a call needs."""
+        library = load_library()
+        if library is None:
+            raise RuntimeError("the native kernels could not be built; decode with Hugging Face instead")
+        if num_threads < 1:
+            raise ValueError(f"num_threads={num_threads} must be at least 1; use 1 for no pool")
+        self.weights = weights
+        self.num_threads = num_threads
+        self.mode: Mode = mode
+        self.isa: Isa = choose_isa(isa)
+        self.max_length = weights.cosine.shape[0]
+        self._cache_length = -(-self.max_length // _BLOCK) * _BLOCK
+        self.vocab_size, self.hidden_size = weights.embedding.shape
+        self._kept: list[Any] = []  # what the structs point at
+        self._decoder = self._describe()
+        self._address = ctypes.addressof(self._decoder)
+        self._options = (MODE_CODES[mode], ISA_CODES[self.isa], num_threads)
+        self._decode = _declared(library)
+        num_bytes = int(library.fq_decoder_workspace_bytes(self._address, MODE_CODES[mode]))
+        self._workspace = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        self._workspace_address = -(-self._workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+
+    def new_cache(self) -> LayerCache:
+        """Room for `max_length` tokens of one sequence."""
+        weights = self.weights
+        heads = (len(weights.layers), weights.num_key_value_heads)
+        return LayerCache(
+            # Zeros: the last block is read whole, and a score that is not finite would spoil its neighbours.
+            torch.zeros(*heads, self._cache_length // _BLOCK, weights.head_dim, _BLOCK),
+            torch.zeros(*heads, self._cache_length, weights.head_dim),
+        )
+
+    def __call__(
+        self, cache: LayerCache, token_ids: Tensor, position: int, bit_widths: Tensor, *, num_logits: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Appends tokens to a sequence.
+
+        Shapes: T tokens (1..16), U units, L layers.
+
+        Args:
+            cache: Of this decoder; entries `[position, position + T)` are written.
+            token_ids: `[T]` int64.
+            position: Tokens that the cache holds already.
+            bit_widths: `[U]` int64 on the CPU; 0 reads the unquantised weights.
+            num_logits: Logits are computed for this many of the last tokens, 1..T.
+
+        Returns:
+            logits `[num_logits, vocab]`, and statistics `[2, L + 1]`: residual_update and crest of each layer, then 0
+            for what is no layer. New float32 tensors.
+
+        Raises:
+            ValueError: If an argument is outside its domain: a token beyond the vocabulary, a full cache, a width that
+                some linear does not hold.
+        """
+        num_layers = len(self.weights.layers)
+        logits = torch.empty(max(num_logits, 0), self.vocab_size)
+        statistics = torch.zeros(2, num_layers + 1)
+        token_ids, bit_widths = token_ids.contiguous(), bit_widths.contiguous()
+        for name, tensor, size in (
+            ("token_ids", token_ids, len(token_ids)),
+            ("bit_widths", bit_widths, self.weights.num_units),
+        ):
+            if tensor.dtype != torch.int64 or tensor.device.type != "cpu" or tuple(tensor.shape) != (size,):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; pass int64 [{size}] on the CPU"
+                )
+        status = self._decode(
+            self._address,
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            token_ids.data_ptr(),
+            len(token_ids),
+            position,
+            bit_widths.data_ptr(),
+            *self._options,
+            self._workspace_address,
+            logits.data_ptr(),
+            num_logits,
+            statistics.data_ptr(),
+            statistics[1].data_ptr(),
+        )
+        if status == 1:
+            raise ValueError(
+                f"{len(token_ids)} tokens at position {position}, {num_logits} logits, widths {bit_widths.tolist()}: "
+                f"at most {MAX_TOKENS} tokens below {self.vocab_size}, {self.max_length} positions, stored widths only"
+            )
+        if status != 0:
+            raise RuntimeError(f"native decoder failed: {STATUS_TEXTS.get(status, status)}")
+        return logits, statistics
+
+    def _describe(self) -> _DecoderStruct:
+        weights = self.weights
+        hidden = self.hidden_size
+        group_sizes = {
+            linear.nested.group_size
+            for layer in weights.layers
+            for linear in (getattr(layer, name) for name in _LINEARS)
+            if linear.nested is not None
+        }
+        if weights.head.nested is not None:
+            group_sizes.add(weights.head.nested.group_size)
+        if len(group_sizes) > 1:
+            raise ValueError(f"linears have group sizes {sorted(group_sizes)}; quantise all with the same one")
+        if weights.head_dim % 2 or weights.num_heads % weights.num_key_value_heads:
+            raise ValueError(
+                f"head_dim={weights.head_dim} must be even and num_heads={weights.num_heads} a multiple of "
+                f"num_key_value_heads={weights.num_key_value_heads}"
+            )
+        layers = (_LayerStruct * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
+        self._kept.append(layers)
+        half = weights.head_dim // 2
+        return _DecoderStruct(
+            layers=ctypes.addressof(layers),
+            embedding=self._address_of("embedding", weights.embedding, (self.vocab_size, hidden)),
+            final_norm=self._address_of("final_norm", weights.final_norm, (hidden,)),
+            cosine=self._address_of("cosine", weights.cosine, (self.max_length, half)),
+            sine=self._address_of("sine", weights.sine, (self.max_length, half)),
+            head=self._linear("head", weights.head, (self.vocab_size, hidden)),
+            num_layers=len(weights.layers),
+            vocab_size=self.vocab_size,
+            hidden_size=hidden,
+            num_heads=weights.num_heads,
+            num_key_value_heads=weights.num_key_value_heads,
+            head_dim=weights.head_dim,
+            max_length=self.max_length,
+            cache_length=self._cache_length,
+            num_units=weights.num_units,
+            head_unit=weights.head_unit,
+            group_size=group_sizes.pop() if group_sizes else 128,
+            norm_epsilon=weights.norm_epsilon,
+            attention_scale=weights.attention_scale,
+        )
+
+    def _layer(self, layer: LayerWeights) -> _LayerStruct:
+        weights, hidden = self.weights, self.hidden_size
+        attention = weights.num_heads * weights.head_dim
+        cached = weights.num_key_value_heads * weights.head_dim
+        inner = layer.gate.shape[0]
+        shapes = {
+            "query": (attention, hidden),
+            "key": (cached, hidden),
+            "value": (cached, hidden),
+            "output": (hidden, attention),
+            "gate": (inner, hidden),
+            "up": (inner, hidden),
+            "down": (hidden, inner),
+        }
+        sizes = {name: (hidden if name in ("attention_norm", "mlp_norm") else weights.head_dim,) for name in _NORMS}
+        return _LayerStruct(
+            **{name: self._linear(name, getattr(layer, name), shape) for name, shape in shapes.items()},
+            **{name: self._address_of(name, getattr(layer, name), size) for name, size in sizes.items()},
+            attention_unit=layer.attention_unit,
+            mlp_unit=layer.mlp_unit,
+        )
+
+    def _linear(self, name: str, linear: LinearWeights, shape: tuple[int, int]) -> _LinearStruct:
+        if (linear.nested is None and linear.dense is None) or linear.shape != shape:
+            raise ValueError(f"{name} holds {linear} but must be [{shape[0]}, {shape[1]}]")
+        widths = None
+        if linear.nested is not None:
+            check_weight(linear.nested)
+            stored = linear.nested.bit_widths
+            structs = (WeightStruct * (NUM_PLANES + 1))(
+                *(weight_struct(linear.nested, b) if b in stored else WeightStruct() for b in range(NUM_PLANES + 1))
+            )
+            self._kept.append((structs, linear.nested))
+            widths = ctypes.addressof(structs)
+        dense = None if linear.dense is None else linear.dense.t()
+        return _LinearStruct(
+            widths=widths,
+            dense=self._address_of(f"{name}.dense.t()", dense, (shape[1], shape[0])),
+            bias=self._address_of(f"{name}.bias", linear.bias, (shape[0],)),
+            num_outputs=shape[0],
+            num_inputs=shape[1],
+        )
+
+    def _address_of(self, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int | None:
+        """Address of a contiguous float32 CPU tensor of the given shape; keeps it alive."""
+        if tensor is None:
+            return None
+        is_plain = tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if not is_plain or tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}; pass "
+                f"contiguous float32 {list(shape)} on the CPU"
+            )
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _declared(library: ctypes.CDLL) -> Any:
+    """`fq_decode` with its argument types, so that addresses are passed as 64-bit integers."""
+    int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+    library.fq_decoder_workspace_bytes.argtypes = (pointer, int32)
+    library.fq_decoder_workspace_bytes.restype = int64
+    decode = library.fq_decode
+    decode.argtypes = (
+        *(pointer, pointer, pointer, pointer, int64, int64, pointer, int32, int32, int32),
+        *(pointer, pointer, int64, pointer, pointer),
+    )
+    return decode

@@ -1,0 +1,270 @@
+"""The lean decoder gives the numbers of the Hugging Face model that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.decode import DecodeSession, StepOutput
+from flexquant_rl.engine.embedded import embedded_model_path
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.lean import LeanDecoder, LeanSession, default_decoder, open_session, why_not_lean
+from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.perplexity import perplexity
+from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.fq_env.prompts import load_windows, spread
+from flexquant_rl.kernels.native import supported_isas
+
+pytestmark = pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
+
+LOGITS_TOLERANCE = 1e-4  # relative, the bar of the design
+REAL_MODELS = ("stories260K", "babyllama-361", "multi-7m")
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral-window": (MistralConfig, MistralForCausalLM, {"sliding_window": 80}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 40}),
+}
+
+
+def build(family: str, **changes: Any) -> PreTrainedModel:
+    """A random three-layer model with norms and biases that are not trivial."""
+    config_class, model_class, options = FAMILIES[family]
+    shape = {
+        "vocab_size": 211,
+        "hidden_size": 96,
+        "intermediate_size": 200,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.1,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model: PreTrainedModel = model_class(config_class(**(shape | options | changes))).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def nested(family: str, tokenizer: Any, *, quantize_head: bool = True, **changes: Any) -> NestedCausalLM:
+    config = QuantizationConfig(group_size=32, unit="half", quantize_head=quantize_head)
+    return nest(build(family, **changes), tokenizer, config)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def assert_close(lean: StepOutput, reference: StepOutput) -> None:
+    assert relative_error(lean.logits, reference.logits) < LOGITS_TOLERANCE
+    torch.testing.assert_close(lean.residual_update, reference.residual_update, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(lean.crest, reference.crest, rtol=1e-3, atol=1e-4)
+
+
+def random_widths(model: NestedCausalLM, generator: torch.Generator) -> Tensor:
+    allowed = torch.tensor([0, *model.bit_widths])
+    return allowed[torch.randint(len(allowed), (model.num_units,), generator=generator)]
+
+
+def compare(model: NestedCausalLM, generator: torch.Generator, *, prompt: int = 37, steps: int = 12) -> None:
+    """Prefill and steps at random widths, some of them unquantised."""
+    lean = LeanSession(LeanDecoder(model, mode="float32"))
+    reference = DecodeSession(model)
+    ids = torch.randint(3, model.vocab_size, (1, prompt), generator=generator)
+    widths = random_widths(model, generator)
+    assert_close(lean.prefill(ids, bit_widths=widths), reference.prefill(ids, bit_widths=widths))
+    for _ in range(steps):
+        widths = random_widths(model, generator)
+        token = torch.randint(3, model.vocab_size, (1,), generator=generator)
+        assert_close(lean.step(widths, token), reference.step(widths, token))
+    assert torch.equal(lean.lengths, reference.lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_hugging_face(family: str, tiny_tokenizer: Any, generator: torch.Generator) -> None:
+    compare(nested(family, tiny_tokenizer), generator)
+
+
+def test_equals_hugging_face_with_an_unquantised_head(tiny_tokenizer: Any, generator: torch.Generator) -> None:
+    compare(nested("llama", tiny_tokenizer, quantize_head=False), generator)
+
+
+@pytest.mark.parametrize("name", REAL_MODELS)
+class TestRealModels:
+    @pytest.fixture
+    def model(self, shared_dir: Path, name: str) -> NestedCausalLM:
+        return load_model(str(shared_dir / "models" / name), QuantizationConfig())
+
+    def test_logits(self, model: NestedCausalLM, generator: torch.Generator) -> None:
+        compare(model, generator)
+
+    def test_greedy_tokens_at_8_bits(self, model: NestedCausalLM, generator: torch.Generator) -> None:
+        count = min(200, model.max_context - 4)
+        widths = torch.full((model.num_units,), 8)
+        prompt = torch.randint(3, model.vocab_size, (1, 4), generator=generator)
+        lean, reference = LeanSession(LeanDecoder(model, mode="float32")), DecodeSession(model)
+        assert greedy(lean, prompt, widths, count) == greedy(reference, prompt, widths, count)
+
+
+def greedy(session: LeanSession | DecodeSession, prompt: Tensor, widths: Tensor, count: int) -> list[int]:
+    token = session.prefill(prompt, bit_widths=widths).logits.argmax(-1)
+    tokens = [int(token)]
+    for _ in range(count - 1):
+        token = session.step(widths, token).logits.argmax(-1)
+        tokens.append(int(token))
+    return tokens
+
+
+@pytest.fixture
+def decoder(nested_model: NestedCausalLM) -> LeanDecoder:
+    return LeanDecoder(nested_model, max_length=40)
+
+
+class TestSession:
+    def test_fork_leaves_the_parent_untouched(self, decoder: LeanDecoder) -> None:
+        session = LeanSession(decoder)
+        widths, token = torch.tensor([3, 8, 4]), torch.tensor([9])
+        session.prefill(torch.arange(5, 25)[None])
+        twin, other = session.fork(), session.fork()
+        other.step(torch.tensor([8, 3, 3]), torch.tensor([50]))
+        assert torch.equal(session.step(widths, token).logits, twin.step(widths[None], token).logits)
+        assert session.lengths.tolist() == [21]
+
+    def test_prefill_restarts(self, decoder: LeanDecoder) -> None:
+        session = LeanSession(decoder)
+        first = session.prefill(torch.arange(5, 15)[None])
+        session.step(torch.tensor([3, 3, 3]), torch.tensor([9]))
+        again = session.prefill(torch.arange(5, 15)[None], rows=torch.tensor([0]))
+        assert torch.equal(first.logits, again.logits)
+
+    def test_score_is_the_parallel_pass(self, decoder: LeanDecoder) -> None:
+        ids = torch.arange(5, 25)[None]
+        expected = DecodeSession(decoder.model).score(ids, first=3)
+        assert torch.equal(LeanSession(decoder).score(ids, first=3), expected)
+
+    def test_refusals(self, decoder: LeanDecoder) -> None:
+        session = LeanSession(decoder)
+        widths, token = torch.tensor([4, 4, 4]), torch.tensor([9])
+        with pytest.raises(InputError, match="prompt is empty"):
+            session.prefill(torch.zeros(1, 0, dtype=torch.int64))
+        with pytest.raises(InputError, match="41 tokens do not fit into a row of 40"):
+            session.prefill(torch.ones(1, 41, dtype=torch.int64))
+        session.prefill(torch.ones(1, 40, dtype=torch.int64))
+        with pytest.raises(InputError, match="41 tokens do not fit"):
+            session.step(widths, token)
+        session.prefill(torch.ones(1, 3, dtype=torch.int64))
+        with pytest.raises(InputError, match="bit-width 7 is not stored"):
+            session.step(torch.tensor([4, 7, 4]), token)
+        with pytest.raises(InputError, match="2 bit-widths were given"):
+            session.step(torch.tensor([4, 4]), token)
+        assert session.lengths.tolist() == [3]
+        with pytest.raises(ValueError, match="holds one row"):
+            session.prefill(torch.ones(2, 3, dtype=torch.int64))
+        session.close()
+        session.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            session.step(widths, token)
+
+    def test_no_unquantised_weights(self, tiny_llama: PreTrainedModel, tiny_tokenizer: Any) -> None:
+        model = nest(tiny_llama, tiny_tokenizer, QuantizationConfig(), keep_reference=False)
+        session = LeanSession(LeanDecoder(model))
+        session.prefill(torch.ones(1, 3, dtype=torch.int64))
+        with pytest.raises(InputError, match="holds nested weights only"):
+            session.step(torch.tensor([4, 0, 4]), torch.tensor([1]))
+
+    def test_context_is_the_limit(self, nested_model: NestedCausalLM) -> None:
+        with pytest.raises(InputError, match="context holds 128"):
+            LeanDecoder(nested_model, max_length=129)
+
+
+class TestChoice:
+    def test_llama_is_lean(self, nested_model: NestedCausalLM) -> None:
+        assert default_decoder(nested_model) == ("lean", 1)
+        assert isinstance(open_session(nested_model), LeanSession)
+        assert isinstance(open_session(nested_model, decoder="hf"), DecodeSession)
+
+    def test_other_models_are_not(self, tiny_tokenizer: Any) -> None:
+        config = GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=128, n_positions=64, bos_token_id=1)
+        model = nest(GPT2LMHeadModel(config).float().eval(), tiny_tokenizer, QuantizationConfig())
+        assert "model_type='gpt2'" in str(why_not_lean(model))
+        assert isinstance(open_session(model), DecodeSession)
+        with pytest.raises(InputError, match="use decoder='hf'"):
+            open_session(model, decoder="lean")
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+            ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+        ],
+    )
+    def test_what_it_cannot_do(self, changes: dict[str, Any], reason: str, tiny_tokenizer: Any) -> None:
+        assert reason in str(why_not_lean(nested("llama", tiny_tokenizer, **changes)))
+
+    def test_without_a_library(self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("flexquant_rl.engine.lean.load_library", lambda: None)
+        assert default_decoder(nested_model) == ("hf", torch.get_num_threads())
+        assert isinstance(open_session(nested_model), DecodeSession)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*REAL_MODELS, "embedded"])
+def test_int8_activations_cost_little_perplexity(name: str, shared_dir: Path) -> None:
+    """At most 0.5% at every width, or int8 may not be the default."""
+    path = embedded_model_path() if name == "embedded" else shared_dir / "models" / name
+    model = load_model(str(path), QuantizationConfig())
+    texts = [] if name == "embedded" else [shared_dir / "text" / "tinystories_valid_head.txt"]
+    length = min(128, model.max_context)
+    windows = spread(load_windows(model.tokenizer, length, texts).test, 8)
+    lean = LeanSession(LeanDecoder(model, max_length=length))
+    exact = DecodeSession(model)
+    for bit_width in model.bit_widths:
+        widths = torch.full((model.num_units,), bit_width)
+        rounded = lean_perplexity(lean, windows, widths)
+        reference = perplexity(exact, windows, widths)
+        print(f"{name} {bit_width}: {reference:.4f} -> {rounded:.4f} ({rounded / reference - 1:+.3%})")
+        assert rounded < 1.005 * reference
+
+
+def lean_perplexity(session: LeanSession, windows: Tensor, widths: Tensor) -> float:
+    """Perplexity of token-by-token decoding, the first token of a window being context only."""
+    nll = []
+    for window in windows:
+        output = session.prefill(window[None, :1], bit_widths=widths)
+        for token in window[1:]:
+            nll.append(-output.logits[0].log_softmax(-1)[token])
+            output = session.step(widths, token[None])
+    return float(torch.stack(nll).mean().exp())
