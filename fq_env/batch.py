@@ -52,6 +52,21 @@ class BatchStep:
     terminated: Tensor
     truncated: Tensor
 
+    def infos(self, kl_weight: Tensor) -> list[dict[str, float]]:
+        """What an environment's `info` says of each row: the reward without control variate, its terms, the dial."""
+        columns = {
+            "reward_plain": self.reward.total,
+            "reward_latency": self.reward.latency,
+            "reward_quality": self.reward.quality,
+            "output_kl_nats": self.output_kl_nats,
+            "speedup": self.speedup,
+            "latency_ms": self.latency_ms,
+            "mean_bit_width": self.mean_bit_width,
+            "kl_weight": kl_weight,
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
 
 class DecodeBatch:
     """R episodes in lockstep, each restartable on its own.

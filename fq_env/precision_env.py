@@ -20,7 +20,7 @@ from flexquant_rl.engine.lean import DecoderName, open_session
 from flexquant_rl.engine.profile import Profile, profile_model
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.engine.signals import SIGNAL_LIMIT
-from flexquant_rl.fq_env.batch import BatchStep, DecodeBatch
+from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.prompts import Split, load_windows
 from flexquant_rl.fq_env.task import ActionMap, EnvConfig, check_kl_weight, draw_kl_weight
 
@@ -142,8 +142,9 @@ class PrecisionEnv(gym.Env[Observation, NDArray[np.int64]], EzPickle):
         """Decodes one token at the chosen widths."""
         widths = self._actions.to_bit_widths(torch.as_tensor(np.asarray(action), dtype=torch.int64).view(1, -1))
         result = self._batch.step(widths)
-        info = step_info(result, self._batch.kl_weight, 0)
-        return self._observation(), info.pop("reward"), bool(result.terminated), bool(result.truncated), info
+        info: dict[str, Any] = {**result.infos(self._batch.kl_weight)[0]}
+        reward = info.pop("reward_plain")
+        return self._observation(), reward, bool(result.terminated), bool(result.truncated), info
 
     def close(self) -> None:
         """Frees the session; closing twice is fine."""
@@ -153,17 +154,3 @@ class PrecisionEnv(gym.Env[Observation, NDArray[np.int64]], EzPickle):
     def _observation(self) -> Observation:
         observation: Observation = self._batch.signals()[0].cpu().numpy()
         return observation
-
-
-def step_info(result: BatchStep, kl_weight: torch.Tensor, row: int) -> dict[str, Any]:
-    """Reward and its terms of one row, as plain numbers."""
-    return {
-        "reward": float(result.reward.total[row]),
-        "reward_latency": float(result.reward.latency[row]),
-        "reward_quality": float(result.reward.quality[row]),
-        "output_kl_nats": float(result.output_kl_nats[row]),
-        "speedup": float(result.speedup[row]),
-        "latency_ms": float(result.latency_ms[row]),
-        "mean_bit_width": float(result.mean_bit_width[row]),
-        "kl_weight": float(kl_weight[row]),
-    }

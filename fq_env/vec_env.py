@@ -107,7 +107,7 @@ class DecodeVecEnv(VecEnv):
         self.last_step = result
         rewards = (result.reward.total - result.static_reward).numpy()
         dones = (result.terminated | result.truncated).numpy()
-        infos = self._infos(result)
+        infos: list[dict[str, Any]] = [*result.infos(self.batch.kl_weight)]
         observations = self._observations()
         if dones.any():
             for row in dones.nonzero()[0]:
@@ -119,20 +119,6 @@ class DecodeVecEnv(VecEnv):
                 self._start(torch.from_numpy(dones.nonzero()[0]))
                 observations = self._observations()
         return observations, rewards, dones, infos
-
-    def _infos(self, result: BatchStep) -> list[dict[str, Any]]:
-        columns = {
-            "reward_plain": result.reward.total,
-            "reward_latency": result.reward.latency,
-            "reward_quality": result.reward.quality,
-            "output_kl_nats": result.output_kl_nats,
-            "speedup": result.speedup,
-            "latency_ms": result.latency_ms,
-            "mean_bit_width": result.mean_bit_width,
-            "kl_weight": self.batch.kl_weight,
-        }
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
 
     def _observations(self) -> NDArray[np.float32]:
         observations: NDArray[np.float32] = self.batch.signals().cpu().numpy()

@@ -116,7 +116,15 @@ def test_fq_commands_exist() -> None:
     for name, options in commands("fq"):
         if name:
             assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("flexquant_rl.cli")), f"fq {name}"
-            check_options(f"fq {name}", options, help_text("flexquant_rl.cli", name))
+            if name != "bench":
+                check_options(f"fq {name}", options, help_text("flexquant_rl.cli", name))
+
+
+def test_benchmarks_exist() -> None:
+    for name, options in commands("fq bench"):
+        if name:
+            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("flexquant_rl.cli", "bench")), name
+            check_options(f"fq bench {name}", options, help_text("flexquant_rl.cli", "bench", name))
 
 
 def test_train_options_exist() -> None:

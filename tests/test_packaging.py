@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,12 +21,17 @@ import pytest
 from packaging.version import Version
 from transformers.utils import import_utils
 
+from flexquant_rl.kernels import native_build
+
 pytestmark = pytest.mark.slow
 
 FOLDERS = ("kernels", "engine", "fq_env", "agents")
 FOLDERS_WITHOUT_INIT = ("kernels", "engine", "agents")
 SHIPPED_SUFFIXES = {".py", ".c", ".cpp", ".h", ".json"}
-NOT_SOURCE = (".git", ".venv", "venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+NOT_SOURCE = (
+    *(".git", ".venv", "venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"),
+    "*.so",  # of an editable install
+)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -41,12 +48,20 @@ def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = os.environ.get("FLEXQUANT_WHEEL")
     if given:
         return Path(given).resolve()
-    work = tmp_path_factory.mktemp("wheel")
-    # A copy, because setuptools builds inside the tree and would pick up what an earlier build left there.
-    shutil.copytree(repo_root, work / "tree", ignore=shutil.ignore_patterns(*NOT_SOURCE))
-    pip_wheel = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", work / "out")
-    run(sys.executable, *pip_wheel, work / "tree", cwd=work)
-    (path,) = (work / "out").glob("*.whl")
+    return build_wheel(copy_tree(repo_root, tmp_path_factory.mktemp("wheel")))
+
+
+def copy_tree(repo_root: Path, work: Path) -> Path:
+    """A copy, because setuptools builds inside the tree and would pick up what an earlier build left there."""
+    return Path(shutil.copytree(repo_root, work / "tree", ignore=shutil.ignore_patterns(*NOT_SOURCE)))
+
+
+def build_wheel(tree: Path, **environment: str) -> Path:
+    """Builds the wheel of a tree with what is installed here."""
+    out = tree.parent / "out"
+    pip_wheel = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out)
+    run(sys.executable, *pip_wheel, tree, cwd=tree.parent, **environment)
+    (path,) = out.glob("*.whl")
     return path
 
 
@@ -66,10 +81,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run_installed(installed: Path, cwd: Path, *arguments: str) -> str:
+def run_installed(installed: Path, cwd: Path, *arguments: str, **environment: str) -> str:
     """Runs Python on the installed wheel; `-S` keeps an editable install of the checkout out of the way."""
     paths = [str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    return run(sys.executable, "-S", *arguments, cwd=cwd, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)))
+    path = os.pathsep.join(dict.fromkeys(paths))
+    return run(sys.executable, "-S", *arguments, cwd=cwd, PYTHONPATH=path, **environment)
 
 
 def test_wheel_holds_the_package_and_nothing_else(names: set[str], repo_root: Path) -> None:
@@ -79,12 +95,15 @@ def test_wheel_holds_the_package_and_nothing_else(names: set[str], repo_root: Pa
     assert "py.typed" in inside
     allowed = {*FOLDERS, "assets"}
     assert {name.split("/")[0] for name in inside if "/" in name} <= allowed
-    assert {name for name in inside if "/" not in name} == {"py.typed", *(path.name for path in repo_root.glob("*.py"))}
+    modules = {path.name for path in repo_root.glob("*.py")} - {"setup.py"}
+    assert {name for name in inside if "/" not in name} == {"py.typed", *modules}
+    libraries = {name for name in inside if re.fullmatch(r"kernels/native/flexquant_native_[0-9a-f]{16}\.so", name)}
     for folder in FOLDERS:
         sources = (path for path in (repo_root / folder).rglob("*") if path.suffix in SHIPPED_SUFFIXES)
-        assert {name for name in inside if name.startswith(f"{folder}/")} == {
+        assert {name for name in inside if name.startswith(f"{folder}/")} - libraries == {
             path.relative_to(repo_root).as_posix() for path in sources
         }
+    assert len(libraries) == bool(native_build._compilers()), "one library where there is a compiler"
 
 
 @pytest.mark.parametrize("folder", FOLDERS_WITHOUT_INIT)
@@ -117,6 +136,67 @@ def test_every_module_imports_elsewhere(installed: Path, names: set[str], tmp_pa
         "print('all imported')"
     )
     assert run_installed(installed, tmp_path, "-c", code).splitlines()[-1] == "all imported"
+
+
+def test_wheel_serves_every_python_on_this_platform(wheel: Path, names: set[str]) -> None:
+    (tag_file,) = (name for name in names if name.endswith(".dist-info/WHEEL"))
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(tag_file).decode()
+    platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert re.findall(r"^Tag: (.*)$", text, flags=re.MULTILINE) == [f"py3-none-{platform_tag}"]
+    assert "Root-Is-Purelib: false" in text
+
+
+@pytest.mark.skipif(not native_build._compilers(), reason="no C++ compiler here, so the wheel has no library")
+def test_installed_library_needs_no_compiler(installed: Path, tmp_path: Path) -> None:
+    """Nothing is compiled, written to a cache or warned about."""
+    code = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "from flexquant_rl.kernels.native import supported_isas\n"
+        "from flexquant_rl.kernels.native_build import build_library\n"
+        "print(build_library(), 'portable' in supported_isas())"
+    )
+    env = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    library, works = run_installed(installed, tmp_path, "-c", code, **env).splitlines()[-1].rsplit(" ", 1)
+    assert Path(library).is_relative_to(installed)
+    assert works == "True"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_installs_without_a_compiler(repo_root: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(copy_tree(repo_root, tmp_path), PATH=str(tmp_path), CXX="")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "flexquant_rl/kernels/native/api.cpp" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.skipif(not native_build._compilers(), reason="no C++ compiler here, so nothing to put there")
+def test_editable_install_puts_the_library_beside_its_sources(repo_root: Path, tmp_path: Path) -> None:
+    tree = copy_tree(repo_root, tmp_path)
+    old = tree / "kernels" / "native" / "flexquant_native_0123456789abcdef.so"
+    old.write_bytes(b"of older sources")
+    # A stand-in for the compiler: what it makes is tested with the wheel.
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho library > "$last"\n')
+    compiler.chmod(0o755)
+    code = f"import setuptools.build_meta as backend; backend.build_editable({str(tmp_path / 'out')!r})"
+    (tmp_path / "out").mkdir()
+    run(sys.executable, "-c", code, cwd=tree, CXX=str(compiler))
+    (library,) = (tree / "kernels" / "native").glob("*.so")
+    assert library.name == native_build.library_name()
+    assert library.read_text() == "library\n"
+
+
+def test_source_archive_holds_the_cpp_files(repo_root: Path, tmp_path: Path) -> None:
+    """`make wheel-check` builds the wheel from the archive; this finds a missing file without compiling."""
+    tree = copy_tree(repo_root, tmp_path)
+    code = f"import setuptools.build_meta as backend; print(backend.build_sdist({str(tmp_path)!r}))"
+    name = run(sys.executable, "-c", code, cwd=tree).splitlines()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        inside = {member.split("/", 1)[1] for member in archive.getnames() if "/" in member}
+    native = (path for path in (repo_root / "kernels").rglob("*") if path.suffix in SHIPPED_SUFFIXES)
+    assert {"setup.py", *(path.relative_to(repo_root).as_posix() for path in native)} <= inside
+    assert not [name for name in inside if name.endswith(".so")]
 
 
 def test_embedded_model_ships(installed: Path, repo_root: Path, tmp_path: Path) -> None:
