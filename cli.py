@@ -11,19 +11,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see train.py
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from transformers import PreTrainedTokenizerBase
 from tyro.conf import Positional
 
 from flexquant_rl.agents.baselines import check_policy_name, make_policy
-from flexquant_rl.agents.bench_env import bench_env
+from flexquant_rl.agents.bench_env import EnvBench, bench_env
 from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
-from flexquant_rl.agents.command import command, print_result
+from flexquant_rl.agents.command import FAILURE, command, print_result
 from flexquant_rl.agents.contest import Contestant, compete, policy_context
 from flexquant_rl.agents.export import export_run
 from flexquant_rl.agents.progress import say, track
@@ -31,52 +32,102 @@ from flexquant_rl.agents.report import console_table
 from flexquant_rl.agents.rows import public_dict
 from flexquant_rl.agents.run import check_config, load_run
 from flexquant_rl.agents.training import Prepared, TrainConfig, prepare
+from flexquant_rl.engine.bench import BenchRefusedError, machine_facts, run_tests
+from flexquant_rl.engine.bench import table as bench_table
+from flexquant_rl.engine.bench_decode import DecodeBench, bench_decode
+from flexquant_rl.engine.bench_gemv import GemvBench, bench_gemv
+from flexquant_rl.engine.bench_policy import PolicyBench, bench_policy
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model, save_checkpoint
 from flexquant_rl.engine.cost import clock_ms, measured_cost, roofline_cost
-from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.embedded import embedded_model_path
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, write_json
 from flexquant_rl.engine.generate import StreamedText
 from flexquant_rl.engine.generate import generate as generate_tokens
-from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.lean import DecoderName, open_session
+from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
 from flexquant_rl.engine.perplexity import perplexity_by_width
 from flexquant_rl.engine.policy import PROFILE_FILE, LearnedPolicy, load_policy
 from flexquant_rl.engine.profile import Profile, profile_model
 from flexquant_rl.engine.quantize import QuantizationConfig
-from flexquant_rl.fq_env.prompts import load_windows
+from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
+from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.fq_env.task import EnvConfig, check_kl_weight
 from flexquant_rl.train import TrainArguments, train
 
-_TIMED_PROMPT = 16
+# Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
+# widest linear.
+_CALIBRATION_WINDOW, _CALIBRATION_WINDOWS = 256, 64
 
 
 def quantize(
     source: Positional[str],
     out: Positional[Path],
-    quantization: Annotated[QuantizationConfig, tyro.conf.arg(name="")] = QuantizationConfig(),  # noqa: B008
+    method: Literal["rtn", "gptq"] | None = None,
+    group_size: int = QuantizationConfig.group_size,
+    bit_widths: tuple[int, ...] = QuantizationConfig.bit_widths,
+    unit: Literal["layer", "half"] = QuantizationConfig.unit,
+    quantize_head: bool = QuantizationConfig.quantize_head,
+    calibration: tuple[Path, ...] = (),
     text: tuple[Path, ...] = (),
 ) -> None:
     """Nests a model's weights and writes a checkpoint.
 
     Args:
-        source: Hugging Face directory or hub name.
+        source: Hugging Face directory or hub name; `default` is the embedded model.
         out: New directory.
-        quantization: How.
+        method: rtn rounds to nearest, gptq fits codes to calibration text; default: gptq where there is some, else rtn.
+        group_size: Consecutive inputs that share a scale and an offset: 32, 64 or 128.
+        bit_widths: Widths that get their own fitted scale and offset, ascending, the last is 8.
+        unit: What gets one width of its own: a decoder layer, or its attention and MLP separately.
+        quantize_head: Whether the output head is stored nested and is one more unit.
+        calibration: Text files, whose training split the weights are fitted to; rtn then refits scales and offsets. For
+            the embedded model gptq reads held-out standard library where no file is named.
         text: Measures perplexity by width on the test split of these files.
     """
     check_new_directory(out)
-    quantization.validate()
-    if is_nested_checkpoint(Path(source)):
+    chosen = method or ("gptq" if calibration else "rtn")
+    config = QuantizationConfig(chosen, group_size, bit_widths, unit, quantize_head)
+    config.validate()
+    path = str(embedded_model_path()) if source == "default" else source
+    if is_nested_checkpoint(Path(path)):
         raise InputError(f"{source} is a nested checkpoint already; give the model that it was made from")
+    calibrated = bool(calibration) or chosen == "gptq"
+    if calibrated and not calibration and Path(path).resolve() != embedded_model_path():
+        raise InputError("--method gptq fits the weights to text; give it some with --calibration FILE")
     began = time.perf_counter()
-    model = load_model(source, quantization, progress=lambda items: track(items, "quantising"))
+    hf_model, tokenizer = load_causal_lm(path)
+    tokens = min(_CALIBRATION_WINDOW, max_context(hf_model))
+    model = nest(
+        hf_model,
+        tokenizer,
+        config,
+        calibration=_calibration_windows(tokenizer, calibration, tokens) if calibrated else None,
+        progress=lambda items: track(items, "quantising"),
+    )
     windows = _text_windows(model, text) if text else None  # bad text must not leave a checkpoint behind
     result: dict[str, object] = {"out": str(out), "bytes": save_checkpoint(model, out)}
     result["seconds"] = time.perf_counter() - began
+    if model.calibration is not None:
+        result["calibration_tokens"] = model.calibration.num_tokens
     if windows is not None:
         result["perplexity_by_width"] = perplexity_by_width(model, windows)
     print_result(result)
+
+
+def _calibration_windows(tokenizer: PreTrainedTokenizerBase, files: tuple[Path, ...], tokens: int) -> torch.Tensor:
+    """Windows of the training split of some text, `[n, tokens]` int64; no file stands for the standard library."""
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path} is not a file; --calibration takes text files")
+    documents = file_documents(files)["train"] if files else list(stdlib_text("policy-train").values())
+    windows = cut_windows(tokenizer, documents, tokens, tokens - 1)
+    if not len(windows):
+        raise InputError(
+            f"the calibration text's training split ({sum(map(len, documents))} characters) holds no window of "
+            f"{tokens} tokens; give more text with --calibration FILE"
+        )
+    return spread(windows, _CALIBRATION_WINDOWS)
 
 
 def _text_windows(model: NestedCausalLM, text: tuple[Path, ...], tokens: int = 129) -> torch.Tensor:
@@ -108,8 +159,9 @@ def profile(
     windows = load_windows(nested.tokenizer, min(EnvConfig().window_tokens, nested.max_context + 1), text).train
     cost = roofline_cost(nested)
     if source == "measured":
-        session = DecodeSession(nested, max_length=_TIMED_PROMPT + 1)
-        session.prefill(windows[:1, :_TIMED_PROMPT])
+        num_held = windows.shape[1] // 2  # so that attention costs what it costs halfway through an episode
+        session = open_session(nested, max_length=num_held + 1)
+        session.prefill(windows[:1, :num_held])
 
         def time_step(bit_widths: torch.Tensor) -> float:
             twin = session.fork()
@@ -123,6 +175,7 @@ def profile(
         {
             "profile": str(target),
             "source": source,
+            "decoder": cost.decoder,
             "latency_ms_by_width": by_width,
             "table_error_p50": cost.error_p50,
             "table_error_p95": cost.error_p95,
@@ -210,6 +263,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     show_bits: bool = False,
+    decoder: DecoderName = "auto",
 ) -> None:
     """Continues a prompt with the widths that a policy chooses, token by token.
 
@@ -223,6 +277,8 @@ def generate(
         temperature: 0 is greedy.
         seed: Of the sampling.
         show_bits: Show every token's mean width: as its background colour on a terminal, else in a line below the text.
+        decoder: The lean decoder (Llama, Mistral, Qwen2 and Qwen3 on a CPU) or Hugging Face's modules; auto: lean where
+            it can run the model.
     """
     if not Path(policy).is_dir():
         raise InputError(f"{policy} is not the directory of an exported policy; export one with `fq export RUN OUT`")
@@ -245,6 +301,7 @@ def generate(
         kl_weight=dial,
         temperature=temperature,
         seed=seed,
+        decoder=decoder,
     ):
         tokens.append(token)
         piece = text.add(token.token_id)
@@ -281,32 +338,42 @@ def _dial_setting(policy: LearnedPolicy, speed: float | None, kl_weight: float |
 
 
 def bench(
-    what: Positional[Literal["env"]],
-    model: str | None = None,
-    text: tuple[str, ...] = (),
-    num_envs: int = 128,
-    rounds: int = 5,
-    json: Path | None = None,
+    what: Annotated[
+        Annotated[GemvBench, tyro.conf.subcommand("gemv", prefix_name=False)]
+        | Annotated[DecodeBench, tyro.conf.subcommand("decode", prefix_name=False)]
+        | Annotated[PolicyBench, tyro.conf.subcommand("policy", prefix_name=False)]
+        | Annotated[EnvBench, tyro.conf.subcommand("env", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ],
 ) -> None:
-    """Measures speed on this machine.
+    """Measures speed on this machine. In a checkout the tests of what is timed run first and must pass.
 
     Args:
-        what: env: steps per second of the batched environment with reference KL.
-        model: Default: the embedded model.
-        text: Text files.
-        num_envs: Rows of the batch.
-        rounds: Rollouts timed.
-        json: Also write the row to this file.
+        what: What to time.
     """
-    for name, value in (("num_envs", num_envs), ("rounds", rounds)):
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
-    prepared = prepare(TrainConfig(model=model, text=text), None)
-    say(f"timing {rounds} rollouts of {num_envs} episodes")
-    row = bench_env(prepared, num_envs=num_envs, rounds=rounds)
-    if json is not None:
-        write_json(json, row)
-    print_result(row)
+    what.validate()
+
+    def rounds(items: Iterable[int]) -> Iterable[int]:
+        return track(items, f"timing {what.name}")
+
+    try:
+        facts = machine_facts() | {"tests": run_tests(what.tests, say)}
+        if isinstance(what, GemvBench):
+            rows = bench_gemv(what, rounds)
+        elif isinstance(what, DecodeBench):
+            rows = bench_decode(what, rounds, say)
+        elif isinstance(what, PolicyBench):
+            rows = bench_policy(what, rounds)
+        else:
+            rows = bench_env(what, rounds)
+    except BenchRefusedError as error:  # neither bad input nor a bug that its traceback would explain
+        say(f"error: {error}")
+        sys.exit(FAILURE)
+    result = {"bench": what.name, "rows": [row | facts for row in rows]}
+    if what.json is not None:
+        write_json(what.json, result)
+    print(bench_table(rows))
+    print_result(result)
 
 
 def _train(arguments: Annotated[TrainArguments, tyro.conf.arg(name="")] = TrainArguments(TrainConfig())) -> None:  # noqa: B008

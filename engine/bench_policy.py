@@ -1,4 +1,4 @@
-"""Times what a controller adds to every token: the exported policy alone, and with the signals that it reads."""
+"""Times what a controller adds to every token: signals and policy, natively as they are served and in torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.bench import BenchConfig, Provider, calls, clock_for, interleave, rows
+from flexquant_rl.engine.controller import NativeController
 from flexquant_rl.engine.cost import CostTable
 from flexquant_rl.engine.decode import StepOutput
 from flexquant_rl.engine.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.profile import Profile
 from flexquant_rl.engine.signals import SignalSchema, SignalTracker
+from flexquant_rl.kernels.native import load_library
 
 _CALLS_PER_TURN = 50
 _EMBEDDING_DIM = 64  # read once, when the tracker is made
@@ -27,7 +29,11 @@ class PolicyBench(BenchConfig):
     """The exported policy and its signals, one sequence, random weights."""
 
     name: ClassVar[str] = "policy"
-    tests: ClassVar[tuple[str, ...]] = ("tests/engine/test_policy.py", "tests/engine/test_signals.py")
+    tests: ClassVar[tuple[str, ...]] = (
+        "tests/engine/test_policy.py",
+        "tests/engine/test_signals.py",
+        "tests/engine/test_controller.py",
+    )
 
     units: int = 32
     """Units whose width is chosen."""
@@ -57,7 +63,10 @@ def bench_policy(config: PolicyBench, track: Callable[[Iterable[int]], Iterable[
     schema = SignalSchema(config.units, _BIT_WIDTHS)
     card = PolicyCard(schema, "random", tuple(f"unit.{index}" for index in range(config.units)))
     policy = LearnedPolicy(PrecisionNet(schema), card)
-    tracker = _tracker(config, schema)
+    profile = _profile(config)
+    embedding = torch.randn(config.vocab, _EMBEDDING_DIM)
+    depths = [index / config.units for index in range(config.units)]
+    tracker = SignalTracker(schema, profile, embedding, depths, num_rows=1)
     outputs = [_output(config) for _ in range(8)]
     token, width = torch.tensor([1 % config.vocab]), torch.tensor([8.0])
     widths = torch.full((1, config.units), max(_BIT_WIDTHS))
@@ -74,7 +83,20 @@ def bench_policy(config: PolicyBench, track: Callable[[Iterable[int]], Iterable[
     def provider(name: str, ring: Iterable[Callable[[], object]]) -> Provider:
         return Provider(name, calls(ring, _CALLS_PER_TURN))
 
-    providers = [
+    providers = []
+    if load_library() is not None:
+        native = NativeController(policy, profile, embedding, depths, torch.ones(config.units))
+        native.reset(outputs[0], token, 100.0)
+
+        def serve(output: StepOutput) -> Tensor:
+            native.update(output, widths[0], token)
+            return native.bit_widths()
+
+        providers = [
+            provider("native_policy", [native.bit_widths]),
+            provider("native_signals_and_policy", [partial(serve, output) for output in outputs]),
+        ]
+    providers += [
         provider("policy", [partial(policy, vector)]),
         provider("signals", [partial(observe, output) for output in outputs]),
         provider("signals_and_policy", [partial(decide, output) for output in outputs]),
@@ -85,13 +107,11 @@ def bench_policy(config: PolicyBench, track: Callable[[Iterable[int]], Iterable[
     return rows(providers, common | {"seed": config.seed})
 
 
-def _tracker(config: PolicyBench, schema: SignalSchema) -> SignalTracker:
+def _profile(config: PolicyBench) -> Profile:
     times = torch.rand(config.units, len(_BIT_WIDTHS), dtype=torch.float64).cumsum(1)
     cost = CostTable("roofline", 1.0, times, _BIT_WIDTHS, "random", "cpu", 1)
     sensitivity = torch.rand(config.units, len(_BIT_WIDTHS))
-    profile = Profile(cost, sensitivity, _BIT_WIDTHS, "random", 1, "8-bit")
-    depths = [index / config.units for index in range(config.units)]
-    return SignalTracker(schema, profile, torch.randn(config.vocab, _EMBEDDING_DIM), depths, num_rows=1)
+    return Profile(cost, sensitivity, _BIT_WIDTHS, "random", 1, "8-bit")
 
 
 def _output(config: PolicyBench) -> StepOutput:

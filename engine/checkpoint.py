@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from flexquant_rl.engine.calibration import Calibration
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
@@ -92,7 +93,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     """
     manifest = _read_manifest(path)
     _check_files(path, manifest["files"])
-    hf_config, config = _read_config(path)
+    hf_config, config, calibration = _read_config(path)
     try:
         with _parameters_on_meta():
             hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
@@ -106,7 +107,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     _insert_empty_linears(hf_model, units, config, cache)
     _load_tensors(path, hf_model, manifest["tensors"])
     hf_model.eval().requires_grad_(False)
-    return NestedCausalLM(hf_model, tokenizer, config, units, cache)
+    return NestedCausalLM(hf_model, tokenizer, config, units, cache, calibration)
 
 
 def is_nested_checkpoint(path: Path) -> bool:
@@ -174,6 +175,8 @@ def _write_config(model: NestedCausalLM, directory: Path) -> None:
         "bit_order": BIT_ORDER,
         **asdict(model.config),
     }
+    if model.calibration is not None:
+        config["quantization_config"]["calibration"] = asdict(model.calibration)
     write_json(directory / CONFIG_FILE, config)
     generation = getattr(hf_model, "generation_config", None)
     if generation is not None:
@@ -220,7 +223,7 @@ def _check_files(path: Path, hashes: dict[str, Any]) -> None:
             )
 
 
-def _read_config(path: Path) -> tuple[Any, QuantizationConfig]:
+def _read_config(path: Path) -> tuple[Any, QuantizationConfig, Calibration | None]:
     """Reads config.json, whose hash is right, into transformers' configuration and ours."""
     file = path / CONFIG_FILE
     stored = _read_json(file).get("quantization_config")
@@ -241,6 +244,7 @@ def _read_config(path: Path) -> tuple[Any, QuantizationConfig]:
             quantize_head=bool(stored["quantize_head"]),
         )
         config.validate()
+        calibration = Calibration(**stored["calibration"]) if "calibration" in stored else None
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{file}: bad quantization_config ({_first_line(error)}); {_COPY_AGAIN}") from error
     try:
@@ -248,7 +252,7 @@ def _read_config(path: Path) -> tuple[Any, QuantizationConfig]:
     except Exception as error:  # transformers raises whatever the model's own configuration class does
         raise InputError(f"{file}: not a model that transformers knows ({_first_line(error)}); update it") from error
     del hf_config.quantization_config  # of the stored tensors, not of the model that is built
-    return hf_config, config
+    return hf_config, config, calibration
 
 
 @contextmanager

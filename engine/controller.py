@@ -6,10 +6,11 @@ themselves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexquant_rl.engine.decode import StepOutput
 from flexquant_rl.engine.lean import default_decoder
@@ -44,7 +45,8 @@ def make_controller(model: NestedCausalLM, policy: BitWidthPolicy, profile: Prof
     if isinstance(policy, StaticAllocation):
         return StaticController(policy)
     if isinstance(policy, LearnedPolicy) and default_decoder(model)[0] == "lean":
-        return NativeController(model, policy, profile)
+        depths = unit_depths(model)
+        return NativeController(policy, profile, model.embedding_matrix(), depths, model.unit_weights)
     return TorchController(model, policy, profile)
 
 
@@ -93,18 +95,33 @@ class TorchController:
 
 
 class NativeController:
-    """A learned policy on the CPU: the numbers of `TorchController` up to rounding, in microseconds."""
+    """A learned policy on the CPU: the numbers of `TorchController` up to rounding, in microseconds.
 
-    def __init__(self, model: NestedCausalLM, policy: LearnedPolicy, profile: Profile) -> None:
-        schema = SignalSchema(model.num_units, model.bit_widths)
-        weights = model.unit_weights.float()
+    Args:
+        policy: The policy.
+        profile: The one that it was trained with.
+        embedding: `[vocab, d]` input embeddings.
+        depths: `[U]` relative depth of each unit, 0 to 1.
+        unit_weights: `[U]` weights in each unit.
+    """
+
+    def __init__(
+        self,
+        policy: LearnedPolicy,
+        profile: Profile,
+        embedding: Tensor,
+        depths: Sequence[float],
+        unit_weights: Tensor,
+    ) -> None:
+        schema = policy.card.schema
+        weights = unit_weights.float()
         self._native = NativeControl(
             ControlWeights(
                 net=_net_weights(policy),
-                bit_widths=model.bit_widths,
-                embedding=project_embedding(model.embedding_matrix(), schema.num_embedding_dims),
+                bit_widths=schema.bit_widths,
+                embedding=project_embedding(embedding, schema.num_embedding_dims),
                 unit_constants=unit_constants(profile, schema),
-                depth=torch.tensor(unit_depths(model)),
+                depth=torch.tensor(depths),
                 weight_share=weights / weights.sum(),
             )
         )
@@ -130,6 +147,16 @@ class NativeController:
 
 def _net_weights(policy: LearnedPolicy) -> PolicyNetWeights:
     net = policy.net
-    layers = (net.encode_global[0], net.encode_unit[0], net.encode_unit[2], net.width_head)
-    encode_global, first, second, width_head = ((layer.weight.detach(), layer.bias.detach()) for layer in layers)
-    return PolicyNetWeights(net.mean, net.std, encode_global, first, second, width_head)
+    return PolicyNetWeights(
+        net.mean,
+        net.std,
+        encode_global=_weight_and_bias(net.encode_global[0]),
+        first=_weight_and_bias(net.encode_unit[0]),
+        second=_weight_and_bias(net.encode_unit[2]),
+        width_head=_weight_and_bias(net.width_head),
+    )
+
+
+def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach(), layer.bias.detach()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +16,22 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from flexquant_rl.engine.calibration import Calibration, input_hessians
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.gptq import quantize_gptq
 from flexquant_rl.engine.kv_cache import RowCache
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, active_plan, reading
 from flexquant_rl.engine.quantize import QuantizationConfig, quantize_rtn
+from flexquant_rl.kernels.bitplane import NestedWeight
 
 DENSE_CACHE_BYTES = 2 << 30
 """Default cap on dequantised matrices kept by one model."""
+
+CALIBRATION_MISSING = (
+    "method='gptq' fits weights to text, but there is none; run `fq quantize SOURCE OUT --method gptq "
+    "--calibration FILE` and use OUT"
+)
+"""What is wrong where `gptq` is asked for without calibration."""
 
 # Newer ForCausalLM, older LMHeadModel (GPT-2).
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -62,6 +72,7 @@ class NestedCausalLM:
         hf_model: The Hugging Face model, evaluation mode, float32, its linears replaced by `NestedLinear`.
         tokenizer: Its tokenizer.
         config: How it was quantised.
+        calibration: The text that it was calibrated on, or None.
         units: What a policy controls, in the order of every `[..., num_units]` tensor.
         fingerprint: sha256 of the nested tensors, units and widths; ties profiles and policies to the model.
     """
@@ -73,10 +84,12 @@ class NestedCausalLM:
         config: QuantizationConfig,
         units: tuple[Unit, ...],
         dense_cache: DenseCache,
+        calibration: Calibration | None = None,
     ) -> None:
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.config = config
+        self.calibration = calibration
         self.units = units
         self.dense_cache = dense_cache
         self.bit_widths = config.bit_widths
@@ -111,10 +124,7 @@ class NestedCausalLM:
     @property
     def max_context(self) -> int:
         """Tokens that the model can attend to; a sliding window counts as the limit."""
-        config = self.hf_model.config.get_text_config()
-        limit = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
-        window = getattr(config, "sliding_window", None)
-        return min(limit, int(window)) if window else limit
+        return max_context(self.hf_model)
 
     @property
     def device(self) -> torch.device:
@@ -214,6 +224,14 @@ def _layer_hook(layer_idx: int) -> Callable[..., None]:
     return hook
 
 
+def max_context(hf_model: PreTrainedModel) -> int:
+    """Tokens that a model can attend to; a sliding window counts as the limit."""
+    config = hf_model.config.get_text_config()
+    limit = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
+    window = getattr(config, "sliding_window", None)
+    return min(limit, int(window)) if window else limit
+
+
 def decoder_layers(hf_model: PreTrainedModel) -> nn.ModuleList:
     """Finds the list of decoder layers, whatever the architecture calls it.
 
@@ -285,6 +303,7 @@ def nest(
     config: QuantizationConfig,
     *,
     keep_reference: bool = True,
+    calibration: Tensor | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> NestedCausalLM:
     """Quantises a model in place.
@@ -294,23 +313,29 @@ def nest(
         tokenizer: Its tokenizer.
         config: Method, group size, widths, unit.
         keep_reference: Keep the unquantised matrices too, as the reference for output KL.
+        calibration: `[n, T]` int64, windows of token ids to fit the weights to. `gptq` needs them; with `rtn` they
+            only refit scales and offsets.
         progress: Wraps the loop over linears.
 
     Raises:
-        InputError: If a tensor holds NaN or infinite values, or the architecture is not supported.
+        InputError: If a tensor holds NaN or infinite values, the architecture is not supported, or `gptq` gets no
+            calibration.
     """
     config.validate()
+    if config.method == "gptq" and calibration is None:
+        raise InputError(CALIBRATION_MISSING)
     for name, parameter in hf_model.named_parameters():
         check_finite(name, parameter)
     units = make_units(hf_model, config)
     cache = DenseCache(DENSE_CACHE_BYTES)
     unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
-    for name, unit_index in progress(list(unit_of.items())):
+    hessians = repeat(None) if calibration is None else _input_hessians(hf_model, units, calibration)
+    for (name, unit_index), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
         linear = hf_model.get_submodule(name)
         assert isinstance(linear, nn.Linear | Conv1D)
         dense = linear.weight.detach().float()
         dense = dense.T.contiguous() if isinstance(linear, Conv1D) else dense
-        nested = quantize_rtn(dense, group_size=config.group_size, bit_widths=config.bit_widths, name=name)
+        nested = _quantize(dense, hessian, config, name)
         bias = None if linear.bias is None else linear.bias.detach()
         replacement = NestedLinear(
             nested,
@@ -322,7 +347,27 @@ def nest(
         )
         hf_model.set_submodule(name, replacement)
     hf_model.eval().requires_grad_(False)
-    return NestedCausalLM(hf_model, tokenizer, config, units, cache)
+    facts = None if calibration is None else Calibration.of(calibration)
+    return NestedCausalLM(hf_model, tokenizer, config, units, cache, facts)
+
+
+def _input_hessians(hf_model: PreTrainedModel, units: tuple[Unit, ...], calibration: Tensor) -> Iterator[Tensor]:
+    """`input_hessians` in the order of the units' linears; units of one layer lie next to each other."""
+    layers = list(decoder_layers(hf_model))
+    stages = [
+        [name for unit in units if unit.layer_idx == layer_idx for name in unit.linears]
+        for layer_idx in range(len(layers) + 1)  # the head is one more
+    ]
+    return input_hessians(hf_model, layers, stages, calibration)
+
+
+def _quantize(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig, name: str) -> NestedWeight:
+    if config.method == "rtn":
+        return quantize_rtn(
+            weight, group_size=config.group_size, bit_widths=config.bit_widths, hessian=hessian, name=name
+        )
+    assert hessian is not None, "nest checked that there is calibration text"
+    return quantize_gptq(weight, hessian, group_size=config.group_size, bit_widths=config.bit_widths, name=name)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.refit import damped_hessian, refit_pairs
 from flexquant_rl.kernels.bitplane import (
     GROUP_SIZES,
     NUM_PLANES,
@@ -32,14 +33,14 @@ class QuantizationConfig:
     """How a model is quantised; saved with every checkpoint.
 
     Attributes:
-        method: Quantiser; `rtn` rounds to nearest and needs no data.
+        method: Quantiser; `rtn` rounds to nearest, `gptq` fits the codes to calibration text.
         group_size: Consecutive inputs that share a scale and an offset: 32, 64 or 128.
         bit_widths: Widths that get their own fitted scale and offset, ascending, the last is 8.
         unit: What gets one width of its own: a decoder layer, or its attention and MLP separately.
         quantize_head: Whether the output head is stored nested and is one more unit.
     """
 
-    method: Literal["rtn"] = "rtn"
+    method: Literal["rtn", "gptq"] = "rtn"
     group_size: int = 128
     bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
     unit: Literal["layer", "half"] = "layer"
@@ -47,21 +48,27 @@ class QuantizationConfig:
 
     def validate(self) -> None:
         """Raises InputError if a value is outside its domain."""
-        if self.method != "rtn":
-            raise InputError(f"method={self.method!r} is not a quantiser; use 'rtn'")
+        if self.method not in ("rtn", "gptq"):
+            raise InputError(f"method={self.method!r} is not a quantiser; use 'rtn' or 'gptq'")
         if self.unit not in ("layer", "half"):
             raise InputError(f"unit={self.unit!r} must be 'layer' or 'half'; use 'layer'")
-        _check_format(self.group_size, self.bit_widths)
+        check_format(self.group_size, self.bit_widths)
 
 
 def quantize_rtn(
-    weight: Tensor, *, group_size: int = 128, bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8), name: str = "weight"
+    weight: Tensor,
+    *,
+    group_size: int = 128,
+    bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8),
+    hessian: Tensor | None = None,
+    name: str = "weight",
 ) -> NestedWeight:
     """Quantises a weight by rounding to nearest, then fits scale and offset of every width by least squares.
 
     The range of a group is cut into 256 equal cells and a code is the index of a cell. For each width the pair that
     minimises the squared error of ``scale * (code >> (8 - b)) + offset`` has a closed form; it is rounded to float16
-    and kept where it beats the pair derived from the 8-bit one. Padded inputs take no part in either step.
+    and kept where it beats the pair derived from the 8-bit one. Padded inputs take no part in either step. With
+    `hessian` the pairs are then refitted to the error of the outputs instead of the weights (`refit_pairs`).
 
     Shapes: N output features, K input features.
 
@@ -69,6 +76,7 @@ def quantize_rtn(
         weight: `[N, K]` floating point, finite, any device.
         group_size: Consecutive inputs that share a scale and an offset: 32, 64 or 128. It need not divide K.
         bit_widths: Widths to store, ascending, the last is 8.
+        hessian: `[K, K]`, mean of ``x xᵀ`` over the tokens of a calibration text, or None.
         name: What error messages call the weight.
 
     Returns:
@@ -76,10 +84,11 @@ def quantize_rtn(
 
     Raises:
         InputError: If the options are outside their domain, or the weight is not a floating-point matrix, has NaN or
-            infinite values, or values that float16 scales and offsets cannot represent.
+            infinite values, or values that float16 scales and offsets cannot represent; or if the hessian is not
+            finite or of another size.
     """
-    _check_format(group_size, bit_widths)
-    _check_weight(weight, name)
+    check_format(group_size, bit_widths)
+    check_weight(weight, name)
     num_outputs, num_inputs = weight.shape
     num_padded = padded_inputs(num_inputs)
     codes = torch.zeros(num_outputs, num_padded, dtype=torch.uint8, device=weight.device)
@@ -95,7 +104,18 @@ def quantize_rtn(
         scale[:, rows, groups] = fit.scale
         offset[:, rows, groups] = fit.offset
         energy += torch.stack((fit.squared_error.sum(), block.square().sum()))
-    _check_range(weight, scale, offset, energy, name)
+    check_range(weight, scale, offset, energy, name)
+    if hessian is not None:
+        used = (..., slice(0, -(-num_inputs // group_size)))
+        scale[used], offset[used] = refit_pairs(
+            weight,
+            codes[:, :num_inputs],
+            scale[used],
+            offset[used],
+            damped_hessian(hessian.to(weight.device), num_inputs, name),
+            bit_widths=tuple(bit_widths),
+            group_size=group_size,
+        )
     return NestedWeight(pack_codes(codes), scale, offset, tuple(bit_widths), group_size, num_inputs)
 
 
@@ -182,7 +202,8 @@ def _blocks(num_outputs: int, num_inputs: int, group_size: int) -> Iterator[tupl
             yield slice(start, start + num_rows), slice(first, last), size
 
 
-def _check_format(group_size: int, bit_widths: tuple[int, ...]) -> None:
+def check_format(group_size: int, bit_widths: tuple[int, ...]) -> None:
+    """Raises InputError unless group size and widths are ones that can be stored."""
     if group_size not in GROUP_SIZES:
         raise InputError(f"group_size={group_size} is not supported; use one of {', '.join(map(str, GROUP_SIZES))}")
     try:
@@ -191,7 +212,8 @@ def _check_format(group_size: int, bit_widths: tuple[int, ...]) -> None:
         raise InputError(str(error)) from error
 
 
-def _check_weight(weight: Tensor, name: str) -> None:
+def check_weight(weight: Tensor, name: str) -> None:
+    """Raises InputError unless `weight` is a finite floating-point matrix."""
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise InputError(
             f"{name} is {weight.dtype} {list(weight.shape)} but must be a floating-point matrix [outputs, inputs]; "
@@ -205,7 +227,16 @@ def _check_weight(weight: Tensor, name: str) -> None:
         )
 
 
-def _check_range(weight: Tensor, scale: Tensor, offset: Tensor, energy: Tensor, name: str) -> None:
+def check_range(weight: Tensor, scale: Tensor, offset: Tensor, energy: Tensor, name: str) -> None:
+    """Raises InputError if float16 could not hold the pairs of a weight.
+
+    Args:
+        weight: `[N, K]`.
+        scale: Float16, any shape.
+        offset: Float16, any shape.
+        energy: `[2]`: squared error at 8 bits, squared weight.
+        name: What the message calls the weight.
+    """
     largest = float(weight.detach().abs().max())
     if not bool(torch.isfinite(scale).all() & torch.isfinite(offset).all()):
         raise InputError(

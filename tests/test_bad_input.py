@@ -646,6 +646,21 @@ def timing_nothing(inputs: Inputs) -> Mistake:
     return Mistake(cli.main, ("bench", "env", "--rounds", 0), "rounds=0", "--rounds 1 or more")
 
 
+@case
+def timing_a_shape_that_is_not_stored(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("bench", "gemv", "--shape", 64, 100), "shape=64 100", "--shape 4096 4096")
+
+
+@case
+def timing_nonsense_widths(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("bench", "gemv", "--bit-widths", 4, 9), "(4, 9)", "within 1..8")
+
+
+@case
+def timing_heads_that_do_not_fit(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("bench", "decode", "--hidden-size", 100), "hidden_size=100", "--hidden-size 768")
+
+
 @pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
 def test_mistake(build: Callable[[Inputs], Mistake], inputs: Inputs) -> None:
     mistake = build(inputs)

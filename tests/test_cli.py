@@ -23,6 +23,7 @@ from flexquant_rl import cli, train
 from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.agents.run import new_run
 from flexquant_rl.agents.training import TrainConfig
+from flexquant_rl.engine.bench import BenchRefusedError
 from flexquant_rl.engine.checkpoint import load_checkpoint
 from flexquant_rl.engine.cost import roofline_cost
 from flexquant_rl.engine.generate import StreamedText
@@ -246,13 +247,38 @@ def test_train_is_the_same_as_train_py(tmp_path: Path) -> None:
     assert run(cli.main, "train", "--resume", tmp_path).error == run(train.main, "--resume", tmp_path).error
 
 
-def test_bench_env(nested: Path, text: Path, tmp_path: Path) -> None:
+def without_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps a benchmark from running tests inside of tests."""
+    monkeypatch.setattr(cli, "run_tests", lambda files, progress: "not run")
+
+
+def test_bench_env(nested: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_tests(monkeypatch)
     options = ("--text", text, "--num-envs", 2, "--rounds", 1, "--json", tmp_path / "row.json")
     result = run(cli.main, "bench", "env", "--model", nested, *options).result
     assert result["bench"] == "env"
-    assert result["env_steps_per_s"] > 0
-    assert result["reference"] == "8-bit"
+    (row,) = result["rows"]
+    assert row["env_steps_per_s"] > 0
+    assert row["reference"] == "8-bit"
+    assert row["tests"] == "not run"
     assert json.loads((tmp_path / "row.json").read_text()) == result
+
+
+def test_bench_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_tests(monkeypatch)
+    finished = run(cli.main, "bench", "policy", "--units", 2, "--vocab", 9, "--rounds", 1)
+    assert {row["provider"] for row in finished.result["rows"]} == {"policy", "signals", "signals_and_policy"}
+    assert finished.out.startswith("provider"), "a table for people before the JSON line"
+
+
+def test_bench_refuses_what_fails_its_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def red(files: tuple[str, ...], progress: Callable[[str], None]) -> str:
+        raise BenchRefusedError("the tests fail (1 failed)")
+
+    monkeypatch.setattr(cli, "run_tests", red)
+    finished = run(cli.main, "bench", "policy", "--json", tmp_path / "rows.json")
+    assert finished == Finished(1, "", "error: the tests fail (1 failed)\n")
+    assert tree(tmp_path) == {}
 
 
 class TestStreamedText:

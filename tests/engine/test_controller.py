@@ -43,6 +43,12 @@ def policy(nested_model: NestedCausalLM, generator: torch.Generator) -> LearnedP
     return LearnedPolicy(net, PolicyCard(schema, nested_model.fingerprint, ("a", "b", "head")))
 
 
+def make_native(model: NestedCausalLM, policy: LearnedPolicy, profile: Profile) -> NativeController:
+    controller = make_controller(model, policy, profile)
+    assert isinstance(controller, NativeController)
+    return controller
+
+
 def random_output(model: NestedCausalLM, generator: torch.Generator, spread: float) -> StepOutput:
     """Logits from almost uniform to so sharp that most probabilities are zero; statistics from nothing to large."""
     logits = spread * torch.randn(1, model.vocab_size, generator=generator)
@@ -65,7 +71,7 @@ def test_native_equals_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FQ_CPU_ISA", isa)
-    native = NativeController(nested_model, policy, profile)
+    native = make_native(nested_model, policy, profile)
     reference = TorchController(nested_model, policy, profile)
     agreeing = chosen = 0
     seen = set()
@@ -91,7 +97,7 @@ def test_native_equals_torch(
 def test_native_refuses_a_token_beyond_the_vocabulary(
     nested_model: NestedCausalLM, policy: LearnedPolicy, profile: Profile, generator: torch.Generator
 ) -> None:
-    native = NativeController(nested_model, policy, profile)
+    native = make_native(nested_model, policy, profile)
     with pytest.raises(ValueError, match="token 128 is not in the vocabulary of 128"):
         native.reset(random_output(nested_model, generator, 1.0), torch.tensor([128]), 3.0)
     output = StepOutput(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, 3))
