@@ -17,8 +17,15 @@ from flexquant_rl.engine.lean import default_decoder
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import BitWidthPolicy, LearnedPolicy, StaticAllocation
 from flexquant_rl.engine.profile import Profile
-from flexquant_rl.engine.signals import SignalSchema, SignalTracker, project_embedding, unit_constants, unit_depths
-from flexquant_rl.kernels.native_control import ControlWeights, NativeControl, PolicyNetWeights
+from flexquant_rl.engine.signals import (
+    SIGNAL_SCHEMA_VERSION,
+    SignalSchema,
+    SignalTracker,
+    project_embedding,
+    unit_constants,
+    unit_depths,
+)
+from flexquant_rl.kernels.native_control import SIGNAL_VERSION, ControlWeights, NativeControl, PolicyNetWeights
 
 
 class Controller(Protocol):
@@ -44,7 +51,7 @@ def make_controller(model: NestedCausalLM, policy: BitWidthPolicy, profile: Prof
     """
     if isinstance(policy, StaticAllocation):
         return StaticController(policy)
-    if isinstance(policy, LearnedPolicy) and default_decoder(model)[0] == "lean":
+    if default_decoder(model)[0] == "lean":
         depths = unit_depths(model)
         return NativeController(policy, profile, model.embedding_matrix(), depths, model.unit_weights)
     return TorchController(model, policy, profile)
@@ -95,7 +102,7 @@ class TorchController:
 
 
 class NativeController:
-    """A learned policy on the CPU: the numbers of `TorchController` up to rounding, in microseconds.
+    """Native signals on the CPU, and the network of a learned policy too: `TorchController` up to rounding.
 
     Args:
         policy: The policy.
@@ -107,17 +114,18 @@ class NativeController:
 
     def __init__(
         self,
-        policy: LearnedPolicy,
+        policy: BitWidthPolicy,
         profile: Profile,
         embedding: Tensor,
         depths: Sequence[float],
         unit_weights: Tensor,
     ) -> None:
-        schema = policy.card.schema
+        schema = SignalSchema(len(depths), profile.bit_widths)
         weights = unit_weights.float()
+        self._policy = None if isinstance(policy, LearnedPolicy) else policy
         self._native = NativeControl(
             ControlWeights(
-                net=_net_weights(policy),
+                net=_net_weights(policy) if isinstance(policy, LearnedPolicy) else None,
                 bit_widths=schema.bit_widths,
                 embedding=project_embedding(embedding, schema.num_embedding_dims),
                 unit_constants=unit_constants(profile, schema),
@@ -125,6 +133,7 @@ class NativeController:
                 weight_share=weights / weights.sum(),
             )
         )
+        assert (SIGNAL_VERSION, self._native.dim) == (SIGNAL_SCHEMA_VERSION, schema.dim), "signals changed in one place"
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: float) -> None:
         """See `Controller`."""
@@ -137,7 +146,8 @@ class NativeController:
 
     def bit_widths(self) -> Tensor:
         """See `Controller`."""
-        return self._native.choose(self._native.signals())
+        signals = self._native.signals()
+        return self._native.choose(signals) if self._policy is None else self._policy(signals[None])[0]
 
     def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor) -> None:
         """See `Controller`."""
@@ -157,6 +167,6 @@ def _net_weights(policy: LearnedPolicy) -> PolicyNetWeights:
     )
 
 
-def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    assert isinstance(layer, nn.Linear)
-    return layer.weight.detach(), layer.bias.detach()
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(linear, nn.Linear)
+    return linear.weight.detach(), linear.bias.detach()

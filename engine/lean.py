@@ -1,7 +1,8 @@
 """The lean decoder: one sequence, one native call per token, for Llama, Mistral, Qwen2 and Qwen3 on the CPU.
 
-It reads the same stored weights as the Hugging Face model that it was made from and gives the same numbers, but none of
-that model's code runs at a step. `DecodeSession` remains the reference: any architecture, any number of rows.
+It reads the same stored weights as the Hugging Face model that it was made from, but none of that model's code runs at a
+step. In mode "float32" it gives that model's numbers to 1e-4; the default, "int8", rounds activations too.
+`DecodeSession` remains the reference: any architecture, any number of rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flexquant_rl.engine.decode import DecodeSession, StepOutput, check_bit_widt
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
-from flexquant_rl.kernels.native import MAX_TOKENS, Isa, Mode, load_library
+from flexquant_rl.kernels.native import MAX_TOKENS, Isa, Mode, choose_isa, load_library
 from flexquant_rl.kernels.native_decoder import (
     DecoderWeights,
     LayerCache,
@@ -33,7 +34,11 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def why_not_lean(model: NestedCausalLM) -> str | None:
-    """Returns why a model cannot be decoded by `LeanDecoder`, in a few words, or None if it can."""
+    """Returns why a model cannot be decoded by `LeanDecoder`, in a few words, or None if it can.
+
+    Raises:
+        InputError: If `FQ_CPU_ISA` names a body that this machine cannot run.
+    """
     config: Any = model.hf_model.config.get_text_config()
     if config.model_type not in LEAN_MODEL_TYPES:
         return f"model_type={config.model_type!r} is not one of {', '.join(LEAN_MODEL_TYPES)}"
@@ -46,6 +51,10 @@ def why_not_lean(model: NestedCausalLM) -> str | None:
         return f"the model is on {model.device}, the native kernels are for the CPU"
     if load_library() is None:
         return "the native kernels could not be built"
+    try:
+        choose_isa(None)
+    except ValueError as error:  # a body that this machine lacks was asked for by name
+        raise InputError(str(error)) from error
     return None
 
 
@@ -221,7 +230,7 @@ class LeanSession:
         Args:
             prompt_ids: `[1, T]` int64.
             rows: As for `DecodeSession`: None or row 0.
-            bit_widths: `[U]`; default the largest stored width everywhere.
+            bit_widths: `[U]` or `[1, U]` int64; default the largest stored width everywhere.
 
         Raises:
             InputError: If the prompt is empty or too long, or a width is not stored.
@@ -236,10 +245,15 @@ class LeanSession:
             raise InputError("the prompt is empty; at least one token is needed")
         row = self._open()
         self._check_room(prompt_ids.shape[1], held=0)
+        bit_widths = bit_widths.flatten()
         check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
         row.length = 0
-        for chunk in prompt_ids[0].split(MAX_TOKENS):
-            output = self._run(chunk, bit_widths)
+        try:
+            for chunk in prompt_ids[0].split(MAX_TOKENS):
+                output = self._run(chunk, bit_widths)
+        except BaseException:
+            row.length = 0  # not half a prompt
+            raise
         return output
 
     def step(self, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
@@ -254,8 +268,7 @@ class LeanSession:
         """
         row = self._open()
         self._check_room(1, held=row.length)
-        widths = bit_widths[0] if bit_widths.ndim == 2 else bit_widths
-        return self._run(token_ids, widths)
+        return self._run(token_ids, bit_widths.flatten())
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Teacher-forced logits of whole sequences: `DecodeSession.score`, a parallel pass over dense matrices."""

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from flexquant_rl.kernels.native import ISA_CODES, STATUS_TEXTS, Isa, choose_isa, load_library
 
+SIGNAL_VERSION = 1
+"""Version of the signals that native/control.cpp computes; the caller compares it with the schema's."""
+
 _RECENT_TOKENS = 16
 _PADDED_WIDTHS = 16
 _ROW_SIGNALS = 12
@@ -48,7 +51,7 @@ class ControlWeights:
     """What is the same at every step.
 
     Attributes:
-        net: The network.
+        net: The network, or None for signals alone.
         bit_widths: Stored widths, ascending.
         embedding: `[vocab, E]` float32, projected input embeddings.
         unit_constants: `[U, 2 W]` float32, log sensitivities and times saved.
@@ -56,7 +59,7 @@ class ControlWeights:
         weight_share: `[U]` float32, each unit's share of the weights.
     """
 
-    net: PolicyNetWeights
+    net: PolicyNetWeights | None
     bit_widths: tuple[int, ...]
     embedding: Tensor
     unit_constants: Tensor
@@ -100,6 +103,9 @@ class _ControlStruct(ctypes.Structure):
 class NativeControl:
     """Signals and policy of one sequence.
 
+    Attributes:
+        dim: Length of the signal vector.
+
     Args:
         weights: Model and network; copied where the layout must change, else referenced.
         isa: Body to use; default: `FQ_CPU_ISA`, else the fastest.
@@ -119,10 +125,10 @@ class NativeControl:
         self._num_widths = len(weights.bit_widths)
         self._vocab_size, num_embedding_dims = weights.embedding.shape
         num_global = _ROW_SIGNALS + num_embedding_dims
-        self._dim = num_global + self._num_units * (2 * self._num_widths + 4)
-        net = self._net(weights.net, num_global)
+        self.dim = num_global + self._num_units * (2 * self._num_widths + 4)
+        net = None if weights.net is None else ctypes.addressof(self._net(weights.net, num_global))
         self._control = _ControlStruct(
-            net=ctypes.addressof(net),
+            net=net,
             bit_widths=self._address(torch.tensor(weights.bit_widths), (self._num_widths,), torch.int64),
             embedding=self._address(weights.embedding, (self._vocab_size, num_embedding_dims)),
             unit_constants=self._address(weights.unit_constants, (self._num_units, 2 * self._num_widths)),
@@ -156,9 +162,9 @@ class NativeControl:
             kl_weight: The dial, positive.
 
         Raises:
-            ValueError: If a shape disagrees or the token is not in the vocabulary.
+            ValueError: If a shape or dtype disagrees or the token is not in the vocabulary.
         """
-        self._check(logits)
+        self._check_output(logits, residual_update, crest)
         status = self._library.fq_control_reset(
             self._pointer,
             logits.data_ptr(),
@@ -168,13 +174,14 @@ class NativeControl:
             kl_weight,
             self._isa_code,
         )
-        self._raise_for(status, next_token_id)
+        self._raise_for(status, f"token {next_token_id} is not in the vocabulary of {self._vocab_size}")
 
     def update(
         self, logits: Tensor, residual_update: Tensor, crest: Tensor, bit_widths: Tensor, next_token_id: int
     ) -> None:
         """Moves on by a step that ran at `bit_widths` `[U]` int64; the rest as for `reset`."""
-        self._check(logits)
+        self._check_output(logits, residual_update, crest)
+        _check_vector("bit_widths", bit_widths, self._num_units, torch.int64)
         status = self._library.fq_control_update(
             self._pointer,
             logits.data_ptr(),
@@ -184,32 +191,36 @@ class NativeControl:
             next_token_id,
             self._isa_code,
         )
-        self._raise_for(status, next_token_id)
+        self._raise_for(status, f"token {next_token_id} is not in the vocabulary of {self._vocab_size}")
 
     def signals(self) -> Tensor:
         """The signal vector, `[dim]` float32."""
-        signals = torch.empty(self._dim)
+        signals = torch.empty(self.dim)
         self._library.fq_control_signals(self._pointer, signals.data_ptr())
         return signals
 
     def choose(self, signals: Tensor) -> Tensor:
-        """The network's bit-widths for signals `[dim]`, `[U]` int64."""
+        """The network's bit-widths for signals `[dim]`, `[U]` int64.
+
+        Raises:
+            ValueError: If there is no network, or the signals have another shape or dtype.
+        """
+        _check_vector("signals", signals, self.dim, torch.float32)
         bit_widths = torch.empty(self._num_units, dtype=torch.int64)
         status = self._library.fq_control_choose(
             self._pointer, signals.data_ptr(), bit_widths.data_ptr(), self._isa_code
         )
-        self._raise_for(status, 0)
+        self._raise_for(status, "there is no network to choose with; pass ControlWeights.net")
         return bit_widths
 
-    def _check(self, logits: Tensor) -> None:
-        if logits.dtype != torch.float32 or tuple(logits.shape) != (self._vocab_size,) or not logits.is_contiguous():
-            raise ValueError(
-                f"logits are {logits.dtype} {list(logits.shape)}; pass contiguous float32 [{self._vocab_size}]"
-            )
+    def _check_output(self, logits: Tensor, residual_update: Tensor, crest: Tensor) -> None:
+        _check_vector("logits", logits, self._vocab_size, torch.float32)
+        _check_vector("residual_update", residual_update, self._num_units, torch.float32)
+        _check_vector("crest", crest, self._num_units, torch.float32)
 
-    def _raise_for(self, status: int, token_id: int) -> None:
+    def _raise_for(self, status: int, bad_argument: str) -> None:
         if status == 1:
-            raise ValueError(f"token {token_id} is not in the vocabulary of {self._vocab_size}")
+            raise ValueError(bad_argument)
         if status != 0:
             raise RuntimeError(f"native control failed: {STATUS_TEXTS.get(status, status)}")
 
@@ -251,6 +262,15 @@ class NativeControl:
         plain = tensor.detach().contiguous()
         self._kept.append(plain)
         return plain.data_ptr()
+
+
+def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype) -> None:
+    """Raises ValueError unless the library can read the vector by its address."""
+    if vector.dtype != dtype or tuple(vector.shape) != (size,) or not vector.is_contiguous() or vector.is_cuda:
+        raise ValueError(
+            f"{name} is {vector.dtype} {list(vector.shape)} on {vector.device}; pass contiguous {dtype} [{size}] on "
+            "the CPU"
+        )
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

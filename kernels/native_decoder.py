@@ -36,7 +36,7 @@ _BLOCK = 16  # positions of keys that lie side by side
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """One linear layer, `y = W x + bias`, nested, unquantised or both.
+    """One linear, `y = W x + bias`, nested, unquantised or both.
 
     Attributes:
         nested: The stored bitplanes, or None.
@@ -210,6 +210,11 @@ class NativeDecoder:
         self.max_length = weights.cosine.shape[0]
         self._cache_length = -(-self.max_length // _BLOCK) * _BLOCK
         self.vocab_size, self.hidden_size = weights.embedding.shape
+        heads = (len(weights.layers), weights.num_key_value_heads)
+        self._cache_shapes = (
+            torch.Size((*heads, self._cache_length // _BLOCK, weights.head_dim, _BLOCK)),
+            torch.Size((*heads, self._cache_length, weights.head_dim)),
+        )
         self._kept: list[Any] = []  # what the structs point at
         self._decoder = self._describe()
         self._address = ctypes.addressof(self._decoder)
@@ -221,13 +226,9 @@ class NativeDecoder:
 
     def new_cache(self) -> LayerCache:
         """Room for `max_length` tokens of one sequence."""
-        weights = self.weights
-        heads = (len(weights.layers), weights.num_key_value_heads)
-        return LayerCache(
-            # Zeros: the last block is read whole, and a score that is not finite would spoil its neighbours.
-            torch.zeros(*heads, self._cache_length // _BLOCK, weights.head_dim, _BLOCK),
-            torch.zeros(*heads, self._cache_length, weights.head_dim),
-        )
+        # Zeros: the last block is read whole, and a score that is not finite would spoil its neighbours.
+        keys, values = self._cache_shapes
+        return LayerCache(torch.zeros(keys), torch.zeros(values))
 
     def __call__(
         self, cache: LayerCache, token_ids: Tensor, position: int, bit_widths: Tensor, *, num_logits: int = 1
@@ -252,6 +253,8 @@ class NativeDecoder:
                 some linear does not hold.
         """
         num_layers = len(self.weights.layers)
+        if (cache.keys.shape, cache.values.shape) != self._cache_shapes:
+            raise ValueError(f"keys are {list(cache.keys.shape)}; pass a cache of this decoder: new_cache() makes one")
         logits = torch.empty(max(num_logits, 0), self.vocab_size)
         statistics = torch.zeros(2, num_layers + 1)
         token_ids, bit_widths = token_ids.contiguous(), bit_widths.contiguous()

@@ -116,6 +116,7 @@ int32_t fq_control_signals(const FqControl* control, float* signals) {
 }
 
 int32_t fq_control_choose(const FqControl* control, const float* signals, int64_t* bit_widths, int32_t isa) {
+    if (control->net == nullptr) return kFqBadArgument;
     const FqPolicyNet& net = *control->net;
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;

@@ -22,7 +22,7 @@ struct FqPolicyNet {
 };
 
 struct FqControl {
-    const FqPolicyNet* net;
+    const FqPolicyNet* net;         // null: signals alone
     const int64_t* bit_widths;      // [num_widths], ascending
     const float* embedding;         // [vocab_size, num_embedding_dims], projected
     const float* unit_constants;    // [num_units, 2 * num_widths]: log sensitivities, times saved

@@ -88,15 +88,26 @@ FQ_INLINE void attend_body(const float* queries, int64_t num_queries, int64_t he
     }
 }
 
+// A vector of which only `count` lanes may lie in memory; the others are `fill`.
+FQ_INLINE Vector load_part(const float* address, int64_t count, float fill) {
+    if (count >= kLanes) return load(address);
+    float lanes[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < count ? address[lane] : fill;
+    return load(lanes);
+}
+
+FQ_INLINE void store_part(float* address, int64_t count, const Vector& vector) {
+    if (count >= kLanes) store(address, vector);
+    else std::memcpy(address, &vector, static_cast<size_t>(count) * 4);
+}
+
 FQ_INLINE void swiglu_body(float* gate, const float* up, int64_t size) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-        const Vector value = load(gate + i);
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Vector value = load_part(gate + i, size - i, 0.0f);
         Vector decay = -value;
         exponential(&decay);
-        store(gate + i, value / (decay + 1.0f) * load(up + i));
+        store_part(gate + i, size - i, value / (decay + 1.0f) * load_part(up + i, size - i, 0.0f));
     }
-    for (; i < size; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
 template <int kBlocks>
@@ -139,19 +150,6 @@ FQ_INLINE void observe_body(const float* before, const float* after, int64_t siz
     const double norm = std::max(std::sqrt(squares), 1e-12);
     *residual_update = static_cast<float>(std::sqrt(difference) / norm);
     *crest = static_cast<float>(largest * std::sqrt(static_cast<double>(size)) / norm);
-}
-
-// A vector of which only `count` lanes may lie in memory; the others are `fill`.
-FQ_INLINE Vector load_part(const float* address, int64_t count, float fill) {
-    if (count >= kLanes) return load(address);
-    float lanes[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < count ? address[lane] : fill;
-    return load(lanes);
-}
-
-FQ_INLINE void store_part(float* address, int64_t count, const Vector& vector) {
-    if (count >= kLanes) store(address, vector);
-    else std::memcpy(address, &vector, static_cast<size_t>(count) * 4);
 }
 
 FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor, float* log_probs,

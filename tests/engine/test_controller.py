@@ -94,6 +94,27 @@ def test_native_equals_torch(
 
 
 @needs_library
+def test_any_policy_sees_native_signals(
+    nested_model: NestedCausalLM, profile: Profile, generator: torch.Generator
+) -> None:
+    class Recorder:
+        name = "recorder"
+
+        def __call__(self, signals: Tensor) -> Tensor:
+            self.seen = signals
+            return torch.full((len(signals), 3), 5)
+
+    recorder = Recorder()
+    controller = make_controller(nested_model, recorder, profile)
+    reference = TorchController(nested_model, recorder, profile)
+    output, token = random_output(nested_model, generator, 2.0), random_token(nested_model, generator)
+    controller.reset(output, token, 3.0)
+    reference.reset(output, token, 3.0)
+    assert controller.bit_widths().tolist() == [5, 5, 5]
+    torch.testing.assert_close(recorder.seen[0], reference.signals(), atol=2e-5, rtol=2e-5)
+
+
+@needs_library
 def test_native_refuses_a_token_beyond_the_vocabulary(
     nested_model: NestedCausalLM, policy: LearnedPolicy, profile: Profile, generator: torch.Generator
 ) -> None:
@@ -101,7 +122,7 @@ def test_native_refuses_a_token_beyond_the_vocabulary(
     with pytest.raises(ValueError, match="token 128 is not in the vocabulary of 128"):
         native.reset(random_output(nested_model, generator, 1.0), torch.tensor([128]), 3.0)
     output = StepOutput(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"logits are torch.float32 \[3\]"):
+    with pytest.raises(ValueError, match=r"logits is torch.float32 \[3\]"):
         native.reset(output, torch.tensor([1]), 3.0)
 
 
@@ -123,8 +144,9 @@ def test_choice(
     def kind(policy: LearnedPolicy | Other) -> type[Controller]:
         return type(make_controller(nested_model, policy, profile))
 
-    assert kind(Other()) is TorchController
     if supported_isas():
+        assert kind(Other()) is NativeController
         assert kind(policy) is NativeController
     monkeypatch.setattr("flexquant_rl.engine.lean.load_library", lambda: None)
     assert kind(policy) is TorchController
+    assert kind(Other()) is TorchController

@@ -198,6 +198,15 @@ class TestSession:
         with pytest.raises(RuntimeError, match="closed"):
             session.step(widths, token)
 
+    def test_a_bad_prompt_leaves_an_empty_row(self, decoder: LeanDecoder) -> None:
+        session = LeanSession(decoder)
+        session.prefill(torch.ones(1, 3, dtype=torch.int64), bit_widths=torch.tensor([[4, 4, 4]]))
+        prompt = torch.ones(1, 20, dtype=torch.int64)
+        prompt[0, 18] = 10_000
+        with pytest.raises(ValueError, match="20 tokens|4 tokens"):
+            session.prefill(prompt)
+        assert session.lengths.tolist() == [0]
+
     def test_no_unquantised_weights(self, tiny_llama: PreTrainedModel, tiny_tokenizer: Any) -> None:
         model = nest(tiny_llama, tiny_tokenizer, QuantizationConfig(), keep_reference=False)
         session = LeanSession(LeanDecoder(model))
@@ -233,6 +242,11 @@ class TestChoice:
     )
     def test_what_it_cannot_do(self, changes: dict[str, Any], reason: str, tiny_tokenizer: Any) -> None:
         assert reason in str(why_not_lean(nested("llama", tiny_tokenizer, **changes)))
+
+    def test_a_body_that_does_not_exist(self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FQ_CPU_ISA", "sse")
+        with pytest.raises(InputError, match="FQ_CPU_ISA=sse but this machine runs"):
+            open_session(nested_model)
 
     def test_without_a_library(self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("flexquant_rl.engine.lean.load_library", lambda: None)

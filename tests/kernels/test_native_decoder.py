@@ -154,13 +154,15 @@ def test_equals_the_reference(isa: Isa, shape: dict[str, int]) -> None:
             assert relative_error(got, want) < RELATIVE_TOLERANCE
 
 
-@each_isa
-def test_int8_activations_are_close(isa: Isa) -> None:
+def test_int8_activations_are_close() -> None:
     weights = make_weights(hidden=256, inner=352, heads=4, head_dim=64)
     tokens, widths = random_tokens(20), random_widths(reference=False)
     expected, *_ = decode_reference(weights, tokens, widths)
-    actual, *_ = read(NativeDecoder(weights, isa=isa), tokens, widths, [1] * 20)
-    assert 1e-5 < relative_error(actual, expected) < 5e-2
+    by_isa = [read(NativeDecoder(weights, isa=isa), tokens, widths, [1] * 20)[0] for isa in ISAS]
+    errors = (by_isa[0] - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # The median: random weights attend so sharply that rounding may turn a single token to another position.
+    assert 1e-5 < float(errors.median()) < 1e-2
+    assert all(relative_error(other, by_isa[0].double()) < 1e-3 for other in by_isa)
 
 
 @pytest.mark.parametrize("mode", ["int8", "float32"])
@@ -245,6 +247,11 @@ class TestRefusals:
         decoder = NativeDecoder(weights)
         with pytest.raises(ValueError, match="stored widths only"):
             decoder(decoder.new_cache(), torch.tensor([1]), 0, torch.full((NUM_UNITS,), 4))
+
+    def test_a_cache_of_another_decoder(self) -> None:
+        decoder, other = NativeDecoder(make_weights()), NativeDecoder(make_weights(head_dim=32))
+        with pytest.raises(ValueError, match="pass a cache of this decoder"):
+            decoder(other.new_cache(), torch.tensor([1]), 0, torch.full((NUM_UNITS,), 4))
 
     def test_bad_shapes(self) -> None:
         weights = make_weights()
