@@ -25,7 +25,7 @@ demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded mo
 	$(BIN)/python train.py
 
 test: $(DEV)  ## Runs every test but those that need a GPU.
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(DEV)  ## Checks style, formatting and spelling.
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see train.py
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from flexquant_rl.agents.bench_env import EnvBench, bench_env
 from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.agents.command import FAILURE, command, print_result
 from flexquant_rl.agents.contest import Contestant, compete, policy_context
-from flexquant_rl.agents.export import export_run
+from flexquant_rl.agents.export import export_run, load_exported, load_exported_together
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.report import console_table
 from flexquant_rl.agents.rows import public_dict
@@ -48,7 +48,7 @@ from flexquant_rl.engine.lean import DecoderName, open_session
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
 from flexquant_rl.engine.perplexity import perplexity_by_width
 from flexquant_rl.engine.policy import PROFILE_FILE, LearnedPolicy, load_policy
-from flexquant_rl.engine.profile import Profile, profile_model
+from flexquant_rl.engine.profile import profile_model
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
@@ -58,6 +58,8 @@ from flexquant_rl.train import TrainArguments, train
 # Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
 # widest linear.
 _CALIBRATION_WINDOW, _CALIBRATION_WINDOWS = 256, 64
+_TEXT_WINDOWS = 32
+_PROFILE_WINDOWS = 12
 
 
 def quantize(
@@ -131,9 +133,8 @@ def _calibration_windows(tokenizer: PreTrainedTokenizerBase, files: tuple[Path, 
 
 
 def _text_windows(model: NestedCausalLM, text: tuple[Path, ...], tokens: int = 129) -> torch.Tensor:
-    """Up to 32 windows of the test split of some text."""
-    windows = load_windows(model.tokenizer, min(tokens, model.max_context), text).test
-    return windows[:: max(1, len(windows) // 32)][:32]
+    """Windows of the test split of some text, `[n, tokens]` int64."""
+    return spread(load_windows(model.tokenizer, min(tokens, model.max_context), text).test, _TEXT_WINDOWS)
 
 
 def profile(
@@ -168,7 +169,8 @@ def profile(
             return clock_ms(lambda: twin.step(bit_widths, windows[0, :1]), nested.device)
 
         cost = measured_cost(nested, time_step, num_steps=steps)
-    result = profile_model(nested, windows[:12, :-1], cost, progress=lambda units: track(units, "profiling"))
+    profiled = spread(windows, _PROFILE_WINDOWS)[:, :-1]
+    result = profile_model(nested, profiled, cost, progress=lambda units: track(units, "profiling"))
     result.save(target)
     by_width = {str(b): float(cost.latency_ms(torch.full((nested.num_units,), b))) for b in nested.bit_widths}
     print_result(
@@ -212,11 +214,11 @@ def evaluate(
         raise InputError("--policy names no policy; name one or more, e.g. fixed:4 knapsack:4.5")
     for name in policy:
         check_policy_name(name)
-    exported = [Path(name) for name in policy if Path(name).is_dir()]
-    for directory in exported:
-        load_policy(directory)  # a damaged one should not be found out after minutes
-    carried = Profile.load(exported[0] / PROFILE_FILE) if exported else None
-    prepared = prepare(config, None, carried)
+    # Before the model: a damaged one should not be found out after minutes.
+    exported = load_exported_together([Path(name) for name in policy if Path(name).is_dir()])
+    if exported:
+        config = replace(config, quantization=exported[0].quantization)
+    prepared = prepare(config, None, exported)
     rows = compete(prepared, _contestants(prepared, policy, dials), sequences)
     print(console_table(rows))
     print_result({"rows": [public_dict(row) for row in rows]})
@@ -282,11 +284,11 @@ def generate(
     """
     if not Path(policy).is_dir():
         raise InputError(f"{policy} is not the directory of an exported policy; export one with `fq export RUN OUT`")
-    dial = _dial_setting(load_policy(Path(policy)), speed, kl_weight)
-    carried = Profile.load(Path(policy) / PROFILE_FILE)
+    exported = load_exported(Path(policy))
+    dial = _dial_setting(exported.policy, speed, kl_weight)
     path = str(embedded_model_path()) if model == "default" else model
-    nested = load_model(path, QuantizationConfig(), progress=lambda items: track(items, "quantising"))
-    controller = load_policy(Path(policy), model_fingerprint=nested.fingerprint)
+    nested = load_model(path, exported.quantization, progress=lambda items: track(items, "quantising"))
+    exported.card.check_model(nested.fingerprint, exported.directory)
     colours = show_bits and has_colours(sys.stdout)
     ids = nested.tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
     text = StreamedText(nested.tokenizer, ids.tolist())
@@ -294,8 +296,8 @@ def generate(
     tokens = []
     for token in generate_tokens(
         nested,
-        controller,
-        carried,
+        exported.policy,
+        exported.profile,
         ids,
         max_new_tokens=max_new_tokens,
         kl_weight=dial,

@@ -68,6 +68,7 @@ def clone(
         Share of units whose best-scored width is the static one, on fresh dials.
     """
     net.set_normalisation(signals)
+    device = net.mean.device  # signals, front and profile are on the CPU, as environments give them
     widths = torch.tensor(net.schema.bit_widths)
     dial_index = net.schema.index("dial")
     low, high = math.log10(dials[0]), math.log10(dials[1])
@@ -83,13 +84,13 @@ def clone(
             group["lr"] = learning_rate * (1 - step / num_steps)
         picked, columns = batch(batch_size)
         targets = _targets(front, profile, 10 ** picked[:, dial_index], columns)
-        loss = F.cross_entropy(net.logits(picked).flatten(0, 1), targets.flatten(0, 1))
+        loss = F.cross_entropy(net.logits(picked.to(device)).flatten(0, 1), targets.to(device).flatten(0, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
         picked, columns = batch(4 * batch_size)
-        return float((net.logits(picked).argmax(-1) == columns).float().mean())
+        return float((net.logits(picked.to(device)).argmax(-1).cpu() == columns).float().mean())
 
 
 def _targets(front: StaticFront, profile: Profile, kl_weight: Tensor, columns: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
@@ -22,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import write_tensors
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.engine.policy import PrecisionNet
 from flexquant_rl.engine.signals import SignalSchema
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
@@ -276,14 +274,14 @@ class TrainingCallback(BaseCallback):
         Raises:
             InputError: If the checkpoint is damaged.
         """
+        fix = "delete it to train again"
+        tensors, metadata = read_tensors(self._checkpoint, fix=fix)
         try:
-            with safe_open(self._checkpoint, "pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-            tensors = load_file(self._checkpoint)
+            facts = json.loads(metadata["facts"])
             self._restore(ppo, facts, tensors)
             episodes = facts["env"]
-        except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self._checkpoint}: damaged checkpoint ({error}); delete it to train again") from error
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:  # whole, but of another configuration
+            raise InputError(f"{self._checkpoint}: damaged checkpoint ({error}); {fix}") from error
         ppo._last_obs = env.restart(episodes)
         ppo._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._resumed = True

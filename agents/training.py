@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flexquant_rl.agents.evaluate import Evaluator
-from flexquant_rl.agents.export import PARITY_OBSERVATIONS, check_parity
+from flexquant_rl.agents.export import PARITY_OBSERVATIONS, ExportedPolicy, check_parity
 from flexquant_rl.agents.imitation import clone, collect_signals
 from flexquant_rl.agents.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.agents.progress import StepBar, say, track
@@ -30,7 +29,7 @@ from flexquant_rl.engine.cost import roofline_cost
 from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.embedded import embedded_model_path
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import write_tensors
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import PROFILE_FILE, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.profile import Profile, profile_model
@@ -113,13 +112,13 @@ class SeedResult:
     env_steps_per_s: float | None
 
 
-def prepare(config: TrainConfig, run_dir: Path | None, profile: Profile | None = None) -> Prepared:
+def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[ExportedPolicy] = ()) -> Prepared:
     """Loads or quantises the model, reads the text, profiles, and solves the static allocation.
 
     Args:
         config: Of the run.
         run_dir: Where profile and front are kept for a resume; None keeps nothing.
-        profile: One that exists already, as an exported policy carries it.
+        exported: Policies that will control the model; the profile is then the one that they carry.
     """
     say("loading the model and nesting its weights")
     model = load_model(
@@ -127,6 +126,8 @@ def prepare(config: TrainConfig, run_dir: Path | None, profile: Profile | None =
         config.quantization,
         progress=lambda items: track(items, "quantising"),
     ).to(config.device)
+    for policy in exported:
+        policy.card.check_model(model.fingerprint, policy.directory)
     config.env.validate()
     if len(model.bit_widths) < 2:
         raise InputError(
@@ -136,8 +137,8 @@ def prepare(config: TrainConfig, run_dir: Path | None, profile: Profile | None =
     windows = load_windows(model.tokenizer, config.env.window_tokens, [Path(text) for text in config.text])
     # Fails here, before any work, if an episode does not fit the context.
     DecodeSession(model, max_length=config.env.window_tokens - 1).close()
-    if profile is None:
-        profile = _profile(model, windows, run_dir / PROFILE_FILE if run_dir else None)
+    profile_path = run_dir / PROFILE_FILE if run_dir else None
+    profile = exported[0].profile if exported else _profile(model, windows, profile_path)
     profile.cost.check(model)
     front_path = run_dir / "static_front.safetensors" if run_dir else None
     front = _front(model, windows, profile, config.env.prompt_tokens, front_path)
@@ -166,10 +167,12 @@ def _front(
     model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, path: Path | None
 ) -> StaticFront:
     if path is not None and path.exists():
+        fix = "delete it to have it computed again"
+        tensors, _ = read_tensors(path, fix=fix)
         try:
-            return StaticFront(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to have it computed again") from error
+            return StaticFront(**tensors)
+        except TypeError as error:
+            raise InputError(f"{path}: not a static front ({error}); {fix}") from error
     say("solving the static allocation and measuring its output KL")
     session = DecodeSession(model)
     front = static_front(profile, model.unit_weights).measured_on(
@@ -200,7 +203,6 @@ class Validation:
     def __call__(self, net: PrecisionNet) -> float:
         """Mean reward per token over the static allocation's; higher is better."""
         trace = self._evaluator.run(LearnedPolicy(net, self._card), self._dials)
-        net.train()
         return float((trace.reward - self._static_reward).double().mean())
 
 
@@ -229,7 +231,12 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     """Clones the static knapsack, improves it with PPO and saves the network that was best on validation text."""
     policy_dir = directory / "policy"
     if (policy_dir / "policy.json").exists():
-        policy = load_policy(policy_dir, model_fingerprint=prepared.model.fingerprint, name=f"ppo seed {seed}")
+        policy = load_policy(
+            policy_dir,
+            model_fingerprint=prepared.model.fingerprint,
+            name=f"ppo seed {seed}",
+            repair=f"delete {policy_dir} to have it made again from the checkpoint",
+        )
         scores = policy.card.config["scores"]
         return SeedResult(seed, policy, scores["cloned"], scores["best"], scores["env_steps_per_s"])
     validation = Validation(prepared, config.validation_sequences)

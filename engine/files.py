@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
+
+_HEADER = "flexquant_rl"
+"""The only entry of a file's safetensors metadata: several are written in an order that differs from file to file."""
 
 
 @contextmanager
@@ -67,12 +71,50 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors atomically."""
+    """Writes safetensors atomically, with a digest of tensors and metadata that `read_tensors` checks."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = metadata or {}
+    header = {"sha256": _sha256(tensors, metadata), "metadata": metadata}
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            save_file(tensors, temporary, {_HEADER: json.dumps(header)})
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(f"{path}: {error}") from error
         temporary.chmod(mode)  # safetensors makes a file that only its owner may read, whatever the umask
+
+
+def read_tensors(path: Path, *, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads what `write_tensors` wrote, checked against its digest.
+
+    Args:
+        path: The file.
+        fix: What to do about a damaged one, as the error says it.
+
+    Returns:
+        Tensors by name, on the CPU, and the metadata.
+
+    Raises:
+        InputError: If the file is missing, unreadable, without a digest, or does not hold what was written.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        expected, metadata = header["sha256"], header["metadata"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged, no tensors with a digest ({error!r}); {fix}") from error
+    found = _sha256(tensors, metadata)
+    if found != expected:
+        raise InputError(f"{path}: damaged, sha256 {found[:12]}, but its header says {str(expected)[:12]}; {fix}")
+    return tensors, metadata
+
+
+def _sha256(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of names, dtypes, shapes and bytes of contiguous tensors and of the metadata, hex."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -102,26 +103,25 @@ def generate(
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1; ask for a token or more")
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
-    session = open_session(model, max_length=len(prompt_ids) + max_new_tokens, decoder=decoder)
-    controller = make_controller(model, policy, profile)
-    generator = torch.Generator().manual_seed(seed)
-    eos = model.tokenizer.eos_token_id
-    widths = torch.full((model.num_units,), max(model.bit_widths))
-    began = time.perf_counter()
-    output = session.prefill(prompt_ids[None])
-    for index in range(max_new_tokens):
-        token = _choose(output.logits, temperature, generator)
-        yield GeneratedToken(int(token), widths, (time.perf_counter() - began) * 1e3)
-        if int(token) == eos or index == max_new_tokens - 1:
-            break
+    with closing(open_session(model, max_length=len(prompt_ids) + max_new_tokens, decoder=decoder)) as session:
+        controller = make_controller(model, policy, profile)
+        generator = torch.Generator().manual_seed(seed)
+        eos = model.tokenizer.eos_token_id
+        widths = torch.full((model.num_units,), max(model.bit_widths))
         began = time.perf_counter()
-        if index == 0:
-            controller.reset(output, token, kl_weight)
-        else:
-            controller.update(output, widths, token)
-        widths = controller.bit_widths()
-        output = session.step(widths, token)
-    session.close()
+        output = session.prefill(prompt_ids[None])
+        for index in range(max_new_tokens):
+            token = _choose(output.logits, temperature, generator)
+            yield GeneratedToken(int(token), widths, (time.perf_counter() - began) * 1e3)
+            if int(token) == eos or index == max_new_tokens - 1:
+                break
+            began = time.perf_counter()
+            if index == 0:
+                controller.reset(output, token, kl_weight)
+            else:
+                controller.update(output, widths, token)
+            widths = controller.bit_widths()
+            output = session.step(widths, token)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """The lean decoder: one sequence, one native call per token, for Llama, Mistral, Qwen2 and Qwen3 on the CPU.
 
-It reads the same stored weights as the Hugging Face model that it was made from, but none of that model's code runs at a
-step. In mode "float32" it gives that model's numbers to 1e-4; the default, "int8", rounds activations too.
+It reads the same stored weights as the Hugging Face model that it was made from, but none of that model's code runs at
+a step. In mode "float32" it gives that model's numbers to 1e-4; the default, "int8", rounds activations too.
 `DecodeSession` remains the reference: any architecture, any number of rows.
 """
 

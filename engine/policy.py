@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from flexquant_rl.engine.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 if TYPE_CHECKING:  # loading a policy needs torch alone
     from flexquant_rl.engine.profile import Profile
 
-POLICY_VERSION = 1
+POLICY_VERSION = 2
+CARD_FILE = "policy.json"
 PROFILE_FILE = "profile.json"
 WEIGHTS_FILE = "policy.safetensors"
 _HIDDEN = 64
@@ -150,6 +152,14 @@ class PolicyCard:
     dial: tuple[DialPoint, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
+    def check_model(self, fingerprint: str, where: Path) -> None:
+        """Raises InputError if a model is not the one that the policy in directory `where` was trained for."""
+        if self.model_fingerprint != fingerprint:
+            raise InputError(
+                f"{where}: the policy was trained for model {self.model_fingerprint[:12]}, but this one is "
+                f"{fingerprint[:12]}; train a policy for this model"
+            )
+
 
 class _FrozenLogits:
     """`PrecisionNet.logits` with the weights as they are now, equal bit for bit.
@@ -200,17 +210,18 @@ class LearnedPolicy:
     """
 
     def __init__(self, net: PrecisionNet, card: PolicyCard, name: str = "ppo") -> None:
-        self.net = net.eval()
+        self.net = copy.deepcopy(net).eval()
         self.card = card
         self.name = name
         self._logits = _FrozenLogits(net)
-        self._widths = torch.tensor(card.schema.bit_widths, device=net.mean.device)
+        self._device = net.mean.device
+        self._widths = torch.tensor(card.schema.bit_widths, device=self._device)
 
     def __call__(self, signals: Tensor) -> Tensor:
-        """`[B, dim]` -> `[B, U]` int64."""
+        """`[B, dim]` -> `[B, U]` int64, on the signals' device."""
         with torch.inference_mode():
-            choice = self._logits(signals).argmax(-1)
-            return self._widths.index_select(0, choice).view(len(signals), -1)
+            choice = self._logits(signals.to(self._device)).argmax(-1)
+            return self._widths.index_select(0, choice).view(len(signals), -1).to(signals.device)
 
     def kl_weight_for_speed(self, speedup: float) -> float:
         """The dial setting whose validation speedup is nearest to the one asked for.
@@ -221,7 +232,10 @@ class LearnedPolicy:
         points = self.card.dial
         fastest = max((point.speedup_modelled for point in points), default=1.0)
         if not points or not 1.0 <= speedup <= fastest * 1.001:
-            raise InputError(f"speed {speedup:g} is outside 1 to {fastest:.2f}, the fastest that this policy reached")
+            raise InputError(
+                f"speed {speedup:g} is outside 1 to {fastest:.2f}, the fastest that this policy reached; "
+                "ask for one in between, or set the dial itself with --kl-weight"
+            )
         return min(points, key=lambda point: abs(point.speedup_modelled - speedup)).kl_weight
 
     def save(self, out: Path, profile: Profile) -> None:
@@ -233,7 +247,7 @@ class LearnedPolicy:
             profile.save(directory / PROFILE_FILE)
             write_tensors(directory / WEIGHTS_FILE, dict(self.net.state_dict()))
             write_json(
-                directory / "policy.json",
+                directory / CARD_FILE,
                 {
                     "version": POLICY_VERSION,
                     "schema": self.card.schema.to_dict(),
@@ -241,31 +255,39 @@ class LearnedPolicy:
                     "unit_names": list(self.card.unit_names),
                     "dial": [vars(point) for point in self.card.dial],
                     "config": self.card.config,
-                    "weights_sha256": file_sha256(directory / "policy.safetensors"),
+                    "weights_sha256": file_sha256(directory / WEIGHTS_FILE),
+                    "profile_sha256": file_sha256(directory / PROFILE_FILE),
                 },
             )
 
 
-def load_policy(directory: Path, *, model_fingerprint: str | None = None, name: str | None = None) -> LearnedPolicy:
+def load_policy(
+    directory: Path,
+    *,
+    model_fingerprint: str | None = None,
+    name: str | None = None,
+    repair: str = "export it again with `fq export`",
+) -> LearnedPolicy:
     """Loads an exported policy. Needs torch alone.
 
     Args:
-        directory: Holds `policy.safetensors` and `policy.json`.
+        directory: Holds `policy.safetensors`, `policy.json` and `profile.json`.
         model_fingerprint: Of the model that the policy will control; None skips the check.
         name: As it appears in tables; default: the directory's.
+        repair: What to do about damaged or missing files, as the error says it.
 
     Raises:
         InputError: If files are missing, damaged, of another schema or of another model.
     """
-    card_path, weights_path = directory / "policy.json", directory / WEIGHTS_FILE
+    card_path, weights_path = directory / CARD_FILE, directory / WEIGHTS_FILE
     try:
         data = json.loads(card_path.read_text(encoding="utf-8"))
         weights = load_file(weights_path)
-        found_sha256 = file_sha256(weights_path)
+        found = {"weights": file_sha256(weights_path), "profile": file_sha256(directory / PROFILE_FILE)}
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{directory}: no readable policy ({error}); export it again with `fq export`") from error
+        raise InputError(f"{directory}: no readable policy ({error}); {repair}") from error
     if not isinstance(data, dict) or not isinstance(data.get("schema"), dict):
-        raise InputError(f"{card_path}: not a policy; export it again with `fq export`")
+        raise InputError(f"{card_path}: not a policy; {repair}")
     versions = (data.get("version"), data["schema"].get("version"))
     if versions != (POLICY_VERSION, SIGNAL_SCHEMA_VERSION):
         raise InputError(
@@ -280,22 +302,20 @@ def load_policy(directory: Path, *, model_fingerprint: str | None = None, name: 
             dial=tuple(DialPoint(**point) for point in data["dial"]),
             config=data["config"],
         )
-        weights_sha256 = data["weights_sha256"]
+        expected = {part: str(data[f"{part}_sha256"]) for part in found}
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{card_path}: not a whole policy ({error!r}); export it again with `fq export`") from error
-    if model_fingerprint is not None and card.model_fingerprint != model_fingerprint:
-        raise InputError(
-            f"{directory}: the policy was trained for model {card.model_fingerprint[:12]}, but this one is "
-            f"{model_fingerprint[:12]}; train a policy for this model"
-        )
+        raise InputError(f"{card_path}: not a whole policy ({error!r}); {repair}") from error
+    if model_fingerprint is not None:
+        card.check_model(model_fingerprint, directory)
     net = PrecisionNet(card.schema)
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; export the policy again") from error
-    if found_sha256 != weights_sha256:
-        raise InputError(
-            f"{weights_path}: sha256 {found_sha256[:12]}, but policy.json says {str(weights_sha256)[:12]}; "
-            "the file was edited or damaged: copy the policy or export it again"
-        )
+        raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; {repair}") from error
+    for part, path in (("weights", weights_path), ("profile", directory / PROFILE_FILE)):
+        if found[part] != expected[part]:
+            raise InputError(
+                f"{path}: sha256 {found[part][:12]}, but policy.json says {expected[part][:12]}, so the file was "
+                f"edited or damaged; {repair}"
+            )
     return LearnedPolicy(net, card, name or directory.name)

@@ -21,7 +21,7 @@ from flexquant_rl.engine.profile import Profile, profile_model
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.engine.signals import SIGNAL_LIMIT
 from flexquant_rl.fq_env.batch import DecodeBatch
-from flexquant_rl.fq_env.prompts import Split, load_windows
+from flexquant_rl.fq_env.prompts import Split, load_windows, spread
 from flexquant_rl.fq_env.task import ActionMap, EnvConfig, check_kl_weight, draw_kl_weight
 
 Observation = NDArray[np.float32]
@@ -95,7 +95,7 @@ class PrecisionEnv(gym.Env[Observation, NDArray[np.int64]], EzPickle):
             loaded = Profile.load(Path(profile))
             loaded.cost.check(nested)
         else:
-            loaded = profile_model(nested, windows.train[:_PROFILE_WINDOWS, :-1], roofline_cost(nested))
+            loaded = profile_model(nested, spread(windows.train, _PROFILE_WINDOWS)[:, :-1], roofline_cost(nested))
         # Timed steps are those of the fastest decoder; the deterministic environment stays with the reference one.
         decoder: DecoderName = "auto" if measured else "hf"
         session = open_session(nested, max_length=self.config.window_tokens - 1, decoder=decoder)

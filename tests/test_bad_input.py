@@ -22,6 +22,7 @@ from flexquant_rl.agents.run import new_run
 from flexquant_rl.agents.training import TrainConfig
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.cost import roofline_cost
+from flexquant_rl.engine.files import file_sha256
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.profile import Profile
@@ -432,6 +433,23 @@ def bad_policy(inputs: Inputs, policy: object, value: str, fix: str) -> Mistake:
     return Mistake(cli.main, evaluation(inputs, "fixed:4", policy), value, fix)
 
 
+def with_profile(policy: Path, old: str, new: str) -> None:
+    """Edits the profile that a policy carries, and its hash on the card."""
+    profile, card = policy / "profile.json", json.loads((policy / "policy.json").read_text())
+    assert old in profile.read_text()
+    profile.write_text(profile.read_text().replace(old, new))
+    (policy / "policy.json").write_text(json.dumps({**card, "profile_sha256": file_sha256(profile)}))
+
+
+def another_models(inputs: Inputs) -> Path:
+    """A policy of another model of the same shape."""
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    (policy / "policy.json").write_text(json.dumps({**card, "model_fingerprint": "e" * 64}))
+    with_profile(policy, card["model_fingerprint"], "e" * 64)
+    return policy
+
+
 @case
 def policy_misspelt(inputs: Inputs) -> Mistake:
     return bad_policy(inputs, "fixd:4", "unknown policy 'fixd:4'", "did you mean fixed:4?")
@@ -464,12 +482,31 @@ def policy_below_the_widths(inputs: Inputs) -> Mistake:
 
 @case
 def policy_of_another_model(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, another_models(inputs), "e" * 12, "train a policy for this model")
+
+
+@case
+def policies_with_different_profiles(inputs: Inputs) -> Mistake:
     policy = inputs.copy(inputs.policy)
-    for name in ("policy.json", "profile.json"):
-        text = (policy / name).read_text()
-        fingerprint = json.loads((policy / "policy.json").read_text())["model_fingerprint"]
-        (policy / name).write_text(text.replace(fingerprint, "e" * 64))
-    return bad_policy(inputs, policy, "e" * 12, "this model")
+    with_profile(policy, '"num_tokens": 9', '"num_tokens": 8')
+    arguments = evaluation(inputs, "fixed:4", inputs.policy, policy)
+    return Mistake(cli.main, arguments, f"{policy} carries another profile.json", "one at a time")
+
+
+@case
+def policy_with_an_edited_profile(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    damage(policy / "profile.json", "flip")
+    return bad_policy(inputs, policy, f"{policy / 'profile.json'}: sha256", "export it again")
+
+
+@case
+def policy_with_nonsense_quantization(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    config = {"quantization": {"bit_widths": [3, 9]}}
+    (policy / "policy.json").write_text(json.dumps({**card, "config": config}))
+    return bad_policy(inputs, policy, "(3, 9)", "export the policy again")
 
 
 @case
@@ -536,7 +573,7 @@ def prompt_empty(inputs: Inputs) -> Mistake:
 
 @case
 def speed_out_of_reach(inputs: Inputs) -> Mistake:
-    return Mistake(cli.main, generation(inputs, "--speed", 5), "speed 5 is outside", "1 to 1.80")
+    return Mistake(cli.main, generation(inputs, "--speed", 5), "speed 5 is outside 1 to 1.80", "--kl-weight")
 
 
 @case
@@ -568,10 +605,25 @@ def generation_without_a_policy(inputs: Inputs) -> Mistake:
 
 @case
 def generation_with_another_models_policy(inputs: Inputs) -> Mistake:
-    policy = inputs.copy(inputs.policy)
-    card = json.loads((policy / "policy.json").read_text())
-    (policy / "policy.json").write_text(json.dumps({**card, "model_fingerprint": "e" * 64}))
+    policy = another_models(inputs)
     return Mistake(cli.main, generation(inputs, policy=policy), "e" * 12, "train a policy for this model")
+
+
+@case
+def generation_with_another_models_profile(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    fingerprint = json.loads((policy / "profile.json").read_text())["fingerprint"]
+    with_profile(policy, fingerprint, "e" * 64)
+    return Mistake(cli.main, generation(inputs, policy=policy), f"profile.json: of model {'e' * 12}", "export it again")
+
+
+@case
+def generation_with_a_profile_of_another_shape(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    sensitivity = json.loads((policy / "profile.json").read_text())["sensitivity"]
+    data = json.loads((policy / "profile.json").read_text()) | {"sensitivity": [*sensitivity, sensitivity[0]]}
+    with_profile(policy, (policy / "profile.json").read_text(), json.dumps(data))
+    return Mistake(cli.main, generation(inputs, policy=policy), "with 4 units", "export it again")
 
 
 @case

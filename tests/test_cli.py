@@ -10,26 +10,30 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 import torch
 from cli_runner import TINY_EPISODES, Finished, run, tree, write_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flexquant_rl import cli, train
 from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.agents.run import new_run
 from flexquant_rl.agents.training import TrainConfig
 from flexquant_rl.engine.bench import BenchRefusedError
-from flexquant_rl.engine.checkpoint import load_checkpoint
+from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.cost import roofline_cost
 from flexquant_rl.engine.generate import StreamedText
+from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.profile import Profile
+from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.fq_env.prompts import load_windows
 
 WIDTHS = (3, 4, 5, 6, 8)
 
@@ -79,9 +83,9 @@ def run_dir(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sensitivity = torch.tensor([0.5, 0.1, 0.03, 0.01, 0.0]).expand(3, -1)
     with new_run(TrainConfig(model=str(nested)), folder):
         policy = LearnedPolicy(net, PolicyCard(schema, model.fingerprint, names, dial))
-        policy.save(
-            folder / "policy", Profile(roofline_cost(model), sensitivity, WIDTHS, model.fingerprint, 9, "8-bit")
-        )
+        for name in ("seeds/0/policy", "policy"):
+            profile = Profile(roofline_cost(model), sensitivity, WIDTHS, model.fingerprint, 9, "8-bit")
+            policy.save(folder / name, profile)
     return folder
 
 
@@ -139,6 +143,42 @@ def test_profile_of_a_plain_model(tiny_model_dir: Path, text: Path, tmp_path: Pa
     assert finished.result["table_error_p50"] is None
     assert Profile.load(out).reference == "unquantised"
     assert "profile.json" not in tree(tiny_model_dir)
+
+
+def test_profile_sees_all_of_the_text(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    profile_model = cli.profile_model
+
+    def spy(model: NestedCausalLM, windows: torch.Tensor, *args: Any, **kwargs: Any) -> Profile:
+        seen.append(windows)
+        return profile_model(model, windows, *args, **kwargs)
+
+    monkeypatch.setattr(cli, "profile_model", spy)
+    out = tmp_path / "profile.json"
+    assert not run(cli.main, "profile", tiny_model_dir, "--text", text, "--source", "roofline", "--out", out).code
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    train = load_windows(tokenizer, seen[0].shape[1] + 1, [text]).train[:, :-1]
+    assert len(seen[0]) == 12 < len(train)
+    assert torch.equal(seen[0][[0, -1]], train[[0, -1]])
+
+
+def test_plain_model_is_nested_as_the_policy_was_trained(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    quantization = QuantizationConfig(group_size=32, bit_widths=(4, 8))
+    model = load_model(str(tiny_model_dir), quantization)
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    names = tuple(unit.name for unit in model.units)
+    config = {"quantization": asdict(quantization)}
+    sensitivity = torch.tensor([0.1, 0.01]).expand(model.num_units, -1)
+    card = PolicyCard(schema, model.fingerprint, names, (DialPoint(30.0, 1.5, 0.05, 5.0),), config)
+    profile = Profile(roofline_cost(model), sensitivity, (4, 8), model.fingerprint, 9, "unquantised")
+    LearnedPolicy(PrecisionNet(schema), card).save(tmp_path / "policy", profile)
+    options = ("--policy", tmp_path / "policy", "--prompt", "abc", "--max-new-tokens", 3)
+    assert run(cli.main, "generate", tiny_model_dir, *options).result["num_tokens"] == 3
+    options = ("--text", text, *TINY_EPISODES, "--sequences", 2, "--dials", 1)
+    finished = run(cli.main, "evaluate", tiny_model_dir, "--policy", "fixed:4", tmp_path / "policy", *options)
+    assert len(finished.result["rows"]) == 2
 
 
 def test_evaluate(nested: Path, exported: tuple[Path, Finished], text: Path) -> None:
@@ -267,7 +307,7 @@ def test_bench_env(nested: Path, text: Path, tmp_path: Path, monkeypatch: pytest
 def test_bench_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_tests(monkeypatch)
     finished = run(cli.main, "bench", "policy", "--units", 2, "--vocab", 9, "--rounds", 1)
-    assert {row["provider"] for row in finished.result["rows"]} == {"policy", "signals", "signals_and_policy"}
+    assert {row["provider"] for row in finished.result["rows"]} >= {"policy", "signals", "signals_and_policy"}
     assert finished.out.startswith("provider"), "a table for people before the JSON line"
 
 

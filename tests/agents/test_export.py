@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +69,8 @@ def predict(ppo: PPO, observations: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def run_dir(tmp_path: Path, trained: tuple[PPO, Tensor]) -> Path:
     """A finished run, as far as exporting looks at it."""
-    toy_policy(precision_net(trained[0]), MODEL).save(tmp_path / "run" / "policy", fake_profile(MODEL))
+    for name in ("seeds/0/policy", "policy"):
+        toy_policy(precision_net(trained[0]), MODEL).save(tmp_path / "run" / name, fake_profile(MODEL))
     return tmp_path / "run"
 
 
@@ -107,6 +110,51 @@ def test_export_of_a_damaged_run(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no readable policy"):
         export_run(run_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "profile.json"])
+def test_export_of_a_run_that_lacks_a_file(run_dir: Path, tmp_path: Path, name: str) -> None:
+    """Exporting again would not bring it back: the advice does."""
+    (run_dir / "policy" / name).unlink()
+    with pytest.raises(InputError, match=f"{name}.*delete {run_dir / 'policy'} .* train.py --resume {run_dir}$"):
+        export_run(run_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_checked_policy_is_exported(run_dir: Path, tmp_path: Path, trained: tuple[PPO, Tensor]) -> None:
+    """A run's policy whose weights SB3 was never compared with."""
+    shutil.rmtree(run_dir / "policy")
+    net = PrecisionNet(precision_net(trained[0]).schema)
+    toy_policy(net, MODEL).save(run_dir / "policy", fake_profile(MODEL))
+    with pytest.raises(InputError, match="weights are those of no training seed.*--resume"):
+        export_run(run_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_that_chooses_otherwise_never_gets_its_name(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, read with another list of widths."""
+    card = json.loads((run_dir / "policy" / "policy.json").read_text())
+    card["schema"]["bit_widths"] = [2, 4, 5, 6, 8]
+    (run_dir / "policy" / "policy.json").write_text(json.dumps(card))
+    with pytest.raises(RuntimeError, match="widths differ"):
+        export_run(run_dir, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_export_that_is_copied_badly_never_gets_its_name(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flip(source: Path, target: Path) -> None:
+        content = bytearray(source.read_bytes())
+        content[-30] ^= 1
+        target.write_bytes(content)
+
+    monkeypatch.setattr("flexquant_rl.agents.export.shutil.copyfile", flip)
+    with pytest.raises(RuntimeError, match="does not hold what was copied"):
+        export_run(run_dir, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize(("name", "index"), [("width_head.bias", 1), ("mean", 11), ("encode_unit.0.weight", (0, 0))])

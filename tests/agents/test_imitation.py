@@ -74,6 +74,15 @@ def test_clone_reproduces_the_allocation_on_fresh_dials(clone_and_agreement: tup
     assert len(expected.unique(dim=0)) > 5  # the dial has to be read
 
 
+@pytest.mark.gpu
+def test_clone_on_a_gpu(device: torch.device) -> None:
+    net = PrecisionNet(toy_env(MODEL, num_envs=1).batch.schema).to(device)
+    generator = torch.Generator().manual_seed(0)
+    agreement = clone(net, collect(), FRONT, fake_profile(MODEL), DIALS, num_steps=200, generator=generator)
+    assert agreement > 0.8
+    assert net.mean.device.type == device.type
+
+
 def test_clone_earns_what_static_earns(clone_and_agreement: tuple[PrecisionNet, float]) -> None:
     net, _ = clone_and_agreement
     dial = (DIALS[0] * DIALS[1]) ** 0.5

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from fake_session import NUM_CLASSES, FakeModel, fake_profile, optimal_bit_widths, token_class
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import KVWriter
@@ -33,6 +32,7 @@ from flexquant_rl.agents.baselines import RandomWidths
 from flexquant_rl.agents.imitation import collect_signals
 from flexquant_rl.agents.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.engine.policy import PrecisionNet, StaticAllocation
 from flexquant_rl.engine.signals import SignalSchema
 from flexquant_rl.fq_env.batch import DecodeBatch
@@ -338,15 +338,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rewritten(source: Path, target: Path, *, drop: str = "", **facts: Any) -> None:
     """Copies a checkpoint without some tensors and with other facts."""
-    with safe_open(source, "pt") as file:
-        old = json.loads(file.metadata()["facts"])
-    tensors = {name: tensor for name, tensor in load_file(source).items() if not drop or not name.startswith(drop)}
-    merged = {name: value for name, value in (old | facts).items() if value is not None}
-    save_file(tensors, target, {"facts": json.dumps(merged)})
+    tensors, metadata = read_tensors(source, fix="")
+    tensors = {name: tensor for name, tensor in tensors.items() if not drop or not name.startswith(drop)}
+    merged = {name: value for name, value in (json.loads(metadata["facts"]) | facts).items() if value is not None}
+    write_tensors(target, tensors, {"facts": json.dumps(merged)})
 
 
 @pytest.mark.parametrize(
-    "damage", ["empty", "half", "text", "no_facts", "no_policy", "no_rng", "other_shape", "fact_missing"]
+    "damage", ["empty", "half", "text", "flip", "no_digest", "no_facts", "no_policy", "no_rng", "shape", "fact_missing"]
 )
 def test_damaged_checkpoint(tmp_path: Path, checkpoint: Path, damage: str) -> None:
     path = tmp_path / "checkpoint.safetensors"
@@ -357,29 +356,30 @@ def test_damaged_checkpoint(tmp_path: Path, checkpoint: Path, damage: str) -> No
         path.write_bytes(whole[: len(whole) // 2])
     elif damage == "text":
         path.write_text("not a checkpoint" * 100)
-    elif damage == "no_facts":
+    elif damage == "flip":
+        path.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
+    elif damage == "no_digest":
         save_file(load_file(checkpoint), path)
+    elif damage == "no_facts":
+        write_tensors(path, load_file(checkpoint))
     elif damage == "no_policy":
         rewritten(checkpoint, path, drop="policy.")
     elif damage == "no_rng":
         rewritten(checkpoint, path, drop="rng.numpy")
-    elif damage == "other_shape":
-        tensors = load_file(checkpoint)
-        tensors["policy.net.value_head.weight"] = torch.zeros(1, 3)
-        with safe_open(checkpoint, "pt") as file:
-            save_file(tensors, path, file.metadata())
+    elif damage == "shape":
+        tensors, metadata = read_tensors(checkpoint, fix="")
+        write_tensors(path, tensors | {"policy.net.value_head.weight": torch.zeros(1, 3)}, metadata)
     else:
         rewritten(checkpoint, path, updates=None)
     ppo, callback = resumable(tmp_path)
-    with pytest.raises(InputError, match="damaged checkpoint") as error:
+    with pytest.raises(InputError, match="damaged") as error:
         callback.restore(ppo, ppo.get_env())  # type: ignore[arg-type]
     assert str(path) in str(error.value)
     assert "delete it" in str(error.value)
 
 
 def test_checkpoint_holds_no_pickle(checkpoint: Path) -> None:
-    with safe_open(checkpoint, "pt") as file:
-        facts = json.loads(file.metadata()["facts"])
+    facts = json.loads(read_tensors(checkpoint, fix="")[1]["facts"])
     assert facts["num_timesteps"] == SMALL_ROLLOUT
     assert facts["updates"] == 1
     assert [file.name for file in checkpoint.parent.iterdir() if file.is_file()] == [checkpoint.name]

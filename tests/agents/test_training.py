@@ -59,6 +59,16 @@ def test_a_resume_reads_profile_and_front(
     assert 0 < first.env.kl_weight_min < first.env.kl_weight_max
 
 
+def test_a_flipped_front_is_refused(tiny_model_dir: Path, text_file: str, tmp_path: Path) -> None:
+    prepare_tiny(tiny_model_dir, text_file, tmp_path)
+    path = tmp_path / "static_front.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="static_front.safetensors: damaged, sha256 .*; delete it to have it computed"):
+        prepare_tiny(tiny_model_dir, text_file, tmp_path)
+
+
 def test_a_fixed_dial_is_the_whole_range(tiny_model_dir: Path, text_file: str) -> None:
     """Cloning draws dials from the range: it must be taught the one that will be used."""
     prepared = prepare_tiny(tiny_model_dir, text_file, kl_weight=777.0)

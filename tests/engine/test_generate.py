@@ -109,6 +109,33 @@ def test_widths_and_latencies(nested_model: NestedCausalLM, profile: Profile) ->
     assert all(token.latency_ms >= 20 for token in tokens[1:])  # the policy's time is the step's
 
 
+@pytest.mark.parametrize("end", ["abandoned", "failed", "finished"])
+def test_session_is_closed_however_it_ends(
+    nested_model: NestedCausalLM, profile: Profile, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    class Broken:
+        name = "broken"
+
+        def __call__(self, signals: Tensor) -> Tensor:
+            raise RuntimeError("no widths")
+
+    closed: list[DecodeSession] = []
+    monkeypatch.setattr("flexquant_rl.engine.generate.open_session", lambda model, **_: DecodeSession(model))
+    monkeypatch.setattr(DecodeSession, "close", lambda self: closed.append(self))
+    policy = Broken() if end == "failed" else StaticAllocation("static", WIDTHS)
+    stream = generate(nested_model, policy, profile, PROMPT, max_new_tokens=2, kl_weight=1.0)
+    next(stream)
+    assert not closed
+    if end == "abandoned":
+        stream.close()  # type: ignore[attr-defined]  # an Iterator in its signature
+    elif end == "failed":
+        with pytest.raises(RuntimeError, match="no widths"):
+            next(stream)
+    else:
+        list(stream)
+    assert len(closed) == 1
+
+
 def test_time_between_tokens_is_the_readers(nested_model: NestedCausalLM, profile: Profile) -> None:
     """A slow consumer of the stream does not make steps slow."""
     stream = generate(

@@ -95,13 +95,27 @@ class TestActions:
             assert torch.equal(policy(signals), torch.tensor(WIDTHS)[logits.argmax(-1)])
 
     def test_training_on_leaves_the_policy_as_it_is(self) -> None:
-        policy = make_policy()
+        live = make_policy().net.train()
+        policy = LearnedPolicy(live, make_policy().card)
         signals = random_signals(20)
-        before = policy(signals)
+        before, logits = policy(signals), policy.net.logits(signals)
         with torch.no_grad():
-            for tensor in policy.net.state_dict().values():
+            for tensor in live.state_dict().values():
                 tensor.add_(1.0)
         assert torch.equal(policy(signals), before)
+        assert torch.equal(policy.net.logits(signals), logits), "what is saved is what was served"
+        assert live.training, "the caller's network is left alone"
+
+    @pytest.mark.gpu
+    def test_device_is_the_signals_one(self, device: torch.device) -> None:
+        policy, signals = make_policy(), random_signals(20)
+        on_gpu = LearnedPolicy(policy.net.to(device), policy.card)
+        expected = make_policy()(signals)
+        for chooser in (make_policy(), on_gpu):
+            for given in (signals, signals.to(device)):
+                widths = chooser(given)
+                assert widths.device.type == given.device.type
+                assert torch.equal(widths.cpu(), expected)
 
     def test_rows_do_not_see_each_other(self) -> None:
         policy = make_policy()
@@ -152,7 +166,7 @@ class TestDial:
 
     @pytest.mark.parametrize("speed", [0.5, 2.1, float("nan"), float("inf")])
     def test_speed_out_of_reach(self, speed: float) -> None:
-        with pytest.raises(InputError, match=r"speed .* is outside 1 to 2\.00"):
+        with pytest.raises(InputError, match=r"speed .* is outside 1 to 2\.00.*--kl-weight"):
             make_policy().kl_weight_for_speed(speed)
 
     def test_policy_that_was_never_judged(self) -> None:
@@ -203,13 +217,24 @@ class TestFiles:
 
     def test_another_policy_version(self, saved: Path) -> None:
         self.edit(saved, version=POLICY_VERSION + 1)
-        with pytest.raises(InputError, match="policy version 2 with signal schema 1, but this program reads 1 with 1"):
+        with pytest.raises(InputError, match="policy version 3 with signal schema 1, but this program reads 2 with 1"):
             load_policy(saved)
 
     def test_another_signal_schema(self, saved: Path) -> None:
         self.edit(saved, schema={**SCHEMA.to_dict(), "version": SIGNAL_SCHEMA_VERSION + 1})
-        with pytest.raises(InputError, match="policy version 1 with signal schema 2, but this program reads 1 with 1"):
+        with pytest.raises(InputError, match="policy version 2 with signal schema 2, but this program reads 2 with 1"):
             load_policy(saved)
+
+    @pytest.mark.parametrize("name", ["policy.safetensors", "profile.json"])
+    def test_flipped_byte(self, saved: Path, name: str) -> None:
+        whole = bytearray((saved / name).read_bytes())
+        whole[-20] ^= 1
+        (saved / name).write_bytes(whole)
+        self.assert_refused(saved, f"{name}: sha256 .* but policy.json says")
+
+    def test_missing_profile(self, saved: Path) -> None:
+        (saved / "profile.json").unlink()
+        self.assert_refused(saved, "no readable policy.*profile.json")
 
     @pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
     @pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])

@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,6 +48,23 @@ def keywords(tiny_model_dir: Path, text_file: Path, profile_path: Path) -> dict[
         "prompt_tokens": 4,
         "max_new_tokens": STEPS,
     }
+
+
+def test_own_profile_sees_all_of_the_text(keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProfiledError(Exception):
+        pass
+
+    def profile_model(model: object, windows: torch.Tensor, cost: object) -> None:
+        seen.append(windows)
+        raise ProfiledError
+
+    seen: list[torch.Tensor] = []
+    train = PrecisionEnv(**keywords)._windows[:, :-1]
+    monkeypatch.setattr(precision_env, "profile_model", profile_model)
+    with pytest.raises(ProfiledError):
+        PrecisionEnv(**{**keywords, "profile": None})
+    assert len(seen[0]) == 8 < len(train)
+    assert torch.equal(seen[0][[0, -1]], train[[0, -1]])
 
 
 @pytest.fixture(scope="module")
