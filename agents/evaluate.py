@@ -5,18 +5,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.agents.rows import EvalRow
-from flexquant_rl.engine.controller import make_controller
+from flexquant_rl.engine.controller import Controller, make_controller
 from flexquant_rl.engine.cost import clock_ms
 from flexquant_rl.engine.decode import DecodeSession
-from flexquant_rl.engine.lean import open_session
+from flexquant_rl.engine.lean import LeanSession, open_session
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.policy import BitWidthPolicy
+from flexquant_rl.engine.policy import BitWidthPolicy, StaticAllocation
 from flexquant_rl.engine.profile import Profile
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
@@ -151,13 +152,13 @@ def measured_speedups(
     config: EnvConfig,
     policies: list[tuple[BitWidthPolicy, float]],
     *,
-    rounds: int = 3,
+    rounds: int = 5,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[float]:
     """Wall-clock speedup of batch-1 decoding over the largest width, the policy's own cost included.
 
-    Every round decodes the window once per policy and once at the largest width, interleaved, so that drift of the
-    machine hits all alike; the median step of all rounds counts.
+    All policies and the baseline decode the same window side by side: at every token each of them takes its step, in an
+    order that turns round from token to token, so that drift of the machine hits all alike. Medians of steps count.
 
     Args:
         model: The model.
@@ -168,43 +169,29 @@ def measured_speedups(
         rounds: Repetitions.
         progress: Wraps the rounds.
     """
-    times: list[list[float]] = [[] for _ in policies]
-    baseline: list[float] = []
+    baseline = StaticAllocation("baseline", profile.cost.full_width())
+    contestants = [(baseline, 1.0), *policies]
+    controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
+    first = config.prompt_tokens
+    parent = open_session(model, max_length=config.window_tokens - 1)
+    output = parent.prefill(window[None, :first])
+    times: list[list[float]] = [[] for _ in contestants]
     for _ in progress(range(rounds)):
-        baseline += _decode_times(model, profile, window, config, None, 1.0)
-        for index, (policy, kl_weight) in enumerate(policies):
-            times[index] += _decode_times(model, profile, window, config, policy, kl_weight)
-        baseline += _decode_times(model, profile, window, config, None, 1.0)
-    full = statistics.median(baseline)
-    return [full / statistics.median(own) for own in times]
+        sessions = [parent.fork() for _ in contestants]
+        for controller, (_, kl_weight) in zip(controllers, contestants, strict=True):
+            controller.reset(output, window[first : first + 1], kl_weight)
+        for index in range(first, len(window) - 1):
+            order = range(len(contestants))
+            for which in order if index % 2 else reversed(order):
+                step = partial(_step, sessions[which], controllers[which], window[index : index + 2])
+                elapsed_ms = clock_ms(step, model.device)
+                if index >= min(first + _TIMING_WARMUP, len(window) - 2):
+                    times[which].append(elapsed_ms)
+    full_ms, *own_ms = (statistics.median(own) for own in times)
+    return [full_ms / own for own in own_ms]
 
 
-def _decode_times(
-    model: NestedCausalLM,
-    profile: Profile,
-    window: Tensor,
-    config: EnvConfig,
-    policy: BitWidthPolicy | None,
-    kl_weight: float,
-) -> list[float]:
-    """Milliseconds of each decode step of one sequence; without a policy, at the largest width and without signals."""
-    session = open_session(model, max_length=config.window_tokens - 1)
-    output = session.prefill(window[None, : config.prompt_tokens])
-    controller = None
-    if policy is not None:
-        controller = make_controller(model, policy, profile)
-        controller.reset(output, window[config.prompt_tokens : config.prompt_tokens + 1], kl_weight)
-    times = []
-    for index in range(config.prompt_tokens, len(window) - 1):
-        token, following = window[index : index + 1], window[index + 1 : index + 2]
-
-        def step(token: Tensor = token, following: Tensor = following) -> None:
-            if controller is None:
-                session.step(profile.cost.full_width(), token)
-                return
-            widths = controller.bit_widths()
-            controller.update(session.step(widths, token), widths, following)
-
-        times.append(clock_ms(step, model.device))
-    session.close()
-    return times[min(_TIMING_WARMUP, len(times) // 2) :]
+def _step(session: DecodeSession | LeanSession, controller: Controller, tokens: Tensor) -> None:
+    """One decode step as it is served; `tokens` `[2]`: the one to read and the one after it."""
+    widths = controller.bit_widths()
+    controller.update(session.step(widths, tokens[:1]), widths, tokens[1:])

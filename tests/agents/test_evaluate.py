@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from flexquant_rl.agents.baselines import RandomWidths, entropy_threshold, make_
 from flexquant_rl.agents.contest import policy_context
 from flexquant_rl.agents.evaluate import Evaluator, Trace, bootstrap_interval, measured_speedups, summarise
 from flexquant_rl.agents.training import Prepared
-from flexquant_rl.engine.decode import DecodeSession, StepOutput
+from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.policy import BitWidthPolicy, StaticAllocation
 from flexquant_rl.engine.profile import kl_nats
 
@@ -168,39 +169,24 @@ def test_bootstrap_covers_a_known_mean() -> None:
 
 
 class FakeClock:
-    """Steps take as many milliseconds as their mean width, and a thousand while warming up or when something stalls."""
+    """Steps take as many milliseconds as their mean width, and a thousand at some tokens of every round."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, warmup: int = 4) -> None:
-        self._widths: Tensor | None = None
-        self._step_of_run = 0
-        self._warmup = warmup
-        self.runs: list[float] = []
-        step, prefill = DecodeSession.step, DecodeSession.prefill
-
-        def spy_step(session: DecodeSession, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
-            self._widths = bit_widths
-            return step(session, bit_widths, token_ids)
-
-        def spy_prefill(session: DecodeSession, prompt_ids: Tensor) -> StepOutput:
-            self._step_of_run = 0
-            return prefill(session, prompt_ids)
-
-        monkeypatch.setattr(DecodeSession, "step", spy_step)
-        monkeypatch.setattr(DecodeSession, "prefill", spy_prefill)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, per_token: int, tokens: int, slow: tuple[int, ...]) -> None:
+        self.widths: list[float] = []
+        self._per_token, self._tokens, self._slow = per_token, tokens, slow
         monkeypatch.setattr(evaluate, "clock_ms", self)
 
-    def __call__(self, run: Callable[[], object], device: torch.device) -> float:
+    def __call__(self, run: partial[None], device: torch.device) -> float:
         run()
-        assert self._widths is not None
-        self._step_of_run += 1
-        width = float(self._widths.double().mean())
-        if self._step_of_run == 1:
-            self.runs.append(width)
-        return 1000.0 if self._step_of_run <= self._warmup or self._step_of_run == 9 else width
+        controller = run.args[1]
+        self.widths.append(float(controller.bit_widths().double().mean()))
+        token = (len(self.widths) - 1) // self._per_token % self._tokens
+        return 1000.0 if token in self._slow else self.widths[-1]
 
 
 def test_measured_speedups_are_ratios_of_medians(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = FakeClock(monkeypatch)
+    tokens = tiny_prepared.env.max_new_tokens
+    clock = FakeClock(monkeypatch, per_token=4, tokens=tokens, slow=(0, 1, 2, 3, 8))  # warm-up, and one that stalls
     context = policy_context(tiny_prepared)
     entries: list[tuple[BitWidthPolicy, float]] = [(make_policy(f"fixed:{b}", context), 1.0) for b in (4, 8, 5)]
     window = tiny_prepared.windows.test[0]
@@ -208,13 +194,15 @@ def test_measured_speedups_are_ratios_of_medians(tiny_prepared: Prepared, monkey
         tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, entries, rounds=2
     )
     assert speedups == pytest.approx([2.0, 1.0, 1.6])
-    assert clock.runs == [8, 4, 8, 5, 8] * 2  # interleaved, the baseline at both ends of each round
+    assert len(clock.widths) == 2 * 4 * tokens
+    assert sorted(clock.widths[:4]) == [4, 5, 8, 8]
+    assert clock.widths[:4] == clock.widths[7:3:-1]  # side by side, the order turned round at every token
 
 
 def test_timing_needs_no_long_window(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many steps as the warm-up takes, or fewer: some are left to count."""
-    FakeClock(monkeypatch, warmup=0)
     for steps in (1, 3, 4):
+        FakeClock(monkeypatch, per_token=2, tokens=steps, slow=())
         env = replace(tiny_prepared.env, max_new_tokens=steps)
         entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
         window = tiny_prepared.windows.test[0, : env.window_tokens]
