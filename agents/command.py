@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from flexquant_rl.engine.errors import InputError
 
-DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILURE, BAD_INPUT, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
 _NOT_A_PLACE = "choose another place to write to"
 # What the machine refuses although the program is right, and what to do about it.
@@ -34,8 +35,8 @@ _ADVICE = {
 def command(run: Callable[[], None]) -> int:
     """Runs a command's body and turns what it raises into an exit code and one line on stderr.
 
-    Bad input and a disk that cannot be written give 2, an interruption 130; any other exception is a bug and keeps its
-    traceback.
+    Bad input and a disk that cannot be written give 2, an interruption 130, a closed pipe 141; any other exception is a
+    bug and keeps its traceback.
 
     Args:
         run: The body; may raise `KeyboardInterrupt` with a message that says how to continue.
@@ -50,6 +51,9 @@ def command(run: Callable[[], None]) -> int:
     except KeyboardInterrupt as interruption:
         print("; ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; Python must not flush to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
     except OSError as error:
         advice = _ADVICE.get(errno.ENOSPC if "No space left" in str(error) else error.errno or 0)
         if advice is None:

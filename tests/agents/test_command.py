@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,26 @@ def test_result_is_the_last_line_and_strict_json(capsys: pytest.CaptureFixture[s
 
     parsed = json.loads(lines[-1], parse_constant=refuse)
     assert parsed == {"nan": None, "rows": [{"kl": None, "x": 1.5}, [None, 2]], "s": "NaN", "n": None, "b": True}
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """As in `fq generate ... | head -1`."""
+    source = """
+    import sys
+    from flexquant_rl.agents.command import command
+
+    def body():
+        for _ in range(100_000):
+            print("a line of output")
+
+    sys.exit(command(body))
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert (process.wait(timeout=60), errors) == (141, b"")
