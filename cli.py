@@ -9,10 +9,12 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see train.py
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,6 +60,7 @@ from flexquant_rl.train import TrainArguments, train
 # Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
 # widest linear.
 _CALIBRATION_WINDOW, _CALIBRATION_WINDOWS = 256, 64
+_TIMED_REPEATS = 5  # of each width vector, one token apart
 _TEXT_WINDOWS = 32
 _PROFILE_WINDOWS = 12
 
@@ -160,13 +163,16 @@ def profile(
     windows = load_windows(nested.tokenizer, min(EnvConfig().window_tokens, nested.max_context + 1), text).train
     cost = roofline_cost(nested)
     if source == "measured":
-        num_held = windows.shape[1] // 2  # so that attention costs what it costs halfway through an episode
-        session = open_session(nested, max_length=num_held + 1)
+        # Halfway through an episode, so that attention costs what it costs on average.
+        num_held = max(1, min(windows.shape[1] // 2, nested.max_context - _TIMED_REPEATS))
+        session = open_session(nested, max_length=num_held + _TIMED_REPEATS)
         session.prefill(windows[:1, :num_held])
 
         def time_step(bit_widths: torch.Tensor) -> float:
             twin = session.fork()
-            return clock_ms(lambda: twin.step(bit_widths, windows[0, :1]), nested.device)
+            step = partial(twin.step, bit_widths, windows[0, :1])
+            # The first step finds the last widths in the cache, and any may stall: the median is neither.
+            return statistics.median(clock_ms(step, nested.device) for _ in range(_TIMED_REPEATS))
 
         cost = measured_cost(nested, time_step, num_steps=steps)
     profiled = spread(windows, _PROFILE_WINDOWS)[:, :-1]
