@@ -121,12 +121,7 @@ class DecodeSession:
     """
 
     def __init__(self, model: NestedCausalLM, *, num_rows: int = 1, max_length: int | None = None) -> None:
-        max_length = max_length or model.max_context
-        if max_length > model.max_context:
-            raise InputError(
-                f"{max_length} tokens (prompt and continuation) were asked for, but the model's context holds "
-                f"{model.max_context}; shorten the prompt or the continuation"
-            )
+        max_length = check_max_length(max_length, model)
         self._model = model
         self._num_rows = num_rows
         self._max_length = max_length
@@ -229,11 +224,7 @@ class DecodeSession:
         if length == 0:
             raise InputError("the prompt is empty; at least one token is needed")
         held = 0 if restart else int(cache.lengths.max())
-        if held + length > self._max_length:
-            raise InputError(
-                f"{held + length} tokens do not fit into a row of {self._max_length}; shorten the prompt or the "
-                f"continuation"
-            )
+        check_room(length, held, self._max_length)
         widths = self._expand(bit_widths, num_rows, length)
         device = self._model.device
         positions, mask = cache.begin(length, None if rows is None else rows.to(device), restart=restart)
@@ -250,6 +241,25 @@ class DecodeSession:
         if bit_widths.ndim == 2:
             bit_widths = bit_widths[:, None, :]
         return bit_widths.expand(rows, length, self._model.num_units)
+
+
+def check_max_length(max_length: int | None, model: NestedCausalLM) -> int:
+    """Returns how many tokens a row shall hold, the model's context by default; InputError if that is exceeded."""
+    max_length = max_length or model.max_context
+    if max_length > model.max_context:
+        raise InputError(
+            f"{max_length} tokens (prompt and continuation) were asked for, but the model's context holds "
+            f"{model.max_context}; shorten the prompt or the continuation"
+        )
+    return max_length
+
+
+def check_room(num_tokens: int, held: int, max_length: int) -> None:
+    """Raises InputError if a row that holds `held` tokens has no room for more."""
+    if held + num_tokens > max_length:
+        raise InputError(
+            f"{held + num_tokens} tokens do not fit into a row of {max_length}; shorten the prompt or the continuation"
+        )
 
 
 def check_bit_widths(bit_widths: Tensor, stored: Sequence[int], num_units: int) -> None:

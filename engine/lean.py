@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flexquant_rl.engine.decode import DecodeSession, StepOutput, check_bit_widths
+from flexquant_rl.engine.decode import DecodeSession, StepOutput, check_bit_widths, check_max_length, check_room
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
@@ -84,12 +84,7 @@ class LeanDecoder:
         reason = why_not_lean(model)
         if reason is not None:
             raise InputError(f"the lean decoder cannot run this model ({reason}); use decoder='hf'")
-        max_length = max_length or model.max_context
-        if max_length > model.max_context:
-            raise InputError(
-                f"{max_length} tokens (prompt and continuation) were asked for, but the model's context holds "
-                f"{model.max_context}; shorten the prompt or the continuation"
-            )
+        max_length = check_max_length(max_length, model)
         self.model = model
         self.layer_of_unit = torch.tensor([unit.layer_idx for unit in model.units])
         self.native = NativeDecoder(_weights(model, max_length), num_threads=num_threads, mode=mode, isa=isa)
@@ -244,7 +239,7 @@ class LeanSession:
         if prompt_ids.shape[1] == 0:
             raise InputError("the prompt is empty; at least one token is needed")
         row = self._open()
-        self._check_room(prompt_ids.shape[1], held=0)
+        check_room(prompt_ids.shape[1], 0, self._decoder.max_length)
         bit_widths = bit_widths.flatten()
         check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
         row.length = 0
@@ -267,7 +262,7 @@ class LeanSession:
             InputError: If the row is full or a width is not stored.
         """
         row = self._open()
-        self._check_room(1, held=row.length)
+        check_room(1, row.length, self._decoder.max_length)
         return self._run(token_ids, bit_widths.flatten())
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
@@ -291,13 +286,6 @@ class LeanSession:
         if self._row is None:
             raise RuntimeError("this LeanSession is closed")
         return self._row
-
-    def _check_room(self, num_tokens: int, *, held: int) -> None:
-        if held + num_tokens > self._decoder.max_length:
-            raise InputError(
-                f"{held + num_tokens} tokens do not fit into a row of {self._decoder.max_length}; shorten the prompt "
-                "or the continuation"
-            )
 
     def _run(self, token_ids: Tensor, bit_widths: Tensor) -> StepOutput:
         row = self._open()

@@ -11,11 +11,6 @@ namespace fq {
 namespace {
 
 constexpr int32_t kAbiVersion = 1;
-// A chunk of rows reads about this much: long enough for the prefetchers to get going, short enough to share out.
-constexpr int64_t kChunkBytes = 64 * 1024;
-// Below this a second thread takes longer to hear of the work than the work takes.
-constexpr int64_t kMinBytesPerThread = 32 * 1024;
-
 bool is_supported(int32_t isa) {
     if (isa == kFqPortable) return true;
 #if FQ_X86
@@ -142,14 +137,12 @@ int32_t fq_gemv_prepared(const FqWeight* weight, const void* buffer, int64_t tok
     const RowsKernel kernel = body->rows[mode][weight->bit_width];
     const Activations x = view_activations(buffer, weight->num_words, tokens, mode);
     const int64_t row_bytes = weight->num_words * 4 * weight->bit_width;
-    const int64_t useful = std::max<int64_t>(1, row_bytes * weight->num_outputs * tokens / kMinBytesPerThread);
-    const int threads = static_cast<int>(std::min<int64_t>(num_threads, useful));
+    const int threads = threads_for(row_bytes * weight->num_outputs * tokens, num_threads);
     if (threads == 1) {
         kernel(*weight, x, 0, weight->num_outputs, y, y_stride);
         return kFqOk;
     }
-    const int64_t share = (weight->num_outputs + 2 * threads - 1) / (2 * threads);
-    const int64_t rows = std::max<int64_t>(1, std::min(share, kChunkBytes / row_bytes));
+    const int64_t rows = rows_per_chunk(weight->num_outputs, row_bytes, threads);
     GemvTask task{weight, x, kernel, rows, y, y_stride};
     parallel_for(threads, static_cast<uint32_t>((weight->num_outputs + rows - 1) / rows), run_chunk, &task);
     return kFqOk;

@@ -12,8 +12,6 @@
 namespace fq {
 namespace {
 
-constexpr int64_t kChunkBytes = 64 * 1024;
-constexpr int64_t kMinBytesPerThread = 32 * 1024;
 constexpr int kMaxProducts = 3;
 
 int64_t largest_input(const FqDecoder& model) {
@@ -178,7 +176,8 @@ class Step {
         AttentionTask task{&math_,        &model_,       space_.queries, keys,     values,
                            space_.mixed, space_.scores, num_tokens_,    position_};
         const int64_t bytes = 8 * (position_ + num_tokens_) * cached_width * num_tokens_;
-        parallel_for(threads_for(bytes), static_cast<uint32_t>(model_.num_key_value_heads), run_attention_head, &task);
+        parallel_for(threads_for(bytes, num_threads_), static_cast<uint32_t>(model_.num_key_value_heads),
+                     run_attention_head, &task);
         project(layer.output, space_.mixed, bit_width);
     }
 
@@ -244,21 +243,16 @@ class Step {
             stage.results[i] = results.items[i];
             stage.strides[i] = strides.items[i];
             total_bytes += row_bytes * linear.num_outputs * num_tokens;
-            const int64_t share = (linear.num_outputs + 2 * num_threads_ - 1) / (2 * num_threads_);
-            stage.rows_per_chunk[i] = std::max<int64_t>(1, std::min(share, kChunkBytes / row_bytes));
+            stage.rows_per_chunk[i] = rows_per_chunk(linear.num_outputs, row_bytes, num_threads_);
             stage.num_chunks[i] = (linear.num_outputs + stage.rows_per_chunk[i] - 1) / stage.rows_per_chunk[i];
             total_chunks += stage.num_chunks[i];
         }
-        const int threads = threads_for(total_bytes);
+        const int threads = threads_for(total_bytes, num_threads_);
         if (threads == 1) {
             for (int i = 0; i < count; ++i) run_rows(stage, i, 0, linears.items[i]->num_outputs);
         } else {
             parallel_for(threads, static_cast<uint32_t>(total_chunks), run_stage_chunk, &stage);
         }
-    }
-
-    int threads_for(int64_t num_bytes) const {
-        return static_cast<int>(std::clamp<int64_t>(num_bytes / kMinBytesPerThread, 1, num_threads_));
     }
 
     const FqDecoder& model_;

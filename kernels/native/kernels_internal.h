@@ -1,6 +1,7 @@
 // What the bodies (portable, AVX2, AVX-512) share: the prepared activations and the signature of a row kernel.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "bitplane_gemv.h"
@@ -48,6 +49,20 @@ inline Activations view_activations(const void* buffer, int64_t num_words, int64
 // Value of one unit of a code aligned to the top of a byte, where every body leaves it.
 inline float top_aligned_factor(const FqWeight& weight) {
     return weight.scale_factor / static_cast<float>(1 << (8 - weight.bit_width));
+}
+
+// How many threads a product that reads `num_bytes` is worth: below this share a second thread takes longer to hear of
+// the work than the work takes.
+inline int threads_for(int64_t num_bytes, int num_threads) {
+    constexpr int64_t kMinBytesPerThread = 32 * 1024;
+    return static_cast<int>(std::clamp<int64_t>(num_bytes / kMinBytesPerThread, 1, num_threads));
+}
+
+// Rows that one thread takes at a time: long enough for the prefetchers to get going, short enough to share out.
+inline int64_t rows_per_chunk(int64_t num_rows, int64_t row_bytes, int num_threads) {
+    constexpr int64_t kChunkBytes = 64 * 1024;
+    const int64_t share = (num_rows + 2 * num_threads - 1) / (2 * num_threads);
+    return std::max<int64_t>(1, std::min(share, kChunkBytes / row_bytes));
 }
 
 // Computes rows [begin, end) of y for all tokens.
