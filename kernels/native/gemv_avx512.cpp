@@ -1,147 +1,14 @@
-// AVX-512 body. One vector is 16 words of one plane: 512 inputs, one int32 lane per word.
-//
-// Planes are merged pairwise, planes -> 2-bit fields -> nibbles -> bytes, each merge being a shift and a bit select for
-// each of its two results. The eight byte vectors are the codes of inputs 4t..4t+3 (t = 0..7) of every word, so eight
+// AVX-512 body. The eight byte vectors of a chunk are the codes of inputs 4t..4t+3 (t = 0..7) of every word, so eight
 // VNNI dot products add up inside the word's own lane, which then takes the word's activation scale and its group's
 // scale.
 #include "kernels_internal.h"
 
 #if FQ_X86
-#include <immintrin.h>
-
 #include "activations.h"
-
-#define FQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#include "avx512_codes.h"
 
 namespace fq {
 namespace {
-
-// How far ahead each plane is fetched: the hardware prefetchers alone follow eight streams badly. 1 KiB and more was up
-// to 1.5 times slower on 4096 x 4096 weights (AMD Zen 4).
-constexpr int64_t kPrefetchBytes = 256;
-
-struct Codes {
-    __m512i bytes[8];  // t = 0..7; the code is aligned to the top of the byte, except as said by has_low_nibbles()
-};
-
-// Up to 4 bits, codes t = 0..3 are left in the low nibble: shifting one sum is cheaper than shifting four vectors.
-constexpr bool has_low_nibbles(int width) { return width <= 4; }
-
-struct Rows {  // the words of one chunk in each plane
-    const char* first;
-    int64_t plane_bytes;
-    __mmask16 mask;
-};
-
-template <bool kTail>
-FQ_INLINE FQ_AVX512 __m512i load_plane(const Rows& rows, int plane) {
-    const char* address = rows.first + plane * rows.plane_bytes;
-    _mm_prefetch(address + kPrefetchBytes, _MM_HINT_T0);
-    __m512i words;
-    if constexpr (kTail) words = _mm512_maskz_loadu_epi32(rows.mask, address);
-    else words = _mm512_loadu_si512(address);
-    // Keeps the compiler from loading the words anew for each use: the load ports are the busiest of all.
-    asm("" : "+v"(words));
-    return words;
-}
-
-// mask ? a : b. The result replaces the first operand, so each form names the one that is not needed afterwards.
-FQ_INLINE FQ_AVX512 __m512i select_into_a(__m512i mask, __m512i a, __m512i b) {
-    return _mm512_ternarylogic_epi32(a, b, mask, 0xE4);
-}
-FQ_INLINE FQ_AVX512 __m512i select_into_b(__m512i mask, __m512i a, __m512i b) {
-    return _mm512_ternarylogic_epi32(b, a, mask, 0xD8);
-}
-
-FQ_INLINE FQ_AVX512 __m512i every_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-
-// From fields a (more significant) and b of S bits: even takes the fields at even positions, odd those at odd ones.
-template <int S>
-FQ_INLINE FQ_AVX512 void merge(__m512i upper, __m512i a, __m512i b, __m512i* even, __m512i* odd) {
-    *even = select_into_a(upper, _mm512_slli_epi32(a, S), b);
-    *odd = select_into_b(upper, a, _mm512_srli_epi32(b, S));
-}
-
-// Top nibbles of up to four planes: nibbles[r] holds t = r in the low half of each byte and t = r + 4 in the high half.
-// Bits of a nibble below kWidth are left undefined; the caller's masks clear them for nothing.
-template <int kWidth, bool kTail>
-FQ_INLINE FQ_AVX512 void load_top_nibbles(const Rows& rows, __m512i* nibbles) {
-    const __m512i upper1 = every_byte(0xAA), upper2 = every_byte(0xCC);
-    const __m512i plane0 = load_plane<kTail>(rows, 0);
-    if constexpr (kWidth == 1) {
-        for (int r = 0; r < 4; ++r) nibbles[r] = _mm512_slli_epi32(plane0, static_cast<unsigned>(3 - r));
-        return;
-    }
-    __m512i high[2];
-    merge<1>(upper1, plane0, load_plane<kTail>(rows, 1), &high[0], &high[1]);
-    if constexpr (kWidth == 2) {
-        for (int r = 0; r < 2; ++r) {
-            nibbles[r] = _mm512_slli_epi32(high[r], 2);
-            nibbles[r + 2] = high[r];
-        }
-    } else if constexpr (kWidth == 3) {
-        const __m512i plane2 = load_plane<kTail>(rows, 2);
-        nibbles[0] = select_into_a(upper2, _mm512_slli_epi32(high[0], 2), _mm512_slli_epi32(plane2, 1));
-        nibbles[1] = select_into_a(upper2, _mm512_slli_epi32(high[1], 2), plane2);
-        nibbles[2] = select_into_b(upper2, high[0], _mm512_srli_epi32(plane2, 1));
-        nibbles[3] = select_into_b(upper2, high[1], _mm512_srli_epi32(plane2, 2));
-    } else {
-        __m512i low[2];
-        merge<1>(upper1, load_plane<kTail>(rows, 2), load_plane<kTail>(rows, 3), &low[0], &low[1]);
-        for (int r = 0; r < 2; ++r) merge<2>(upper2, high[r], low[r], &nibbles[r], &nibbles[r + 2]);
-    }
-}
-
-// Bottom nibbles of planes 4 to 4 + kCount - 1, in the same order; absent bits are zero, for no mask follows.
-template <int kCount, bool kTail>
-FQ_INLINE FQ_AVX512 void load_bottom_nibbles(const Rows& rows, __m512i* nibbles) {
-    const __m512i upper1 = every_byte(0xAA), upper2 = every_byte(0xCC);
-    const __m512i plane4 = load_plane<kTail>(rows, 4);
-    if constexpr (kCount == 1) {
-        const __m512i top_bit = every_byte(0x88);
-        for (int r = 0; r < 4; ++r) {
-            nibbles[r] = _mm512_and_si512(_mm512_slli_epi32(plane4, static_cast<unsigned>(3 - r)), top_bit);
-        }
-        return;
-    }
-    __m512i high[2];
-    merge<1>(upper1, plane4, load_plane<kTail>(rows, 5), &high[0], &high[1]);
-    if constexpr (kCount == 2) {
-        for (int r = 0; r < 2; ++r) {
-            nibbles[r] = _mm512_and_si512(_mm512_slli_epi32(high[r], 2), upper2);
-            nibbles[r + 2] = _mm512_and_si512(high[r], upper2);
-        }
-        return;
-    }
-    __m512i low[2];
-    const __m512i plane6 = load_plane<kTail>(rows, 6);
-    if constexpr (kCount == 3) {
-        low[0] = _mm512_and_si512(_mm512_slli_epi32(plane6, 1), upper1);
-        low[1] = _mm512_and_si512(plane6, upper1);
-    } else {
-        merge<1>(upper1, plane6, load_plane<kTail>(rows, 7), &low[0], &low[1]);
-    }
-    for (int r = 0; r < 2; ++r) merge<2>(upper2, high[r], low[r], &nibbles[r], &nibbles[r + 2]);
-}
-
-template <int kWidth, bool kTail>
-FQ_INLINE FQ_AVX512 void load_codes(const Rows& rows, Codes* codes) {
-    __m512i top[4];
-    load_top_nibbles<(kWidth < 4 ? kWidth : 4), kTail>(rows, top);
-    if constexpr (kWidth <= 4) {
-        const int bits = 0x0F & 0x0F << (4 - kWidth);
-        for (int r = 0; r < 4; ++r) {
-            codes->bytes[r] = _mm512_and_si512(top[r], every_byte(bits));
-            codes->bytes[r + 4] = _mm512_and_si512(top[r], every_byte(bits << 4));
-        }
-    } else {
-        __m512i bottom[4];
-        load_bottom_nibbles<kWidth - 4, kTail>(rows, bottom);
-        for (int r = 0; r < 4; ++r) {
-            merge<4>(every_byte(0xF0), top[r], bottom[r], &codes->bytes[r], &codes->bytes[r + 4]);
-        }
-    }
-}
 
 FQ_INLINE __mmask16 mask_of(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
@@ -210,8 +77,8 @@ FQ_INLINE FQ_AVX512 void add_chunk(const Rows& rows, __m512 scale, const Activat
     else add_float<kWidth>(codes, scale, x, chunk, tokens, total);
 }
 
-// Sums of the lanes of each row, in every lane of that row: 16, 8 or 4 lanes belong to one row. One tree for all three,
-// so that a row has the same sum whether it was packed or not.
+// Sums of the lanes of each row, in every lane of that row: 16, 8 or 4 lanes belong to one row. One tree for all (lanes
+// 8 apart, then 4, 2 and 1), so that a row has the same sum whether it shared vectors with others or not.
 FQ_INLINE FQ_AVX512 __m512 sum_rows(__m512 lanes, int64_t lanes_per_row) {
     if (lanes_per_row == 16) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4E));
     if (lanes_per_row >= 8) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xB1));
@@ -220,27 +87,27 @@ FQ_INLINE FQ_AVX512 __m512 sum_rows(__m512 lanes, int64_t lanes_per_row) {
 }
 
 // The activations of one token, repeated for each of the rows that share a vector.
-struct PackedToken {
+struct ShortToken {
     __m512i values[8];
     __m512 word_scale;
     __m512 group_sum;  // in the first lanes of each row, as the offsets
 };
 
-FQ_INLINE FQ_AVX512 void pack_token(const Activations& x, int64_t m, __m512i word_of_lane, __mmask16 group_lanes,
-                                    PackedToken* packed) {
+FQ_INLINE FQ_AVX512 void repeat_token(const Activations& x, int64_t m, __m512i word_of_lane, __mmask16 group_lanes,
+                                      ShortToken* repeated) {
     const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
     for (int t = 0; t < 8; ++t) {
-        packed->values[t] = _mm512_permutexvar_epi32(word_of_lane, _mm512_load_si512(base + 64 * t));
+        repeated->values[t] = _mm512_permutexvar_epi32(word_of_lane, _mm512_load_si512(base + 64 * t));
     }
-    packed->word_scale = _mm512_permutexvar_ps(word_of_lane, _mm512_load_ps(x.word_scale + m * (x.token_bytes / 4)));
+    repeated->word_scale = _mm512_permutexvar_ps(word_of_lane, _mm512_load_ps(x.word_scale + m * (x.token_bytes / 4)));
     const __m512 sums = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4));
-    packed->group_sum = _mm512_maskz_permutexvar_ps(group_lanes, word_of_lane, sums);
+    repeated->group_sum = _mm512_maskz_permutexvar_ps(group_lanes, word_of_lane, sums);
 }
 
 // Rows of 4 or 8 words would leave most of a vector empty: four or two of them, adjacent in every plane, share one.
 // Returns the first row that is left.
 template <int kWidth>
-FQ_AVX512 int64_t run_packed_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
+FQ_AVX512 int64_t run_short_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
                                   int64_t y_stride) {
     const int64_t num_words = weight.num_words, rows_per_vector = kWordsPerChunk / num_words;
     const int words_per_group = weight.group_size / 32;
@@ -256,9 +123,9 @@ FQ_AVX512 int64_t run_packed_rows(const FqWeight& weight, const Activations& x, 
     const __mmask16 pair_mask = mask_of(rows_per_vector * num_groups);
     const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
     const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
-    PackedToken packed[kMaxTokens];
+    ShortToken repeated[kMaxTokens];
     for (int64_t m = 0; m < x.tokens; ++m) {
-        pack_token(x, m, word_of_lane, group_lanes, &packed[m]);
+        repeat_token(x, m, word_of_lane, group_lanes, &repeated[m]);
     }
     Rows rows{reinterpret_cast<const char*>(weight.planes + begin * num_words), weight.plane_stride * 4, 0xffff};
     for (; begin + rows_per_vector <= end; begin += rows_per_vector) {
@@ -271,14 +138,137 @@ FQ_AVX512 int64_t run_packed_rows(const FqWeight& weight, const Activations& x, 
         const __m512 offset = _mm512_maskz_permutexvar_ps(group_lanes, offset_of_lane, group_offset);
         const __m512 scale = _mm512_permutexvar_ps(scale_of_lane, _mm512_mul_ps(group_scale, scale_factor));
         for (int64_t m = 0; m < x.tokens; ++m) {
-            const __m512 total = _mm512_mul_ps(offset, packed[m].group_sum);
-            const __m512 dot = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(packed[m].values));
+            const __m512 total = _mm512_mul_ps(offset, repeated[m].group_sum);
+            const __m512 dot = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(repeated[m].values));
             const __m512 sums =
-                sum_rows(_mm512_fmadd_ps(dot, _mm512_mul_ps(packed[m].word_scale, scale), total), num_words);
+                sum_rows(_mm512_fmadd_ps(dot, _mm512_mul_ps(repeated[m].word_scale, scale), total), num_words);
             float lanes[16];
             _mm512_storeu_ps(lanes, sums);
             for (int64_t r = 0; r < rows_per_vector; ++r) y[m * y_stride + begin + r] = lanes[r * num_words];
         }
+    }
+    return begin;
+}
+
+// The same tree for two or four rows at once. Where in its vectors a row began does not matter: a rotation by a multiple
+// of four lanes only swaps the operands of additions.
+FQ_INLINE FQ_AVX512 __m512 halves_summed(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+}
+
+template <int kRows>
+FQ_INLINE FQ_AVX512 void store_sums(const __m512* totals, float* y) {
+    __m512 lanes = halves_summed(totals[0], totals[1]);
+    if constexpr (kRows == 4) {
+        const __m512 others = halves_summed(totals[2], totals[3]);
+        lanes = _mm512_add_ps(_mm512_shuffle_f32x4(lanes, others, 0x88), _mm512_shuffle_f32x4(lanes, others, 0xDD));
+    } else {
+        lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xB1));
+    }
+    lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0x4E));
+    lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0xB1));
+    // Not the compressing store: AMD Zen 4 takes over a hundred cycles for it.
+    lanes = _mm512_maskz_compress_ps(kRows == 4 ? 0x1111 : 0x0101, lanes);
+    if constexpr (kRows == 4) _mm_storeu_ps(y, _mm512_castps512_ps128(lanes));
+    else _mm_storel_pi(reinterpret_cast<__m64*>(y), _mm512_castps512_ps128(lanes));
+}
+
+constexpr int64_t kMaxJoinedChunks = 15;
+constexpr int64_t kMaxJoinedGroups = 16;  // of a row: one vector
+
+// How many rows, adjacent in every plane, make up whole vectors; 1 if joining them is not worth it or not possible.
+FQ_INLINE int64_t num_joined_rows(const FqWeight& weight) {
+    const int64_t last_words = weight.num_words % kWordsPerChunk, count = last_words == 8 ? 2 : 4;
+    const bool fits = count * weight.num_words <= kMaxJoinedChunks * kWordsPerChunk &&
+                      weight.num_words * 32 <= kMaxJoinedGroups * weight.group_size;
+    return last_words != 0 && fits ? count : 1;
+}
+
+// The activations of one token, repeated for every row that is joined.
+struct JoinedToken {
+    __m512i values[kMaxJoinedChunks][8];
+    __m512 word_scale[kMaxJoinedChunks];
+    __m512 group_sum;
+};
+
+FQ_INLINE FQ_AVX512 void join_token(const Activations& x, int64_t m, int64_t num_words, int64_t num_chunks,
+                                    JoinedToken* joined) {
+    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
+    const float* word_scale = x.word_scale + m * (x.token_bytes / 4);
+    alignas(64) int32_t word[16], place[16];
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+        for (int lane = 0; lane < 16; ++lane) {
+            word[lane] = static_cast<int32_t>((chunk * kWordsPerChunk + lane) % num_words);
+            place[lane] = word[lane] / 16 * static_cast<int32_t>(kChunkInputs / 4) + word[lane] % 16;
+        }
+        for (int t = 0; t < 8; ++t) {
+            joined->values[chunk][t] = _mm512_i32gather_epi32(_mm512_load_si512(place), base + 64 * t, 4);
+        }
+        joined->word_scale[chunk] = _mm512_i32gather_ps(_mm512_load_si512(word), word_scale, 4);
+    }
+    joined->group_sum = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4));
+}
+
+// Rows that would leave part of their last vector empty: kRows of them are read as one row of whole vectors. A vector in
+// which one row ends and the next begins is unpacked once; each row takes its lanes by the scales, which are zero outside
+// it. Returns the first row that is left.
+template <int kWidth, int kRows, int kTokens>  // kTokens = 0: as many as x has
+FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
+                                  int64_t y_stride) {
+    constexpr int kHeld = kTokens ? kTokens : kMaxTokens;
+    const int64_t num_words = weight.num_words, tokens = kTokens ? kTokens : x.tokens;
+    const int words_per_group = weight.group_size / 32;
+    const int64_t num_groups = num_words / words_per_group;
+    const __mmask16 group_mask = mask_of(num_groups);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i groups_per_chunk = _mm512_set1_epi32(16 / words_per_group);
+    const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
+    const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
+    JoinedToken joined[kHeld];
+    for (int64_t m = 0; m < tokens; ++m) join_token(x, m, num_words, kRows * num_words / kWordsPerChunk, &joined[m]);
+    Rows rows{reinterpret_cast<const char*>(weight.planes + begin * num_words), weight.plane_stride * 4, 0xffff};
+    for (; begin + kRows <= end; begin += kRows) {
+        __m512 total[kHeld][kRows], dot[kHeld];
+        int64_t chunk = -1;  // the one that `dot` holds
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) {
+            const int64_t first = row * num_words % kWordsPerChunk;  // lane of the row's first word
+            const __m512i word = _mm512_sub_epi32(lane, _mm512_set1_epi32(static_cast<int>(first)));
+            const uint16_t* scales = weight.scale + (begin + row) * num_groups;
+            __m512 group_scale = load_halves(scales, group_mask);
+            const __m512 offset = _mm512_fmadd_ps(
+                group_scale, offset_factor, load_halves(weight.offset + (begin + row) * num_groups, group_mask));
+            group_scale = _mm512_mul_ps(group_scale, scale_factor);
+            __m512i group = _mm512_srai_epi32(word, static_cast<unsigned>(words_per_group / 2));
+            for (int64_t m = 0; m < tokens; ++m) {
+                total[m][row] = _mm512_permutexvar_ps(word, _mm512_mul_ps(offset, joined[m].group_sum));
+            }
+            int64_t left = num_words;
+            if (first != 0) {
+                const __mmask16 in_row = static_cast<__mmask16>(0xffff << first);
+                const __m512 scale = _mm512_maskz_permutexvar_ps(in_row, group, group_scale);
+                for (int64_t m = 0; m < tokens; ++m) {
+                    const __m512 factor = _mm512_mul_ps(joined[m].word_scale[chunk], scale);
+                    total[m][row] = _mm512_fmadd_ps(dot[m], factor, total[m][row]);
+                }
+                group = _mm512_add_epi32(group, groups_per_chunk);
+                left -= kWordsPerChunk - first;
+            }
+            for (; left > 0; left -= kWordsPerChunk) {
+                Codes codes;
+                load_codes<kWidth, false>(rows, &codes);
+                rows.first += kWordsPerChunk * 4;
+                ++chunk;
+                const __m512 scale = _mm512_maskz_permutexvar_ps(mask_of(left), group, group_scale);
+                for (int64_t m = 0; m < tokens; ++m) {
+                    dot[m] = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(joined[m].values[chunk]));
+                    const __m512 factor = _mm512_mul_ps(joined[m].word_scale[chunk], scale);
+                    total[m][row] = _mm512_fmadd_ps(dot[m], factor, total[m][row]);
+                }
+                group = _mm512_add_epi32(group, groups_per_chunk);
+            }
+        }
+        for (int64_t m = 0; m < tokens; ++m) store_sums<kRows>(total[m], y + m * y_stride + begin);
     }
     return begin;
 }
@@ -332,14 +322,25 @@ FQ_AVX512 void run_rows(const FqWeight& weight, const Activations& x, int64_t be
     }
 }
 
+template <int kWidth, int kTokens>
+FQ_INLINE FQ_AVX512 void run_int8_tokens(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end,
+                                         float* y, int64_t y_stride) {
+    const int64_t joined = num_joined_rows(weight);
+    if (weight.num_words == 4 || weight.num_words == 8) {
+        begin = run_short_rows<kWidth>(weight, x, begin, end, y, y_stride);
+    } else if (joined == 2) {
+        begin = run_joined_rows<kWidth, 2, kTokens>(weight, x, begin, end, y, y_stride);
+    } else if (joined == 4) {
+        begin = run_joined_rows<kWidth, 4, kTokens>(weight, x, begin, end, y, y_stride);
+    }
+    run_rows<kFqInt8, kWidth, kTokens>(weight, x, begin, end, y, y_stride);
+}
+
 template <int kWidth>
 FQ_AVX512 void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
                         int64_t y_stride) {
-    if (weight.num_words == 4 || weight.num_words == 8) {
-        begin = run_packed_rows<kWidth>(weight, x, begin, end, y, y_stride);
-    }
-    if (x.tokens == 1) run_rows<kFqInt8, kWidth, 1>(weight, x, begin, end, y, y_stride);
-    else run_rows<kFqInt8, kWidth, 0>(weight, x, begin, end, y, y_stride);
+    if (x.tokens == 1) run_int8_tokens<kWidth, 1>(weight, x, begin, end, y, y_stride);
+    else run_int8_tokens<kWidth, 0>(weight, x, begin, end, y, y_stride);
 }
 
 template <int kWidth>

@@ -21,7 +21,7 @@ from flexquant_rl.kernels.reference import dequantize
 
 WIDTHS = range(1, 9)
 GROUP_SIZES = (32, 64, 128)
-SHAPES = [(1, 64), (3, 4096), (17, 352), (172, 172), (361, 64)]  # (N, K)
+SHAPES = [(1, 64), (3, 4096), (17, 352), (172, 172), (361, 64), (19, 640), (37, 768), (11, 1920)]  # (N, K)
 NUM_TOKENS = (1, 2, 3, 5, 16)
 STORED_WIDTHS = (3, 4, 5, 6, 8)
 # Float32 sums of 4096 products keep about six digits; a wrong bit, scale or input shows in the first three.
@@ -171,6 +171,23 @@ def test_same_bits_for_any_threads_and_tokens(isa: Isa, mode: Mode) -> None:
                 assert torch.equal(gemv(x, bit_width=bit_width, out=poisoned(16, 512)), expected)
         for row in (0, 7):
             assert torch.equal(one(x[row : row + 1], bit_width=bit_width)[0], expected[row]), f"b={bit_width}"
+
+
+@each_isa
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("num_inputs", [128, 256, 384, 512, 640, 768, 896, 1152, 1792, 1920, 2048])
+def test_same_bits_for_a_row_alone(isa: Isa, group_size: int, num_inputs: int) -> None:
+    """Rows that share vectors with their neighbours have the sums that they have alone, in whatever order."""
+    weight = make_weight(15, num_inputs, group_size)
+    x = make_activations(2, num_inputs)
+    for num_tokens in (1, 2):
+        for bit_width in WIDTHS:
+            expected = NativeGemv(weight, isa=isa)(x[:num_tokens], bit_width=bit_width, out=poisoned(num_tokens, 15))
+            for row in (0, 1, 2, 3, 7, 14):
+                planes, scale, offset = (part[:, row : row + 1] for part in (weight.planes, weight.scale, weight.offset))
+                alone = NestedWeight(planes, scale, offset, STORED_WIDTHS, group_size, num_inputs)
+                y = NativeGemv(alone, isa=isa)(x[:num_tokens], bit_width=bit_width)
+                assert torch.equal(y[:, 0], expected[:, row]), f"b={bit_width} M={num_tokens} row {row}"
 
 
 @each_isa
