@@ -7,6 +7,7 @@ a step. In mode "float32" it gives that model's numbers to 1e-4; the default, "i
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from flexquant_rl.engine.decode import DecodeSession, StepOutput, check_bit_widt
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
+from flexquant_rl.engine.weight_block import gather_weights
 from flexquant_rl.kernels.native import MAX_TOKENS, Isa, Mode, choose_isa, load_library
 from flexquant_rl.kernels.native_decoder import (
     DecoderWeights,
@@ -39,14 +41,9 @@ def why_not_lean(model: NestedCausalLM) -> str | None:
     Raises:
         InputError: If `FQ_CPU_ISA` names a body that this machine cannot run.
     """
-    config: Any = model.hf_model.config.get_text_config()
-    if config.model_type not in LEAN_MODEL_TYPES:
-        return f"model_type={config.model_type!r} is not one of {', '.join(LEAN_MODEL_TYPES)}"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"hidden_act={config.hidden_act!r} is not 'silu'"
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        return f"rope_type={rope_type!r} is not one of {', '.join(_ROPE_TYPES)}"
+    reason = why_other_numbers(model.hf_model)
+    if reason is not None:
+        return reason
     if model.device.type != "cpu":
         return f"the model is on {model.device}, the native kernels are for the CPU"
     if load_library() is None:
@@ -56,6 +53,44 @@ def why_not_lean(model: NestedCausalLM) -> str | None:
     except ValueError as error:  # a body that this machine lacks was asked for by name
         raise InputError(str(error)) from error
     return None
+
+
+def why_other_numbers(hf_model: Any) -> str | None:
+    """What a model computes that the native step does not, in a few words, or None; looks at nothing large.
+
+    A sliding window needs no entry: it bounds the context, so that no session is longer (`max_context`). Biases, tied
+    heads and the factor of yarn are read from the modules. What a configuration holds beyond these (logit scaling, soft
+    caps) transformers' classes of these four types ignore too.
+    """
+    config = hf_model.config.get_text_config()
+    kind = config.model_type
+    if kind not in LEAN_MODEL_TYPES:
+        return f"model_type={kind!r} is not one of {', '.join(LEAN_MODEL_TYPES)}"
+    # A model of images and text may hold one of the four; a subclass may do anything.
+    if type(hf_model).__module__ != f"transformers.models.{kind}.modeling_{kind}":
+        return f"{type(hf_model).__name__} is not the {kind} of transformers itself"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"hidden_act={config.hidden_act!r} is not 'silu'"
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        return f"rope_type={rope_type!r} is not one of {', '.join(_ROPE_TYPES)}"
+    rotated, head_dim = 2 * len(hf_model.model.rotary_emb.inv_freq), _head_dim(config)
+    if rotated != head_dim:
+        return f"it rotates {rotated} of {head_dim} dimensions of a head, not all"
+    known = {"full_attention", "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
+    if others:
+        return f"layer_types holds {others[0]!r}" + (" without a window" if others[0] == "sliding_attention" else "")
+    if len({layer.self_attn.scaling for layer in hf_model.model.layers}) > 1:
+        return "its layers scale attention differently"
+    for name, module in hf_model.model.layers.named_modules():
+        if name.endswith("_proj") and type(module) not in (NestedLinear, nn.Linear):
+            return f"layers.{name} is a {type(module).__name__}, not a plain linear"
+    return None
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class LeanDecoder:
@@ -85,9 +120,9 @@ class LeanDecoder:
         if reason is not None:
             raise InputError(f"the lean decoder cannot run this model ({reason}); use decoder='hf'")
         max_length = check_max_length(max_length, model)
+        gather_weights(model)
         self.model = model
-        self.layer_of_unit = torch.tensor([unit.layer_idx for unit in model.units])
-        self.native = NativeDecoder(_weights(model, max_length), num_threads=num_threads, mode=mode, isa=isa)
+        self.native = NativeDecoder(decoder_weights(model, max_length), num_threads=num_threads, mode=mode, isa=isa)
 
     @property
     def max_length(self) -> int:
@@ -96,7 +131,11 @@ class LeanDecoder:
 
 
 def open_session(
-    model: NestedCausalLM, *, max_length: int | None = None, decoder: DecoderName = "auto"
+    model: NestedCausalLM,
+    *,
+    max_length: int | None = None,
+    decoder: DecoderName = "auto",
+    num_threads: int | None = None,
 ) -> DecodeSession | LeanSession:
     """Opens a session for one sequence: the lean decoder where it can run the model, else Hugging Face's modules.
 
@@ -104,32 +143,52 @@ def open_session(
         model: The model.
         max_length: Tokens that the sequence can hold; default: the model's context.
         decoder: "lean" or "hf" insist on one of them.
+        num_threads: Threads of a step, 1 to the number of processors; default: as `default_decoder` says. With
+            Hugging Face's modules it is torch's number that is set, for the whole process.
 
     Raises:
-        InputError: If `max_length` exceeds the context, or "lean" was asked for and cannot run the model.
+        InputError: If `max_length` exceeds the context, "lean" was asked for and cannot run the model, or there are not
+            as many processors.
     """
+    if num_threads is not None:
+        check_num_threads(num_threads)
     if decoder == "lean" or (decoder == "auto" and default_decoder(model)[0] == "lean"):
-        return LeanSession(LeanDecoder(model, max_length=max_length))
+        return LeanSession(LeanDecoder(model, max_length=max_length, num_threads=num_threads or 1))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     return DecodeSession(model, max_length=max_length)
 
 
-def default_decoder(model: NestedCausalLM) -> tuple[Literal["lean", "hf"], int]:
-    """The decoder that `open_session` takes unless told otherwise, and the number of threads of its steps."""
-    return ("lean", 1) if why_not_lean(model) is None else ("hf", torch.get_num_threads())
+def default_decoder(model: NestedCausalLM, num_threads: int | None = None) -> tuple[Literal["lean", "hf"], int]:
+    """The decoder that `open_session` takes unless told otherwise, and the number of threads of its steps.
+
+    Args:
+        model: The model.
+        num_threads: As given to `open_session`; None is 1 for the lean decoder and torch's number for the other.
+    """
+    if why_not_lean(model) is None:
+        return "lean", num_threads or 1
+    return "hf", num_threads or torch.get_num_threads()
 
 
-def _weights(model: NestedCausalLM, max_length: int) -> DecoderWeights:
+def check_num_threads(num_threads: int) -> None:
+    """Raises InputError unless there is a processor for each thread; more would wait for each other."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if not 1 <= num_threads <= num_processors:
+        raise InputError(
+            f"threads={num_threads} must be within 1..{num_processors}, the processors of this machine; "
+            "give e.g. --threads 1"
+        )
+
+
+def decoder_weights(model: NestedCausalLM, max_length: int) -> DecoderWeights:
     """Finds the parts of a Llama-family model under the names that Hugging Face gives them."""
     hf_model: Any = model.hf_model
     config: Any = hf_model.config.get_text_config()
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head_dim = _head_dim(config)
     positions = torch.arange(max_length)[None]
     cosine, sine = hf_model.model.rotary_emb(torch.zeros(1, 1), positions)
-    if cosine.shape[-1] != head_dim:
-        raise InputError(
-            f"the model rotates {cosine.shape[-1]} of {head_dim} dimensions of a head; the lean decoder rotates all: "
-            "use decoder='hf'"
-        )
     half = head_dim // 2
     by_layer: dict[int, dict[str, int]] = {}
     for index, unit in enumerate(model.units):
@@ -263,7 +322,7 @@ class LeanSession:
         """
         row = self._open()
         check_room(1, row.length, self._decoder.max_length)
-        return self._run(token_ids, bit_widths.flatten())
+        return self._run(token_ids, bit_widths if bit_widths.dim() == 1 else bit_widths.flatten())
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Teacher-forced logits of whole sequences: `DecodeSession.score`, a parallel pass over dense matrices."""
@@ -301,5 +360,5 @@ class LeanSession:
                 ) from None
             raise
         row.length += len(token_ids)
-        residual_update, crest = statistics[:, self._decoder.layer_of_unit].split(1)
+        residual_update, crest = statistics.split(1)
         return StepOutput(logits, residual_update, crest)

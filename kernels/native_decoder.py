@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight
 from flexquant_rl.kernels.native import (
     ISA_CODES,
@@ -171,9 +172,18 @@ class LayerCache:
     keys: Tensor
     values: Tensor
 
+    @staticmethod
+    def empty(keys_shape: torch.Size, values_shape: torch.Size) -> LayerCache:
+        """A cache of zeros."""
+        # A step reads a few kilobytes of each head of each layer: with small pages, most of them cost a page walk.
+        return LayerCache(*(huge_pages.zeros(shape, torch.float32) for shape in (keys_shape, values_shape)))
+
     def copy(self) -> LayerCache:
         """An independent copy."""
-        return LayerCache(self.keys.clone(), self.values.clone())
+        twin = LayerCache.empty(self.keys.shape, self.values.shape)
+        twin.keys.copy_(self.keys)
+        twin.values.copy_(self.values)
+        return twin
 
 
 class NativeDecoder:
@@ -227,15 +237,14 @@ class NativeDecoder:
     def new_cache(self) -> LayerCache:
         """Room for `max_length` tokens of one sequence."""
         # Zeros: the last block is read whole, and a score that is not finite would spoil its neighbours.
-        keys, values = self._cache_shapes
-        return LayerCache(torch.zeros(keys), torch.zeros(values))
+        return LayerCache.empty(*self._cache_shapes)
 
     def __call__(
         self, cache: LayerCache, token_ids: Tensor, position: int, bit_widths: Tensor, *, num_logits: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Appends tokens to a sequence.
 
-        Shapes: T tokens (1..16), U units, L layers.
+        Shapes: T tokens (1..16), U units.
 
         Args:
             cache: Of this decoder; entries `[position, position + T)` are written.
@@ -245,18 +254,17 @@ class NativeDecoder:
             num_logits: Logits are computed for this many of the last tokens, 1..T.
 
         Returns:
-            logits `[num_logits, vocab]`, and statistics `[2, L + 1]`: residual_update and crest of each layer, then 0
-            for what is no layer. New float32 tensors.
+            logits `[num_logits, vocab]`, and statistics `[2, U]`: residual_update and crest of each unit's layer, 0
+            for the head. New float32 tensors.
 
         Raises:
             ValueError: If an argument is outside its domain: a token beyond the vocabulary, a full cache, a width that
                 some linear does not hold.
         """
-        num_layers = len(self.weights.layers)
         if (cache.keys.shape, cache.values.shape) != self._cache_shapes:
             raise ValueError(f"keys are {list(cache.keys.shape)}; pass a cache of this decoder: new_cache() makes one")
         logits = torch.empty(max(num_logits, 0), self.vocab_size)
-        statistics = torch.zeros(2, num_layers + 1)
+        statistics = torch.empty(2, self.weights.num_units)
         token_ids, bit_widths = token_ids.contiguous(), bit_widths.contiguous()
         for name, tensor, size in (
             ("token_ids", token_ids, len(token_ids)),
@@ -279,7 +287,7 @@ class NativeDecoder:
             logits.data_ptr(),
             num_logits,
             statistics.data_ptr(),
-            statistics[1].data_ptr(),
+            statistics.data_ptr() + statistics.nbytes // 2,
         )
         if status == 1:
             raise ValueError(

@@ -142,7 +142,10 @@ class Step {
         std::memcpy(space_.before, last, static_cast<size_t>(model_.hidden_size) * 4);
         attention(layer, keys, values, static_cast<int32_t>(bit_widths[layer.attention_unit]));
         mlp(layer, static_cast<int32_t>(bit_widths[layer.mlp_unit]));
-        math_.observe(space_.before, last, model_.hidden_size, residual_update, crest);
+        const int32_t first = layer.attention_unit, second = layer.mlp_unit;
+        math_.observe(space_.before, last, model_.hidden_size, residual_update + first, crest + first);
+        residual_update[second] = residual_update[first];
+        crest[second] = crest[first];
     }
 
     void head(int64_t num_logits, int32_t bit_width, float* logits) {
@@ -318,12 +321,14 @@ int32_t fq_decode(const FqDecoder* decoder, float* keys, float* values, const in
     const DecoderMath* math = decoder_math_of(isa);
     if (body == nullptr || math == nullptr) return kFqUnsupportedIsa;
     const Workspace space = lay_out(*decoder, mode, workspace);
+    std::fill(residual_update, residual_update + decoder->num_units, 0.0f);
+    std::fill(crest, crest + decoder->num_units, 0.0f);
     Step step(*decoder, space, *body, *math, num_tokens, position, mode, num_threads);
     step.embed(token_ids);
     const int64_t layer_size = decoder->num_key_value_heads * decoder->cache_length * decoder->head_dim;
     for (int64_t i = 0; i < decoder->num_layers; ++i) {
         step.run_layer(decoder->layers[i], keys + i * layer_size, values + i * layer_size, bit_widths,
-                       residual_update + i, crest + i);
+                       residual_update, crest);
     }
     step.head(num_logits, static_cast<int32_t>(decoder->head_unit < 0 ? 0 : bit_widths[decoder->head_unit]), logits);
     return kFqOk;

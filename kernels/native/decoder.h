@@ -53,8 +53,8 @@ FQ_EXPORT int64_t fq_decoder_workspace_bytes(const FqDecoder* decoder, int32_t m
 //   bit_widths       [num_units]
 //   workspace        fq_decoder_workspace_bytes() bytes aligned to 64
 //   logits           [num_logits, vocab_size]
-//   residual_update  [num_layers] |layer output - layer input| / |layer input| of the last token
-//   crest            [num_layers] largest magnitude over root mean square of the layer's input, last token
+//   residual_update  [num_units] |layer output - layer input| / |layer input| of the unit's layer, last token; 0: head
+//   crest            [num_units] largest magnitude over root mean square of that layer's input, last token; 0: head
 FQ_EXPORT int32_t fq_decode(const FqDecoder* decoder, float* keys, float* values, const int64_t* token_ids,
                             int64_t num_tokens, int64_t position, const int64_t* bit_widths, int32_t mode, int32_t isa,
                             int32_t num_threads, void* workspace, float* logits, int64_t num_logits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+SCALED_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1}
 FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
@@ -52,6 +55,9 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "mistral-window": (MistralConfig, MistralForCausalLM, {"sliding_window": 80}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen2-window": (Qwen2Config, Qwen2ForCausalLM, {**HALF_WINDOWED}),
+    "qwen3-window": (Qwen3Config, Qwen3ForCausalLM, {**HALF_WINDOWED, "attention_bias": True}),
+    "unknown-fields": (LlamaConfig, LlamaForCausalLM, {"final_logit_softcapping": 2.0, "logits_scaling": 3.0}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 40}),
 }
 
@@ -122,6 +128,15 @@ def test_equals_hugging_face_with_an_unquantised_head(tiny_tokenizer: Any, gener
     compare(nested("llama", tiny_tokenizer, quantize_head=False), generator)
 
 
+@pytest.mark.parametrize("family", ["mistral-window", "qwen2-window", "qwen3-window"])
+def test_no_session_is_longer_than_a_window(family: str, tiny_tokenizer: Any) -> None:
+    model = nested(family, tiny_tokenizer)
+    window = model.hf_model.config.sliding_window
+    assert LeanDecoder(model).max_length == window < 128
+    with pytest.raises(InputError, match=f"context holds {window}"):
+        LeanDecoder(model, max_length=window + 1)
+
+
 @pytest.mark.parametrize("name", REAL_MODELS)
 class TestRealModels:
     @pytest.fixture
@@ -146,6 +161,14 @@ def greedy(session: LeanSession | DecodeSession, prompt: Tensor, widths: Tensor,
         token = session.step(widths, token).logits.argmax(-1)
         tokens.append(int(token))
     return tokens
+
+
+@pytest.fixture
+def two_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine where two threads are allowed; torch has one again afterwards."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -234,14 +257,72 @@ class TestChoice:
             open_session(model, decoder="lean")
 
     @pytest.mark.parametrize(
-        ("changes", "reason"),
+        ("family", "changes", "reason"),
         [
-            ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-            ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+            ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+            ("llama", {"rope_parameters": {**SCALED_ROPE, "rope_type": "dynamic"}}, "rope_type='dynamic'"),
+            ("llama", {"rope_parameters": {**SCALED_ROPE, "partial_rotary_factor": 0.5}}, "rotates 8 of 16 dimensions"),
+            (
+                "qwen2",
+                {"layer_types": ["full_attention", "chunked_attention"]},
+                "layer_types holds 'chunked_attention'",
+            ),
+            ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "layer_types holds 'sliding_attention' without"),
         ],
+        ids=lambda value: value if isinstance(value, str) else "",
     )
-    def test_what_it_cannot_do(self, changes: dict[str, Any], reason: str, tiny_tokenizer: Any) -> None:
-        assert reason in str(why_not_lean(nested("llama", tiny_tokenizer, **changes)))
+    def test_what_it_cannot_do(self, family: str, changes: dict[str, Any], reason: str, tiny_tokenizer: Any) -> None:
+        model = nested(family, tiny_tokenizer, num_hidden_layers=2, **changes)
+        assert reason in str(why_not_lean(model))
+        assert default_decoder(model)[0] == "hf"
+        assert isinstance(open_session(model), DecodeSession), "auto takes the other decoder and does not fail"
+        with pytest.raises(InputError, match=f"cannot run this model .*{reason}.*; use decoder='hf'"):
+            open_session(model, decoder="lean")
+
+    def test_a_class_of_ones_own(self, tiny_tokenizer: Any) -> None:
+        class Louder(LlamaForCausalLM):
+            """Its configuration says llama, and its logits are others."""
+
+        model = nest(Louder(build("llama").config).eval(), tiny_tokenizer, QuantizationConfig())
+        assert why_not_lean(model) == "Louder is not the llama of transformers itself"
+
+    def test_a_layer_that_differs(self, tiny_tokenizer: Any) -> None:
+        model: Any = nested("llama", tiny_tokenizer)
+        attention = model.hf_model.model.layers[1].self_attn
+        attention.scaling *= 2
+        assert why_not_lean(model) == "its layers scale attention differently"
+        attention.scaling /= 2
+        attention.q_proj = torch.nn.Sequential(attention.q_proj)
+        assert why_not_lean(model) == "layers.1.self_attn.q_proj is a Sequential, not a plain linear"
+
+    @pytest.mark.parametrize("decoder", ["lean", "hf"])
+    def test_threads_change_no_logits(self, decoder: Any, nested_model: NestedCausalLM, two_processors: None) -> None:
+        widths, outputs = torch.tensor([3, 8, 4]), []
+        for num_threads in (1, 2):
+            session = open_session(nested_model, max_length=40, decoder=decoder, num_threads=num_threads)
+            prompt = session.prefill(torch.arange(5, 25)[None], bit_widths=widths)
+            outputs.append((prompt.logits, session.step(widths, torch.tensor([9])).logits))
+            if isinstance(session, DecodeSession):
+                assert torch.get_num_threads() == num_threads, "torch's number is the process's"
+        for one, two in zip(*outputs, strict=True):
+            if decoder == "lean":
+                assert torch.equal(one, two)
+            else:
+                torch.testing.assert_close(one, two)
+
+    def test_threads_of_the_default_decoder(
+        self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert default_decoder(nested_model, 2) == ("lean", 2)
+        monkeypatch.setattr("flexquant_rl.engine.lean.load_library", lambda: None)
+        assert default_decoder(nested_model, 2) == ("hf", 2)
+
+    @pytest.mark.parametrize("num_threads", [0, -1, 100_000])
+    def test_threads_without_a_processor(self, num_threads: int, nested_model: NestedCausalLM) -> None:
+        with pytest.raises(
+            InputError, match=rf"threads={num_threads} must be within 1\.\.\d+, .*; give e.g. --threads 1"
+        ):
+            open_session(nested_model, num_threads=num_threads)
 
     def test_a_body_that_does_not_exist(self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FQ_CPU_ISA", "sse")

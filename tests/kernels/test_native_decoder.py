@@ -122,8 +122,9 @@ def read(decoder: NativeDecoder, tokens: Tensor, widths: Tensor, chunks: list[in
         part, statistics = decoder(cache, chunk, position, widths, num_logits=len(chunk))
         logits.append(part)
         position += len(chunk)
-    assert not statistics[:, NUM_LAYERS].any()
-    return torch.cat(logits), statistics[0, :NUM_LAYERS], statistics[1, :NUM_LAYERS]
+    assert not statistics[:, -1].any()  # the head
+    assert torch.equal(statistics[:, 0:-1:2], statistics[:, 1::2])  # attention and MLP of one layer
+    return torch.cat(logits), statistics[0, 0:-1:2], statistics[1, 0:-1:2]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
