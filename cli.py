@@ -32,7 +32,7 @@ from flexquant_rl.agents.export import export_run, load_exported, load_exported_
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.report import console_table
 from flexquant_rl.agents.rows import public_dict
-from flexquant_rl.agents.run import check_config, load_run
+from flexquant_rl.agents.run import check_config, check_device, load_run
 from flexquant_rl.agents.training import Prepared, TrainConfig, prepare
 from flexquant_rl.engine.bench import BenchRefusedError, machine_facts, run_tests
 from flexquant_rl.engine.bench import table as bench_table
@@ -41,16 +41,16 @@ from flexquant_rl.engine.bench_gemv import GemvBench, bench_gemv
 from flexquant_rl.engine.bench_policy import PolicyBench, bench_policy
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model, save_checkpoint
 from flexquant_rl.engine.cost import clock_ms, measured_cost, roofline_cost
-from flexquant_rl.engine.embedded import embedded_model_path
+from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, write_json
 from flexquant_rl.engine.generate import StreamedText
 from flexquant_rl.engine.generate import generate as generate_tokens
-from flexquant_rl.engine.lean import DecoderName, open_session
+from flexquant_rl.engine.lean import DecoderName, check_num_threads, open_session
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
 from flexquant_rl.engine.perplexity import perplexity_by_width
 from flexquant_rl.engine.policy import PROFILE_FILE, LearnedPolicy, load_policy
-from flexquant_rl.engine.profile import profile_model
+from flexquant_rl.engine.profile import profile_model, reference_name
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
@@ -61,6 +61,7 @@ from flexquant_rl.train import TrainArguments, train
 # widest linear.
 _CALIBRATION_WINDOW, _CALIBRATION_WINDOWS = 256, 64
 _TIMED_REPEATS = 5  # of each width vector, one token apart
+_TIMED_BASELINES = 15  # of the largest width, for its usual time
 _TEXT_WINDOWS = 32
 _PROFILE_WINDOWS = 12
 
@@ -94,11 +95,11 @@ def quantize(
     chosen = method or ("gptq" if calibration else "rtn")
     config = QuantizationConfig(chosen, group_size, bit_widths, unit, quantize_head)
     config.validate()
-    path = str(embedded_model_path()) if source == "default" else source
+    path = resolve_model(source)
     if is_nested_checkpoint(Path(path)):
         raise InputError(f"{source} is a nested checkpoint already; give the model that it was made from")
     calibrated = bool(calibration) or chosen == "gptq"
-    if calibrated and not calibration and Path(path).resolve() != embedded_model_path():
+    if calibrated and not calibration and Path(path).resolve() != Path(resolve_model(DEFAULT_MODEL)).resolve():
         raise InputError("--method gptq fits the weights to text; give it some with --calibration FILE")
     began = time.perf_counter()
     hf_model, tokenizer = load_causal_lm(path)
@@ -146,35 +147,51 @@ def profile(
     out: Path | None = None,
     source: Literal["measured", "roofline"] = "measured",
     steps: int = 300,
+    threads: int | None = None,
 ) -> None:
     """Measures what every unit's width costs in time on this device and in output KL.
 
     Args:
-        model: Hugging Face directory or hub name, or a nested checkpoint.
+        model: Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model.
         text: Text files; default: the held-out standard library.
-        out: Where to write; default: profile.json in the model's directory.
+        out: Where to write; default: profile.json in the model's directory, for `default` in the current one.
         source: Time whole steps at random widths, or model them by the bytes they read.
         steps: Whole steps to time.
+        threads: Threads of a timed step; default: 1 with the lean decoder, else torch's number.
     """
-    if out is None and not Path(model).is_dir():
+    home = Path() if model == DEFAULT_MODEL else Path(model)
+    if out is None and not home.is_dir():
         raise InputError(f"{model} is not a directory to write {PROFILE_FILE} into; check the name, or give --out FILE")
-    target = out or Path(model) / PROFILE_FILE
-    nested = load_model(model, QuantizationConfig(), progress=lambda items: track(items, "quantising"))
+    if threads is not None:
+        if source == "roofline":
+            raise InputError(
+                f"--threads {threads} is for measured steps and --source roofline times none; leave it out"
+            )
+        check_num_threads(threads)
+    target = out or home / PROFILE_FILE
+    nested = load_model(resolve_model(model), QuantizationConfig(), progress=lambda items: track(items, "quantising"))
     windows = load_windows(nested.tokenizer, min(EnvConfig().window_tokens, nested.max_context + 1), text).train
     cost = roofline_cost(nested)
     if source == "measured":
         # Halfway through an episode, so that attention costs what it costs on average.
         num_held = max(1, min(windows.shape[1] // 2, nested.max_context - _TIMED_REPEATS))
-        session = open_session(nested, max_length=num_held + _TIMED_REPEATS)
+        session = open_session(nested, max_length=num_held + _TIMED_REPEATS, num_threads=threads)
         session.prefill(windows[:1, :num_held])
 
-        def time_step(bit_widths: torch.Tensor) -> float:
+        def repeated_ms(bit_widths: torch.Tensor) -> float:
             twin = session.fork()
             step = partial(twin.step, bit_widths, windows[0, :1])
             # The first step finds the last widths in the cache, and any may stall: the median is neither.
             return statistics.median(clock_ms(step, nested.device) for _ in range(_TIMED_REPEATS))
 
-        cost = measured_cost(nested, time_step, num_steps=steps)
+        largest = torch.full((nested.num_units,), max(nested.bit_widths))
+        usual_ms = statistics.median(repeated_ms(largest) for _ in range(_TIMED_BASELINES))
+
+        def time_step(bit_widths: torch.Tensor) -> float:
+            # Beside the largest width a moment later: a shared machine changes its speed by more than a width does.
+            return repeated_ms(bit_widths) * usual_ms / repeated_ms(largest)
+
+        cost = measured_cost(nested, time_step, num_steps=steps, num_threads=threads)
     profiled = spread(windows, _PROFILE_WINDOWS)[:, :-1]
     result = profile_model(nested, profiled, cost, progress=lambda units: track(units, "profiling"))
     result.save(target)
@@ -184,6 +201,7 @@ def profile(
             "profile": str(target),
             "source": source,
             "decoder": cost.decoder,
+            "num_threads": cost.num_threads if cost.decoder else None,
             "latency_ms_by_width": by_width,
             "table_error_p50": cost.error_p50,
             "table_error_p95": cost.error_p95,
@@ -199,22 +217,37 @@ def evaluate(
     dials: int = 4,
     sequences: int = 64,
     device: str = "cpu",
+    profile: Path | None = None,
+    threads: int | None = None,
     mode: Literal["lossy"] = "lossy",
     env: EnvConfig = EnvConfig(),  # noqa: B008
 ) -> None:
     """Compares policies on the test split of some text.
 
     Args:
-        model: Hugging Face directory or hub name, or a nested checkpoint.
+        model: Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model.
         policy: Names (fixed:4, knapsack:4.5, random:4.5, entropy:1.5) or directories of exported policies.
         text: Text files; default: the held-out standard library.
         dials: Settings of the dial at which learned policies are run.
         sequences: Test sequences.
         device: cpu or cuda.
+        profile: profile.json that `fq profile` wrote for this model, with the latencies to compare by; default: those
+            that exported policies carry, else modelled by the bytes read.
+        threads: Threads of the timed steps, and of those that a measured profile holds; default: 1 with the lean
+            decoder, else torch's number.
         mode: Lossy decoding: the widths chosen are the widths used.
         env: Episodes.
     """
-    config = TrainConfig(model=model, text=text, env=env, device=device, test_sequences=sequences, num_dials=dials)
+    config = TrainConfig(
+        model=model,
+        text=text,
+        env=env,
+        device=device,
+        profile=None if profile is None else str(profile),
+        threads=threads,
+        test_sequences=sequences,
+        num_dials=dials,
+    )
     check_config(config)
     if not policy:
         raise InputError("--policy names no policy; name one or more, e.g. fixed:4 knapsack:4.5")
@@ -227,7 +260,13 @@ def evaluate(
     prepared = prepare(config, None, exported)
     rows = compete(prepared, _contestants(prepared, policy, dials), sequences)
     print(console_table(rows))
-    print_result({"rows": [public_dict(row) for row in rows]})
+    print_result(
+        {
+            "latency_source": prepared.cost.source,
+            "reference": reference_name(prepared.model),
+            "rows": [public_dict(row) for row in rows],
+        }
+    )
 
 
 def _contestants(prepared: Prepared, names: tuple[str, ...], dials: int) -> list[Contestant]:
@@ -271,7 +310,9 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     show_bits: bool = False,
+    device: str = "cpu",
     decoder: DecoderName = "auto",
+    threads: int | None = None,
 ) -> None:
     """Continues a prompt with the widths that a policy chooses, token by token.
 
@@ -285,16 +326,21 @@ def generate(
         temperature: 0 is greedy.
         seed: Of the sampling.
         show_bits: Show every token's mean width: as its background colour on a terminal, else in a line below the text.
-        decoder: The lean decoder (Llama, Mistral, Qwen2 and Qwen3 on a CPU) or Hugging Face's modules; auto: lean where
-            it can run the model.
+        device: cpu or cuda.
+        decoder: The lean decoder (Llama, Mistral, Qwen2 and Qwen3; a native call per token on a CPU, a captured graph
+            on a GPU) or Hugging Face's modules; auto: lean where it can run the model.
+        threads: Threads of a step; default: 1 with the lean decoder, else torch's number.
     """
+    check_device(device)
+    if threads is not None:
+        check_num_threads(threads)
     if not Path(policy).is_dir():
         raise InputError(f"{policy} is not the directory of an exported policy; export one with `fq export RUN OUT`")
     exported = load_exported(Path(policy))
     dial = _dial_setting(exported.policy, speed, kl_weight)
-    path = str(embedded_model_path()) if model == "default" else model
-    nested = load_model(path, exported.quantization, progress=lambda items: track(items, "quantising"))
+    nested = load_model(resolve_model(model), exported.quantization, progress=lambda items: track(items, "quantising"))
     exported.card.check_model(nested.fingerprint, exported.directory)
+    nested.to(device)
     colours = show_bits and has_colours(sys.stdout)
     ids = nested.tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
     text = StreamedText(nested.tokenizer, ids.tolist())
@@ -310,6 +356,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         decoder=decoder,
+        num_threads=threads,
     ):
         tokens.append(token)
         piece = text.add(token.token_id)

@@ -14,6 +14,7 @@ import torch
 from flexquant_rl.agents.training import TrainConfig, prepare
 from flexquant_rl.engine.bench import BenchConfig
 from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.profile import reference_name
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 
@@ -25,7 +26,7 @@ class EnvBench(BenchConfig):
     tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py",)
 
     model: str | None = None
-    """Hugging Face directory or hub name, or a nested checkpoint; default: the embedded model."""
+    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
     text: tuple[str, ...] = ()
     """Text files; default: the held-out standard library."""
     num_envs: int = 128
@@ -74,7 +75,7 @@ def bench_env(config: EnvBench, track: Callable[[Iterable[int]], Iterable[int]] 
         "num_envs": config.num_envs,
         "num_samples": len(rates),
         "clock": "wall",
-        "reference": prepared.profile.reference,
+        "reference": reference_name(prepared.model),
         "model_fingerprint": prepared.model.fingerprint,
         "device": prepared.model.device.type,
         "num_threads": torch.get_num_threads(),

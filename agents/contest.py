@@ -15,6 +15,7 @@ from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.rows import EvalRow
 from flexquant_rl.agents.training import Prepared, SeedResult
 from flexquant_rl.engine.policy import BitWidthPolicy, LearnedPolicy
+from flexquant_rl.engine.profile import reference_name
 from flexquant_rl.engine.signals import SignalSchema
 from flexquant_rl.fq_env.prompts import spread
 
@@ -72,7 +73,7 @@ def learned(prepared: Prepared, results: Sequence[SeedResult], num_dials: int, b
 def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences: int) -> list[EvalRow]:
     """Runs everyone on the same test windows and times one sequence of each at batch size 1."""
     windows = test_windows(prepared, num_sequences)
-    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env)
+    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
     traces = [
         evaluator.run(contestant.policy, contestant.kl_weight or 1.0) for contestant in track(contestants, "evaluating")
     ]
@@ -83,7 +84,7 @@ def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences
             trace,
             policy=contestant.name,
             family=contestant.family,
-            reference=prepared.profile.reference,
+            reference=reference_name(prepared.model),
             seed=contestant.seed,
             kl_weight=contestant.kl_weight,
             speedup_measured=speedup,
@@ -108,6 +109,7 @@ def _time(prepared: Prepared, contestants: Sequence[Contestant], window: Tensor)
         window[: env.window_tokens],
         env,
         pairs,
+        num_threads=prepared.num_threads,
         progress=lambda rounds: track(rounds, "timing"),
     )
     speedups: list[float | None] = [None] * len(contestants)
@@ -129,7 +131,7 @@ def oracle_row(prepared: Prepared, num_sequences: int, config: OracleConfig) -> 
         config,
         progress=lambda sequences: track(sequences, "oracle"),
     )
-    return summarise(trace, policy="oracle:token", family="oracle", reference=prepared.profile.reference)
+    return summarise(trace, policy="oracle:token", family="oracle", reference=reference_name(prepared.model))
 
 
 def headroom(rows: Sequence[EvalRow]) -> float | None:
@@ -158,7 +160,7 @@ def headroom(rows: Sequence[EvalRow]) -> float | None:
 def showcase(prepared: Prepared, policy: LearnedPolicy, kl_weight: float) -> tuple[Trace, list[str]]:
     """One test sequence under the learned policy, for the picture: its trace and the tokens that its steps read."""
     windows = test_windows(prepared, 2)[:1]
-    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env)
+    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
     trace = evaluator.run(policy, kl_weight)
     evaluator.close()
     first = prepared.env.prompt_tokens

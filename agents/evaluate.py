@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexquant_rl.agents.rows import EvalRow
 from flexquant_rl.engine.controller import Controller, make_controller
-from flexquant_rl.engine.cost import clock_ms
+from flexquant_rl.engine.cost import CostTable, clock_ms
 from flexquant_rl.engine.decode import DecodeSession
 from flexquant_rl.engine.lean import LeanSession, open_session
 from flexquant_rl.engine.model import NestedCausalLM
@@ -64,14 +64,22 @@ class Evaluator:
         profile: Of the model.
         windows: `[S, window_tokens]` int64.
         config: Shape of the episodes; the source must be `replay`.
+        cost: What the steps cost; default: the profile's table.
     """
 
-    def __init__(self, model: NestedCausalLM, profile: Profile, windows: Tensor, config: EnvConfig) -> None:
+    def __init__(
+        self,
+        model: NestedCausalLM,
+        profile: Profile,
+        windows: Tensor,
+        config: EnvConfig,
+        *,
+        cost: CostTable | None = None,
+    ) -> None:
         self.model = model
-        self.profile = profile
         self.windows = windows
         session = DecodeSession(model, num_rows=len(windows), max_length=config.window_tokens - 1)
-        self._batch = DecodeBatch(session, profile, config, num_rows=len(windows))
+        self._batch = DecodeBatch(session, profile, config, num_rows=len(windows), cost=cost)
 
     def run(self, policy: BitWidthPolicy, kl_weight: Tensor | float = 1.0) -> Trace:
         """Plays every sequence to its end; `kl_weight` is the dial, one for all or `[S]`."""
@@ -84,6 +92,8 @@ class Evaluator:
             widths.append(chosen)
             steps.append(self._batch.step(chosen))
 
+        cost = self._batch.cost
+
         def column(get: Callable[[Any], Tensor]) -> Tensor:
             return torch.stack([get(step) for step in steps], dim=1)
 
@@ -94,7 +104,7 @@ class Evaluator:
             top1_agreement=column(lambda step: step.top1_agreement),
             latency_ms=column(lambda step: step.latency_ms),
             mean_bit_width=column(lambda step: step.mean_bit_width),
-            full_latency_ms=float(self.profile.cost.latency_ms(self.profile.cost.full_width())),
+            full_latency_ms=float(cost.latency_ms(cost.full_width())),
             reward=column(lambda step: step.reward.total),
         )
 
@@ -153,6 +163,7 @@ def measured_speedups(
     policies: list[tuple[BitWidthPolicy, float]],
     *,
     rounds: int = 5,
+    num_threads: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[float]:
     """Wall-clock speedup of batch-1 decoding over the largest width, the policy's own cost included.
@@ -167,13 +178,14 @@ def measured_speedups(
         config: Shape of the episode.
         policies: Policies, each with its dial.
         rounds: Repetitions.
+        num_threads: Threads of a step, as for `open_session`.
         progress: Wraps the rounds.
     """
     baseline = StaticAllocation("baseline", profile.cost.full_width())
     contestants = [(baseline, 1.0), *policies]
     controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
     first = config.prompt_tokens
-    parent = open_session(model, max_length=config.window_tokens - 1)
+    parent = open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads)
     output = parent.prefill(window[None, :first])
     times: list[list[float]] = [[] for _ in contestants]
     for _ in progress(range(rounds)):

@@ -70,20 +70,20 @@ def clone(
     net.set_normalisation(signals)
     device = net.mean.device  # signals, front and profile are on the CPU, as environments give them
     widths = torch.tensor(net.schema.bit_widths)
-    dial_index = net.schema.index("dial")
+    dial_idx = net.schema.index("dial")
     low, high = math.log10(dials[0]), math.log10(dials[1])
 
     def batch(size: int) -> tuple[Tensor, Tensor]:
         picked = signals[torch.randint(len(signals), (size,), generator=generator)].clone()
-        picked[:, dial_index] = low + (high - low) * torch.rand(size, generator=generator)
-        return picked, torch.searchsorted(widths, front.allocate(10 ** picked[:, dial_index]))
+        picked[:, dial_idx] = low + (high - low) * torch.rand(size, generator=generator)
+        return picked, torch.searchsorted(widths, front.allocate(10 ** picked[:, dial_idx]))
 
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate)
     for step in range(num_steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / num_steps)
         picked, columns = batch(batch_size)
-        targets = _targets(front, profile, 10 ** picked[:, dial_index], columns)
+        targets = _targets(front, profile, 10 ** picked[:, dial_idx], columns)
         loss = F.cross_entropy(net.logits(picked.to(device)).flatten(0, 1), targets.to(device).flatten(0, 1))
         optimizer.zero_grad()
         loss.backward()

@@ -28,8 +28,12 @@ from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.report import write_report
 from flexquant_rl.agents.rows import EvalRow, public_dict, write_rows
 from flexquant_rl.agents.training import Prepared, SeedResult, TrainConfig, prepare, train_seed, with_dial_table
+from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_json
+from flexquant_rl.engine.lean import check_num_threads
+from flexquant_rl.engine.policy import PROFILE_FILE
+from flexquant_rl.engine.profile import Profile, reference_name
 
 RUN_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -37,7 +41,7 @@ CONFIG_FILE = "config.json"
 
 @contextmanager
 def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
-    """Makes the directory of a new run, writes its configuration and yields it.
+    """Makes the directory of a new run, writes its configuration (and the profile it names) and yields it.
 
     Where the block fails on what it was given, or on the disk, before any phase left a result, all of it is taken away
     again: the corrected command may use the same name. After an interruption it stays, to be resumed.
@@ -47,9 +51,9 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
         run_dir: The directory; default: `runs/<model>-<time>`.
 
     Raises:
-        InputError: If the directory exists already.
+        InputError: If the directory exists already, or the configuration's profile cannot be read.
     """
-    name = Path(config.model).name if config.model else "tiny-code-llama"
+    name = Path(resolve_model(config.model)).name
     run_dir = run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (run_dir / CONFIG_FILE).exists():
         raise InputError(f"{run_dir} holds a run already; continue it with --resume {run_dir}, or choose another --run")
@@ -58,10 +62,14 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
     created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         write_json(run_dir / CONFIG_FILE, {"version": RUN_VERSION, "config": asdict(config)})
+        if config.profile is not None:  # kept, whatever becomes of the file: a resume must find the same one
+            Profile.load(Path(config.profile)).save(run_dir / PROFILE_FILE)
         yield run_dir
     except (InputError, OSError):
-        if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {CONFIG_FILE}:
-            (run_dir / CONFIG_FILE).unlink(missing_ok=True)
+        begun = {CONFIG_FILE} if config.profile is None else {CONFIG_FILE, PROFILE_FILE}
+        if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= begun:
+            for file in begun:
+                (run_dir / file).unlink(missing_ok=True)
             for folder in created:
                 with suppress(OSError):  # another run may have come to use a parent
                     folder.rmdir()
@@ -138,10 +146,20 @@ def train_run(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
             "cloned": [result.cloned_score for result in results],
             "trained": [result.best_score for result in results],
         },
+        "latency_source": prepared.cost.source,
+        "reference": reference_name(prepared.model),
         "findings": sentences,
         "rows": [public_dict(row) for row in rows],
         "captured_headroom": share,
     }
+
+
+def check_device(device: str) -> None:
+    """Raises InputError unless a model can be put there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda, but torch sees no CUDA device; use --device cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device={device!r} is unknown; use cpu or cuda")
 
 
 def check_config(config: TrainConfig) -> None:
@@ -159,10 +177,9 @@ def check_config(config: TrainConfig) -> None:
             f"env.source={config.env.source} with env.action={config.env.action} is for agents of your own; "
             "train.py needs env.source=replay and env.action=bit_widths"
         )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda, but torch sees no CUDA device; use --device cpu")
-    if config.device not in ("cpu", "cuda"):
-        raise InputError(f"device={config.device!r} is unknown; use cpu or cuda")
+    check_device(config.device)
+    if config.threads is not None:
+        check_num_threads(config.threads)
     config.quantization.validate()
     config.env.validate()
     config.ppo.validate()
@@ -188,19 +205,20 @@ def _publish(
     )
     if share is not None:
         sentences.append(f"captured headroom at the oracle's speed: {share:.0%} of the way from static to oracle")
-    name = Path(config.model).name if config.model else "tiny-code-llama (embedded)"
+    is_embedded = config.model is None or config.model == DEFAULT_MODEL
+    name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
     threads = torch.get_num_threads()
     conditions = (
         f"{name}, {prepared.windows.source}; {rows[0].num_sequences} test sequences of "
         f"{prepared.env.max_new_tokens} tokens, {config.seeds} training seeds of {config.env_steps} env steps; "
-        f"KL against the {prepared.profile.reference} model."
+        f"KL against the {reference_name(prepared.model)} model."
     )
     plot_pareto(
         rows,
         run_dir / "pareto.png",
         title="Output KL against speed",
         caption=conditions,
-        source=prepared.profile.cost.source,
+        source=prepared.cost.source,
     )
     dial = float(prepared.dials(3)[len(prepared.dials(3)) // 2])
     trace, tokens = showcase(prepared, best.policy, dial)
@@ -220,7 +238,7 @@ def _publish(
         facts={
             "model": name,
             "text": prepared.windows.source,
-            "profile source": prepared.profile.cost.source,
+            "profile source": prepared.cost.source,
             "training seeds": config.seeds,
             "env steps per seed": config.env_steps,
             "machine": f"{platform.machine()}, {prepared.model.device.type}",

@@ -74,7 +74,10 @@ class StaticFront:
             InputError: If there is only one allocation, so that no weight moves anything.
         """
         if len(self.speedup) < 2:
-            raise InputError("only one allocation is left to choose; quantise with more --bit-widths than one")
+            raise InputError(
+                "only one allocation is left to choose: by the profile every other one is slower or worse; quantise "
+                "with more --bit-widths, or run `fq profile` again while the machine is quiet"
+            )
         slopes = (self.speedup[:-1] - self.speedup[1:]) / (self.output_kl_nats[:-1] - self.output_kl_nats[1:])
         low, high = slopes.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
         return low, high

@@ -25,11 +25,11 @@ from flexquant_rl.agents.ppo import PPOConfig, TrainingCallback, build_ppo, lear
 from flexquant_rl.agents.progress import StepBar, say, track
 from flexquant_rl.agents.static import StaticFront, static_front
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.cost import roofline_cost
+from flexquant_rl.engine.cost import CostTable, roofline_cost
 from flexquant_rl.engine.decode import DecodeSession
-from flexquant_rl.engine.embedded import embedded_model_path
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_tensors, write_tensors
+from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import PROFILE_FILE, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.profile import Profile, profile_model
@@ -48,7 +48,7 @@ class TrainConfig:
     """Everything that decides a run's result; saved as `config.json`."""
 
     model: str | None = None
-    """Hugging Face directory or hub name, or a nested checkpoint; default: the embedded model."""
+    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
     text: tuple[str, ...] = ()
     """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
     seeds: int = 2
@@ -59,6 +59,12 @@ class TrainConfig:
     """First seed."""
     device: str = "cpu"
     """cpu or cuda."""
+    profile: str | None = None
+    """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: one
+    made here, its latencies modelled by the bytes read."""
+    threads: int | None = None
+    """Threads of the decode steps that are timed, and of those that the profile was measured on; default: 1 with the
+    lean decoder, else torch's number."""
     validation_sequences: int = 48
     """Sequences on which the best checkpoint is chosen."""
     test_sequences: int = 32
@@ -82,16 +88,20 @@ class Prepared:
     Attributes:
         model: The nested model.
         windows: Text of all splits.
-        profile: Sensitivities and latencies.
+        profile: Sensitivities and latencies, as the signals hold them.
+        cost: What steps cost: the profile's table, but where policies that carry a profile are judged by another.
         front: Static allocations with measured KL.
         env: The run's episodes, the dial's range filled in.
+        num_threads: Of steps that are timed, as for `open_session`.
     """
 
     model: NestedCausalLM
     windows: PromptWindows
     profile: Profile
+    cost: CostTable
     front: StaticFront
     env: EnvConfig
+    num_threads: int | None = None
 
     def dials(self, count: int) -> Tensor:
         """`count` KL weights, evenly spaced on a log scale over the run's range (or the fixed one)."""
@@ -118,11 +128,17 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     Args:
         config: Of the run.
         run_dir: Where profile and front are kept for a resume; None keeps nothing.
-        exported: Policies that will control the model; the profile is then the one that they carry.
+        exported: Policies that will control the model. What they see of it is then the profile that they carry; of
+            `config.profile` only the latencies count.
+
+    Raises:
+        InputError: If the model, the text, the profile or the policies cannot be used, or not together.
     """
+    profile_path = run_dir / PROFILE_FILE if run_dir else None
+    given = _given_profile(config, profile_path)
     say("loading the model and nesting its weights")
     model = load_model(
-        config.model or str(embedded_model_path()),
+        resolve_model(config.model),
         config.quantization,
         progress=lambda items: track(items, "quantising"),
     ).to(config.device)
@@ -137,38 +153,48 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     windows = load_windows(model.tokenizer, config.env.window_tokens, [Path(text) for text in config.text])
     # Fails here, before any work, if an episode does not fit the context.
     DecodeSession(model, max_length=config.env.window_tokens - 1).close()
-    profile_path = run_dir / PROFILE_FILE if run_dir else None
-    profile = exported[0].profile if exported else _profile(model, windows, profile_path)
-    profile.cost.check(model)
-    front_path = run_dir / "static_front.safetensors" if run_dir else None
-    front = _front(model, windows, profile, config.env.prompt_tokens, front_path)
+    judging = given or (exported[0].profile if exported else _profile(model, windows))
+    judging.check(model, config.threads)
+    if profile_path is not None and not profile_path.exists():
+        judging.save(profile_path)
+    profile = exported[0].profile if exported else judging
+    front = _front(model, windows, replace(profile, cost=judging.cost), config.env.prompt_tokens, run_dir)
     fixed = config.env.kl_weight
     low, high = (fixed, fixed) if fixed is not None else front.dial_range()
     env = replace(config.env, kl_weight_min=low, kl_weight_max=high)
-    return Prepared(model, windows, profile, front, env)
+    return Prepared(model, windows, profile, judging.cost, front, env, config.threads)
 
 
-def _profile(model: NestedCausalLM, windows: PromptWindows, path: Path | None) -> Profile:
-    if path is not None and path.exists():
-        return Profile.load(path)
+def _given_profile(config: TrainConfig, kept: Path | None) -> Profile | None:
+    """The profile that a run has kept, or else the one that it is told to take; read before anything slow."""
+    if kept is not None and kept.exists():
+        return Profile.load(kept)
+    return None if config.profile is None else Profile.load(Path(config.profile))
+
+
+def _profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
     say("profiling: output KL of every unit at every width")
-    profile = profile_model(
+    return profile_model(
         model,
         spread(windows.train, _PROFILE_WINDOWS)[:, :-1],
         roofline_cost(model),
         progress=lambda units: track(units, "profiling"),
     )
-    if path is not None:
-        profile.save(path)
-    return profile
 
 
 def _front(
-    model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, path: Path | None
+    model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, run_dir: Path | None
 ) -> StaticFront:
+    path = run_dir / "static_front.safetensors" if run_dir else None
+    solved_with = {"profile_sha256": file_sha256(run_dir / PROFILE_FILE)} if run_dir else {}
     if path is not None and path.exists():
         fix = "delete it to have it computed again"
-        tensors, _ = read_tensors(path, fix=fix)
+        tensors, metadata = read_tensors(path, fix=fix)
+        if metadata and metadata != solved_with:
+            raise InputError(
+                f"{path.with_name(PROFILE_FILE)} is not the profile that this run was started with; put that one back, "
+                "or start a new run"
+            )
         try:
             return StaticFront(**tensors)
         except TypeError as error:
@@ -179,7 +205,7 @@ def _front(
         session, spread(windows.train, _FRONT_WINDOWS)[:, :-1], first
     )
     if path is not None:
-        write_tensors(path, vars(front))
+        write_tensors(path, vars(front), solved_with)
     return front
 
 

@@ -208,8 +208,19 @@ def add_ratios(found: Sequence[dict[str, Any]], ours: str, peers: Iterable[str])
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """The main columns as plain text."""
-    columns = ("provider", "bit_width", "p25_us", "p50_us", "p75_us", "gb_per_s", "share_of_read", "env_steps_per_s")
+    """The main columns as plain text; threads only where rows differ in them."""
+    columns: tuple[str, ...] = (
+        "provider",
+        "bit_width",
+        "p25_us",
+        "p50_us",
+        "p75_us",
+        "gb_per_s",
+        "share_of_read",
+        "env_steps_per_s",
+    )
+    if len({row.get("num_threads") for row in found}) > 1:
+        columns = (columns[0], "num_threads", *columns[1:])
     kept = [column for column in columns if any(row.get(column) is not None for row in found)]
     lines = [kept, *([_cell(row.get(column)) for column in kept] for row in found)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from flexquant_rl.engine.bench import (
     BenchConfig,
     Clock,
     Provider,
+    Turn,
     add_ratios,
     clock_for,
     interleave,
@@ -36,7 +37,7 @@ from flexquant_rl.engine.bench import (
 from flexquant_rl.engine.bench_llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
 from flexquant_rl.engine.decode import StepOutput
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.lean import LeanDecoder, LeanSession
+from flexquant_rl.engine.lean import LeanDecoder, LeanSession, check_num_threads
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.kernels.native import load_library
@@ -71,8 +72,8 @@ class DecodeBench(BenchConfig):
     """Timed tokens in a turn."""
     bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
     """Widths to time, each for the whole model."""
-    num_threads: int = 1
-    """Threads of every provider."""
+    threads: tuple[int, ...] = (1,)
+    """Threads of every provider; with several numbers each has rows of its own, all timed in the same run."""
     peers: bool = True
     """Time Hugging Face and, where it is installed, llama.cpp too."""
     seed: int = 0
@@ -82,7 +83,10 @@ class DecodeBench(BenchConfig):
         """Raises InputError if an option is out of its domain or there is no native library."""
         super().validate()
         self._check_positive("num_layers", "num_heads", "ffn_size", "vocab", "prompt_tokens", "new_tokens")
-        self._check_positive("num_threads")
+        if not self.threads or len(set(self.threads)) < len(self.threads):
+            raise InputError(f"threads={self.threads} must be one or more different numbers; give e.g. --threads 1 2")
+        for num_threads in self.threads:
+            check_num_threads(num_threads)
         if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):
             raise InputError(
                 f"hidden_size={self.hidden_size} must be a multiple of twice the {self.num_heads} heads; "
@@ -91,6 +95,20 @@ class DecodeBench(BenchConfig):
         _quantization(self).validate()
         if load_library() is None:
             raise InputError("there are no native kernels to time; install g++ or clang++")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What is timed with one number of threads: the plain read, our own decoder, and the peers."""
+
+    num_threads: int
+    read: Provider
+    ours: list[Provider]
+    peers: list[Provider]
+
+    @property
+    def providers(self) -> list[Provider]:
+        return [self.read, *self.ours, *self.peers]
 
 
 class Session(Protocol):
@@ -116,44 +134,59 @@ def bench_decode(
         progress: Takes one line about what happens.
 
     Returns:
-        One JSON-able row per provider.
+        One JSON-able row per provider and number of threads.
     """
     torch.manual_seed(config.seed)
-    torch.set_num_threads(config.num_threads)
-    clock_name, clock = clock_for(config.num_threads)
+    torch.set_num_threads(max(config.threads))
+    clock_name, clock = clock_for(max(config.threads))  # one for all rows, or they could not be compared
     hf_model = random_llama(config)
     prompt = torch.randint(config.vocab, (1, config.prompt_tokens))
     progress("nesting the weights")
     nested = nest(copy.deepcopy(hf_model), _no_tokenizer(), _quantization(config), keep_reference=False)
-    decoder = LeanDecoder(nested, max_length=_max_length(config), num_threads=config.num_threads)
-    read = read_provider(memory_ring(_READ_RING_BYTES), config.num_threads, _READS_PER_TURN)
-    ours = [_lean_provider(config, nested, LeanSession(decoder), prompt, width) for width in config.bit_widths]
     with ExitStack() as stack, torch.inference_mode():
-        peers = []
-        if config.peers:
-            peers = [_hf_provider(config, hf_model, prompt, dtype) for dtype in (torch.float32, torch.bfloat16)]
-            if has_llama_cpp():
-                progress("writing the same weights as GGUF")
-                peers += _llama_cpp_providers(config, hf_model, prompt, stack)
-            else:
-                progress("llama.cpp is not installed and left out; pip install 'flexquant-rl[bench]' adds it")
-        interleave([read, *ours, *peers], config.rounds, clock, track)
+        peers = _peers(config, hf_model, prompt, stack, progress) if config.peers else {}
+        ring = memory_ring(_READ_RING_BYTES)
+        groups = [
+            _Group(
+                num_threads,
+                read_provider(ring, num_threads, _READS_PER_TURN),
+                _lean_providers(config, nested, prompt, num_threads),
+                peers.get(num_threads, []),
+            )
+            for num_threads in config.threads
+        ]
+        for group in groups:
+            for provider in group.providers:
+                provider.turn = _with_torch_threads(provider.turn, group.num_threads)
+        interleave([provider for group in groups for provider in group.providers], config.rounds, clock, track)
     common = {
         "op": "decode",
         "model": {"hidden": config.hidden_size, "layers": config.num_layers, "heads": config.num_heads}
         | {"ffn": config.ffn_size, "vocab": config.vocab},
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": config.new_tokens,
-        "num_threads": config.num_threads,
         "clock": clock_name,
         "seed": config.seed,
     }
-    found = rows([read, *ours, *peers], common)
-    for row in found:
-        if row["provider"] != READ:
-            row["tokens_per_s"] = round(1e6 / row["p50_us"], 1)
-    add_ratios(found, _LEAN, [peer.name for peer in peers])
+    found = []
+    for group in groups:
+        own = rows(group.providers, common | {"num_threads": group.num_threads})
+        for row in own:
+            if row["provider"] != READ:
+                row["tokens_per_s"] = round(1e6 / row["p50_us"], 1)
+        add_ratios(own, _LEAN, [peer.name for peer in group.peers])
+        found += own
     return found
+
+
+def _with_torch_threads(turn: Turn, num_threads: int) -> Turn:
+    """A turn with torch's number of threads, which belongs to the whole process, set before it."""
+
+    def with_threads(clock: Clock) -> Iterable[float]:
+        torch.set_num_threads(num_threads)
+        return turn(clock)
+
+    return with_threads
 
 
 def random_llama(config: DecodeBench) -> LlamaForCausalLM:
@@ -190,6 +223,11 @@ def _no_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
 
 
+def _lean_providers(config: DecodeBench, model: NestedCausalLM, prompt: Tensor, num_threads: int) -> list[Provider]:
+    decoder = LeanDecoder(model, max_length=_max_length(config), num_threads=num_threads)
+    return [_lean_provider(config, model, LeanSession(decoder), prompt, width) for width in config.bit_widths]
+
+
 def _lean_provider(
     config: DecodeBench, model: NestedCausalLM, session: Session, prompt: Tensor, width: int
 ) -> Provider:
@@ -222,10 +260,28 @@ class _TokenTimes(BaseStreamer):
         pass
 
 
-def _hf_provider(config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor, dtype: torch.dtype) -> Provider:
+def _peers(
+    config: DecodeBench,
+    hf_model: LlamaForCausalLM,
+    prompt: Tensor,
+    stack: ExitStack,
+    progress: Callable[[str], None],
+) -> dict[int, list[Provider]]:
+    """Hugging Face in two dtypes and, where it is installed, llama.cpp, by number of threads."""
+    in_bf16: Any = copy.deepcopy(hf_model)
+    hf_models = (hf_model, in_bf16.to(torch.bfloat16))
+    peers = {n: [_hf_provider(config, model, prompt) for model in hf_models] for n in config.threads}
+    if not has_llama_cpp():
+        progress("llama.cpp is not installed and left out; pip install 'flexquant-rl[bench]' adds it")
+        return peers
+    progress("writing the same weights as GGUF")
+    for num_threads, provider in _llama_cpp_providers(config, hf_model, prompt, stack):
+        peers[num_threads].append(provider)
+    return peers
+
+
+def _hf_provider(config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor) -> Provider:
     model: Any = hf_model
-    if dtype != torch.float32:
-        model = copy.deepcopy(model).to(dtype)
     mask = torch.ones_like(prompt)
 
     def turn(clock: Clock) -> list[float]:
@@ -236,25 +292,28 @@ def _hf_provider(config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor
         tokens = streamer.moments[1:]  # the first moment is the prompt's, the first token comes from the prompt's pass
         return [later - earlier for earlier, later in itertools.pairwise(tokens)]
 
-    bits = 32 if dtype == torch.float32 else 16
+    bits = 32 if hf_model.dtype == torch.float32 else 16
     num_bytes = _num_weights(hf_model) * bits // 8
     return Provider(f"hf_generate_{'fp32' if bits == 32 else 'bf16'}", turn, num_bytes, {"bit_width": bits})
 
 
 def _llama_cpp_providers(
     config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor, stack: ExitStack
-) -> list[Provider]:
+) -> Iterator[tuple[int, Provider]]:
+    """Numbers of threads with a provider each; a file serves all of them."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    providers = []
     for gguf_type, bits in GGUF_BITS.items():
         path = directory / f"{gguf_type}.gguf"
         write_gguf(hf_model, path, gguf_type)
-        session = LlamaCppSession(path, max_length=_max_length(config), num_threads=config.num_threads)
-        stack.callback(session.close)
-        turn = _llama_cpp_turn(session, prompt[0].tolist(), config.new_tokens)
-        name = f"llama_cpp_{gguf_type.lower()}"
-        providers.append(Provider(name, turn, int(_num_weights(hf_model) * bits / 8), {"bit_width": bits}))
-    return providers
+        for num_threads in config.threads:
+            session = LlamaCppSession(path, max_length=_max_length(config), num_threads=num_threads)
+            stack.callback(session.close)
+            turn = _llama_cpp_turn(session, prompt[0].tolist(), config.new_tokens)
+            name = f"llama_cpp_{gguf_type.lower()}"
+            yield (
+                num_threads,
+                Provider(name, turn, int(_num_weights(hf_model) * bits / 8), {"bit_width": bits}),
+            )
 
 
 def _llama_cpp_turn(session: LlamaCppSession, prompt: list[int], new_tokens: int) -> Callable[[Clock], list[float]]:

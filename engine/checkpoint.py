@@ -280,7 +280,7 @@ def _insert_empty_linears(
     hf_model: PreTrainedModel, units: tuple[Unit, ...], config: QuantizationConfig, cache: DenseCache
 ) -> None:
     """Replaces the linears of a model without storage by nested ones without storage."""
-    for unit_index, unit in enumerate(units):
+    for unit_idx, unit in enumerate(units):
         for name in unit.linears:
             linear = hf_model.get_submodule(name)
             assert isinstance(linear, nn.Linear | Conv1D)
@@ -297,7 +297,7 @@ def _insert_empty_linears(
                 num_inputs,
             )
             bias = None if linear.bias is None else linear.bias.detach()
-            hf_model.set_submodule(name, NestedLinear(weight, bias, unit_index=unit_index, cache=cache))
+            hf_model.set_submodule(name, NestedLinear(weight, bias, unit_idx=unit_idx, cache=cache))
 
 
 def _load_tensors(path: Path, hf_model: PreTrainedModel, listed: dict[str, dict[str, Any]]) -> None:

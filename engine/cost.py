@@ -22,6 +22,10 @@ from flexquant_rl.engine.model import NestedCausalLM
 NOMINAL_BANDWIDTH_GB_S = 16.0
 """Default of the roofline: one core's DRAM reads on a server. Every speedup of a pure roofline is independent of it."""
 
+_FOLDS = 5
+_STRENGTHS = (1e-6, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+"""Of the ridge on deviations; the first is none."""
+
 
 @dataclass(frozen=True)
 class CostTable:
@@ -76,19 +80,26 @@ class CostTable:
         """Latency at the largest width everywhere over latency at `[..., U]`."""
         return self.latency_ms(self.full_width()) / self.latency_ms(bit_widths)
 
-    def check(self, model: NestedCausalLM) -> None:
-        """Raises InputError if the table is of another model, device or thread count."""
+    def check(self, model: NestedCausalLM, num_threads: int | None = None) -> None:
+        """Raises InputError if the table is of another model or, where measured, of steps that are timed otherwise.
+
+        Args:
+            model: What it is to be used for; device and decoder must be those that were measured.
+            num_threads: Of its steps, as given to `open_session`.
+        """
         if self.fingerprint != model.fingerprint:
             raise InputError(
                 f"the profile is of model {self.fingerprint[:12]}, but this one is {model.fingerprint[:12]}; "
                 "run `fq profile` on this model"
             )
         if self.source == "measured":
-            here = (model.device.type, *default_decoder(model))
-            if (self.device, self.decoder, self.num_threads) != here:
+            there = (self.device, self.decoder, self.num_threads)
+            here = (model.device.type, *default_decoder(model, num_threads))
+            if there != here:
+                way_out = f"give --threads {self.num_threads} or " if there[:2] == here[:2] else ""
                 raise InputError(
                     f"the profile was measured on {self.device} with the {self.decoder} decoder and {self.num_threads} "
-                    f"threads, but this is {here[0]} with {here[1]} and {here[2]}; run `fq profile` again"
+                    f"threads, but this is {here[0]} with {here[1]} and {here[2]}; {way_out}run `fq profile` again"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +156,12 @@ def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BAND
 
 
 def measured_cost(
-    model: NestedCausalLM, time_step: Callable[[Tensor], float], *, num_steps: int = 300, seed: int = 0
+    model: NestedCausalLM,
+    time_step: Callable[[Tensor], float],
+    *,
+    num_steps: int = 300,
+    num_threads: int | None = None,
+    seed: int = 0,
 ) -> CostTable:
     """Fits the table to whole steps at random widths by least squares; a quarter of them is held out for its error.
 
@@ -154,6 +170,7 @@ def measured_cost(
         time_step: Runs one step of `open_session`'s decoder at `[U]` widths and returns its milliseconds.
         num_steps: Whole steps to time, in random order so that drift of the machine hits all widths alike; raised to
         four per table entry where there are many.
+        num_threads: Of the steps, as given to `open_session`.
         seed: Of the widths.
 
     Raises:
@@ -168,42 +185,79 @@ def measured_cost(
     choices[::3] = choices[::3, :1].expand(-1, model.num_units)
     times = torch.tensor([time_step(widths[choice]) for choice in choices], dtype=torch.float64)
     held_out = torch.arange(num_steps) % 4 == 3
-    fixed, unit_ms = _fit(choices[~held_out], times[~held_out], len(widths))
+    fixed, unit_ms = _fit(choices[~held_out], times[~held_out], model.unit_weights, len(widths))
     fastest = fixed + float(unit_ms.amin(1).sum())
     if fastest <= 0:
         raise InputError(
             f"{num_steps} timed steps say that the fastest one takes {fastest:.3g} ms, which cannot be: the machine is "
             "too busy to time this model; run again with more --steps, or take --source roofline"
         )
-    decoder, num_threads = default_decoder(model)
+    decoder, threads = default_decoder(model, num_threads)
     table = replace(
         roofline_cost(model),
         source="measured",
         fixed_ms=fixed,
         unit_ms=unit_ms,
-        num_threads=num_threads,
+        num_threads=threads,
         decoder=decoder,
     )
     error = (table.latency_ms(widths[choices[held_out]]) / times[held_out] - 1).abs()
     return replace(table, error_p50=float(error.quantile(0.5)), error_p95=float(error.quantile(0.95)))
 
 
-def _fit(choices: Tensor, times: Tensor, num_widths: int) -> tuple[float, Tensor]:
-    """Least squares with the widest entry of each unit as its base, robust to the slowest tenth (preempted steps)."""
+def _fit(choices: Tensor, times: Tensor, sizes: Tensor, num_widths: int) -> tuple[float, Tensor]:
+    """Fits a fixed time and what each unit saves at each width, relative to the widest.
+
+    Steps tell well what a width saves in the whole model and badly what it saves in one of many units. Left alone, such
+    entries are noise that a knapsack would choose by. So a unit saves what its share of the weights says, and deviates
+    from that only as far as it predicts steps that were left out (ridge, its strength by cross-validation).
+
+    Args:
+        choices: `[n, U]` int64 columns of widths.
+        times: `[n]` float64 ms.
+        sizes: `[U]` weights of the units.
+        num_widths: W.
+
+    Returns:
+        `fixed_ms` and `[U, W]` float64, 0 at the widest: only sums over units are identified, so the whole intercept
+        stays in the former.
+    """
     one_hot = torch.nn.functional.one_hot(choices, num_widths).to(torch.float64)
-    relative = one_hot[..., :-1].flatten(1)
-    design = torch.cat([torch.ones(len(times), 1, dtype=torch.float64), relative], dim=1)
-    ridge = 1e-6 * torch.eye(design.shape[1], dtype=torch.float64)
+    sizes = sizes.double() / sizes.double().mean()
+    own = one_hot[..., :-1] * sizes[:, None]  # [n, U, W - 1]
+    design = torch.cat([torch.ones(len(times), 1, dtype=torch.float64), own.sum(1), own.flatten(1)], dim=1)
+    num_shared = design.shape[1] - own[0].numel()
+    fold = torch.arange(len(times)) % _FOLDS
+
+    def error(strength: float) -> float:
+        """Mean absolute residual of steps left out, without the largest tenth."""
+        residuals = torch.empty_like(times)
+        for index in range(_FOLDS):
+            left_out = fold == index
+            solution = _least_squares(design[~left_out], times[~left_out], num_shared, strength)
+            residuals[left_out] = (times[left_out] - design[left_out] @ solution).abs()
+        return float(residuals[residuals <= residuals.quantile(0.9)].mean())
+
+    errors = [error(strength) for strength in _STRENGTHS]
+    # Of those that predict as well, the strongest.
+    strength = max(s for s, value in zip(_STRENGTHS, errors, strict=True) if value <= 1.01 * min(errors))
+    solution = _least_squares(design, times, num_shared, strength)
+    shared, deviations = solution[1:num_shared], solution[num_shared:].view(own.shape[1:])
+    saved = sizes[:, None] * (shared + deviations)
+    return float(solution[0]), torch.cat([saved, torch.zeros(len(saved), 1, dtype=torch.float64)], dim=1)
+
+
+def _least_squares(design: Tensor, times: Tensor, num_shared: int, strength: float) -> Tensor:
+    """Ridge on all columns but the first few, robust to the slowest tenth (preempted steps)."""
+    ridge = torch.full((design.shape[1],), strength, dtype=torch.float64)
+    ridge[:num_shared] = _STRENGTHS[0]
     kept = torch.ones(len(times), dtype=torch.bool)
     for _ in range(3):
         a, b = design[kept], times[kept]
-        solution = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+        solution: Tensor = torch.linalg.solve(a.T @ a + ridge.diag(), a.T @ b)
         residual = times - design @ solution
         kept = residual <= residual.quantile(0.9)
-    saved = solution[1:].view(choices.shape[1], num_widths - 1)
-    # Only sums over units are identified: keep the whole intercept in `fixed_ms` and make entries relative to the
-    # widest.
-    return float(solution[0]), torch.cat([saved, torch.zeros(len(saved), 1, dtype=torch.float64)], dim=1)
+    return solution
 
 
 def clock_ms(run: Callable[[], object], device: torch.device) -> float:

@@ -11,6 +11,13 @@ from pathlib import Path
 from flexquant_rl.engine.errors import InputError
 
 EMBEDDED_MODEL_NAME = "tiny-code-llama"
+DEFAULT_MODEL = "default"
+"""Names the embedded model wherever a command takes a model; a directory of that name is `./default`."""
+
+
+def resolve_model(model: str | None) -> str:
+    """The directory or hub name that a command's model stands for; `default`, or none, is the embedded one."""
+    return str(embedded_model_path()) if model is None or model == DEFAULT_MODEL else model
 
 
 def embedded_model_path() -> Path:

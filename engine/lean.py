@@ -349,7 +349,7 @@ class LeanSession:
     def _run(self, token_ids: Tensor, bit_widths: Tensor) -> StepOutput:
         row = self._open()
         try:
-            logits, statistics = self._decoder.native(row.cache, token_ids, row.length, bit_widths)
+            result = self._decoder.native(row.cache, token_ids, row.length, bit_widths)
         except ValueError:
             # The native call refuses what is wrong without saying which: find out, at leisure.
             check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
@@ -360,5 +360,4 @@ class LeanSession:
                 ) from None
             raise
         row.length += len(token_ids)
-        residual_update, crest = statistics.split(1)
-        return StepOutput(logits, residual_update, crest)
+        return StepOutput(*result)

@@ -55,9 +55,9 @@ class WidthPlan:
         self.residual_update: dict[int, Tensor] = {}
         self.crest: dict[int, Tensor] = {}
 
-    def groups(self, unit_index: int) -> _UnitGroups:
+    def groups(self, unit_idx: int) -> _UnitGroups:
         """The grouping of one unit."""
-        return self._groups[unit_index]
+        return self._groups[unit_idx]
 
     def observe_layer(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
         """Records ‖Δh‖/‖h‖ and max|h|/rms(h) at the last token of each row; `before`, `after`: `[R, T, d]`."""
@@ -125,7 +125,7 @@ class NestedLinear(nn.Module):
     Args:
         weight: The stored bitplanes.
         bias: `[N]` or None.
-        unit_index: The unit whose width this linear reads.
+        unit_idx: The unit whose width this linear reads.
         cache: Dequantised matrices, shared by the whole model.
         reference_weight: `[N, K]` float32 unquantised weights, read at width `REFERENCE_WIDTH`; None where not kept.
     """
@@ -141,7 +141,7 @@ class NestedLinear(nn.Module):
         weight: NestedWeight,
         bias: Tensor | None,
         *,
-        unit_index: int,
+        unit_idx: int,
         cache: DenseCache,
         reference_weight: Tensor | None = None,
     ) -> None:
@@ -154,7 +154,7 @@ class NestedLinear(nn.Module):
         self.bit_widths = weight.bit_widths
         self.group_size = weight.group_size
         self.num_inputs = weight.num_inputs
-        self.unit_index = unit_index
+        self.unit_idx = unit_idx
         self._cache = cache
 
     @property
@@ -182,7 +182,7 @@ class NestedLinear(nn.Module):
         plan = _ACTIVE_PLAN.get()
         if plan is None:
             raise RuntimeError("NestedLinear called without bit-widths; go through DecodeSession")
-        groups = plan.groups(self.unit_index)
+        groups = plan.groups(self.unit_idx)
         if groups.order is None:
             return F.linear(x, self.dense(groups.runs[0][0]), self.bias)
         flat = x.reshape(-1, self.num_inputs)

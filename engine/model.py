@@ -145,10 +145,10 @@ class NestedCausalLM:
         """All nested linears by module name, in model order."""
         return {name: m for name, m in self.hf_model.named_modules() if isinstance(m, NestedLinear)}
 
-    def weight_bytes(self, unit_index: int, bit_width: int) -> int:
+    def weight_bytes(self, unit_idx: int, bit_width: int) -> int:
         """Bytes of nested weights that one token's pass reads for a unit at a width."""
         linears = self.nested_linears()
-        return sum(linears[name].weight.bytes_read(bit_width) for name in self.units[unit_index].linears)
+        return sum(linears[name].weight.bytes_read(bit_width) for name in self.units[unit_idx].linears)
 
     def embedding_matrix(self) -> Tensor:
         """Input embeddings, `[vocab, d]`."""
@@ -330,7 +330,7 @@ def nest(
     cache = DenseCache(DENSE_CACHE_BYTES)
     unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
     hessians = repeat(None) if calibration is None else _input_hessians(hf_model, units, calibration)
-    for (name, unit_index), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
+    for (name, unit_idx), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
         linear = hf_model.get_submodule(name)
         assert isinstance(linear, nn.Linear | Conv1D)
         dense = linear.weight.detach().float()
@@ -340,7 +340,7 @@ def nest(
         replacement = NestedLinear(
             nested,
             bias,
-            unit_index=unit_index,
+            unit_idx=unit_idx,
             cache=cache,
             # By columns, as DenseCache keeps the others; a copy also frees a tied embedding from sharing its storage.
             reference_weight=dense.t().clone(memory_format=torch.contiguous_format).t() if keep_reference else None,

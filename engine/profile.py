@@ -42,6 +42,20 @@ class Profile:
     num_tokens: int
     reference: str
 
+    def check(self, model: NestedCausalLM, num_threads: int | None = None) -> None:
+        """Raises InputError if the profile is of another model or not whole, or as `CostTable.check`."""
+        self.cost.check(model, num_threads)
+        wanted = (model.fingerprint, model.bit_widths, (model.num_units, len(model.bit_widths)))
+        for fingerprint, bit_widths, table in (
+            (self.fingerprint, self.bit_widths, self.sensitivity),
+            (self.cost.fingerprint, self.cost.bit_widths, self.cost.unit_ms),
+        ):
+            if (fingerprint, bit_widths, tuple(table.shape)) != wanted or not bool(table.isfinite().all()):
+                raise InputError(
+                    f"the profile's tables are not finite ones of {model.num_units} units at widths "
+                    f"{list(model.bit_widths)}, as model {model.fingerprint[:12]} has them; run `fq profile` again"
+                )
+
     def save(self, path: Path) -> None:
         """Writes JSON, atomically."""
         write_json(
@@ -82,6 +96,11 @@ class Profile:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a whole profile ({error!r}); run `fq profile`") from error
+
+
+def reference_name(model: DecoderModel) -> str:
+    """The reference in words: `unquantised`, or `8-bit` where no other copy exists."""
+    return "unquantised" if model.has_reference else f"{max(model.bit_widths)}-bit"
 
 
 def reference_width(model: DecoderModel) -> int:
@@ -137,5 +156,5 @@ def profile_model(
         bit_widths=model.bit_widths,
         fingerprint=model.fingerprint,
         num_tokens=windows.shape[0] * (windows.shape[1] - first),
-        reference="unquantised" if model.has_reference else f"{max(model.bit_widths)}-bit",
+        reference=reference_name(model),
     )

@@ -96,7 +96,7 @@ class SignalSchema:
         """Position of a global signal in the vector."""
         return self.global_names.index(name)
 
-    def unit_index(self, name: str) -> int:
+    def index_in_unit(self, name: str) -> int:
         """Position of a unit signal within a unit's block."""
         return self.unit_names.index(name)
 
@@ -108,7 +108,7 @@ class SignalSchema:
     def last_widths(self, signals: Tensor) -> Tensor:
         """Widths of the previous step, `[B, U]` int64, as the signals carry them."""
         _, per_unit = self.split(signals)
-        return (per_unit[..., self.unit_index("last_width")] * 8).round().long()
+        return (per_unit[..., self.index_in_unit("last_width")] * 8).round().long()
 
     def is_first_step(self, signals: Tensor) -> Tensor:
         """`[B]` bool: whether nothing has been decoded since the prompt."""

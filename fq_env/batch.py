@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.cost import clock_ms
+from flexquant_rl.engine.cost import CostTable, clock_ms
 from flexquant_rl.engine.decode import Decoder, StepOutput
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.profile import Profile, kl_nats, reference_width
@@ -73,9 +73,10 @@ class DecodeBatch:
 
     Args:
         session: Holds R rows of `config.prompt_tokens + config.max_new_tokens` tokens.
-        profile: Of the model.
+        profile: Of the model; what the signals say of the units.
         config: Shape of the episodes.
         num_rows: R.
+        cost: What the steps cost; default: the profile's table.
         eos_token_id: Ends an episode; None never does.
         static: Gives the control variate's allocation; None for no control variate. With `source="replay"` only.
         measured: Time every step with the wall clock instead of the profile's table.
@@ -88,6 +89,7 @@ class DecodeBatch:
         config: EnvConfig,
         *,
         num_rows: int,
+        cost: CostTable | None = None,
         eos_token_id: int | None = None,
         static: StaticAllocator | None = None,
         measured: bool = False,
@@ -98,6 +100,7 @@ class DecodeBatch:
         model = session.model
         self.session = session
         self.profile = profile
+        self.cost = cost or profile.cost
         self.config = config
         self.num_rows = num_rows
         self.schema = SignalSchema(model.num_units, model.bit_widths)
@@ -115,7 +118,7 @@ class DecodeBatch:
         self._reference_of: Tensor | None = None  # the windows that it belongs to, where all rows started together
         self._static_reward = torch.zeros(num_rows, config.max_new_tokens)
         self._next_reference: Tensor | None = None  # [R, vocab], free only
-        self._full_ms = float(profile.cost.latency_ms(profile.cost.full_width()))
+        self._full_ms = float(self.cost.latency_ms(self.cost.full_width()))
 
     @property
     def kl_weight(self) -> Tensor:
@@ -166,11 +169,11 @@ class DecodeBatch:
             return
         widths = self._static(kl_weight)
         # The prompt is read at the largest width, as `prefill` does.
-        per_token = self.profile.cost.full_width().repeat(*read.shape, 1)
+        per_token = self.cost.full_width().repeat(*read.shape, 1)
         per_token[:, first:] = widths[:, None].cpu()
         log_probs = self.session.score(read, per_token, first=first).log_softmax(-1)
         kl = kl_nats(reference, log_probs)
-        speedup = self.profile.cost.speedup(widths)[:, None]
+        speedup = self.cost.speedup(widths)[:, None]
         self._static_reward[rows] = reward_terms(speedup, kl.cpu(), kl_weight[:, None]).total
 
     def _keep_reference(self, rows: Tensor, reference: Tensor, windows: Tensor | None) -> None:
@@ -233,7 +236,7 @@ class DecodeBatch:
     def _latency_ms(self, bit_widths: Tensor, elapsed_ms: float) -> Tensor:
         if self._measured:
             return torch.full((self.num_rows,), elapsed_ms, dtype=torch.float64)
-        return self.profile.cost.latency_ms(bit_widths)
+        return self.cost.latency_ms(bit_widths)
 
     def _probe(self, kl: Tensor) -> Tensor:
         """Shows the output KL to the rows whose turn it is and returns what that costs, `[R]` ms."""
@@ -261,7 +264,7 @@ class DecodeBatch:
         for _ in range(num_steps):
             twin = self.session.fork()
             token_ids = self._tokens[torch.arange(self.num_rows), self.config.prompt_tokens + self._position]
-            times.append(self._timed_step(twin, self.profile.cost.full_width(), token_ids)[1])
+            times.append(self._timed_step(twin, self.cost.full_width(), token_ids)[1])
             twin.close()
         self._full_ms = sorted(times)[len(times) // 2]
         return self._full_ms

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.cost import roofline_cost
-from flexquant_rl.engine.embedded import embedded_model_path
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.lean import DecoderName, open_session
 from flexquant_rl.engine.profile import Profile, profile_model
@@ -88,12 +88,12 @@ class PrecisionEnv(gym.Env[Observation, NDArray[np.int64]], EzPickle):
         if split not in get_args(Split):
             raise InputError(f"split={split} is not known; choose one of {', '.join(get_args(Split))}")
         paths = [Path(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        nested = load_model(model or str(embedded_model_path()), QuantizationConfig())
+        nested = load_model(resolve_model(model), QuantizationConfig())
         windows = load_windows(nested.tokenizer, self.config.window_tokens, paths)
         self._windows = windows.split(split)
         if profile is not None:
             loaded = Profile.load(Path(profile))
-            loaded.cost.check(nested)
+            loaded.check(nested)
         else:
             loaded = profile_model(nested, spread(windows.train, _PROFILE_WINDOWS)[:, :-1], roofline_cost(nested))
         # Timed steps are those of the fastest decoder; the deterministic environment stays with the reference one.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from flexquant_rl.kernels.native import (
 
 _ALIGNMENT = 64
 _BLOCK = 16  # positions of keys that lie side by side
+_OUTPUT_BYTES = 1 << 20  # of logits that are made ahead; a result that is kept keeps as much
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,11 @@ class LayerCache:
     keys: Tensor
     values: Tensor
 
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Where keys and values lie."""
+        return self.keys.data_ptr(), self.values.data_ptr()
+
     @staticmethod
     def empty(keys_shape: torch.Size, values_shape: torch.Size) -> LayerCache:
         """A cache of zeros."""
@@ -184,6 +191,18 @@ class LayerCache:
         twin.keys.copy_(self.keys)
         twin.values.copy_(self.values)
         return twin
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Tensors for the results of one call, and their addresses in the order of fq_decode's arguments."""
+
+    logits: Tensor
+    residual_update: Tensor
+    crest: Tensor
+    logits_address: int
+    residual_update_address: int
+    crest_address: int
 
 
 class NativeDecoder:
@@ -231,6 +250,7 @@ class NativeDecoder:
         self._options = (MODE_CODES[mode], ISA_CODES[self.isa], num_threads)
         self._decode = _declared(library)
         num_bytes = int(library.fq_decoder_workspace_bytes(self._address, MODE_CODES[mode]))
+        self._outputs: list[_Output] = []
         self._workspace = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
         self._workspace_address = -(-self._workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
 
@@ -241,7 +261,7 @@ class NativeDecoder:
 
     def __call__(
         self, cache: LayerCache, token_ids: Tensor, position: int, bit_widths: Tensor, *, num_logits: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Appends tokens to a sequence.
 
         Shapes: T tokens (1..16), U units.
@@ -254,8 +274,8 @@ class NativeDecoder:
             num_logits: Logits are computed for this many of the last tokens, 1..T.
 
         Returns:
-            logits `[num_logits, vocab]`, and statistics `[2, U]`: residual_update and crest of each unit's layer, 0
-            for the head. New float32 tensors.
+            logits `[num_logits, vocab]`, then residual_update `[1, U]` and crest `[1, U]` of each unit's layer, 0 for
+            the head. New float32 tensors.
 
         Raises:
             ValueError: If an argument is outside its domain: a token beyond the vocabulary, a full cache, a width that
@@ -263,8 +283,6 @@ class NativeDecoder:
         """
         if (cache.keys.shape, cache.values.shape) != self._cache_shapes:
             raise ValueError(f"keys are {list(cache.keys.shape)}; pass a cache of this decoder: new_cache() makes one")
-        logits = torch.empty(max(num_logits, 0), self.vocab_size)
-        statistics = torch.empty(2, self.weights.num_units)
         token_ids, bit_widths = token_ids.contiguous(), bit_widths.contiguous()
         for name, tensor, size in (
             ("token_ids", token_ids, len(token_ids)),
@@ -274,20 +292,20 @@ class NativeDecoder:
                 raise ValueError(
                     f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; pass int64 [{size}] on the CPU"
                 )
+        output = self._new_output() if num_logits == 1 else self._new_outputs(1, max(num_logits, 0))[0]
         status = self._decode(
             self._address,
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
+            *cache.addresses,
             token_ids.data_ptr(),
             len(token_ids),
             position,
             bit_widths.data_ptr(),
             *self._options,
             self._workspace_address,
-            logits.data_ptr(),
+            output.logits_address,
             num_logits,
-            statistics.data_ptr(),
-            statistics.data_ptr() + statistics.nbytes // 2,
+            output.residual_update_address,
+            output.crest_address,
         )
         if status == 1:
             raise ValueError(
@@ -296,7 +314,20 @@ class NativeDecoder:
             )
         if status != 0:
             raise RuntimeError(f"native decoder failed: {STATUS_TEXTS.get(status, status)}")
-        return logits, statistics
+        return output.logits, output.residual_update, output.crest
+
+    def _new_output(self) -> _Output:
+        """Tensors that nobody has seen, for a call with one row of logits."""
+        # After a step has swept the caches every tensor operation takes tens of microseconds, so some are made ahead.
+        if not self._outputs:
+            self._outputs = self._new_outputs(max(1, _OUTPUT_BYTES // (4 * self.vocab_size)), 1)
+        return self._outputs.pop()
+
+    def _new_outputs(self, count: int, num_logits: int) -> list[_Output]:
+        logits = torch.empty(count, num_logits, self.vocab_size)
+        statistics = torch.empty(count, 2, 1, self.weights.num_units)
+        parts = zip(logits, *statistics.unbind(1), strict=True)
+        return [_Output(*tensors, *(tensor.data_ptr() for tensor in tensors)) for tensors in parts]
 
     def _describe(self) -> _DecoderStruct:
         weights = self.weights

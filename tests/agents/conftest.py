@@ -46,4 +46,4 @@ def tiny_prepared(tiny_nested: NestedCausalLM, tiny_profile: Profile, tiny_windo
         DecodeSession(tiny_nested), tiny_windows[:, :-1], TINY_CONFIG.prompt_tokens
     )
     windows = PromptWindows(tiny_windows, tiny_windows, tiny_windows, "random letters")
-    return Prepared(tiny_nested, windows, tiny_profile, front, TINY_CONFIG)
+    return Prepared(tiny_nested, windows, tiny_profile, tiny_profile.cost, front, TINY_CONFIG)

@@ -32,7 +32,7 @@ def signals_of(entropy_nats: Tensor, *, last_widths: Tensor | None = None, posit
     signals[:, SCHEMA.index("token_entropy_ema")] = entropy_nats / 4
     signals[:, SCHEMA.index("position")] = position
     per_unit = signals[:, SCHEMA.num_global :].view(len(signals), SCHEMA.num_units, SCHEMA.num_per_unit)
-    per_unit[..., SCHEMA.unit_index("last_width")] = 1.0 if last_widths is None else last_widths / 8
+    per_unit[..., SCHEMA.index_in_unit("last_width")] = 1.0 if last_widths is None else last_widths / 8
     return signals
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from flexquant_rl.engine.bench_decode import DecodeBench, bench_decode, random_l
 from flexquant_rl.engine.bench_gemv import GemvBench
 from flexquant_rl.engine.bench_llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
 from flexquant_rl.engine.bench_policy import PolicyBench, bench_policy
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.kernels.native import supported_isas
 
 needs_library = pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
@@ -180,6 +182,31 @@ def test_decode_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     num_weights = 2 * (4 * 64 * 64 + 3 * 64 * 96) + 50 * 64
     assert found["hf_generate_fp32"]["bytes"] == 2 * found["hf_generate_bf16"]["bytes"] == 4 * num_weights
     assert any("flexquant-rl[bench]" in line for line in lines)
+
+
+@needs_library
+def test_decode_rows_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexquant_rl.engine.bench_decode.has_llama_cpp", lambda: False)
+    found = bench_decode(replace(TINY_LLAMA, threads=(1, 2)))
+    providers = (READ, "lean", "hf_generate_fp32", "hf_generate_bf16")
+    assert [(row["num_threads"], row["provider"]) for row in found] == [(n, name) for n in (1, 2) for name in providers]
+    assert {row["clock"] for row in found} == {"wall"}, "one clock for all, and a thread's own leaves out the others"
+    for row in found[1::4]:
+        own = {peer["provider"]: peer["p50_us"] for peer in found if peer["num_threads"] == row["num_threads"]}
+        ratios = {name: round(own[name] / row["p50_us"], 2) for name in providers[2:]}
+        assert row["times_faster_than"] == ratios, "against peers with as many threads"
+    assert bench.table(found).splitlines()[0].split()[:2] == ["provider", "num_threads"]
+    assert "num_threads" not in bench.table(found[:4])
+
+
+@pytest.mark.parametrize(
+    ("threads", "message"),
+    [((), "one or more different numbers"), ((1, 1), "one or more different numbers"), ((1, 0), "threads=0 must be")],
+    ids=str,
+)
+def test_decode_threads_that_make_no_rows(threads: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError, match=f"{message}.*--threads 1"):
+        replace(TINY_LLAMA, threads=threads).validate()
 
 
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python and gguf are not installed")

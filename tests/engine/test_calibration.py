@@ -222,7 +222,7 @@ def test_command_calibrates(tiny_model_dir: Path, tmp_path: Path, text: Path, me
 def test_command_has_text_for_the_embedded_model(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "embedded_model_path", lambda: tiny_model_dir)
+    monkeypatch.setattr("flexquant_rl.engine.embedded.embedded_model_path", lambda: tiny_model_dir)
     result = run(cli.main, "quantize", "default", tmp_path / "out", "--method", "gptq").result
     assert result["calibration_tokens"] == 64 * 128
     assert load_checkpoint(tmp_path / "out").config.method == "gptq"

@@ -156,6 +156,17 @@ class TestMeasured:
         assert table.error_p50 < 0.03
         assert table.error_p50 < table.error_p95
 
+    def test_noise_gives_a_knapsack_nothing_to_choose_by(self, half_unit_model: NestedCausalLM) -> None:
+        """A width saves 2% of a step in a whole unit and the clock errs by 10%: no entry may stand out by itself."""
+        sizes = half_unit_model.unit_weights.double() / half_unit_model.unit_weights.double().mean()
+        widths = torch.tensor(half_unit_model.bit_widths, dtype=torch.float64)
+        clock = FakeClock(half_unit_model, noise=0.1, outliers=0.05)
+        clock.truth = replace(clock.truth, fixed_ms=1.0, unit_ms=0.02 * sizes[:, None] * (widths - 8) / 5)
+        table = measured_cost(half_unit_model, clock)
+        assert relative_errors(table, clock.truth).max() < 0.05
+        fastest = clock.truth.unit_ms.amin(1).sum()
+        assert table.unit_ms.amin(1).sum() > 1.5 * fastest, "the sum of the most flattering entries flatters little"
+
     def test_reported_error_is_that_of_a_bad_clock(self, nested_model: NestedCausalLM) -> None:
         generator = torch.Generator().manual_seed(0)
         table = measured_cost(nested_model, lambda _: 1 + float(torch.rand((), generator=generator)))
@@ -200,12 +211,22 @@ class TestCheck:
         self.table(nested_model, **here).check(nested_model)
         for change, message in (
             ({"device": "cuda"}, f"measured on cuda with the {decoder} decoder and {threads} threads, but this is cpu"),
-            ({"num_threads": threads + 1}, f"and {threads + 1} threads, but this is cpu with {decoder} and {threads};"),
+            (
+                {"num_threads": threads + 1},
+                f"and {threads + 1} threads, but this is cpu with {decoder} and {threads}; give --threads",
+            ),
             ({"decoder": "other"}, f"with the other decoder and {threads} threads, but this is cpu with {decoder}"),
         ):
             with pytest.raises(InputError, match=message):
                 self.table(nested_model, **(here | change)).check(nested_model)
         self.table(nested_model, num_threads=threads + 1).check(nested_model)  # a roofline knows no threads
+
+    def test_threads_that_are_asked_for(self, nested_model: NestedCausalLM) -> None:
+        table = measured_cost(nested_model, lambda _: 1.0, num_threads=3)
+        assert (table.decoder, table.num_threads) == default_decoder(nested_model, 3)
+        table.check(nested_model, 3)
+        with pytest.raises(InputError, match="and 3 threads, but this is cpu with .* and 2; give --threads 3 or run"):
+            table.check(nested_model, 2)
 
 
 def test_clock_times_a_call() -> None:

@@ -20,14 +20,14 @@ STORED = (3, 4, 5, 6, 8)
 
 
 def make_linear(
-    seed: int = 0, *, unit_index: int = 0, cache: DenseCache | None = None, bias: bool = True, reference: bool = True
+    seed: int = 0, *, unit_idx: int = 0, cache: DenseCache | None = None, bias: bool = True, reference: bool = True
 ) -> NestedLinear:
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(NUM_OUTPUTS, NUM_INPUTS, generator=generator)
     return NestedLinear(
         quantize_rtn(dense, group_size=32, bit_widths=STORED),
         torch.randn(NUM_OUTPUTS, generator=generator) if bias else None,
-        unit_index=unit_index,
+        unit_idx=unit_idx,
         cache=DenseCache(1 << 20) if cache is None else cache,
         reference_weight=dense if reference else None,
     )
@@ -85,7 +85,7 @@ def test_rows_do_not_see_each_other() -> None:
 
 
 def test_each_linear_reads_the_width_of_its_unit() -> None:
-    linears = [make_linear(index, unit_index=index) for index in range(3)]
+    linears = [make_linear(index, unit_idx=index) for index in range(3)]
     x = torch.randn(2, 1, NUM_INPUTS)
     with reading(plan_of([3, 8], [8, 3], head=[5, 5])):
         outputs = [linear(x) for linear in linears]

@@ -130,8 +130,8 @@ class TestUnits:
     def test_every_linear_belongs_to_one_unit(self, half_unit_model: NestedCausalLM) -> None:
         listed = [name for unit in half_unit_model.units for name in unit.linears]
         assert sorted(listed) == sorted(half_unit_model.nested_linears())
-        for unit_index, unit in enumerate(half_unit_model.units):
-            assert {half_unit_model.nested_linears()[name].unit_index for name in unit.linears} == {unit_index}
+        for unit_idx, unit in enumerate(half_unit_model.units):
+            assert {half_unit_model.nested_linears()[name].unit_idx for name in unit.linears} == {unit_idx}
 
     def test_dense_head(self, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         token_ids = torch.randint(3, VOCAB_SIZE, (1, 8))
@@ -157,10 +157,10 @@ class TestUnits:
 
     def test_unit_bytes_are_the_sum_of_its_linears(self, half_unit_model: NestedCausalLM) -> None:
         linears = half_unit_model.nested_linears()
-        for unit_index, unit in enumerate(half_unit_model.units):
+        for unit_idx, unit in enumerate(half_unit_model.units):
             for bit_width in half_unit_model.bit_widths:
                 expected = sum(linears[name].weight.bytes_read(bit_width) for name in unit.linears)
-                assert half_unit_model.weight_bytes(unit_index, bit_width) == expected
+                assert half_unit_model.weight_bytes(unit_idx, bit_width) == expected
 
     def test_statistics_are_those_of_the_units_layer(self, half_unit_model: NestedCausalLM) -> None:
         hidden = []

@@ -117,7 +117,7 @@ class TestSchema:
         token, unit = SCHEMA.split(vector)
         assert torch.equal(torch.cat([token, unit.flatten(1)], dim=1), vector)
         assert token[1, SCHEMA.index("dial")] == SCHEMA.dim + 11
-        assert unit[0, 1, SCHEMA.unit_index("crest")] == 16 + 10 + 7
+        assert unit[0, 1, SCHEMA.index_in_unit("crest")] == 16 + 10 + 7
 
     def test_json_form_keeps_everything(self) -> None:
         data = SCHEMA.to_dict()

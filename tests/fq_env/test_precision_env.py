@@ -279,7 +279,7 @@ def test_a_dial_that_prices_nothing_is_refused(env: gym.Env[Any, Any], kl_weight
 
 
 def test_default_model_and_text(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
-    monkeypatch.setattr(precision_env, "embedded_model_path", lambda: tiny_model_dir)
+    monkeypatch.setattr("flexquant_rl.engine.embedded.embedded_model_path", lambda: tiny_model_dir)
     monkeypatch.setattr(prompts, "stdlib_text", some_stdlib_text)
     env = PrecisionEnv(prompt_tokens=4, max_new_tokens=3, split="test")
     observation, _ = env.reset(seed=0)
@@ -293,7 +293,6 @@ def test_documented_code_runs(
 ) -> None:
     document = (repo_root / "docs" / "environment.md").read_text(encoding="utf-8")
     block = re.findall(r"^```python\n(.*?)^```", document, flags=re.DOTALL | re.MULTILINE)[number]
-    monkeypatch.setattr(precision_env, "embedded_model_path", lambda: tiny_model_dir)
     monkeypatch.setattr(embedded, "embedded_model_path", lambda: tiny_model_dir)
     monkeypatch.setattr(prompts, "stdlib_text", some_stdlib_text)
     exec(compile(block, "docs/environment.md", "exec"), {})

@@ -119,12 +119,26 @@ def read(decoder: NativeDecoder, tokens: Tensor, widths: Tensor, chunks: list[in
     """Logits of every token and the statistics of the last, reading `chunks` tokens at a time."""
     cache, position, logits = decoder.new_cache(), 0, []
     for chunk in tokens.split(chunks):
-        part, statistics = decoder(cache, chunk, position, widths, num_logits=len(chunk))
+        part, residual_update, crest = decoder(cache, chunk, position, widths, num_logits=len(chunk))
         logits.append(part)
         position += len(chunk)
-    assert not statistics[:, -1].any()  # the head
-    assert torch.equal(statistics[:, 0:-1:2], statistics[:, 1::2])  # attention and MLP of one layer
-    return torch.cat(logits), statistics[0, 0:-1:2], statistics[1, 0:-1:2]
+    for statistic in (residual_update, crest):
+        assert statistic.shape == (1, NUM_UNITS)
+        assert not statistic[0, -1].any()  # the head
+        assert torch.equal(statistic[:, 0:-1:2], statistic[:, 1::2])  # attention and MLP of one layer
+    return torch.cat(logits), residual_update[0, 0:-1:2], crest[0, 0:-1:2]
+
+
+def test_results_are_new_tensors() -> None:
+    decoder, widths = NativeDecoder(make_weights()), random_widths()
+    cache = decoder.new_cache()
+    results = [decoder(cache, random_tokens(1, seed), 0, widths) for seed in range(40)]
+    copies = [[tensor.clone() for tensor in result] for result in results]
+    decoder(cache, random_tokens(1, 99), 0, widths)
+    for result, copy in zip(results, copies, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(result, copy, strict=True))
+    addresses = {tensor.data_ptr() for result in results for tensor in result}
+    assert len(addresses) == 3 * len(results)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,117 @@
+"""Mistakes in calls of the other `fq` commands end with exit code 2 and one line. Nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cli_runner import run, tree
+from mistakes import Cases, Inputs, Mistake, check_mistake, make_run
+from safetensors import SafetensorError
+
+from flexquant_rl import cli
+
+case = Cases()
+
+# The other commands
+
+
+@case
+def checkpoint_exists(inputs: Inputs) -> Mistake:
+    arguments = ("quantize", inputs.model, inputs.nested)
+    return Mistake(cli.main, arguments, f"{inputs.nested} exists and is not empty", "choose another")
+
+
+@case
+def checkpoint_below_a_file(inputs: Inputs) -> Mistake:
+    file = inputs.write("precious.txt", b"thesis")
+    return Mistake(cli.main, ("quantize", inputs.model, file / "out"), str(file), "choose another place")
+
+
+@case
+def quantizing_twice(inputs: Inputs) -> Mistake:
+    arguments = ("quantize", inputs.nested, inputs.own / "out")
+    return Mistake(cli.main, arguments, f"{inputs.nested} is a nested checkpoint already", "give the model")
+
+
+@case
+def quantizing_to_nonsense_widths(inputs: Inputs) -> Mistake:
+    return Mistake(
+        cli.main, ("quantize", inputs.model, "out", "--bit-widths", 0, 8), "(0, 8)", "ascending, within 1..8"
+    )
+
+
+@case
+def quantizing_with_missing_text(inputs: Inputs) -> Mistake:
+    arguments = ("quantize", inputs.model, "out", "--text", "none.txt")
+    return Mistake(cli.main, arguments, "none.txt is not a file", "--text takes text files")
+
+
+@case
+def profiling_nowhere(inputs: Inputs) -> Mistake:
+    arguments = ("profile", "some-hub-name", "--text", inputs.text)
+    return Mistake(cli.main, arguments, "some-hub-name is not a directory", "give --out FILE")
+
+
+@case
+def profiling_on_little_text(inputs: Inputs) -> Mistake:
+    text = inputs.write("short.txt", b"too short")
+    return Mistake(cli.main, ("profile", inputs.model, "--text", text), "short.txt", "give more text")
+
+
+@case
+def exporting_no_run(inputs: Inputs) -> Mistake:
+    return Mistake(
+        cli.main, ("export", inputs.model, "out"), f"{inputs.model} is not a run", "pass a directory of train"
+    )
+
+
+@case
+def exporting_too_early(inputs: Inputs) -> Mistake:
+    run_dir = make_run(inputs)
+    return Mistake(cli.main, ("export", run_dir, "out"), f"{run_dir} holds no finished policy", f"--resume {run_dir}")
+
+
+@case
+def timing_nothing(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("bench", "env", "--rounds", 0), "rounds=0", "--rounds 1 or more")
+
+
+@case
+def timing_a_shape_that_is_not_stored(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("bench", "gemv", "--shape", 64, 100), "shape=64 100", "--shape 4096 4096")
+
+
+@case
+def timing_nonsense_widths(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("bench", "gemv", "--bit-widths", 4, 9), "(4, 9)", "within 1..8")
+
+
+@case
+def timing_heads_that_do_not_fit(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("bench", "decode", "--hidden-size", 100), "hidden_size=100", "--hidden-size 768")
+
+
+@pytest.mark.parametrize("build", case.builders, ids=lambda build: build.__name__)
+def test_mistake(build: Callable[[Inputs], Mistake], inputs: Inputs) -> None:
+    check_mistake(build(inputs), inputs)
+
+
+def full_disk_for_safetensors(*arguments: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_full_disk_while_quantizing(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexquant_rl.engine.files.save_file", full_disk_for_safetensors)
+    finished = run(cli.main, "quantize", inputs.model, inputs.own / "out")
+    assert "No space left on device" in finished.error
+    assert "free some space" in finished.error
+    assert tree(inputs.own) == {}
+
+
+def test_machine_too_busy_to_time_steps(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "clock_ms", lambda step, device: -1.0)
+    finished = run(cli.main, "profile", inputs.model, "--text", inputs.text, "--out", inputs.own / "profile.json")
+    assert "takes -1 ms" in finished.error
+    assert "--source roofline" in finished.error
+    assert tree(inputs.own) == {}

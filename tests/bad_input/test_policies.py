@@ -1,0 +1,237 @@
+"""Mistakes about policies, in `fq evaluate` and `fq generate`, end with exit code 2 and one line. Nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mistakes import Cases, Inputs, Mistake, check_mistake, damage
+
+from flexquant_rl import cli
+from flexquant_rl.engine.files import file_sha256
+
+case = Cases()
+
+# Policies
+
+
+def evaluation(inputs: Inputs, *policies: object) -> tuple[object, ...]:
+    options = ("--text", inputs.text, "--sequences", 2, "--env.prompt-tokens", 8, "--env.max-new-tokens", 4)
+    return ("evaluate", inputs.model, *options, "--policy", *policies)
+
+
+def bad_policy(inputs: Inputs, policy: object, value: str, fix: str) -> Mistake:
+    return Mistake(cli.main, evaluation(inputs, "fixed:4", policy), value, fix)
+
+
+def with_profile(policy: Path, old: str, new: str) -> None:
+    """Edits the profile that a policy carries, and its hash on the card."""
+    profile, card = policy / "profile.json", json.loads((policy / "policy.json").read_text())
+    assert old in profile.read_text()
+    profile.write_text(profile.read_text().replace(old, new))
+    (policy / "policy.json").write_text(json.dumps({**card, "profile_sha256": file_sha256(profile)}))
+
+
+def another_models(inputs: Inputs) -> Path:
+    """A policy of another model of the same shape."""
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    (policy / "policy.json").write_text(json.dumps({**card, "model_fingerprint": "e" * 64}))
+    with_profile(policy, card["model_fingerprint"], "e" * 64)
+    return policy
+
+
+@case
+def policy_misspelt(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "fixd:4", "unknown policy 'fixd:4'", "did you mean fixed:4?")
+
+
+@case
+def policy_unknown(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "zzz", "unknown policy 'zzz'", "known: fixed:NUMBER, knapsack:NUMBER")
+
+
+@case
+def policy_of_a_width_not_stored(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "fixed:7", "width 7 is not stored", "choose one of 3, 4, 5, 6, 8")
+
+
+@case
+def policy_without_a_number(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "knapsack:many", "'many' is not a number", "write e.g. knapsack:4")
+
+
+@case
+def policy_of_no_number(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "entropy:nan", "'nan' is not a number", "write e.g. entropy:4")
+
+
+@case
+def policy_below_the_widths(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "random:1.5", "random:1.5 is outside", "3 to 8")
+
+
+@case
+def policy_of_another_model(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, another_models(inputs), "e" * 12, "train a policy for this model")
+
+
+@case
+def policies_with_different_profiles(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    with_profile(policy, '"num_tokens": 9', '"num_tokens": 8')
+    arguments = evaluation(inputs, "fixed:4", inputs.policy, policy)
+    return Mistake(cli.main, arguments, f"{policy} carries another profile.json", "one at a time")
+
+
+@case
+def policy_with_an_edited_profile(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    damage(policy / "profile.json", "flip")
+    return bad_policy(inputs, policy, f"{policy / 'profile.json'}: sha256", "export it again")
+
+
+@case
+def policy_with_nonsense_quantization(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    config = {"quantization": {"bit_widths": [3, 9]}}
+    (policy / "policy.json").write_text(json.dumps({**card, "config": config}))
+    return bad_policy(inputs, policy, "(3, 9)", "export the policy again")
+
+
+@case
+def policy_of_another_schema(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    card["schema"]["version"] = 99
+    (policy / "policy.json").write_text(json.dumps(card))
+    return bad_policy(inputs, policy, "signal schema 99", "train and export the policy again")
+
+
+@case
+def policy_cut(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    damage(policy / "policy.safetensors", "cut")
+    return bad_policy(inputs, policy, f"{policy}: no readable policy", "export it again")
+
+
+@case
+def policy_flipped(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    damage(policy / "policy.safetensors", "flip")
+    return bad_policy(inputs, policy, f"{policy / 'policy.safetensors'}: sha256", "export it again")
+
+
+@case
+def policy_without_card(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    (policy / "policy.json").unlink()
+    return bad_policy(inputs, policy, f"{policy}: no readable policy", "export it again")
+
+
+@case
+def no_policy(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, evaluation(inputs), "--policy names no policy", "name one or more")
+
+
+@case
+def evaluation_on_an_unknown_device(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, (*evaluation(inputs, "fixed:4"), "--device", "tpu"), "device='tpu'", "use cpu or cuda")
+
+
+@case
+def evaluation_of_no_sequence(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, (*evaluation(inputs, "fixed:4"), "--sequences", 0), "test_sequences=0", "at least 1")
+
+
+# Generation
+
+
+@case
+def generation_on_an_unknown_device(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, "--device", "tpu"), "device='tpu'", "use cpu or cuda")
+
+
+def generation(inputs: Inputs, *options: object, policy: Path | None = None, prompt: str = "abc") -> tuple[object, ...]:
+    return ("generate", inputs.model, "--policy", policy or inputs.policy, "--prompt", prompt, *options)
+
+
+@case
+def prompt_too_long(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, prompt="a" * 120), "tokens (prompt and continuation)", "shorten the")
+
+
+@case
+def prompt_empty(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, prompt=""), "the prompt is empty", "give at least one token")
+
+
+@case
+def speed_out_of_reach(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, "--speed", 5), "speed 5 is outside 1 to 1.80", "--kl-weight")
+
+
+@case
+def speed_and_dial(inputs: Inputs) -> Mistake:
+    arguments = generation(inputs, "--speed", 1.2, "--kl-weight", 30)
+    return Mistake(cli.main, arguments, "--speed 1.2 and --kl-weight 30", "give one of them")
+
+
+@case
+def dial_below_zero(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, "--kl-weight", -2), "kl_weight=-2", "positive and finite")
+
+
+@case
+def no_continuation(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, "--max-new-tokens", 0), "max_new_tokens=0", "at least 1")
+
+
+@case
+def negative_temperature(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, "--temperature", -1), "temperature=-1", "0 is greedy")
+
+
+@case
+def generation_without_a_policy(inputs: Inputs) -> Mistake:
+    arguments = generation(inputs, policy=inputs.own / "none")
+    return Mistake(cli.main, arguments, "none is not the directory", "fq export RUN OUT")
+
+
+@case
+def generation_with_another_models_policy(inputs: Inputs) -> Mistake:
+    policy = another_models(inputs)
+    return Mistake(cli.main, generation(inputs, policy=policy), "e" * 12, "train a policy for this model")
+
+
+@case
+def generation_with_another_models_profile(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    fingerprint = json.loads((policy / "profile.json").read_text())["fingerprint"]
+    with_profile(policy, fingerprint, "e" * 64)
+    return Mistake(cli.main, generation(inputs, policy=policy), f"profile.json: of model {'e' * 12}", "export it again")
+
+
+@case
+def generation_with_a_profile_of_another_shape(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    sensitivity = json.loads((policy / "profile.json").read_text())["sensitivity"]
+    data = json.loads((policy / "profile.json").read_text()) | {"sensitivity": [*sensitivity, sensitivity[0]]}
+    with_profile(policy, (policy / "profile.json").read_text(), json.dumps(data))
+    return Mistake(cli.main, generation(inputs, policy=policy), "with 4 units", "export it again")
+
+
+@case
+def policy_without_a_dial_table(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    (policy / "policy.json").write_text(json.dumps({**card, "dial": []}))
+    return Mistake(cli.main, generation(inputs, policy=policy), "'policy' has no table", "give --kl-weight")
+
+
+@pytest.mark.parametrize("build", case.builders, ids=lambda build: build.__name__)
+def test_mistake(build: Callable[[Inputs], Mistake], inputs: Inputs) -> None:
+    check_mistake(build(inputs), inputs)
