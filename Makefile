@@ -52,7 +52,8 @@ wheel-check: $(DEV)  ## Builds the source archive and from it the wheel, then te
 bench-env: $(RUNTIME)  ## Measures environment steps per second on the embedded model.
 	$(BIN)/fq bench env
 
-GPU_BENCHMARKS := activations dequantize gemv policy_net rms_norm rotary swiglu
+GPU_BENCHMARKS := activations attention dequantize gemv graph_decode layer_statistics next_token policy_net rms_norm rotary \
+	swiglu token_signals
 bench-gpu: $(RUNTIME)  ## Times the Triton kernels; writes benchmarks/results/gpu-*.json. Needs an NVIDIA GPU.
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "error: make bench-gpu \
 	needs a CUDA device and this machine has none; run it on a machine with an NVIDIA GPU" >&2; exit 1; }

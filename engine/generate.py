@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.controller import make_controller
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.graph_decode import GraphDecoder, why_not_graph
 from flexquant_rl.engine.lean import DecoderName, open_session
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import BitWidthPolicy
@@ -30,7 +31,8 @@ class GeneratedToken:
     Attributes:
         token_id: The token.
         bit_widths: `[U]` int64 of the step whose output it was sampled from; the largest width for the first token.
-        latency_ms: Wall clock of that step, policy included; of the prefill for the first token.
+        latency_ms: Wall clock of that step, policy included; of the prefill for the first token. On a GPU the mean over
+            the few steps that are read at once.
     """
 
     token_id: int
@@ -79,6 +81,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     decoder: DecoderName = "auto",
+    num_threads: int | None = None,
 ) -> Iterator[GeneratedToken]:
     """Continues a prompt, choosing the widths of every step with a policy.
 
@@ -91,7 +94,9 @@ def generate(
         kl_weight: The dial.
         temperature: 0 is greedy.
         seed: Of the sampling.
-        decoder: As for `open_session`.
+        decoder: As for `open_session`. On a CUDA device the lean one is `GraphDecoder`, which reads tokens a few at a
+            time; "auto" takes it where it can run model and policy.
+        num_threads: As for `open_session`.
 
     Raises:
         InputError: If the prompt is empty or does not fit the context with its continuation, or a number is out of
@@ -103,7 +108,15 @@ def generate(
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1; ask for a token or more")
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
-    with closing(open_session(model, max_length=len(prompt_ids) + max_new_tokens, decoder=decoder)) as session:
+    max_length = len(prompt_ids) + max_new_tokens
+    if _takes_graph(model, policy, decoder):
+        graph = GraphDecoder(model, policy, profile, max_length=max_length)
+        yield from _generate_by_graph(
+            graph, prompt_ids, max_new_tokens, kl_weight=kl_weight, temperature=temperature, seed=seed
+        )
+        return
+    opened = open_session(model, max_length=max_length, decoder=decoder, num_threads=num_threads)
+    with closing(opened) as session:
         controller = make_controller(model, policy, profile)
         generator = torch.Generator().manual_seed(seed)
         eos = model.tokenizer.eos_token_id
@@ -122,6 +135,32 @@ def generate(
                 controller.update(output, widths, token)
             widths = controller.bit_widths()
             output = session.step(widths, token)
+
+
+def _takes_graph(model: NestedCausalLM, policy: BitWidthPolicy, decoder: DecoderName) -> bool:
+    """Whether the GPU's lean decoder runs; InputError if it was asked for by name there and cannot."""
+    if decoder == "hf":
+        return False
+    reason = why_not_graph(model, policy)
+    if reason is not None and decoder == "lean" and model.device.type == "cuda":
+        raise InputError(f"the lean decoder of the GPU cannot run this ({reason}); use decoder='hf'")
+    return reason is None
+
+
+def _generate_by_graph(
+    decoder: GraphDecoder, prompt_ids: Tensor, max_new_tokens: int, *, kl_weight: float, temperature: float, seed: int
+) -> Iterator[GeneratedToken]:
+    eos = decoder.model.tokenizer.eos_token_id
+    # Compiling is no part of the first token's latency.
+    decoder.loop.prepare(len(prompt_ids), len(prompt_ids) + max_new_tokens)
+    began = time.perf_counter()
+    decoder.start(prompt_ids, max_new_tokens, kl_weight=kl_weight, temperature=temperature, seed=seed)
+    for index, batch in enumerate(decoder.stream(max_new_tokens)):
+        latency_ms = batch.step_ms if index else (time.perf_counter() - began) * 1e3
+        for token_id, bit_widths in zip(batch.token_ids, batch.bit_widths, strict=True):
+            yield GeneratedToken(token_id, bit_widths, latency_ms)
+            if token_id == eos:
+                return
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
