@@ -35,7 +35,7 @@ from flexquant_rl.engine.bench import (
     rows,
 )
 from flexquant_rl.engine.bench_llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
-from flexquant_rl.engine.decode import StepOutput
+from flexquant_rl.engine.decode import StepOutput, greedy_tokens
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.lean import LeanDecoder, LeanSession, check_num_threads
 from flexquant_rl.engine.model import NestedCausalLM, nest
@@ -234,11 +234,11 @@ def _lean_provider(
     widths = torch.full((model.num_units,), width)
 
     def turn(clock: Clock) -> list[float]:
-        token = session.prefill(prompt).logits.argmax(-1)
+        token = greedy_tokens(session.prefill(prompt).logits)
         times = []
         for _ in range(config.new_tokens):
             start = clock()
-            token = session.step(widths, token).logits.argmax(-1)
+            token = greedy_tokens(session.step(widths, token).logits)
             times.append(clock() - start)
         return times
 

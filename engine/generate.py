@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.controller import make_controller
+from flexquant_rl.engine.decode import greedy_tokens
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.graph_decode import GraphDecoder, why_not_graph
 from flexquant_rl.engine.lean import DecoderName, open_session
@@ -166,5 +167,5 @@ def _generate_by_graph(
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """The next token, `[1]` int64 on the CPU."""
     if temperature == 0:
-        return logits.argmax(-1).cpu()
+        return greedy_tokens(logits)
     return torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.cost import CostTable, clock_ms
-from flexquant_rl.engine.decode import Decoder, StepOutput
+from flexquant_rl.engine.decode import Decoder, StepOutput, greedy_tokens
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.profile import Profile, kl_nats, reference_width
 from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths
@@ -250,7 +250,7 @@ class DecodeBatch:
     def _choose(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Next tokens `[R']` of a free continuation: greedy, or sampled from each row's own generator."""
         if self.config.temperature == 0:
-            return logits.argmax(-1).cpu()
+            return greedy_tokens(logits)
         probs = (logits / self.config.temperature).softmax(-1).cpu()
         picks = [
             torch.multinomial(row_probs, 1, generator=self._generators[row])

@@ -33,7 +33,7 @@ from flexquant_rl.kernels.native import (
 )
 
 _ALIGNMENT = 64
-_BLOCK = 16  # positions of keys that lie side by side
+_BLOCK = 16  # positions whose keys and values lie together
 _OUTPUT_BYTES = 1 << 20  # of logits that are made ahead; a result that is kept keeps as much
 
 
@@ -167,29 +167,27 @@ class LayerCache:
     """Keys and values of one sequence.
 
     Attributes:
-        keys: `[layers, key-value heads, C / 16, head_dim, 16]` float32, the positions of a block side by side.
-        values: `[layers, key-value heads, C, head_dim]` float32.
+        blocks: `[layers, key-value heads, C / 16, 2, 16 * head_dim]` float32: the keys of 16 positions, `[head_dim,
+            16]`, then their values, `[16, head_dim]`.
     """
 
-    keys: Tensor
-    values: Tensor
+    blocks: Tensor
 
     @cached_property
-    def addresses(self) -> tuple[int, int]:
-        """Where keys and values lie."""
-        return self.keys.data_ptr(), self.values.data_ptr()
+    def address(self) -> int:
+        """Where the blocks lie."""
+        return self.blocks.data_ptr()
 
     @staticmethod
-    def empty(keys_shape: torch.Size, values_shape: torch.Size) -> LayerCache:
+    def empty(shape: torch.Size) -> LayerCache:
         """A cache of zeros."""
         # A step reads a few kilobytes of each head of each layer: with small pages, most of them cost a page walk.
-        return LayerCache(*(huge_pages.zeros(shape, torch.float32) for shape in (keys_shape, values_shape)))
+        return LayerCache(huge_pages.zeros(shape, torch.float32))
 
     def copy(self) -> LayerCache:
         """An independent copy."""
-        twin = LayerCache.empty(self.keys.shape, self.values.shape)
-        twin.keys.copy_(self.keys)
-        twin.values.copy_(self.values)
+        twin = LayerCache.empty(self.blocks.shape)
+        twin.blocks.copy_(self.blocks)
         return twin
 
 
@@ -239,10 +237,8 @@ class NativeDecoder:
         self.max_length = weights.cosine.shape[0]
         self._cache_length = -(-self.max_length // _BLOCK) * _BLOCK
         self.vocab_size, self.hidden_size = weights.embedding.shape
-        heads = (len(weights.layers), weights.num_key_value_heads)
-        self._cache_shapes = (
-            torch.Size((*heads, self._cache_length // _BLOCK, weights.head_dim, _BLOCK)),
-            torch.Size((*heads, self._cache_length, weights.head_dim)),
+        self._cache_shape = torch.Size(
+            (len(weights.layers), weights.num_key_value_heads, self._cache_length // _BLOCK, 2, _BLOCK * weights.head_dim)
         )
         self._kept: list[Any] = []  # what the structs point at
         self._decoder = self._describe()
@@ -257,7 +253,7 @@ class NativeDecoder:
     def new_cache(self) -> LayerCache:
         """Room for `max_length` tokens of one sequence."""
         # Zeros: the last block is read whole, and a score that is not finite would spoil its neighbours.
-        return LayerCache.empty(*self._cache_shapes)
+        return LayerCache.empty(self._cache_shape)
 
     def __call__(
         self, cache: LayerCache, token_ids: Tensor, position: int, bit_widths: Tensor, *, num_logits: int = 1
@@ -281,8 +277,8 @@ class NativeDecoder:
             ValueError: If an argument is outside its domain: a token beyond the vocabulary, a full cache, a width that
                 some linear does not hold.
         """
-        if (cache.keys.shape, cache.values.shape) != self._cache_shapes:
-            raise ValueError(f"keys are {list(cache.keys.shape)}; pass a cache of this decoder: new_cache() makes one")
+        if cache.blocks.shape != self._cache_shape:
+            raise ValueError(f"the cache is {list(cache.blocks.shape)}; pass one of this decoder: new_cache() makes it")
         token_ids, bit_widths = token_ids.contiguous(), bit_widths.contiguous()
         for name, tensor, size in (
             ("token_ids", token_ids, len(token_ids)),
@@ -295,7 +291,7 @@ class NativeDecoder:
         output = self._new_output() if num_logits == 1 else self._new_outputs(1, max(num_logits, 0))[0]
         status = self._decode(
             self._address,
-            *cache.addresses,
+            cache.address,
             token_ids.data_ptr(),
             len(token_ids),
             position,
@@ -436,7 +432,7 @@ def _declared(library: ctypes.CDLL) -> Any:
     library.fq_decoder_workspace_bytes.restype = int64
     decode = library.fq_decode
     decode.argtypes = (
-        *(pointer, pointer, pointer, pointer, int64, int64, pointer, int32, int32, int32),
+        *(pointer, pointer, pointer, int64, int64, pointer, int32, int32, int32),
         *(pointer, pointer, int64, pointer, pointer),
     )
     return decode

@@ -101,7 +101,7 @@ void run_stage_chunk(void* context, uint32_t chunk) {
 struct AttentionTask {
     const DecoderMath* math;
     const FqDecoder* model;
-    const float *queries, *keys, *values;
+    const float *queries, *cache;
     float *mixed, *scores;
     int64_t num_tokens, position;
 };
@@ -112,12 +112,12 @@ void run_attention_head(void* context, uint32_t head) {
     const FqDecoder& model = *task.model;
     const int64_t group = model.num_heads / model.num_key_value_heads;
     const int64_t stride = model.num_heads * model.head_dim;
-    const int64_t cached = head * model.cache_length * model.head_dim;
+    const float* cache = task.cache + head * model.cache_length * 2 * model.head_dim;
     float* scores = task.scores + head * model.cache_length;
     for (int64_t m = 0; m < task.num_tokens; ++m) {
         const int64_t first = m * stride + head * group * model.head_dim;
-        task.math->attend(task.queries + first, group, model.head_dim, task.keys + cached, task.values + cached,
-                          task.position + m + 1, model.attention_scale, scores, task.mixed + first);
+        task.math->attend(task.queries + first, group, model.head_dim, cache, task.position + m + 1,
+                          model.attention_scale, scores, task.mixed + first);
     }
 }
 
@@ -136,11 +136,10 @@ class Step {
         }
     }
 
-    void run_layer(const FqLayer& layer, float* keys, float* values, const int64_t* bit_widths, float* residual_update,
-                   float* crest) {
+    void run_layer(const FqLayer& layer, float* cache, const int64_t* bit_widths, float* residual_update, float* crest) {
         const float* last = space_.hidden + (num_tokens_ - 1) * model_.hidden_size;
         std::memcpy(space_.before, last, static_cast<size_t>(model_.hidden_size) * 4);
-        attention(layer, keys, values, static_cast<int32_t>(bit_widths[layer.attention_unit]));
+        attention(layer, cache, static_cast<int32_t>(bit_widths[layer.attention_unit]));
         mlp(layer, static_cast<int32_t>(bit_widths[layer.mlp_unit]));
         const int32_t first = layer.attention_unit, second = layer.mlp_unit;
         math_.observe(space_.before, last, model_.hidden_size, residual_update + first, crest + first);
@@ -156,11 +155,11 @@ class Step {
     }
 
   private:
-    void attention(const FqLayer& layer, float* keys, float* values, int32_t bit_width) {
+    void attention(const FqLayer& layer, float* cache, int32_t bit_width) {
         const int64_t head_dim = model_.head_dim;
         const int64_t cached_width = model_.num_key_value_heads * head_dim;
         norm(layer.attention_norm, 0);
-        // Keys and values land in rows of one token; the cache holds rows of one head.
+        // Keys and values land in rows of one token; the cache holds blocks of one head.
         float *new_keys = space_.gate, *new_values = space_.up;
         multiply(space_.normed, num_tokens_, bit_width, {{&layer.query, &layer.key, &layer.value}},
                  {{space_.queries, new_keys, new_values}},
@@ -170,13 +169,14 @@ class Step {
             rotate_heads(new_keys + m * cached_width, model_.num_key_value_heads, layer.key_norm, m);
             for (int64_t head = 0; head < model_.num_key_value_heads; ++head) {
                 const int64_t source = m * cached_width + head * head_dim;
-                const int64_t position = head * model_.cache_length + position_ + m;
-                std::memcpy(values + position * head_dim, new_values + source, static_cast<size_t>(head_dim) * 4);
-                float* block = keys + position / 16 * 16 * head_dim + position % 16;
-                for (int64_t d = 0; d < head_dim; ++d) block[d * 16] = new_keys[source + d];
+                const int64_t position = head * model_.cache_length + position_ + m, place = position % kCacheBlock;
+                float* keys = cache + (position - place) * 2 * head_dim;
+                float* values = keys + kCacheBlock * head_dim;
+                for (int64_t d = 0; d < head_dim; ++d) keys[d * kCacheBlock + place] = new_keys[source + d];
+                std::memcpy(values + place * head_dim, new_values + source, static_cast<size_t>(head_dim) * 4);
             }
         }
-        AttentionTask task{&math_,        &model_,       space_.queries, keys,     values,
+        AttentionTask task{&math_,       &model_,       space_.queries, cache,
                            space_.mixed, space_.scores, num_tokens_,    position_};
         const int64_t bytes = 8 * (position_ + num_tokens_) * cached_width * num_tokens_;
         parallel_for(threads_for(bytes, num_threads_), static_cast<uint32_t>(model_.num_key_value_heads),
@@ -303,12 +303,12 @@ int64_t fq_decoder_workspace_bytes(const FqDecoder* decoder, int32_t mode) {
     return decoder == nullptr ? 0 : lay_out(*decoder, mode, nullptr).num_bytes;
 }
 
-int32_t fq_decode(const FqDecoder* decoder, float* keys, float* values, const int64_t* token_ids, int64_t num_tokens,
-                  int64_t position, const int64_t* bit_widths, int32_t mode, int32_t isa, int32_t num_threads,
-                  void* workspace, float* logits, int64_t num_logits, float* residual_update, float* crest) {
-    if (decoder == nullptr || keys == nullptr || values == nullptr || token_ids == nullptr || bit_widths == nullptr ||
+int32_t fq_decode(const FqDecoder* decoder, float* cache, const int64_t* token_ids, int64_t num_tokens, int64_t position,
+                  const int64_t* bit_widths, int32_t mode, int32_t isa, int32_t num_threads, void* workspace,
+                  float* logits, int64_t num_logits, float* residual_update, float* crest) {
+    if (decoder == nullptr || cache == nullptr || token_ids == nullptr || bit_widths == nullptr ||
         workspace == nullptr || logits == nullptr || residual_update == nullptr || crest == nullptr ||
-        (mode != kFqInt8 && mode != kFqFloat32) || num_threads < 1 || decoder->cache_length % 16 != 0 ||
+        (mode != kFqInt8 && mode != kFqFloat32) || num_threads < 1 || decoder->cache_length % kCacheBlock != 0 ||
         decoder->cache_length < decoder->max_length || num_tokens < 1 || num_tokens > kMaxTokens || position < 0 ||
         position + num_tokens > decoder->max_length || num_logits < 1 || num_logits > num_tokens ||
         !are_widths_readable(*decoder, bit_widths)) {
@@ -325,10 +325,9 @@ int32_t fq_decode(const FqDecoder* decoder, float* keys, float* values, const in
     std::fill(crest, crest + decoder->num_units, 0.0f);
     Step step(*decoder, space, *body, *math, num_tokens, position, mode, num_threads);
     step.embed(token_ids);
-    const int64_t layer_size = decoder->num_key_value_heads * decoder->cache_length * decoder->head_dim;
+    const int64_t layer_size = decoder->num_key_value_heads * decoder->cache_length * 2 * decoder->head_dim;
     for (int64_t i = 0; i < decoder->num_layers; ++i) {
-        step.run_layer(decoder->layers[i], keys + i * layer_size, values + i * layer_size, bit_widths,
-                       residual_update, crest);
+        step.run_layer(decoder->layers[i], cache + i * layer_size, bit_widths, residual_update, crest);
     }
     step.head(num_logits, static_cast<int32_t>(decoder->head_unit < 0 ? 0 : bit_widths[decoder->head_unit]), logits);
     return kFqOk;

@@ -41,17 +41,25 @@ FQ_INLINE float softmax_weights(float* scores, int64_t length) {
     return 1.0f / sum_lanes(sum);
 }
 
-// out[0 .. 16 * kBlocks) = sum over positions of weight * values; rows of values are `stride` floats apart.
-template <int kBlocks>
-FQ_INLINE void mix_values(const float* weights, const float* values, int64_t stride, int64_t length, float factor,
+// Where the value of a position lies.
+FQ_INLINE const float* value_at(const float* cache, int64_t head_dim, int64_t position) {
+    const int64_t place = position % kCacheBlock;
+    return cache + (position - place) * 2 * head_dim + (kCacheBlock + place) * head_dim;
+}
+
+// out[0 .. 16 * kVectors) = sum over positions of weight * value; `cache` begins at the first of those dimensions.
+template <int kVectors>
+FQ_INLINE void mix_values(const float* weights, const float* cache, int64_t head_dim, int64_t length, float factor,
                           float* out) {
-    Vector sum[kBlocks] = {};
-    for (int64_t i = 0; i < length; ++i) {
-        for (int block = 0; block < kBlocks; ++block) {
-            sum[block] += load(values + i * stride + block * kLanes) * weights[i];
+    Vector sum[kVectors] = {};
+    for (int64_t first = 0; first < length; first += kCacheBlock) {
+        const float* values = value_at(cache, head_dim, first);
+        const int64_t count = std::min(kCacheBlock, length - first);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int v = 0; v < kVectors; ++v) sum[v] += load(values + i * head_dim + v * kLanes) * weights[first + i];
         }
     }
-    for (int block = 0; block < kBlocks; ++block) store(out + block * kLanes, sum[block] * factor);
+    for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, sum[v] * factor);
 }
 
 // Products of one query with a block of 16 keys, which lie with their positions adjacent: [head_dim][16].
@@ -65,24 +73,24 @@ FQ_INLINE Vector block_scores(const float* query, const float* keys, int64_t hea
     return sum[0] + sum[1];
 }
 
-FQ_INLINE void attend_body(const float* queries, int64_t num_queries, int64_t head_dim, const float* keys,
-                           const float* values, int64_t length, float scale, float* scores, float* out) {
+FQ_INLINE void attend_body(const float* queries, int64_t num_queries, int64_t head_dim, const float* cache,
+                           int64_t length, float scale, float* scores, float* out) {
     for (int64_t query = 0; query < num_queries; ++query) {
         for (int64_t i = 0; i < length; i += kLanes) {
-            store(scores + i, block_scores(queries + query * head_dim, keys + i * head_dim, head_dim) * scale);
+            store(scores + i, block_scores(queries + query * head_dim, cache + i * 2 * head_dim, head_dim) * scale);
         }
         const float factor = softmax_weights(scores, length);
         float* mixed = out + query * head_dim;
         int64_t d = 0;
         for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
-            mix_values<4>(scores, values + d, head_dim, length, factor, mixed + d);
+            mix_values<4>(scores, cache + d, head_dim, length, factor, mixed + d);
         }
         for (; d + kLanes <= head_dim; d += kLanes) {
-            mix_values<1>(scores, values + d, head_dim, length, factor, mixed + d);
+            mix_values<1>(scores, cache + d, head_dim, length, factor, mixed + d);
         }
         for (; d < head_dim; ++d) {
             float sum = 0.0f;
-            for (int64_t i = 0; i < length; ++i) sum += scores[i] * values[i * head_dim + d];
+            for (int64_t i = 0; i < length; ++i) sum += scores[i] * value_at(cache, head_dim, i)[d];
             mixed[d] = sum * factor;
         }
     }
@@ -207,9 +215,9 @@ FQ_INLINE void tanh_body(float* x, int64_t size) {
     target void rotate(float* head, const float* cosine, const float* sine, int64_t head_dim) {                        \
         rotate_body(head, cosine, sine, head_dim);                                                                     \
     }                                                                                                                  \
-    target void attend(const float* queries, int64_t num_queries, int64_t head_dim, const float* keys,                 \
-                       const float* values, int64_t length, float scale, float* scores, float* out) {                  \
-        attend_body(queries, num_queries, head_dim, keys, values, length, scale, scores, out);                         \
+    target void attend(const float* queries, int64_t num_queries, int64_t head_dim, const float* cache,                \
+                       int64_t length, float scale, float* scores, float* out) {                                       \
+        attend_body(queries, num_queries, head_dim, cache, length, scale, scores, out);                                \
     }                                                                                                                  \
     target void swiglu(float* gate, const float* up, int64_t size) { swiglu_body(gate, up, size); }                    \
     target void dense(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, int64_t begin,     \

@@ -11,16 +11,18 @@ struct DistributionStatistics {
     float top1, top2;  // the two largest probabilities
 };
 
+constexpr int64_t kCacheBlock = 16;  // positions of the cache that lie together: one vector of scores
+
 struct DecoderMath {
     // y = x / rms(x) * weight
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t size, float* y);
     // Rotates the pairs (i, i + head_dim / 2) of one head in place.
     void (*rotate)(float* head, const float* cosine, const float* sine, int64_t head_dim);
     // Attention of the `num_queries` query heads that share one key-value head, over `length` positions.
-    // queries, out: [num_queries, head_dim]; keys: blocks of 16 positions, each [head_dim, 16]; values:
-    // [length, head_dim]; scores: room for length + 15 floats.
-    void (*attend)(const float* queries, int64_t num_queries, int64_t head_dim, const float* keys, const float* values,
-                   int64_t length, float scale, float* scores, float* out);
+    // queries, out: [num_queries, head_dim]; cache: blocks of kCacheBlock positions, each with keys [head_dim, 16] and
+    // values [16, head_dim]; scores: room for length + 15 floats.
+    void (*attend)(const float* queries, int64_t num_queries, int64_t head_dim, const float* cache, int64_t length,
+                   float scale, float* scores, float* out);
     // gate = gate * sigmoid(gate) * up
     void (*swiglu)(float* gate, const float* up, int64_t size);
     // Outputs [begin, end) of y = W x, W by columns: weight[k * num_outputs + n].

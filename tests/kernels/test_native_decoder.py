@@ -254,7 +254,7 @@ class TestRefusals:
         cache = decoder.new_cache()
         with pytest.raises(ValueError, match="at most 16 tokens|pass int64"):
             decoder(cache, tokens, position, torch.tensor(widths), num_logits=num_logits)
-        assert not cache.keys.any()
+        assert not cache.blocks.any()
 
     def test_a_width_of_a_linear_without_nested_weights(self) -> None:
         weights = make_weights()
@@ -265,7 +265,7 @@ class TestRefusals:
 
     def test_a_cache_of_another_decoder(self) -> None:
         decoder, other = NativeDecoder(make_weights()), NativeDecoder(make_weights(head_dim=32))
-        with pytest.raises(ValueError, match="pass a cache of this decoder"):
+        with pytest.raises(ValueError, match="pass one of this decoder"):
             decoder(other.new_cache(), torch.tensor([1]), 0, torch.full((NUM_UNITS,), 4))
 
     def test_bad_shapes(self) -> None:
