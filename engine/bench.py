@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.native import read_bytes
 
 READ = "read"
@@ -140,8 +141,9 @@ def read_provider(ring: Iterable[Tensor], num_threads: int, per_turn: int) -> Pr
 
 
 def memory_ring(num_bytes: int) -> list[Tensor]:
-    """Memory of `num_bytes`, written once, in chunks of 16 MiB to read."""
-    return [torch.ones(_READ_CHUNK_BYTES, dtype=torch.int8) for _ in range(max(2, num_bytes // _READ_CHUNK_BYTES))]
+    """Memory of `num_bytes` in huge pages, written once, in chunks of 16 MiB to read."""
+    num_chunks = max(2, num_bytes // _READ_CHUNK_BYTES)
+    return list(huge_pages.empty(num_chunks * _READ_CHUNK_BYTES).fill_(1).view(torch.int8).split(_READ_CHUNK_BYTES))
 
 
 def clock_for(num_threads: int) -> tuple[str, Clock]:

@@ -26,6 +26,7 @@ from flexquant_rl.engine.bench import (
     rows,
 )
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.bitplane import INPUT_ALIGNMENT, NestedWeight
 from flexquant_rl.kernels.native import MAX_TOKENS, NativeGemv, load_library
 from flexquant_rl.kernels.reference import bitplane_gemv
@@ -52,7 +53,7 @@ class GemvBench(BenchConfig):
     """Inputs that share scale and offset."""
     mode: Literal["int8", "float32"] = "int8"
     """Activations rounded to int8 or kept."""
-    num_threads: int = 1
+    threads: int = 1
     """Threads of every provider."""
     ring_mb: int = 1100
     """Distinct weights per provider, MiB; they should be larger than the cache."""
@@ -64,7 +65,7 @@ class GemvBench(BenchConfig):
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain or there is no native library."""
         super().validate()
-        self._check_positive("num_threads", "ring_mb")
+        self._check_positive("threads", "ring_mb")
         num_outputs, num_inputs = self.shape
         if num_outputs < 1 or num_inputs < 1 or num_inputs % INPUT_ALIGNMENT:
             raise InputError(
@@ -93,9 +94,9 @@ def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]
         BenchRefusedError: If a product is wrong.
     """
     torch.manual_seed(config.seed)
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.threads)
     x = torch.randn(config.num_tokens, config.shape[1])
-    clock_name, clock = clock_for(config.num_threads)
+    clock_name, clock = clock_for(config.threads)
     with torch.inference_mode():
         ours = _native_providers(config, x)
         peers = _torch_providers(config, x) if config.peers else []
@@ -103,7 +104,7 @@ def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]
     common = {
         "op": "bitplane_gemv",
         "shape": [config.num_tokens, *config.shape],
-        "num_threads": config.num_threads,
+        "num_threads": config.threads,
         "clock": clock_name,
         "ring_mb": config.ring_mb,
         "seed": config.seed,
@@ -114,9 +115,19 @@ def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]
 
 
 def _ring(first: tuple[Tensor, ...], ring_mb: int) -> list[tuple[Tensor, ...]]:
-    """Copies of one weight, each in memory of its own."""
+    """Copies of one weight one behind the other in huge pages, where the lean decoder too keeps weights."""
     num_copies = max(2, -(-(ring_mb << 20) // sum(tensor.nbytes for tensor in first)))
-    return [first, *(tuple(tensor.clone() for tensor in first) for _ in range(num_copies - 1))]
+    sizes = [huge_pages.aligned(tensor.nbytes) for tensor in first]
+    block = huge_pages.empty(num_copies * sum(sizes))
+    copies = []
+    place = 0
+    for _ in range(num_copies):
+        parts = []
+        for tensor, size in zip(first, sizes, strict=True):
+            parts.append(huge_pages.copied(tensor, block, place))
+            place += size
+        copies.append(tuple(parts))
+    return copies
 
 
 def _random_weight(config: GemvBench, bit_widths: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -134,10 +145,10 @@ def _native_providers(config: GemvBench, x: Tensor) -> list[Provider]:
         NestedWeight(planes, scale, offset, bit_widths, config.group_size, config.shape[1])
         for planes, scale, offset in ring
     ]
-    gemvs = [NativeGemv(weight, num_threads=config.num_threads, mode=config.mode) for weight in weights]
+    gemvs = [NativeGemv(weight, num_threads=config.threads, mode=config.mode) for weight in weights]
     out = torch.empty(len(x), config.shape[0])
     facts = {"isa": gemvs[0].isa, "group_size": config.group_size, "mode": config.mode}
-    providers = [read_provider((parts[0] for parts in ring), config.num_threads, _CALLS_PER_TURN)]
+    providers = [read_provider((parts[0] for parts in ring), config.threads, _CALLS_PER_TURN)]
     for width in config.bit_widths:
         _check_product(gemvs[0], x, width)
         turn = calls([functools.partial(gemv, x, bit_width=width, out=out) for gemv in gemvs], _CALLS_PER_TURN)

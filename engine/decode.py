@@ -245,7 +245,7 @@ class DecodeSession:
 
 def greedy_tokens(logits: Tensor) -> Tensor:
     """The likeliest tokens of `[R, vocab]` logits, `[R]` int64 on the CPU."""
-    # NumPy's argmax of 32,000 floats takes a ninth of torch's time (2.13), which is 2% of a step of 100 million weights.
+    # NumPy's argmax of 32,000 floats takes a ninth of torch's time (2.13): 50 us, 2% of a step of 100 million weights.
     return torch.from_numpy(logits.cpu().numpy().argmax(-1))
 
 

@@ -237,9 +237,8 @@ class NativeDecoder:
         self.max_length = weights.cosine.shape[0]
         self._cache_length = -(-self.max_length // _BLOCK) * _BLOCK
         self.vocab_size, self.hidden_size = weights.embedding.shape
-        self._cache_shape = torch.Size(
-            (len(weights.layers), weights.num_key_value_heads, self._cache_length // _BLOCK, 2, _BLOCK * weights.head_dim)
-        )
+        heads = (len(weights.layers), weights.num_key_value_heads)
+        self._cache_shape = torch.Size((*heads, self._cache_length // _BLOCK, 2, _BLOCK * weights.head_dim))
         self._kept: list[Any] = []  # what the structs point at
         self._decoder = self._describe()
         self._address = ctypes.addressof(self._decoder)

@@ -184,8 +184,8 @@ def test_same_bits_for_a_row_alone(isa: Isa, group_size: int, num_inputs: int) -
         for bit_width in WIDTHS:
             expected = NativeGemv(weight, isa=isa)(x[:num_tokens], bit_width=bit_width, out=poisoned(num_tokens, 15))
             for row in (0, 1, 2, 3, 7, 14):
-                planes, scale, offset = (part[:, row : row + 1] for part in (weight.planes, weight.scale, weight.offset))
-                alone = NestedWeight(planes, scale, offset, STORED_WIDTHS, group_size, num_inputs)
+                parts = (part[:, row : row + 1] for part in (weight.planes, weight.scale, weight.offset))
+                alone = NestedWeight(*parts, STORED_WIDTHS, group_size, num_inputs)
                 y = NativeGemv(alone, isa=isa)(x[:num_tokens], bit_width=bit_width)
                 assert torch.equal(y[:, 0], expected[:, row]), f"b={bit_width} M={num_tokens} row {row}"
 
