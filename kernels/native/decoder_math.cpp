@@ -1,5 +1,5 @@
-// One text for every instruction set, in the compiler's own 16-lane vectors: the same operations in the same order, so
-// the same numbers on every machine.
+// One text for every instruction set, in vectors of 16 lanes: the same operations in the same order, so the same numbers
+// on every machine.
 #include "decoder_math.h"
 
 #include <algorithm>
@@ -10,8 +10,9 @@
 namespace fq {
 namespace {
 
+template <class Vector>
 FQ_INLINE void rms_norm_body(const float* x, const float* weight, float epsilon, int64_t size, float* y) {
-    const float factor = 1.0f / std::sqrt(dot(x, x, size) / static_cast<float>(size) + epsilon);
+    const float factor = 1.0f / std::sqrt(dot<Vector>(x, x, size) / static_cast<float>(size) + epsilon);
     for (int64_t i = 0; i < size; ++i) y[i] = weight[i] * (x[i] * factor);
 }
 
@@ -25,20 +26,20 @@ FQ_INLINE void rotate_body(float* head, const float* cosine, const float* sine, 
 }
 
 // Exponentiates scores less their maximum, in place; returns one over their sum.
+template <class Vector>
 FQ_INLINE float softmax_weights(float* scores, int64_t length) {
     float largest = scores[0];
     for (int64_t i = 1; i < length; ++i) largest = std::max(largest, scores[i]);
     for (int64_t i = length; i % kLanes != 0; ++i) scores[i] = -INFINITY;
-    Vector sum = {};
+    Vector sum = Vector::all(0.0f);
     for (int64_t i = 0; i < length; i += kLanes) {
-        Vector weight = load(scores + i) - largest;
-        exponential(&weight);
-        const int64_t left = length - i;
-        for (int64_t lane = left; lane < kLanes; ++lane) weight[lane] = 0.0f;
-        store(scores + i, weight);
+        const Vector score = Vector::load(scores + i) - largest;
+        // `exponential` is not 0 there; what lies behind the end is.
+        const Vector weight = if_less(score, Vector::all(-87.0f), Vector::all(0.0f), exponential(score));
+        weight.store(scores + i);
         sum += weight;
     }
-    return 1.0f / sum_lanes(sum);
+    return 1.0f / sum.sum();
 }
 
 // Where the value of a position lies.
@@ -48,45 +49,49 @@ FQ_INLINE const float* value_at(const float* cache, int64_t head_dim, int64_t po
 }
 
 // out[0 .. 16 * kVectors) = sum over positions of weight * value; `cache` begins at the first of those dimensions.
-template <int kVectors>
+template <class Vector, int kVectors>
 FQ_INLINE void mix_values(const float* weights, const float* cache, int64_t head_dim, int64_t length, float factor,
                           float* out) {
-    Vector sum[kVectors] = {};
+    Vector sum[kVectors];
+    for (Vector& part : sum) part = Vector::all(0.0f);
     for (int64_t first = 0; first < length; first += kCacheBlock) {
         const float* values = value_at(cache, head_dim, first);
         const int64_t count = std::min(kCacheBlock, length - first);
         for (int64_t i = 0; i < count; ++i) {
-            for (int v = 0; v < kVectors; ++v) sum[v] += load(values + i * head_dim + v * kLanes) * weights[first + i];
+            for (int v = 0; v < kVectors; ++v) sum[v] += Vector::load(values + i * head_dim + v * kLanes) * weights[first + i];
         }
     }
-    for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, sum[v] * factor);
+    for (int v = 0; v < kVectors; ++v) (sum[v] * factor).store(out + v * kLanes);
 }
 
 // Products of one query with a block of 16 keys, which lie with their positions adjacent: [head_dim][16].
+template <class Vector>
 FQ_INLINE Vector block_scores(const float* query, const float* keys, int64_t head_dim) {
-    Vector sum[2] = {};
+    Vector sum[2] = {Vector::all(0.0f), Vector::all(0.0f)};
     int64_t d = 0;
     for (; d + 2 <= head_dim; d += 2) {
-        sum[0] += load(keys + d * kLanes) * query[d];
-        sum[1] += load(keys + (d + 1) * kLanes) * query[d + 1];
+        sum[0] += Vector::load(keys + d * kLanes) * query[d];
+        sum[1] += Vector::load(keys + (d + 1) * kLanes) * query[d + 1];
     }
     return sum[0] + sum[1];
 }
 
+template <class Vector>
 FQ_INLINE void attend_body(const float* queries, int64_t num_queries, int64_t head_dim, const float* cache,
                            int64_t length, float scale, float* scores, float* out) {
     for (int64_t query = 0; query < num_queries; ++query) {
         for (int64_t i = 0; i < length; i += kLanes) {
-            store(scores + i, block_scores(queries + query * head_dim, cache + i * 2 * head_dim, head_dim) * scale);
+            const float* keys = cache + i * 2 * head_dim;
+            (block_scores<Vector>(queries + query * head_dim, keys, head_dim) * scale).store(scores + i);
         }
-        const float factor = softmax_weights(scores, length);
+        const float factor = softmax_weights<Vector>(scores, length);
         float* mixed = out + query * head_dim;
         int64_t d = 0;
         for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
-            mix_values<4>(scores, cache + d, head_dim, length, factor, mixed + d);
+            mix_values<Vector, 4>(scores, cache + d, head_dim, length, factor, mixed + d);
         }
         for (; d + kLanes <= head_dim; d += kLanes) {
-            mix_values<1>(scores, cache + d, head_dim, length, factor, mixed + d);
+            mix_values<Vector, 1>(scores, cache + d, head_dim, length, factor, mixed + d);
         }
         for (; d < head_dim; ++d) {
             float sum = 0.0f;
@@ -96,44 +101,33 @@ FQ_INLINE void attend_body(const float* queries, int64_t num_queries, int64_t he
     }
 }
 
-// A vector of which only `count` lanes may lie in memory; the others are `fill`.
-FQ_INLINE Vector load_part(const float* address, int64_t count, float fill) {
-    if (count >= kLanes) return load(address);
-    float lanes[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < count ? address[lane] : fill;
-    return load(lanes);
-}
-
-FQ_INLINE void store_part(float* address, int64_t count, const Vector& vector) {
-    if (count >= kLanes) store(address, vector);
-    else std::memcpy(address, &vector, static_cast<size_t>(count) * 4);
-}
-
+template <class Vector>
 FQ_INLINE void swiglu_body(float* gate, const float* up, int64_t size) {
     for (int64_t i = 0; i < size; i += kLanes) {
-        const Vector value = load_part(gate + i, size - i, 0.0f);
-        Vector decay = -value;
-        exponential(&decay);
-        store_part(gate + i, size - i, value / (decay + 1.0f) * load_part(up + i, size - i, 0.0f));
+        const Vector value = Vector::load(gate + i, size - i, 0.0f);
+        const Vector result = value / (exponential(-value) + 1.0f) * Vector::load(up + i, size - i, 0.0f);
+        result.store(gate + i, size - i);
     }
 }
 
-template <int kBlocks>
+template <class Vector, int kBlocks>
 FQ_INLINE void dense_block(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, float* y) {
-    Vector sum[kBlocks] = {};
+    Vector sum[kBlocks];
+    for (Vector& part : sum) part = Vector::all(0.0f);
     for (int64_t k = 0; k < num_inputs; ++k) {
         for (int block = 0; block < kBlocks; ++block) {
-            sum[block] += load(weight + k * num_outputs + block * kLanes) * x[k];
+            sum[block] += Vector::load(weight + k * num_outputs + block * kLanes) * x[k];
         }
     }
-    for (int block = 0; block < kBlocks; ++block) store(y + block * kLanes, sum[block]);
+    for (int block = 0; block < kBlocks; ++block) sum[block].store(y + block * kLanes);
 }
 
+template <class Vector>
 FQ_INLINE void dense_body(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, int64_t begin,
                           int64_t end, float* y) {
     int64_t n = begin;
-    for (; n + 4 * kLanes <= end; n += 4 * kLanes) dense_block<4>(x, weight + n, num_inputs, num_outputs, y + n);
-    for (; n + kLanes <= end; n += kLanes) dense_block<1>(x, weight + n, num_inputs, num_outputs, y + n);
+    for (; n + 4 * kLanes <= end; n += 4 * kLanes) dense_block<Vector, 4>(x, weight + n, num_inputs, num_outputs, y + n);
+    for (; n + kLanes <= end; n += kLanes) dense_block<Vector, 1>(x, weight + n, num_inputs, num_outputs, y + n);
     for (; n < end; ++n) {
         float sum = 0.0f;
         for (int64_t k = 0; k < num_inputs; ++k) sum += weight[k * num_outputs + n] * x[k];
@@ -160,69 +154,69 @@ FQ_INLINE void observe_body(const float* before, const float* after, int64_t siz
     *crest = static_cast<float>(largest * std::sqrt(static_cast<double>(size)) / norm);
 }
 
+// One exponential per token: with weights w = e^(logit - largest), the entropy and the divergence from the distribution
+// before are sums of w times a difference of logits.
+template <class Vector>
 FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor, float* log_probs,
                                  DistributionStatistics* statistics) {
-    Vector first = Vector{} - INFINITY, second = first;  // the two largest of each lane
+    Vector first = Vector::all(-INFINITY), second = first;  // the two largest of each lane
     for (int64_t i = 0; i < size; i += kLanes) {
-        const Vector value = load_part(logits + i, size - i, -INFINITY);
+        const Vector value = Vector::load(logits + i, size - i, -INFINITY);
         second = larger(second, smaller(first, value));
         first = larger(first, value);
     }
-    float largest = -INFINITY, runner_up = -INFINITY;
+    float firsts[kLanes], seconds[kLanes], largest = -INFINITY, runner_up = -INFINITY;
+    first.store(firsts);
+    second.store(seconds);
     for (int lane = 0; lane < kLanes; ++lane) {
-        runner_up = std::max(std::max(runner_up, second[lane]), std::min(largest, first[lane]));
-        largest = std::max(largest, first[lane]);
+        runner_up = std::max(std::max(runner_up, seconds[lane]), std::min(largest, firsts[lane]));
+        largest = std::max(largest, firsts[lane]);
     }
-    Vector sum = {};
+    // Any constant does; one token's keeps the terms small, so that little is lost when it is taken away again.
+    const float anchor = std::max(logits[0] - largest, floor) - log_probs[0];
+    Vector sum = Vector::all(0.0f), below = sum, moved = sum;
     for (int64_t i = 0; i < size; i += kLanes) {
-        Vector weight = load_part(logits + i, size - i, -INFINITY) - largest;
-        const Vector is_real = weight > -87.0f ? (Vector{} + 1.0f) : Vector{};  // `exponential` stops there
-        exponential(&weight);
-        sum += weight * is_real;
+        const Vector distance = larger(Vector::load(logits + i, size - i, -INFINITY) - largest, Vector::all(floor));
+        const Vector weight = exponential(distance);
+        sum += weight;
+        below += weight * distance;
+        moved += weight * (distance - Vector::load(log_probs + i, size - i, 0.0f) - anchor);
     }
-    const float log_sum = largest + std::log(sum_lanes(sum));
-    Vector entropy = {}, divergence = {};
+    const float total = sum.sum(), log_total = std::log(total);
     for (int64_t i = 0; i < size; i += kLanes) {
-        const Vector log_prob = larger(load_part(logits + i, size - i, -INFINITY) - log_sum, Vector{} + floor);
-        const Vector is_real = log_prob > -87.0f ? (Vector{} + 1.0f) : Vector{};
-        Vector probability = log_prob;
-        exponential(&probability);
-        probability *= is_real;
-        entropy -= probability * log_prob;
-        divergence += probability * (log_prob - load_part(log_probs + i, size - i, 0.0f));
-        store_part(log_probs + i, size - i, log_prob);
+        const Vector distance = Vector::load(logits + i, size - i, -INFINITY) - largest;
+        larger(distance - log_total, Vector::all(floor)).store(log_probs + i, size - i);
     }
-    statistics->entropy = sum_lanes(entropy);
-    statistics->divergence = sum_lanes(divergence);
-    statistics->top1 = std::exp(largest - log_sum);
-    statistics->top2 = std::exp(std::max(runner_up - log_sum, floor));
+    statistics->entropy = log_total - below.sum() / total;
+    statistics->divergence = moved.sum() / total + (anchor - log_total);
+    statistics->top1 = 1.0f / total;
+    statistics->top2 = std::exp(std::max(runner_up - largest - log_total, floor));
 }
 
+template <class Vector>
 FQ_INLINE void tanh_body(float* x, int64_t size) {
     for (int64_t i = 0; i < size; i += kLanes) {
-        Vector value = load_part(x + i, size - i, 0.0f);
-        tangent(&value);
-        store_part(x + i, size - i, value);
+        tangent(Vector::load(x + i, size - i, 0.0f)).store(x + i, size - i);
     }
 }
 
 // The same table for each target; a body is inlined into a function that carries the attribute.
-#define FQ_DECODER_MATH(name, target)                                                                                  \
+#define FQ_DECODER_MATH(name, part_bytes, target)                                                                      \
     namespace name {                                                                                                   \
     target void rms_norm(const float* x, const float* weight, float epsilon, int64_t size, float* y) {                 \
-        rms_norm_body(x, weight, epsilon, size, y);                                                                    \
+        rms_norm_body<Lanes<part_bytes>>(x, weight, epsilon, size, y);                                                 \
     }                                                                                                                  \
     target void rotate(float* head, const float* cosine, const float* sine, int64_t head_dim) {                        \
         rotate_body(head, cosine, sine, head_dim);                                                                     \
     }                                                                                                                  \
     target void attend(const float* queries, int64_t num_queries, int64_t head_dim, const float* cache,                \
                        int64_t length, float scale, float* scores, float* out) {                                       \
-        attend_body(queries, num_queries, head_dim, cache, length, scale, scores, out);                                \
+        attend_body<Lanes<part_bytes>>(queries, num_queries, head_dim, cache, length, scale, scores, out);             \
     }                                                                                                                  \
-    target void swiglu(float* gate, const float* up, int64_t size) { swiglu_body(gate, up, size); }                    \
+    target void swiglu(float* gate, const float* up, int64_t size) { swiglu_body<Lanes<part_bytes>>(gate, up, size); } \
     target void dense(const float* x, const float* weight, int64_t num_inputs, int64_t num_outputs, int64_t begin,     \
                       int64_t end, float* y) {                                                                         \
-        dense_body(x, weight, num_inputs, num_outputs, begin, end, y);                                                 \
+        dense_body<Lanes<part_bytes>>(x, weight, num_inputs, num_outputs, begin, end, y);                              \
     }                                                                                                                  \
     target void add(const float* x, int64_t size, float* y) { add_body(x, size, y); }                                  \
     target void observe(const float* before, const float* after, int64_t size, float* residual_update, float* crest) { \
@@ -230,17 +224,17 @@ FQ_INLINE void tanh_body(float* x, int64_t size) {
     }                                                                                                                  \
     target void distribution(const float* logits, int64_t size, float floor, float* log_probs,                         \
                              DistributionStatistics* statistics) {                                                     \
-        distribution_body(logits, size, floor, log_probs, statistics);                                                 \
+        distribution_body<Lanes<part_bytes>>(logits, size, floor, log_probs, statistics);                              \
     }                                                                                                                  \
-    target void tanh(float* x, int64_t size) { tanh_body(x, size); }                                                   \
+    target void tanh(float* x, int64_t size) { tanh_body<Lanes<part_bytes>>(x, size); }                                \
     const DecoderMath table = {rms_norm, rotate,  attend,       swiglu, dense,                                         \
                                add,      observe, distribution, tanh};                                                 \
     }
 
-FQ_DECODER_MATH(portable, )
+FQ_DECODER_MATH(portable, 16, )
 #if FQ_X86
-FQ_DECODER_MATH(avx2, __attribute__((target("avx2,fma"))))
-FQ_DECODER_MATH(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))))
+FQ_DECODER_MATH(avx2, 32, __attribute__((target("avx2,fma"))))
+FQ_DECODER_MATH(avx512, 64, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))))
 #endif
 
 }  // namespace
