@@ -104,9 +104,16 @@ FQ_INLINE FQ_AVX2 __m256i dot_nibbles(const Nibbles& nibbles, const __m256i* val
 FQ_INLINE FQ_AVX2 __m256 load_halves(const uint16_t* halves, int64_t count) {
     _mm_prefetch(reinterpret_cast<const char*>(halves) + kPrefetchBytes, _MM_HINT_T0);
     if (count >= 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-    alignas(16) uint16_t padded[8] = {};
-    for (int64_t i = 0; i < count; ++i) padded[i] = halves[i];
-    return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(padded)));
+    // Put together in registers: a vector load right after narrow stores to the same place would wait for them.
+    if (count >= 4) {
+        const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(halves));
+        const __m128i last = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(halves + count - 4));
+        const __m128i rest = _mm_srl_epi64(last, _mm_cvtsi64_si128(16 * (8 - count)));
+        return _mm256_cvtph_ps(_mm_unpacklo_epi64(first, rest));
+    }
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < count; ++i) bits |= static_cast<uint64_t>(halves[i]) << (16 * i);
+    return _mm256_cvtph_ps(_mm_cvtsi64_si128(static_cast<int64_t>(bits)));
 }
 
 FQ_INLINE FQ_AVX2 float reduce_add(__m256 value) {
