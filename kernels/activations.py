@@ -10,7 +10,7 @@ hold neighbouring words read 16 bytes each, coalesced.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,11 +125,24 @@ def pack_activations(
     require_triton(x.device)
     check_tensor("x", x, dtype=FLOAT_TYPES, shape=(-1, -1), device=x.device)
     num_tokens, num_inputs = x.shape
+    return launch_packing(_pack_kernel, x, num_tokens, num_inputs, mode=mode, out=out)
+
+
+def launch_packing(
+    kernel: Any, x: Tensor, num_tokens: int, num_inputs: int, *, mode: ActivationMode, out: PackedActivations | None
+) -> PackedActivations:
+    """Launches a kernel that makes `[num_tokens, num_inputs]` of `x` and packs it, 32 words of a token in a program.
+
+    Returns:
+        `out`, or new buffers of the given mode.
+
+    Raises:
+        ValueError: If `out` does not fit.
+    """
     if out is None:
         out = PackedActivations.allocate(num_tokens, num_inputs, device=x.device, mode=mode)
     out.check(num_tokens, num_inputs, x.device)
-    grid = (num_tokens, -(-out.num_words // _WORDS_PER_PROGRAM))
-    _pack_kernel[grid](
+    kernel[(num_tokens, -(-out.num_words // _WORDS_PER_PROGRAM))](
         x,
         *output_pointers(out),
         NUM_INPUTS=num_inputs,

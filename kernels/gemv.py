@@ -199,17 +199,15 @@ def dot4(codes, x, total, USE_ASM: tl.constexpr):
 
 
 @jit()
-def dot_int8(
-    words, values_ptr, word_offset, NUM_WORDS: tl.constexpr, in_row, MAX_WIDTH: tl.constexpr, USE_ASM: tl.constexpr
-):
+def dot_int8(words, values_ptr, word_offset, NUM_WORDS: tl.constexpr, MAX_WIDTH: tl.constexpr, USE_ASM: tl.constexpr):
     """The sum of codes times int8 activations over each word's 32 inputs, int32."""
     lower = tl.zeros(word_offset.shape, tl.int32)
     upper = tl.zeros(word_offset.shape, tl.int32)
     for t in tl.static_range(4):
-        x = tl.load(values_ptr + t * NUM_WORDS + word_offset, mask=in_row, other=0)
+        x = tl.load(values_ptr + t * NUM_WORDS + word_offset)
         lower = dot4(words[t], x, lower, USE_ASM)
     for t in tl.static_range(4, 8):
-        x = tl.load(values_ptr + t * NUM_WORDS + word_offset, mask=in_row, other=0)
+        x = tl.load(values_ptr + t * NUM_WORDS + word_offset)
         if MAX_WIDTH == 8:
             lower = dot4(words[t], x, lower, USE_ASM)
         else:
@@ -218,12 +216,12 @@ def dot_int8(
 
 
 @jit()
-def dot_float(words, values_ptr, word_offset, NUM_WORDS: tl.constexpr, in_row, MAX_WIDTH: tl.constexpr):
+def dot_float(words, values_ptr, word_offset, NUM_WORDS: tl.constexpr, MAX_WIDTH: tl.constexpr):
     """The sum of codes times unrounded activations over each word's 32 inputs, float32."""
     total = tl.zeros(word_offset.shape, tl.float32)
     for t in tl.static_range(8):
         for lane in tl.static_range(4):
-            x = tl.load(values_ptr + (4 * t + lane) * NUM_WORDS + word_offset, mask=in_row, other=0.0).to(tl.float32)
+            x = tl.load(values_ptr + (4 * t + lane) * NUM_WORDS + word_offset).to(tl.float32)
             if MAX_WIDTH == 4 and t >= 4:  # noqa: SIM108 - chosen while compiling
                 code = (words[t] >> (8 * lane + 4)) & 0xF
             else:
@@ -233,21 +231,43 @@ def dot_float(words, values_ptr, word_offset, NUM_WORDS: tl.constexpr, in_row, M
 
 
 @jit()
-def sum_groups(words, WORDS_PER_GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):
-    """`[rows, words]` -> `[rows, groups]`; the words of a group lie in one thread, so nothing moves between threads."""
-    if WORDS_PER_GROUP == 1:
-        result = words
+def sum_neighbours(x, COUNT: tl.constexpr):
+    """`[rows, n]` -> `[rows, n / COUNT]`, COUNT 1, 2 or 4: words of one thread, so nothing moves between threads."""
+    if COUNT == 1:
+        result = x
     else:
-        shape: tl.constexpr = (BLOCK_ROWS, BLOCK_WORDS // WORDS_PER_GROUP, WORDS_PER_GROUP)
-        result = tl.sum(tl.reshape(words, shape), axis=2)
+        shape: tl.constexpr = (x.shape[0], x.shape[1] // COUNT, COUNT)
+        result = tl.sum(tl.reshape(x, shape), axis=2)
     return result
 
 
 @jit()
-def _zeros(NUM_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+def word_index(start, NUM_WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, NUM_TOKENS: tl.constexpr):
+    """The words of a step, `[1, words]`; those beyond the row are its last four, so that no load needs a mask."""
+    lane = tl.arange(0, BLOCK_WORDS)
+    if NUM_WORDS % BLOCK_WORDS == 0 and NUM_TOKENS == 1:
+        word = start + lane  # shorter, but with more tokens the compiler keeps pointers that spill
+    else:
+        word = tl.minimum(start + lane // 4 * 4, NUM_WORDS - 4) + lane % 4  # whole vectors, and the compiler sees it
+    return word[None, :]
+
+
+@jit()
+def keep_order(x):
+    """Returns `x`; the assembler moves no later load before it. It leaves no instruction behind but a NOP.
+
+    Free to, it asks for the activations of many tokens at once, which takes 150 registers.
+    """
+    return tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
+    )
+
+
+@jit()
+def _zeros(NUM_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):
     totals = ()
     for _ in tl.static_range(NUM_TOKENS):
-        totals = totals + (tl.zeros([BLOCK_ROWS, BLOCK_GROUPS], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        totals = totals + (tl.zeros([BLOCK_ROWS, BLOCK_WORDS // 4], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return totals
 
 
@@ -278,35 +298,33 @@ def _rows_times_tokens(
     BLOCK_WORDS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """One body: all of K for a block of rows. Returns a tuple of `[rows, groups of a step]`, one for each token."""
+    """One body: all of K for a block of rows. Returns a tuple of `[rows, words of a step / 4]`, one for each token."""
     BLOCK_GROUPS: tl.constexpr = BLOCK_WORDS // WORDS_PER_GROUP
+    IS_ORDERED: tl.constexpr = NUM_TOKENS > 4 and USE_ASM  # fewer tokens fit whatever the order of their loads
     num_groups: tl.constexpr = NUM_WORDS // WORDS_PER_GROUP
-    totals = _zeros(NUM_TOKENS, BLOCK_ROWS, BLOCK_GROUPS)
-    row_offset = row.to(tl.int64)[:, None] * NUM_WORDS
-    pair_offset = row.to(tl.int64)[:, None] * num_groups
+    totals = _zeros(NUM_TOKENS, BLOCK_ROWS, BLOCK_WORDS)
+    # 32 bits: an offset that the compiler knows to be 64 bits wide becomes a pointer of two registers for every plane.
+    row_offset = row[:, None] * NUM_WORDS
+    pair_offset = row[:, None] * num_groups
+    is_read = tl.full([BLOCK_ROWS, BLOCK_WORDS], True, tl.int1)
     for start in range(0, NUM_WORDS, BLOCK_WORDS):
-        word = start + tl.arange(0, BLOCK_WORDS)
+        word = word_index(start, NUM_WORDS, BLOCK_WORDS, NUM_TOKENS)
         # x is loaded through pointers of the weight tile's shape: a row that is spread afterwards would have to change
         # its layout through shared memory, with barriers in this loop.
-        word_offset = word[None, :] + tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.int32)
-        in_row = word_offset < NUM_WORDS
+        word_offset = word + tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.int32)
         words = code_words(
-            p0, p1, p2, planes_ptr, row_offset + word[None, :], plane_stride, in_row, bit_width, MAX_WIDTH, USE_ASM
+            p0, p1, p2, planes_ptr, row_offset + word, plane_stride, is_read, bit_width, MAX_WIDTH, USE_ASM
         )
-        p0, p1, p2 = load_base_planes(
-            planes_ptr,
-            row_offset + word[None, :] + BLOCK_WORDS,
-            plane_stride,
-            word_offset < NUM_WORDS - BLOCK_WORDS,
-            bit_width,
-            MIN_WIDTH,
-        )
+        next_offset = row_offset + word_index(start + BLOCK_WORDS, NUM_WORDS, BLOCK_WORDS, NUM_TOKENS)
+        has_next = is_read & (start < NUM_WORDS - BLOCK_WORDS)
+        if not IS_ORDERED:
+            p0, p1, p2 = load_base_planes(planes_ptr, next_offset, plane_stride, has_next, bit_width, MIN_WIDTH)
         group = (
             start // WORDS_PER_GROUP
             + tl.arange(0, BLOCK_GROUPS)[None, :]
             + tl.zeros([BLOCK_ROWS, BLOCK_GROUPS], tl.int32)
         )
-        in_pair = group < NUM_USED_GROUPS
+        in_pair = group < NUM_USED_GROUPS  # zeros elsewhere: what stands for words beyond the row counts nothing
         scale = tl.load(scale_ptr + pair_offset + group, mask=in_pair, other=0.0).to(tl.float32)
         offset = tl.load(offset_ptr + pair_offset + group, mask=in_pair, other=0.0).to(tl.float32)
         offset += scale * offset_factor
@@ -314,18 +332,28 @@ def _rows_times_tokens(
         updated = ()
         for m in tl.static_range(NUM_TOKENS):
             x_word = m * NUM_WORDS + word_offset
-            x_sums = tl.load(x_sums_ptr + x_word, mask=in_row, other=0.0)
+            x_sums = tl.load(x_sums_ptr + x_word)
             if IS_INT8:
-                dots = dot_int8(
-                    words, values_ptr + m * 8 * NUM_WORDS, word_offset, NUM_WORDS, in_row, MAX_WIDTH, USE_ASM
-                ).to(tl.float32)
-                dots *= tl.load(x_scale_ptr + x_word, mask=in_row, other=0.0)
+                if IS_ORDERED:  # where it takes fewer registers
+                    x_scale = tl.load(x_scale_ptr + x_word)
+                dots = dot_int8(words, values_ptr + m * 8 * NUM_WORDS, word_offset, NUM_WORDS, MAX_WIDTH, USE_ASM)
+                if not IS_ORDERED:
+                    x_scale = tl.load(x_scale_ptr + x_word)
+                dots = dots.to(tl.float32) * x_scale
             else:
-                dots = dot_float(words, values_ptr + m * 32 * NUM_WORDS, word_offset, NUM_WORDS, in_row, MAX_WIDTH)
-            products = sum_groups(dots, WORDS_PER_GROUP, BLOCK_ROWS, BLOCK_WORDS)
-            sums = sum_groups(x_sums, WORDS_PER_GROUP, BLOCK_ROWS, BLOCK_WORDS)
-            updated = updated + (totals[m] + scale * products + offset * sums,)  # type: ignore[assignment]  # noqa: RUF005
+                dots = dot_float(words, values_ptr + m * 32 * NUM_WORDS, word_offset, NUM_WORDS, MAX_WIDTH)
+            products = sum_neighbours(dots, WORDS_PER_GROUP)
+            sums = sum_neighbours(x_sums, WORDS_PER_GROUP)
+            if WORDS_PER_GROUP == 4:
+                total = totals[m] + scale * products + offset * sums
+            else:
+                total = totals[m] + sum_neighbours(scale * products + offset * sums, 4 // WORDS_PER_GROUP)
+            if IS_ORDERED:
+                total = keep_order(total)
+            updated = updated + (total,)  # type: ignore[assignment]  # noqa: RUF005
         totals = updated
+        if IS_ORDERED:  # before the tokens these would take another 12 registers
+            p0, p1, p2 = load_base_planes(planes_ptr, next_offset, plane_stride, has_next, bit_width, MIN_WIDTH)
     return totals
 
 
@@ -367,72 +395,47 @@ def _gemv_kernel(
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = row < num_outputs
     row = tl.minimum(row, num_outputs - 1)
-    word = tl.arange(0, BLOCK_WORDS)[None, :] + tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.int32)
-    first = row.to(tl.int64)[:, None] * NUM_WORDS + word
+    first = row[:, None] * NUM_WORDS + word_index(0, NUM_WORDS, BLOCK_WORDS, NUM_TOKENS)
+    is_read = tl.full([BLOCK_ROWS, BLOCK_WORDS], True, tl.int1)
     if MIN_WIDTH >= 3:
-        p0, p1, p2 = load_base_planes(planes_ptr, first, plane_stride, word < NUM_WORDS, 8, MIN_WIDTH)
+        p0, p1, p2 = load_base_planes(planes_ptr, first, plane_stride, is_read, 8, MIN_WIDTH)
     unit = 0
     if HAS_SEGMENTS:
         unit = tl.load(segments_ptr + block * BLOCK_ROWS // 4)
     bit_width = read_width(bit_widths_ptr, unit, MIN_WIDTH)
     if MIN_WIDTH < 3:
-        p0, p1, p2 = load_base_planes(planes_ptr, first, plane_stride, word < NUM_WORDS, bit_width, MIN_WIDTH)
+        p0, p1, p2 = load_base_planes(planes_ptr, first, plane_stride, is_read, bit_width, MIN_WIDTH)
     slice_idx, scale_factor, offset_factor = pair_of_width(bit_width, NUM_WIDTHS, WIDTH_TABLE)
     slice_offset = slice_idx.to(tl.int64) * num_outputs * num_groups
-    if bit_width > 4:
-        totals = _rows_times_tokens(
-            p0,
-            p1,
-            p2,
-            values_ptr,
-            x_scale_ptr,
-            x_sums_ptr,
-            planes_ptr,
-            scale_ptr + slice_offset,
-            offset_ptr + slice_offset,
-            row,
-            bit_width,
-            scale_factor / (1 << (8 - bit_width)).to(tl.float32),
-            offset_factor,
-            plane_stride,
-            NUM_WORDS,
-            NUM_USED_GROUPS,
-            8,
-            MIN_WIDTH,
-            NUM_TOKENS,
-            WORDS_PER_GROUP,
-            IS_INT8,
-            BLOCK_ROWS,
-            BLOCK_WORDS,
-            USE_ASM,
-        )
-    else:
-        totals = _rows_times_tokens(
-            p0,
-            p1,
-            p2,
-            values_ptr,
-            x_scale_ptr,
-            x_sums_ptr,
-            planes_ptr,
-            scale_ptr + slice_offset,
-            offset_ptr + slice_offset,
-            row,
-            bit_width,
-            scale_factor / (1 << (4 - bit_width)).to(tl.float32),
-            offset_factor,
-            plane_stride,
-            NUM_WORDS,
-            NUM_USED_GROUPS,
-            4,
-            MIN_WIDTH,
-            NUM_TOKENS,
-            WORDS_PER_GROUP,
-            IS_INT8,
-            BLOCK_ROWS,
-            BLOCK_WORDS,
-            USE_ASM,
-        )
+    totals = _zeros(NUM_TOKENS, BLOCK_ROWS, BLOCK_WORDS)
+    for max_width in tl.static_range(8, 3, -4):  # unrolled, since a body's planes are counted while compiling
+        if (bit_width > 4) == (max_width == 8):
+            totals = _rows_times_tokens(
+                p0,
+                p1,
+                p2,
+                values_ptr,
+                x_scale_ptr,
+                x_sums_ptr,
+                planes_ptr,
+                scale_ptr + slice_offset,
+                offset_ptr + slice_offset,
+                row,
+                bit_width,
+                scale_factor / (1 << (max_width - bit_width)).to(tl.float32),
+                offset_factor,
+                plane_stride,
+                NUM_WORDS,
+                NUM_USED_GROUPS,
+                max_width,
+                MIN_WIDTH,
+                NUM_TOKENS,
+                WORDS_PER_GROUP,
+                IS_INT8,
+                BLOCK_ROWS,
+                BLOCK_WORDS,
+                USE_ASM,
+            )
     for m in tl.static_range(NUM_TOKENS):
         y = tl.sum(totals[m], axis=1)
         column = m * num_outputs.to(tl.int64) + row

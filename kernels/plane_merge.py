@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight
 from flexquant_rl.kernels.launching import check_tensor, jit, tl
 
+MAX_PLANE_WORDS = 2**31 - 1
 _NOT_STORED = 15  # in a nibble of `width_table`
 
 
@@ -23,10 +24,15 @@ def width_table(bit_widths: Sequence[int]) -> int:
 
 
 def check_weight(weight: NestedWeight) -> None:
-    """Raises ValueError unless a kernel can read the weight's tensors in vectors of 16 bytes."""
+    """Raises ValueError unless a kernel can read the weight's tensors in vectors of 16 bytes, by offsets of 32 bits."""
     device = weight.planes.device
     if weight.num_outputs < 1:
         raise ValueError("the weight has no outputs; there is nothing to multiply")
+    if weight.planes[0].numel() > MAX_PLANE_WORDS:
+        raise ValueError(
+            f"a plane of the weight has {weight.planes[0].numel()} words but a kernel counts to {MAX_PLANE_WORDS}; "
+            "split the outputs into two weights"
+        )
     for name, tensor in (("planes", weight.planes), ("scale", weight.scale), ("offset", weight.offset)):
         check_tensor(name, tensor, dtype=tensor.dtype, shape=tensor.shape, device=device, aligned=True)
 

@@ -9,13 +9,11 @@ from torch import Tensor
 from flexquant_rl.kernels.activations import (
     ActivationMode,
     PackedActivations,
+    launch_packing,
     load_words,
-    output_pointers,
     store_packed,
 )
 from flexquant_rl.kernels.launching import FLOAT_TYPES, check_tensor, jit, require_triton, tl
-
-_WORDS_PER_PROGRAM = 32
 
 
 def swiglu(
@@ -41,21 +39,7 @@ def swiglu(
     num_tokens, num_columns = gate_up.shape
     if num_columns % 2 or num_columns == 0:
         raise ValueError(f"gate_up has {num_columns} columns but needs as many gates as values; pass [M, 2F]")
-    num_inputs = num_columns // 2
-    if out is None:
-        out = PackedActivations.allocate(num_tokens, num_inputs, device=gate_up.device, mode=mode)
-    out.check(num_tokens, num_inputs, gate_up.device)
-    _swiglu_kernel[(num_tokens, -(-out.num_words // _WORDS_PER_PROGRAM))](
-        gate_up,
-        *output_pointers(out),
-        NUM_INPUTS=num_inputs,
-        NUM_WORDS=out.num_words,
-        IS_INT8=out.scale is not None,
-        BLOCK_WORDS=_WORDS_PER_PROGRAM,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
-    return out
+    return launch_packing(_swiglu_kernel, gate_up, num_tokens, num_columns // 2, mode=mode, out=out)
 
 
 @jit()

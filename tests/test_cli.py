@@ -1,4 +1,4 @@
-"""Each `fq` subcommand, end to end, on a tiny model; mistakes are in test_bad_input, training in test_train_cli."""
+"""Each `fq` subcommand, end to end, on a tiny model; mistakes are in bad_input, training in test_train_cli."""
 
 from __future__ import annotations
 

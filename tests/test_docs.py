@@ -45,9 +45,22 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links(document: Path) -> list[str]:
+    """The targets of a document's links."""
+    return re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text(encoding="utf-8")))
+
+
+def test_the_documents_are_found() -> None:
+    names = {identifier(document) for document in DOCUMENTS}
+    assert names >= {"README.md", "CHANGELOG.md", "docs/architecture.md", "docs/kernels.md", "docs/weights.md"}
+    targets = {target for document in DOCUMENTS for target in links(document)}
+    assert any("#" in target for target in targets), "no link to a heading is understood"
+    assert any("#" not in target for target in targets), "no link to a file is understood"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=identifier)
 def test_relative_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text(encoding="utf-8"))):
+    for target in links(document):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -59,7 +72,9 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 
 def test_no_machine_paths() -> None:
     found = []
-    for path in tracked_files():
+    files = tracked_files()
+    assert {ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "kernels" / "gemv.py", Path(__file__)} <= {*files}
+    for path in files:
         if path.suffix not in TEXT_SUFFIXES or path.stat().st_size > 1_000_000:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -93,6 +108,7 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
         for line in code_lines(document):
             for match in re.finditer(rf"(?:^|[;&|]\s*|\s){program}(?:\s+([\w-]+))?(?=\s|$)([^;&|]*)", line):
                 found.append((match[1] or "", re.findall(r"(?<!\S)(--[a-z][\w-]*)", match[2])))
+    assert found, f"no document calls {program}: the pattern no longer understands them"
     return found
 
 
@@ -113,6 +129,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_fq_commands_exist() -> None:
+    assert any(options for _, options in commands("fq"))
     for name, options in commands("fq"):
         if name:
             assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("flexquant_rl.cli")), f"fq {name}"
@@ -128,10 +145,10 @@ def test_benchmarks_exist() -> None:
 
 
 def test_train_options_exist() -> None:
-    for program in (r"(?:python )?train\.py", "fq-train"):
-        for _, options in commands(program):
-            if options:
-                check_options(program, options, help_text("flexquant_rl.train"))
+    calls = [options for _, options in commands(r"(?:(?:python )?train\.py|fq-train)") if options]
+    assert calls
+    for options in calls:
+        check_options("train.py", options, help_text("flexquant_rl.train"))
 
 
 def check_options(command: str, options: list[str], text: str) -> None:

@@ -23,8 +23,10 @@ VEC_ENV_MODULES = {"fq_env/vec_env.py"}  # SB3's VecEnv is the interface that it
 
 
 def sources(folder: str) -> list[Path]:
-    """The Python files of a layer."""
-    return sorted((ROOT / folder).rglob("*.py"))
+    """The Python files of a folder; there are some."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files, f"{folder}/ holds no Python file"
+    return files
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -40,12 +42,14 @@ def imported_modules(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("layer", ALLOWED)
 def test_layer_imports_only_downwards(layer: str) -> None:
+    targets = set()
     for path in sources(layer):
         for module in imported_modules(path):
             package, _, rest = module.partition(".")
             if package == "flexquant_rl":
-                target = rest.split(".")[0]
+                targets.add(target := rest.split(".")[0])
                 assert target == layer or target in ALLOWED[layer], f"{path.relative_to(ROOT)} imports {module}"
+    assert targets == {layer} | ALLOWED[layer], "an allowed import is not made, or imports are not understood"
 
 
 @pytest.mark.parametrize("layer", FORBIDDEN)
@@ -69,7 +73,9 @@ def test_nothing_imports_the_entry_points(layer: str) -> None:
 @pytest.mark.parametrize("layer", ALLOWED)
 def test_no_bare_import_of_a_layer(layer: str) -> None:
     # Ruff bans it too; a bare import makes a second copy of a module, or finds Hugging Face's `kernels`.
-    for path in [*sources(layer), *sources("tests"), *sources("benchmarks"), *ROOT.glob("*.py")]:
+    scripts = sorted(ROOT.glob("*.py"))
+    assert {ROOT / "train.py", ROOT / "cli.py"} <= {*scripts}
+    for path in [*sources(layer), *sources("tests"), *sources("benchmarks"), *scripts]:
         for module in imported_modules(path):
             assert module.split(".")[0] != layer, f"{path.relative_to(ROOT)} imports {module}"
 
@@ -78,6 +84,11 @@ def test_checks_find_a_planted_import(tmp_path: Path) -> None:
     path = tmp_path / "planted.py"
     path.write_text("def f():\n    from flexquant_rl import agents\n    import flexquant_rl.agents.ppo as ppo\n")
     assert [*imported_modules(path)] == ["flexquant_rl.agents", "flexquant_rl.agents.ppo"]
+
+
+def test_every_layer_is_checked() -> None:
+    assert [*ALLOWED] == [*FORBIDDEN] == ["kernels", "engine", "fq_env", "agents"]
+    assert all((ROOT / name).is_file() for name in VEC_ENV_MODULES)
 
 
 def test_serving_imports_are_light() -> None:

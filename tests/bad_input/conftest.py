@@ -18,14 +18,13 @@ from flexquant_rl.engine.quantize import QuantizationConfig
 from flexquant_rl.engine.signals import SignalSchema
 
 
-def save_policy(model: NestedCausalLM, out: Path, *, fingerprint: str | None = None) -> Path:
+def save_policy(model: NestedCausalLM, out: Path) -> Path:
     """An untrained policy of a model, as a run exports it."""
-    fingerprint = fingerprint or model.fingerprint
     schema = SignalSchema(model.num_units, model.bit_widths)
     sensitivity = torch.rand(model.num_units, len(model.bit_widths), generator=torch.Generator().manual_seed(0))
     profile = Profile(roofline_cost(model), sensitivity, model.bit_widths, model.fingerprint, 9, "unquantised")
     dial = (DialPoint(100.0, 1.2, 0.01, 6.0), DialPoint(10.0, 1.8, 0.1, 4.0))
-    card = PolicyCard(schema, fingerprint, tuple(unit.name for unit in model.units), dial)
+    card = PolicyCard(schema, model.fingerprint, tuple(unit.name for unit in model.units), dial)
     torch.manual_seed(0)
     LearnedPolicy(PrecisionNet(schema), card).save(out, profile)
     return out

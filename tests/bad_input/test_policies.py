@@ -1,4 +1,4 @@
-"""Mistakes about policies, in `fq evaluate` and `fq generate`, end with exit code 2 and one line. Nothing is left behind."""
+"""Mistakes about policies (`fq evaluate`, `fq generate`) end with exit code 2 and one line. Nothing is left behind."""
 
 from __future__ import annotations
 

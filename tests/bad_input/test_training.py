@@ -1,4 +1,4 @@
-"""Mistakes in calls of train.py end with exit code 2 and one line: the value, the rule, the fix. Nothing is left behind."""
+"""Mistakes in calls of train.py end with exit code 2 and one line: value, rule, fix. Nothing is left behind."""
 
 from __future__ import annotations
 

@@ -140,12 +140,18 @@ def test_bias_residual_and_output_type(
     check(out, expected, tolerance)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_inputs", "group_size"), [(3, 64, 64), (8, 1152, 128), (5, 172, 32)])
 def test_tokens_do_not_see_each_other(
-    random_weight: Callable, random_activations: Callable, device: torch.device
+    random_weight: Callable,
+    random_activations: Callable,
+    device: torch.device,
+    num_tokens: int,
+    num_inputs: int,
+    group_size: int,
 ) -> None:
-    weight, x = random_weight(4, 64, 64), random_activations(3, 64)
+    weight, x = random_weight(4, num_inputs, group_size), random_activations(num_tokens, num_inputs)
     together = gemv(pack_activations(x), weight, widths_on(device, 5))
-    for token in range(3):
+    for token in range(num_tokens):
         alone = gemv(pack_activations(x[token : token + 1]), weight, widths_on(device, 5))
         assert torch.equal(alone[0], together[token])
 
@@ -195,10 +201,18 @@ def test_bad_arguments(random_weight: Callable, random_activations: Callable, de
         ("planes does not start at a multiple of 16", {"weight": shifted(weight)}),
         ("scale is torch.float32 \\[1, 2\\]", {"x": replace(x, scale=on(1, 2))}),
         ("does not fit: rows must divide 4", {"tile": Tile(3, 32, 1)}),
+        ("a plane of the weight has 2147483648 words", {"weight": huge(weight)}),
     ]
     for message, changed in wrong:
         with pytest.raises(ValueError, match=message):
             gemv(**{"x": x, "weight": weight, "bit_widths": widths, **changed})
+
+
+def huge(weight):
+    """As many outputs as make a plane of 2^31 words; all are the first one."""
+    rows = 2**31 // weight.planes.shape[2]
+    parts = {name: getattr(weight, name)[:, :1].expand(-1, rows, -1) for name in ("planes", "scale", "offset")}
+    return replace(weight, **parts)
 
 
 def shifted(weight):
