@@ -329,7 +329,7 @@ def generate(
         device: cpu or cuda.
         decoder: The lean decoder (Llama, Mistral, Qwen2 and Qwen3; a native call per token on a CPU, a captured graph
             on a GPU) or Hugging Face's modules; auto: lean where it can run the model.
-        threads: Threads of a step; default: 1 with the lean decoder, else torch's number.
+        threads: Threads of a step; default: 1 with the lean decoder, else torch's number. A captured graph has none.
     """
     check_device(device)
     if threads is not None:

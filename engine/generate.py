@@ -83,6 +83,7 @@ def generate(
     seed: int = 0,
     decoder: DecoderName = "auto",
     num_threads: int | None = None,
+    graph: GraphDecoder | None = None,
 ) -> Iterator[GeneratedToken]:
     """Continues a prompt, choosing the widths of every step with a policy.
 
@@ -97,21 +98,21 @@ def generate(
         seed: Of the sampling.
         decoder: As for `open_session`. On a CUDA device the lean one is `GraphDecoder`, which reads tokens a few at a
             time; "auto" takes it where it can run model and policy.
-        num_threads: As for `open_session`.
+        num_threads: As for `open_session`; not with `GraphDecoder`, which has none.
+        graph: A `GraphDecoder` of this model and policy to decode with; default: one is made where it is taken, and
+            lost. Keep one for several prompts: compiling, fusing and capturing take their time.
 
     Raises:
         InputError: If the prompt is empty or does not fit the context with its continuation, or a number is out of
             its domain.
+        ValueError: If `graph` is of another model or policy.
     """
-    if not len(prompt_ids):
-        raise InputError("the prompt is empty; give at least one token of text")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1; ask for a token or more")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
+    _check_request(prompt_ids, max_new_tokens, temperature)
     max_length = len(prompt_ids) + max_new_tokens
-    if _takes_graph(model, policy, decoder):
+    if graph is None and _takes_graph(model, policy, decoder):
         graph = GraphDecoder(model, policy, profile, max_length=max_length)
+    if graph is not None:
+        _check_graph(graph, model, policy, num_threads)
         yield from _generate_by_graph(
             graph, prompt_ids, max_new_tokens, kl_weight=kl_weight, temperature=temperature, seed=seed
         )
@@ -136,6 +137,22 @@ def generate(
                 controller.update(output, widths, token)
             widths = controller.bit_widths()
             output = session.step(widths, token)
+
+
+def _check_request(prompt_ids: Tensor, max_new_tokens: int, temperature: float) -> None:
+    if not len(prompt_ids):
+        raise InputError("the prompt is empty; give at least one token of text")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1; ask for a token or more")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
+
+
+def _check_graph(graph: GraphDecoder, model: NestedCausalLM, policy: BitWidthPolicy, num_threads: int | None) -> None:
+    if graph.model is not model or graph.policy is not policy:
+        raise ValueError("graph is of another model or policy; pass a GraphDecoder made with these two")
+    if num_threads is not None:
+        raise InputError(f"threads={num_threads}: the captured graph of a GPU has no threads; leave the option out")
 
 
 def _takes_graph(model: NestedCausalLM, policy: BitWidthPolicy, decoder: DecoderName) -> bool:

@@ -43,8 +43,13 @@ def _why_not_by_kernels(model: NestedCausalLM) -> str | None:
     reason = why_other_numbers(model.hf_model)
     if reason is not None:
         return reason
-    if launching.triton is None:
-        return "Triton is not installed"
+    device = model.device
+    # Triton launches on the current device, whatever its arguments are on.
+    if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
+        return f"the model is on {device}, but the current device is cuda:{torch.cuda.current_device()}"
+    reason = launching.why_not_triton(device)
+    if reason is not None:
+        return reason
     num_inputs = model.embedding_matrix().shape[1]
     if num_inputs > MAX_INPUTS:
         return f"its residual stream has {num_inputs} values, a kernel holds {MAX_INPUTS}"
@@ -67,16 +72,18 @@ class TokenBatch:
 
 
 class GraphDecoder:
-    """A model and a policy on the GPU; decodes one sequence at a time.
+    """A model and a policy on the GPU; decodes one sequence at a time, any number one after the other.
 
+    Graphs are captured when a sequence first needs them and kept, so a decoder that is kept too captures nothing twice.
     Without a CUDA device the same steps run under Triton's interpreter, for tests.
 
     Attributes:
         model: The model.
+        policy: The policy.
         loop: What runs on the device.
 
     Args:
-        model: A Llama, Mistral, Qwen2 or Qwen3 model. Its q, k, v and gate, up are copied into fused matrices.
+        model: A Llama, Mistral, Qwen2 or Qwen3 model. Its weights are fused in place, see `fuse_weights`.
         policy: A learned policy or a static allocation.
         profile: The one that the policy was trained with.
         max_length: Tokens that a sequence can hold; default: the model's context. A sliding window bounds it, so that
@@ -105,6 +112,8 @@ class GraphDecoder:
             raise InputError(f"the lean decoder of the GPU cannot run this model ({reason}); use decoder='hf'")
         launching.require_triton(model.device)
         self.model = model
+        self.policy = policy
+        self._num_started = 0
         self.loop = DecodeLoop(
             step_weights(model, check_max_length(max_length, model)),
             width_source(model, policy, profile),
@@ -142,6 +151,7 @@ class GraphDecoder:
                 f"{num_tokens} tokens do not fit into a row of {self.loop.weights.max_length}; shorten the prompt or "
                 "the continuation"
             )
+        self._num_started += 1
         self.loop.prepare(len(prompt_ids), num_tokens)
         model, largest = self.model, max(self.model.bit_widths)
         cache = RowCache(model.num_layers, 1, len(prompt_ids), model.device)
@@ -168,11 +178,17 @@ class GraphDecoder:
 
         Args:
             max_new_tokens: As given to `start`.
+
+        Raises:
+            RuntimeError: If another sequence has been started since this one.
         """
-        reader = LogReader(self.loop)
+        sequence = self._num_started
+        reader = LogReader(self.loop, max_new_tokens)
         pending = [reader.request(0, 1)]
         next_entry = 1
         while pending:
+            if sequence != self._num_started:
+                raise RuntimeError("another sequence was started on this GraphDecoder, which ended this one")
             while next_entry < max_new_tokens and len(pending) < 2:
                 count = min(STEPS_PER_READ, max_new_tokens - next_entry)
                 began = reader.mark()
@@ -197,13 +213,18 @@ class _Mark:
 
 
 class LogReader:
-    """Copies entries of the device's logs to the host while the device works on."""
+    """Copies entries of the device's logs to the host while the device works on.
 
-    def __init__(self, loop: DecodeLoop) -> None:
+    Args:
+        loop: Whose logs.
+        num_entries: Entries that will be asked for at most; default: all of them.
+    """
+
+    def __init__(self, loop: DecodeLoop, num_entries: int | None = None) -> None:
         self._book = loop.book
         self._is_cuda = loop.book.token_log.device.type == "cuda"
         self._tokens, self._widths = (
-            torch.empty(log.shape, dtype=log.dtype, pin_memory=self._is_cuda)
+            torch.empty(log[:num_entries].shape, dtype=log.dtype, pin_memory=self._is_cuda)
             for log in (loop.book.token_log, loop.book.width_log)
         )
 

@@ -136,6 +136,7 @@ class DecodeLoop:
         self._sizes = bucket_sizes(weights.max_length, first_bucket)
         self._buckets: dict[int, Bucket] = {}
         self._bucket: Bucket | None = None
+        self._stream: torch.cuda.Stream | None = None  # where steps are compiled and captured
         self._pool: Any = None
         vocab_size = len(weights.embedding)
         capacity = weights.max_length + 1
@@ -257,20 +258,23 @@ class DecodeLoop:
         return bucket
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        """Compiles on a side stream, then captures one step; all graphs share a memory pool."""
+        """Compiles on a side stream, then captures one step there; all graphs share the stream and a memory pool.
+
+        cuBLAS keeps a workspace for every stream: on another one it would be allocated from the pool, while capturing.
+        """
         device = self.weights.device
         for counter in (self.book.token, self.book.position, self.book.count):
             counter.zero_()  # what an earlier sequence left may lie beyond this bucket
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UP_STEPS):
                 self._step(bucket)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._observe(is_first=True)  # what begin() launches is compiled now too
+        torch.cuda.current_stream(device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             self._step(bucket)
         return graph
 

@@ -1,21 +1,26 @@
 """A Llama-family model as the GPU's decode step reads it: fused matrices, norms, rotation tables.
 
 Made from the description that the CPU's lean decoder uses (engine/lean.py): a model's parts are found in one place.
-q, k, v and gate, up become one matrix each, copied; every other tensor is the model's own.
+q, k, v and gate, up lie in one matrix each, whose rows their modules hold from then on; every other tensor is the
+model's own. So weights exist once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.engine.lean import decoder_weights
-from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.linear import NestedLinear
+from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
 from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.native_decoder import LayerWeights, LinearWeights
+
+_PARTS = ("planes", "scale", "offset")
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,50 @@ class StepWeights:
         return self.embedding.device
 
 
+def fuse_weights(model: NestedCausalLM) -> None:
+    """Puts q, k, v and gate, up of every layer into one matrix each; the second time does nothing.
+
+    The model holds the same numbers as before, still once: its modules' tensors become rows of these matrices, one
+    layer after the other, so that no more than a layer ever exists twice.
+    """
+    for layer in decoder_layers(model.hf_model):
+        parts: Any = layer
+        attention, mlp = parts.self_attn, parts.mlp
+        _put_together([attention.q_proj, attention.k_proj, attention.v_proj])
+        _put_together([mlp.gate_proj, mlp.up_proj])
+
+
+def _put_together(linears: Sequence[NestedLinear]) -> None:
+    for part in _PARTS:
+        tensors = [getattr(linear, part) for linear in linears]
+        if _whole(tensors) is None:
+            rows = torch.cat(tensors, dim=1).split([tensor.shape[1] for tensor in tensors], dim=1)
+            for linear, own in zip(linears, rows, strict=True):
+                setattr(linear, part, own)
+
+
+def _whole(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The contiguous `[S, N, W]` whose rows the tensors `[S, N_i, W]` are, one after another; None if they are not."""
+    first = tensors[0]
+    num_slices, _, row_size = first.shape
+    num_rows = sum(tensor.shape[1] for tensor in tensors)
+    strides, start = (num_rows * row_size, row_size, 1), first.storage_offset()
+    for tensor in tensors:
+        is_next = tensor.storage_offset() == start and tensor.stride() == strides
+        if not is_next or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        start += tensor.shape[1] * row_size
+    return first.as_strided((num_slices, num_rows, row_size), strides)
+
+
 def step_weights(model: NestedCausalLM, max_length: int) -> StepWeights:
-    """Describes a model that `why_other_numbers` finds nothing against.
+    """Describes a model that `why_other_numbers` finds nothing against; fuses its weights (`fuse_weights`).
 
     Args:
         model: On the device that will decode.
         max_length: Tokens that a sequence can hold.
     """
+    fuse_weights(model)
     weights = decoder_weights(model, max_length)
     head = weights.head
     return StepWeights(
@@ -136,7 +178,7 @@ def _step_layer(layer: LayerWeights) -> StepLayer:
 
 
 def _fused(linears: Sequence[LinearWeights]) -> StepLinear:
-    """Linears with the same input as one, their outputs one after the other; a single one is not copied."""
+    """Linears with the same input, whose rows lie one after the other, as one."""
     nested = [linear.nested for linear in linears if linear.nested is not None]
     assert len(nested) == len(linears), "every linear of a decoder layer is nested"
     first, bias = nested[0], None
@@ -148,7 +190,6 @@ def _fused(linears: Sequence[LinearWeights]) -> StepLinear:
         bias = torch.cat(biases)
     if len(nested) == 1:
         return StepLinear(first, bias)
-    planes, scale, offset = (
-        torch.cat([getattr(weight, name) for weight in nested], dim=1) for name in ("planes", "scale", "offset")
-    )
+    planes, scale, offset = (_whole([getattr(weight, part) for weight in nested]) for part in _PARTS)
+    assert planes is not None and scale is not None and offset is not None, "fuse_weights put them together"
     return StepLinear(NestedWeight(planes, scale, offset, first.bit_widths, first.group_size, first.num_inputs), bias)

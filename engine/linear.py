@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels import dequantize as device_kernel
+from flexquant_rl.kernels import launching, reference
 from flexquant_rl.kernels.bitplane import NestedWeight
-from flexquant_rl.kernels.reference import dequantize
 
 REFERENCE_WIDTH = 0
 """Stands for the unquantised weights wherever a bit-width is expected."""
@@ -104,8 +105,7 @@ class DenseCache:
         if matrix is not None:
             self._entries.move_to_end(key)
             return matrix
-        # Stored by columns: a matrix product of few tokens runs up to twice as fast that way round.
-        matrix = dequantize(linear.weight, bit_width=bit_width).t().contiguous().t()
+        matrix = _decoded(linear.weight, bit_width)
         self._entries[key] = matrix
         self._bytes += matrix.nbytes
         while self._bytes > self.max_bytes and len(self._entries) > 1:
@@ -117,6 +117,21 @@ class DenseCache:
         """Forgets everything, e.g. after the model moved to another device."""
         self._entries.clear()
         self._bytes = 0
+
+
+def _decoded(weight: NestedWeight, bit_width: int) -> Tensor:
+    """The float32 `[N, K]` matrix of a weight, decoded where it is."""
+    # The kernel does not go below the stored widths.
+    if _has_kernel(weight.planes.device) and bit_width >= weight.bit_widths[0]:
+        with torch.cuda.device_of(weight.planes):  # Triton launches on the current device
+            width = torch.full((1,), bit_width, dtype=torch.int32, device=weight.planes.device)
+            return device_kernel.dequantize(weight, width, dtype=torch.float32)
+    # Stored by columns: a matrix product of few tokens runs up to twice as fast that way round on a CPU.
+    return reference.dequantize(weight, bit_width=bit_width).t().contiguous().t()
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and launching.why_not_triton(device) is None
 
 
 class NestedLinear(nn.Module):

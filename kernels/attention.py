@@ -124,6 +124,7 @@ def attend(
         out = PackedActivations.allocate(num_tokens, num_inputs, device=device, mode=mode)
     out.check(num_tokens, num_inputs, device)
     group = num_heads // num_key_heads
+    block_dim = max(_MIN_DOT, next_power_of_two(head_dim))
     _attend_kernel[(num_tokens * num_key_heads, num_parts)](
         queries,
         keys,
@@ -137,13 +138,12 @@ def attend(
         NUM_KEY_HEADS=num_key_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
-        NUM_PARTS=num_parts,
         PLACES_PER_PART=parts.places_per_part,
         BLOCK_GROUP=max(_MIN_DOT, next_power_of_two(group)),
-        BLOCK_DIM=max(_MIN_DOT, next_power_of_two(head_dim)),
+        BLOCK_DIM=block_dim,
         BLOCK_PLACES=_BLOCK_PLACES,
         IS_EXACT=keys.dtype == torch.float32,
-        num_warps=4,
+        num_warps=8 if block_dim > 64 else 4,  # heads of 128 take 137 registers with 4 warps, 80 with 8
         enable_fp_fusion=True,
     )
     _join_kernel[(num_tokens, out.num_words)](
@@ -183,7 +183,6 @@ def _attend_kernel(
     NUM_KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     PLACES_PER_PART: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -223,7 +222,7 @@ def _attend_kernel(
             largest = new_largest
         target = part * num_rows + row
         tl.store(norms_ptr + target, largest, mask=query < GROUP)
-        tl.store(norms_ptr + NUM_PARTS * num_rows + target, total, mask=query < GROUP)
+        tl.store(norms_ptr + tl.num_programs(1) * num_rows + target, total, mask=query < GROUP)
         tl.store(mixed_ptr + target.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :], mixed, mask=in_tile)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.launching import FLOAT_TYPES, check_tensor, jit, require_triton, tl, uses_inline_asm
 from flexquant_rl.kernels.plane_merge import (
-    check_weight,
     code_words,
     load_base_planes,
     pair_of_width,
@@ -33,7 +32,7 @@ def dequantize(
     Shapes: N outputs, K inputs.
 
     Args:
-        weight: On a CUDA device.
+        weight: On a CUDA device. May be some rows of a larger matrix, as those of a fused one are.
         bit_width: `[1]` or `[]` int32 on the device; never read on the host.
         out: `[N, K]` float16, bfloat16 or float32; allocated if not given.
         dtype: Of the result, if `out` is not given.
@@ -47,7 +46,7 @@ def dequantize(
     """
     device = weight.planes.device
     require_triton(device)
-    check_weight(weight)
+    num_rows = _rows_of_whole(weight)
     shape = (1,) if bit_width.dim() else ()
     check_tensor("bit_width", bit_width, dtype=torch.int32, shape=shape, device=device)
     num_outputs, num_inputs = weight.num_outputs, weight.num_inputs
@@ -62,6 +61,7 @@ def dequantize(
         bit_width,
         out,
         num_outputs,
+        num_rows,
         NUM_INPUTS=num_inputs,
         NUM_WORDS=num_words,
         NUM_WIDTHS=len(weight.bit_widths),
@@ -75,6 +75,32 @@ def dequantize(
         enable_fp_fusion=True,
     )
     return out
+
+
+def _rows_of_whole(weight: NestedWeight) -> int:
+    """Rows of the matrix that a weight is part of; its own number where it is the whole.
+
+    Raises:
+        ValueError: If it has no rows, or its tensors do not hold adjacent rows of one matrix, 16-byte aligned.
+    """
+    num_outputs, num_words = weight.num_outputs, weight.planes.shape[2]
+    if num_outputs < 1:
+        raise ValueError("the weight has no outputs; there is nothing to decode")
+    check_tensor(
+        "planes", weight.planes[0], dtype=torch.int32, shape=(-1, -1), device=weight.planes.device, aligned=True
+    )
+    num_rows = weight.planes.stride(0) // num_words
+    for name, tensor, row_size in (
+        ("planes", weight.planes, num_words),
+        ("scale", weight.scale, weight.num_groups),
+        ("offset", weight.offset, weight.num_groups),
+    ):
+        is_one = len(tensor) == 1  # a single slice: whatever its stride
+        if not tensor[0].is_contiguous() or not (is_one or tensor.stride(0) == num_rows * row_size):
+            raise ValueError(
+                f"{name} has strides {tensor.stride()} but must hold adjacent rows of one matrix; call contiguous()"
+            )
+    return num_rows
 
 
 @jit()
@@ -107,7 +133,10 @@ def _store_quads(
     tl.store(address, dense.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["num_outputs"], do_not_specialize_on_alignment=["bit_width_ptr"])
+@jit(
+    do_not_specialize=["num_outputs", "num_rows"],
+    do_not_specialize_on_alignment=["bit_width_ptr", "scale_ptr", "offset_ptr"],
+)
 def _dequantize_kernel(
     planes_ptr,
     scale_ptr,
@@ -115,6 +144,7 @@ def _dequantize_kernel(
     bit_width_ptr,
     out_ptr,
     num_outputs,
+    num_rows,
     NUM_INPUTS: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     NUM_WIDTHS: tl.constexpr,
@@ -138,12 +168,12 @@ def _dequantize_kernel(
     first_word = tl.program_id(1) * BLOCK_WORDS
     word = first_word + tl.arange(0, BLOCK_WORDS)[None, :] + tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.int32)
     in_row = word < NUM_WORDS
-    plane_stride = num_outputs.to(tl.int64) * NUM_WORDS
+    plane_stride = num_rows.to(tl.int64) * NUM_WORDS
     position = row.to(tl.int64)[:, None] * NUM_WORDS + word
     p0, p1, p2 = load_base_planes(planes_ptr, position, plane_stride, in_row, bit_width, MIN_WIDTH)
     words = code_words(p0, p1, p2, planes_ptr, position, plane_stride, in_row, bit_width, 8, USE_ASM)
     group = first_word // WORDS_PER_GROUP + tl.arange(0, BLOCK_GROUPS)[None, :]
-    pair = (slice_idx.to(tl.int64) * num_outputs + row[:, None]) * NUM_GROUPS + group
+    pair = (slice_idx.to(tl.int64) * num_rows + row[:, None]) * NUM_GROUPS + group
     in_pair = (group + tl.zeros([BLOCK_ROWS, BLOCK_GROUPS], tl.int32)) < NUM_GROUPS
     raw_scale = tl.load(scale_ptr + pair, mask=in_pair, other=0.0).to(tl.float32)
     offset = tl.load(offset_ptr + pair, mask=in_pair, other=0.0).to(tl.float32) + raw_scale * offset_factor

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -35,6 +37,11 @@ def jit(**options: Any) -> Any:
     return triton.jit(**options)
 
 
+@jit()
+def _probe_kernel(x_ptr):  # type: ignore[no-untyped-def]  # Triton takes an annotation for an expression
+    tl.store(x_ptr, 1)
+
+
 def is_interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -43,6 +50,30 @@ def is_interpreting() -> bool:
 def uses_inline_asm() -> bool:
     """Whether PTX instructions may be spelt out: on NVIDIA hardware, not in the interpreter, not on AMD."""
     return torch.version.cuda is not None and not is_interpreting()
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Returns why Triton cannot run kernels on a CUDA device, in a few words, or None if it can.
+
+    Warns the first time that it is installed but cannot: it needs a C compiler and Python's headers to launch anything.
+    """
+    if triton is None:
+        return "Triton is not installed"
+    return _why_not_launched(device) if device.type == "cuda" and not is_interpreting() else None
+
+
+@cache
+def _why_not_launched(device: torch.device) -> str | None:
+    try:
+        with torch.cuda.device(device):
+            _probe_kernel[(1,)](torch.empty(1, dtype=torch.int32, device=device))
+    except Exception as error:  # whatever Triton, its compiler or the C compiler raises
+        reason = f"Triton fails with {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        warnings.warn(
+            f"no Triton kernels on {device}, falling back to torch (slow): {reason}", RuntimeWarning, stacklevel=3
+        )
+        return reason
+    return None
 
 
 def require_triton(device: torch.device) -> None:

@@ -144,11 +144,14 @@ def _best_kernel(
             step += 1
         zero = tl.zeros([BLOCK], tl.int32)
         random, _, _, _ = tl.philox(tl.load(seed_ptr), token, zero + step, zero, zero)
-        # 24 bits and a half: strictly between 0 and 1, so both logarithms are finite.
-        uniform = ((random >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-8
+        # 23 bits and a half are all that float32 holds: strictly between 0 and 1, so both logarithms are finite. With
+        # one bit more the largest would round to 1, and its token win whatever its score.
+        uniform = ((random >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-7
         scores -= temperature * tl.log(-tl.log(uniform))
     tl.store(best_ptr + block, tl.max(scores, axis=0))
-    tl.store(token_ptr + block, block * BLOCK + tl.argmax(scores, axis=0, tie_break_left=True))
+    best = block * BLOCK + tl.argmax(scores, axis=0, tie_break_left=True)
+    # Among NaN any lane may be the best: the next step must read a token that exists all the same.
+    tl.store(token_ptr + block, tl.minimum(best, VOCAB_SIZE - 1))
 
 
 @jit(
@@ -173,7 +176,8 @@ def _book_kernel(
 ):
     block = tl.arange(0, BLOCK_BLOCKS)
     best = tl.load(best_ptr + block, mask=block < NUM_BLOCKS, other=float("-inf"))
-    token = tl.load(best_token_ptr + tl.argmax(best, axis=0, tie_break_left=True)).to(tl.int64)
+    best_block = tl.minimum(tl.argmax(best, axis=0, tie_break_left=True), NUM_BLOCKS - 1)  # as above
+    token = tl.load(best_token_ptr + best_block).to(tl.int64)
     unit = tl.arange(0, BLOCK_UNITS)
     widths = tl.load(bit_widths_ptr + unit, mask=unit < num_units, other=0)
     count = tl.load(count_ptr)

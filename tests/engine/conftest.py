@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantize import QuantizationConfig
+
+FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 90, "num_attention_heads": 3}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 20}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +47,40 @@ def half_unit_model(tiny_model_dir: Path) -> NestedCausalLM:
 def generator() -> torch.Generator:
     """A seeded source of random numbers."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def build(tiny_tokenizer: Any, device: torch.device) -> Callable[..., NestedCausalLM]:
+    """Makes a random two-layer model with norms and biases that are not trivial, where kernels run."""
+
+    def make(
+        family: str,
+        *,
+        quantize_head: bool = True,
+        unit: str = "half",
+        device: torch.device | str = device,
+        **sizes: int,
+    ) -> NestedCausalLM:
+        config_class, model_class, options = FAMILIES[family]
+        shape = {
+            "vocab_size": 83,
+            "hidden_size": 48,
+            "intermediate_size": 72,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 96,
+            "initializer_range": 0.15,
+            "eos_token_id": None,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(6)
+            model = model_class(config_class(**(shape | options | sizes))).float().eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+        config = QuantizationConfig(group_size=32, unit=unit, quantize_head=quantize_head)  # type: ignore[arg-type]
+        return nest(model, tiny_tokenizer, config).to(device)
+
+    return make

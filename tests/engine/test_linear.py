@@ -163,6 +163,18 @@ class TestDenseCache:
             assert linear.dense(bit_width) is matrix
             assert torch.equal(matrix, dequantize(linear.weight, bit_width=bit_width))
 
+    def test_a_kernel_decodes_where_there_is_one(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("triton")
+        linear = make_linear().to(device)
+        expected = {bit_width: dequantize(linear.weight, bit_width=bit_width) for bit_width in range(2, 9)}
+        monkeypatch.setattr("flexquant_rl.engine.linear._has_kernel", lambda device: True)
+        assert torch.equal(linear.dense(2), expected[2]), "below the stored widths the kernel does not go"
+        monkeypatch.setattr("flexquant_rl.engine.linear.reference", None)
+        for bit_width in range(3, 9):
+            matrix = linear.dense(bit_width)
+            assert (matrix.dtype, matrix.is_contiguous()) == (torch.float32, True)
+            torch.testing.assert_close(matrix, expected[bit_width], rtol=1e-6, atol=1e-6)
+
     def test_clear_forgets(self) -> None:
         cache = DenseCache(1 << 20)
         linear = make_linear(cache=cache)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flexquant_rl.kernels import reference
+from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.dequantize import dequantize
 
 pytest.importorskip("triton")
@@ -48,6 +49,19 @@ def test_half_precision_into_a_given_buffer(random_weight: Callable, device: tor
     torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("bit_widths", [(3, 4, 5, 6, 8), (8,)])
+def test_rows_of_a_larger_matrix(random_weight: Callable, device: torch.device, bit_widths: tuple[int, ...]) -> None:
+    """As the rows of q, k and v in a fused matrix; pairs of theirs may begin anywhere."""
+    whole = random_weight(9, 300, 128, bit_widths=bit_widths)
+    for first, last in ((0, 3), (3, 8), (8, 9)):
+        parts = (part[:, first:last] for part in (whole.planes, whole.scale, whole.offset))
+        some = NestedWeight(*parts, bit_widths, 128, 300)
+        for bit_width in bit_widths:
+            dense = dequantize(some, width_on(device, bit_width), dtype=torch.float32)
+            expected = reference.dequantize(whole, bit_width=bit_width)[first:last]
+            torch.testing.assert_close(dense, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("given", "clamped"), [(0, 3), (2, 3), (50, 8)])
 def test_the_width_is_clamped(random_weight: Callable, device: torch.device, given: int, clamped: int) -> None:
     weight = random_weight(4, 64, 64)
@@ -62,6 +76,14 @@ def test_bad_arguments(random_weight: Callable, device: torch.device) -> None:
         dequantize(weight, width.repeat(2))
     with pytest.raises(ValueError, match="out is torch.float16 \\[4, 32\\]"):
         dequantize(weight, width, out=torch.empty(4, 32, dtype=torch.float16, device=device))
+    every_second = (part[:, ::2] for part in (weight.planes, weight.scale, weight.offset))
+    with pytest.raises(ValueError, match="planes has strides"):
+        dequantize(NestedWeight(*every_second, weight.bit_widths, 64, 64), width)
+    odd = NestedWeight(
+        weight.planes[:, :2], weight.scale[:, :2].clone(), weight.offset[:, :2], weight.bit_widths, 64, 64
+    )
+    with pytest.raises(ValueError, match="scale has strides"):
+        dequantize(odd, width)
 
 
 @pytest.mark.gpu

@@ -52,6 +52,27 @@ def test_impossible_tokens(device: torch.device, book: TokenBook) -> None:
     assert int(choose_token(logits, widths_of(device, 8, 8, 8), book)) == 2100
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_nothing_but_nan_is_a_token_that_exists(device: torch.device) -> None:
+    """The next step reads it: beyond the vocabulary it would end the process on a GPU."""
+    for size in (83, 2500):
+        book = TokenBook.allocate(size, NUM_UNITS, 4, device=device)
+        for temperature in (0.0, 1.0):
+            book.temperature.fill_(temperature)
+            token = choose_token(torch.full((size,), torch.nan, device=device), widths_of(device, 8, 8, 8), book)
+            assert 0 <= int(token) < size
+
+
+def test_the_largest_noise_is_finite(device: torch.device) -> None:
+    """This seed's first number for token 5 has 24 ones in front, which is 1 if it is rounded to float32."""
+    logits = torch.zeros(8, device=device)
+    logits[5] = -1000.0
+    book = TokenBook.allocate(len(logits), NUM_UNITS, 4, device=device)
+    book.temperature.fill_(1.0)
+    book.seed.fill_(16_148_477)
+    assert int(choose_token(logits, widths_of(device, 8, 8, 8), book, is_first=True)) != 5
+
+
 def draws(device: torch.device, logits: Tensor, temperature: float, seed: int, count: int) -> list[int]:
     book = TokenBook.allocate(len(logits), NUM_UNITS, count, device=device)
     book.temperature.fill_(temperature)
