@@ -26,6 +26,7 @@ from flexquant_rl.engine.bench import (
     rows,
 )
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.weight_block import place, placed_bytes
 from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.bitplane import INPUT_ALIGNMENT, NestedWeight
 from flexquant_rl.kernels.native import MAX_TOKENS, NativeGemv, load_library
@@ -114,41 +115,40 @@ def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]
     return found
 
 
-def _ring(first: tuple[Tensor, ...], ring_mb: int) -> list[tuple[Tensor, ...]]:
+def _ring_size(num_bytes: int, ring_mb: int) -> int:
+    """Copies of a weight that make up a ring."""
+    return max(2, -(-(ring_mb << 20) // num_bytes))
+
+
+def _ring(first: Tensor, ring_mb: int) -> list[Tensor]:
     """Copies of one weight one behind the other in huge pages, where the lean decoder too keeps weights."""
-    num_copies = max(2, -(-(ring_mb << 20) // sum(tensor.nbytes for tensor in first)))
-    sizes = [huge_pages.aligned(tensor.nbytes) for tensor in first]
-    block = huge_pages.empty(num_copies * sum(sizes))
-    copies = []
-    place = 0
-    for _ in range(num_copies):
-        parts = []
-        for tensor, size in zip(first, sizes, strict=True):
-            parts.append(huge_pages.copied(tensor, block, place))
-            place += size
-        copies.append(tuple(parts))
-    return copies
+    size = huge_pages.aligned(first.nbytes)
+    num_copies = _ring_size(size, ring_mb)
+    block = huge_pages.empty(num_copies * size)
+    return [huge_pages.copied(first, block, index * size) for index in range(num_copies)]
 
 
-def _random_weight(config: GemvBench, bit_widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _random_weight(config: GemvBench, bit_widths: tuple[int, ...]) -> NestedWeight:
     num_outputs, num_inputs = config.shape
     planes = torch.randint(-(2**31), 2**31 - 1, (8, num_outputs, num_inputs // 32), dtype=torch.int32)
     scale = torch.rand(len(bit_widths), num_outputs, num_inputs // config.group_size).mul_(0.01).add_(0.01).half()
-    return planes, scale, scale.float().mul_(-3.5).half()
+    offset = scale.float().mul_(-3.5).half()
+    return NestedWeight(planes, scale, offset, bit_widths, config.group_size, num_inputs)
 
 
 def _native_providers(config: GemvBench, x: Tensor) -> list[Provider]:
     """The read and one provider per width, all on one ring: width b reads the first b planes of each weight."""
     bit_widths = tuple(sorted({*config.bit_widths, 8}))
-    ring = _ring(_random_weight(config, bit_widths), config.ring_mb)
-    weights = [
-        NestedWeight(planes, scale, offset, bit_widths, config.group_size, config.shape[1])
-        for planes, scale, offset in ring
-    ]
+    weight = _random_weight(config, bit_widths)
+    size = placed_bytes(weight)
+    num_copies = _ring_size(size, config.ring_mb)
+    block = huge_pages.empty(num_copies * size)
+    weights = [place(weight, block, index * size) for index in range(num_copies)]
     gemvs = [NativeGemv(weight, num_threads=config.threads, mode=config.mode) for weight in weights]
     out = torch.empty(len(x), config.shape[0])
     facts = {"isa": gemvs[0].isa, "group_size": config.group_size, "mode": config.mode}
-    providers = [read_provider((parts[0] for parts in ring), config.threads, _CALLS_PER_TURN)]
+    # The read takes a weight's bytes as they lie, gaps and all.
+    providers = [read_provider(block[: num_copies * size].split(size), config.threads, _CALLS_PER_TURN)]
     for width in config.bit_widths:
         _check_product(gemvs[0], x, width)
         turn = calls([functools.partial(gemv, x, bit_width=width, out=out) for gemv in gemvs], _CALLS_PER_TURN)
@@ -187,7 +187,7 @@ def _torch_providers(config: GemvBench, x: Tensor) -> list[Provider]:
     int8 = dense.mul(30).to(torch.int8)
 
     def peer(name: str, bits: int, weight: Tensor, product: Callable[[Tensor], Tensor]) -> Provider:
-        ring = [functools.partial(product, copy) for (copy,) in _ring((weight,), config.ring_mb)]
+        ring = [functools.partial(product, copy) for copy in _ring(weight, config.ring_mb)]
         return Provider(name, calls(ring, _CALLS_PER_TURN), weight.nbytes, {"bit_width": bits})
 
     return [

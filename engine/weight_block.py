@@ -1,11 +1,38 @@
-"""Puts a model's nested weights side by side, in the order of a step, in memory that is fast to read through."""
+"""Puts nested weights side by side, in the order of a step, in memory that is fast to read through."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels import huge_pages
+from flexquant_rl.kernels.bitplane import NestedWeight
 
-_PARTS = ("planes", "scale", "offset")
+_LINE_BYTES = 64
+_GAP_LINES = 6
+"""Between planes. A product reads up to eight of them at the same place. Their sizes tend to be multiples of 4 KiB, and
+then all eight streams, with the lines fetched ahead of them, compete for the same few sets of the first-level cache. From
+5 to 7 lines apart they read 10 to 30% faster at 8 bits (AMD Zen 4); fewer or many more help less."""
+
+
+def placed_bytes(weight: NestedWeight) -> int:
+    """Bytes of a block that `place` takes for a weight."""
+    pairs = huge_pages.aligned(weight.scale.nbytes) + huge_pages.aligned(weight.offset.nbytes)
+    return huge_pages.aligned(len(weight.planes) * _plane_stride(weight) * weight.planes.itemsize) + pairs
+
+
+def place(weight: NestedWeight, block: Tensor, first: int) -> NestedWeight:
+    """Copies a weight into a block of `huge_pages.empty` from byte `first` on, a multiple of 64; returns the copy."""
+    num_planes, num_outputs, num_words = weight.planes.shape
+    stride = _plane_stride(weight)
+    num_bytes = huge_pages.aligned(num_planes * stride * weight.planes.itemsize)
+    words = block[first : first + num_bytes].view(weight.planes.dtype)
+    planes = words.as_strided((num_planes, num_outputs, num_words), (stride, num_words, 1), words.storage_offset())
+    planes.copy_(weight.planes)
+    scale = huge_pages.copied(weight.scale, block, first + num_bytes)
+    offset = huge_pages.copied(weight.offset, block, first + num_bytes + huge_pages.aligned(scale.nbytes))
+    return NestedWeight(planes, scale, offset, weight.bit_widths, weight.group_size, weight.num_inputs)
 
 
 def gather_weights(model: NestedCausalLM) -> None:
@@ -14,14 +41,23 @@ def gather_weights(model: NestedCausalLM) -> None:
     The model holds the same numbers as before, still once: a linear's old tensors go as soon as they are copied.
     """
     linears = list(model.nested_linears().values())
-    starts = {getattr(linear, part).untyped_storage().data_ptr() for linear in linears for part in _PARTS}
-    if len(starts) <= 1:
+    if _is_gathered(linears):
         return
-    sizes = [huge_pages.aligned(getattr(linear, part).nbytes) for linear in linears for part in _PARTS]
-    block = huge_pages.empty(sum(sizes))
+    block = huge_pages.empty(sum(placed_bytes(linear.weight) for linear in linears))
     first = 0
     for linear in linears:
-        for part in _PARTS:
-            copy = huge_pages.copied(getattr(linear, part), block, first)
-            setattr(linear, part, copy)
-            first += huge_pages.aligned(copy.nbytes)
+        weight = place(linear.weight, block, first)
+        first += placed_bytes(weight)
+        linear.planes, linear.scale, linear.offset = weight.planes, weight.scale, weight.offset
+
+
+def _plane_stride(weight: NestedWeight) -> int:
+    """Words from one plane to the next: whole lines, and the gap."""
+    _, num_outputs, num_words = weight.planes.shape
+    words_per_line = _LINE_BYTES // weight.planes.itemsize
+    return (-(-num_outputs * num_words // words_per_line) + _GAP_LINES) * words_per_line
+
+
+def _is_gathered(linears: list[NestedLinear]) -> bool:
+    tensors = [tensor for linear in linears for tensor in (linear.planes, linear.scale, linear.offset)]
+    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
