@@ -9,12 +9,10 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see train.py
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +38,7 @@ from flexquant_rl.engine.bench_decode import DecodeBench, bench_decode
 from flexquant_rl.engine.bench_gemv import GemvBench, bench_gemv
 from flexquant_rl.engine.bench_policy import PolicyBench, bench_policy
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model, save_checkpoint
-from flexquant_rl.engine.cost import clock_ms, measured_cost, roofline_cost
+from flexquant_rl.engine.cost import measured_cost, roofline_cost
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, write_json
@@ -52,6 +50,7 @@ from flexquant_rl.engine.perplexity import perplexity_by_width
 from flexquant_rl.engine.policy import PROFILE_FILE, LearnedPolicy, load_policy
 from flexquant_rl.engine.profile import profile_model, reference_name
 from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.step_timer import MAX_PAIRS, StepTimer
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.fq_env.task import EnvConfig, check_kl_weight
@@ -60,8 +59,6 @@ from flexquant_rl.train import TrainArguments, train
 # Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
 # widest linear.
 _CALIBRATION_WINDOW, _CALIBRATION_WINDOWS = 256, 64
-_TIMED_REPEATS = 5  # of each width vector, one token apart
-_TIMED_BASELINES = 15  # of the largest width, for its usual time
 _TEXT_WINDOWS = 32
 _PROFILE_WINDOWS = 12
 
@@ -174,24 +171,11 @@ def profile(
     cost = roofline_cost(nested)
     if source == "measured":
         # Halfway through an episode, so that attention costs what it costs on average.
-        num_held = max(1, min(windows.shape[1] // 2, nested.max_context - _TIMED_REPEATS))
-        session = open_session(nested, max_length=num_held + _TIMED_REPEATS, num_threads=threads)
+        num_held = max(1, min(windows.shape[1] // 2, nested.max_context - MAX_PAIRS))
+        session = open_session(nested, max_length=num_held + MAX_PAIRS, num_threads=threads)
         session.prefill(windows[:1, :num_held])
-
-        def repeated_ms(bit_widths: torch.Tensor) -> float:
-            twin = session.fork()
-            step = partial(twin.step, bit_widths, windows[0, :1])
-            # The first step finds the last widths in the cache, and any may stall: the median is neither.
-            return statistics.median(clock_ms(step, nested.device) for _ in range(_TIMED_REPEATS))
-
-        largest = torch.full((nested.num_units,), max(nested.bit_widths))
-        usual_ms = statistics.median(repeated_ms(largest) for _ in range(_TIMED_BASELINES))
-
-        def time_step(bit_widths: torch.Tensor) -> float:
-            # Beside the largest width a moment later: a shared machine changes its speed by more than a width does.
-            return repeated_ms(bit_widths) * usual_ms / repeated_ms(largest)
-
-        cost = measured_cost(nested, time_step, num_steps=steps, num_threads=threads)
+        timer = StepTimer(session, windows[0, :1])
+        cost = measured_cost(nested, timer, num_steps=steps, num_threads=threads)
     profiled = spread(windows, _PROFILE_WINDOWS)[:, :-1]
     result = profile_model(nested, profiled, cost, progress=lambda units: track(units, "profiling"))
     result.save(target)

@@ -26,6 +26,7 @@ from flexquant_rl.engine.bench import (
     rows,
 )
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.lean import check_num_threads
 from flexquant_rl.engine.weight_block import place, placed_bytes
 from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.bitplane import INPUT_ALIGNMENT, NestedWeight
@@ -66,7 +67,8 @@ class GemvBench(BenchConfig):
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain or there is no native library."""
         super().validate()
-        self._check_positive("threads", "ring_mb")
+        self._check_positive("ring_mb")
+        check_num_threads(self.threads)
         num_outputs, num_inputs = self.shape
         if num_outputs < 1 or num_inputs < 1 or num_inputs % INPUT_ALIGNMENT:
             raise InputError(

@@ -6,6 +6,7 @@ whole steps on this device. A table belongs to one model, device and thread coun
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -119,14 +120,32 @@ class CostTable:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> CostTable:
-        """Reads the JSON form."""
-        return CostTable(
-            **{
-                **data,
-                "unit_ms": torch.tensor(data["unit_ms"], dtype=torch.float64),
-                "bit_widths": tuple(data["bit_widths"]),
-            }
-        )
+        """Reads the JSON form.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is not what `to_dict` writes.
+        """
+        unit_ms = torch.tensor(data["unit_ms"], dtype=torch.float64)
+        table = CostTable(**{**data, "unit_ms": unit_ms, "bit_widths": tuple(data["bit_widths"])})
+        numbers = [table.fixed_ms, *(error for error in (table.error_p50, table.error_p95) if error is not None)]
+        rules = {
+            "source is roofline or measured": table.source in ("roofline", "measured"),
+            "decoder is lean, hf or null": table.decoder in ("lean", "hf", None),
+            "num_threads is a positive integer": type(table.num_threads) is int and table.num_threads > 0,
+            "fixed_ms and errors are finite numbers": all(
+                type(number) in (int, float) and math.isfinite(number) for number in numbers
+            ),
+            "unit_ms is finite, a row per unit and a column per width": bool(unit_ms.isfinite().all())
+            and unit_ms.dim() == 2
+            and unit_ms.shape[1] == len(table.bit_widths) > 0,
+        }
+        # Only then can it be added up.
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if not broken and table.fixed_ms + float(unit_ms.amin(1).sum()) <= 0:
+            broken = ["every step takes longer than 0 ms"]
+        if broken:
+            raise ValueError(f"in a latency table {broken[0]}")
+        return table
 
 
 def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BANDWIDTH_GB_S) -> CostTable:
@@ -174,8 +193,10 @@ def measured_cost(
         seed: Of the widths.
 
     Raises:
-        InputError: If the times are too noisy to fit a table.
+        InputError: If there are no steps, or the times are too noisy to fit a table.
     """
+    if num_steps < 1:
+        raise InputError(f"steps={num_steps} but a table is fitted to timed steps; give e.g. --steps 300")
     generator = torch.Generator().manual_seed(seed)
     widths = torch.tensor(model.bit_widths)
     num_steps = max(num_steps, 4 * model.num_units * len(widths))

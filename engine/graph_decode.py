@@ -21,7 +21,8 @@ from flexquant_rl.engine.graph_weights import step_weights
 from flexquant_rl.engine.graph_widths import why_not_on_device, width_source
 from flexquant_rl.engine.kv_cache import RowCache, RowCacheLayer
 from flexquant_rl.engine.lean import why_other_numbers
-from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.linear import NestedLinear
+from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
 from flexquant_rl.engine.policy import BitWidthPolicy
 from flexquant_rl.engine.profile import Profile
 from flexquant_rl.kernels import launching
@@ -50,6 +51,9 @@ def _why_not_by_kernels(model: NestedCausalLM) -> str | None:
     reason = launching.why_not_triton(device)
     if reason is not None:
         return reason
+    for name, module in decoder_layers(model.hf_model).named_modules():
+        if name.endswith("_proj") and not isinstance(module, NestedLinear):
+            return f"layers.{name} is not nested"
     num_inputs = model.embedding_matrix().shape[1]
     if num_inputs > MAX_INPUTS:
         return f"its residual stream has {num_inputs} values, a kernel holds {MAX_INPUTS}"

@@ -334,7 +334,7 @@ class LeanSession:
         row = self._open()
         twin = LeanSession.__new__(LeanSession)
         twin._decoder = self._decoder
-        twin._row = _Row(row.cache.copy(), row.length)
+        twin._row = _Row(row.cache.copy(row.length), row.length)
         return twin
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ from flexquant_rl.kernels.bitplane import NestedWeight
 _LINE_BYTES = 64
 _GAP_LINES = 6
 """Between planes. A product reads up to eight of them at the same place. Their sizes tend to be multiples of 4 KiB, and
-then all eight streams, with the lines fetched ahead of them, compete for the same few sets of the first-level cache. From
-5 to 7 lines apart they read 10 to 30% faster at 8 bits (AMD Zen 4); fewer or many more help less."""
+then all eight streams, with the lines fetched ahead of them, compete for the same few sets of the first-level cache.
+From 5 to 7 lines apart they read 10 to 30% faster at 8 bits (AMD Zen 4); fewer or many more help less."""
 
 
 def placed_bytes(weight: NestedWeight) -> int:
@@ -60,4 +60,4 @@ def _plane_stride(weight: NestedWeight) -> int:
 
 def _is_gathered(linears: list[NestedLinear]) -> bool:
     tensors = [tensor for linear in linears for tensor in (linear.planes, linear.scale, linear.offset)]
-    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) <= 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from flexquant_rl.kernels.native import (
 
 _ALIGNMENT = 64
 _BLOCK = 16  # positions whose keys and values lie together
+_MAX_HUGE_CACHE_BYTES = 32 << 20
 _OUTPUT_BYTES = 1 << 20  # of logits that are made ahead; a result that is kept keeps as much
 
 
@@ -173,21 +173,19 @@ class LayerCache:
 
     blocks: Tensor
 
-    @cached_property
-    def address(self) -> int:
-        """Where the blocks lie."""
-        return self.blocks.data_ptr()
-
     @staticmethod
     def empty(shape: torch.Size) -> LayerCache:
         """A cache of zeros."""
-        # A step reads a few kilobytes of each head of each layer: with small pages, most of them cost a page walk.
-        return LayerCache(huge_pages.zeros(shape, torch.float32))
+        # A step reads a few kilobytes of each head of each layer: with small pages, most of them cost a page walk. But
+        # the first token already touches every huge page, so a large cache, most of which may stay empty, has small ones.
+        is_small = shape.numel() * torch.float32.itemsize <= _MAX_HUGE_CACHE_BYTES
+        return LayerCache(huge_pages.zeros(shape, torch.float32) if is_small else torch.zeros(shape))
 
-    def copy(self) -> LayerCache:
-        """An independent copy."""
+    def copy(self, length: int) -> LayerCache:
+        """An independent copy of the first `length` positions; nothing else is touched."""
         twin = LayerCache.empty(self.blocks.shape)
-        twin.blocks.copy_(self.blocks)
+        used = -(-length // _BLOCK)
+        twin.blocks[:, :, :used].copy_(self.blocks[:, :, :used])
         return twin
 
 
@@ -290,7 +288,7 @@ class NativeDecoder:
         output = self._new_output() if num_logits == 1 else self._new_outputs(1, max(num_logits, 0))[0]
         status = self._decode(
             self._address,
-            cache.address,
+            cache.blocks.data_ptr(),
             token_ids.data_ptr(),
             len(token_ids),
             position,

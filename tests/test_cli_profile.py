@@ -15,6 +15,7 @@ from cli_runner import TINY_EPISODES, TINY_RUN, Finished, run, tree, write_text
 
 from flexquant_rl import cli, train
 from flexquant_rl.agents.imitation import clone
+from flexquant_rl.engine import step_timer
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.cost import roofline_cost
 from flexquant_rl.engine.lean import default_decoder
@@ -278,7 +279,7 @@ class TestThreads:
 
         path = tmp_path / "profile.json"
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "clock_ms", one_millisecond)
+            patch.setattr(step_timer, "clock_ms", one_millisecond)
             options = ("--text", inputs.text, "--steps", 40, "--threads", 2, "--out", path)
             result = run(cli.main, "profile", inputs.model, *options).result
         cost = Profile.load(path).cost

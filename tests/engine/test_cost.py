@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,28 @@ class TestTable:
         assert torch.equal(loaded.unit_ms, TABLE.unit_ms)
         assert loaded.unit_ms.dtype == torch.float64
         assert loaded.to_dict() == TABLE.to_dict()
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("source", "guessed"),
+            ("decoder", "fast"),
+            ("num_threads", "2"),
+            ("num_threads", 0),
+            ("fixed_ms", "1"),
+            ("fixed_ms", math.nan),
+            ("fixed_ms", -1e6),
+            ("error_p50", "0.1"),
+            ("unit_ms", [1.0, 2.0]),
+            ("unit_ms", [[1.0]]),
+            ("unit_ms", [[math.nan] * 3] * 2),
+        ],
+    )
+    def test_json_form_that_cannot_be_true(self, field: str, value: object) -> None:
+        data = TABLE.to_dict()
+        assert CostTable.from_dict(data).bit_widths == TABLE.bit_widths
+        with pytest.raises(ValueError, match=r"in a latency table|expected sequence"):
+            CostTable.from_dict({**data, field: value})
 
 
 class TestRoofline:

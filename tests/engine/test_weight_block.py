@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import torch
 
 from flexquant_rl.engine.checkpoint import load_checkpoint, save_checkpoint
 from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.graph_weights import fuse_weights
+from flexquant_rl.engine.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.weight_block import gather_weights, place, placed_bytes
 from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.bitplane import NestedWeight
+from flexquant_rl.kernels.native import supported_isas
 
 Build = Callable[..., NestedCausalLM]
 LINE_WORDS = 16
@@ -65,3 +69,22 @@ def test_a_gathered_model_is_the_same_model(build: Build, tmp_path: Path) -> Non
     before = [linear.planes.data_ptr() for linear in model.nested_linears().values()]
     gather_weights(model)
     assert [linear.planes.data_ptr() for linear in model.nested_linears().values()] == before
+
+
+@pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
+def test_a_session_outlives_moves_of_the_weights(build: Build) -> None:
+    """A decoder holds addresses of the weights: they stay good when the model's tensors go elsewhere."""
+    model = build("llama", device="cpu")
+    prompt, token = torch.tensor([[7, 30, 5, 61]]), torch.tensor([9])
+    widths = torch.full((model.num_units,), 8)
+    session = LeanSession(LeanDecoder(model))
+    session.prefill(prompt)
+    expected = session.fork().step(widths, token).logits
+    fuse_weights(model)
+    gc.collect()
+    assert torch.equal(session.fork().step(widths, token).logits, expected)
+    other = LeanSession(LeanDecoder(model))  # gathers again
+    gc.collect()
+    other.prefill(prompt)
+    assert torch.equal(other.step(widths, token).logits, expected)
+    assert torch.equal(session.step(widths, token).logits, expected)

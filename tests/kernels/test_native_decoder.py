@@ -206,11 +206,21 @@ def test_a_copied_cache_is_independent() -> None:
     widths, tokens = random_widths(), random_tokens(12)
     cache = decoder.new_cache()
     decoder(cache, tokens, 0, widths)
-    twin = cache.copy()
+    twin = cache.copy(12)
     first = decoder(cache, tokens[:1], 12, widths)[0]
     decoder(twin, tokens[5:6], 12, widths)
     decoder(twin, tokens[6:7], 13, widths)
     assert torch.equal(decoder(cache, tokens[:1], 12, widths)[0], first)
+
+
+def test_a_copy_holds_what_it_was_asked_for_and_no_more() -> None:
+    decoder = NativeDecoder(make_weights())
+    cache = decoder.new_cache()
+    cache.blocks.fill_(1.0)
+    for length, blocks in ((0, 0), (1, 1), (16, 1), (17, 2)):
+        twin = cache.copy(length)
+        assert bool((twin.blocks[:, :, :blocks] == 1).all())
+        assert not twin.blocks[:, :, blocks:].any()
 
 
 def test_logits_of_the_last_tokens_only() -> None:
