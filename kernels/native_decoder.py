@@ -177,7 +177,7 @@ class LayerCache:
     def empty(shape: torch.Size) -> LayerCache:
         """A cache of zeros."""
         # A step reads a few kilobytes of each head of each layer: with small pages, most of them cost a page walk. But
-        # the first token already touches every huge page, so a large cache, most of which may stay empty, has small ones.
+        # the first token already touches every huge page, so a large cache, mostly empty for long, has small ones.
         is_small = shape.numel() * torch.float32.itemsize <= _MAX_HUGE_CACHE_BYTES
         return LayerCache(huge_pages.zeros(shape, torch.float32) if is_small else torch.zeros(shape))
 
