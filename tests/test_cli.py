@@ -24,6 +24,7 @@ from flexquant_rl import cli, train
 from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.agents.run import new_run
 from flexquant_rl.agents.training import TrainConfig
+from flexquant_rl.engine import step_timer
 from flexquant_rl.engine.bench import BenchRefusedError
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.cost import roofline_cost
@@ -65,7 +66,7 @@ def profiled(nested: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 
     model = shutil.copytree(nested, tmp_path_factory.mktemp("profiled") / "model")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cli, "clock_ms", one_millisecond)
+        monkeypatch.setattr(step_timer, "clock_ms", one_millisecond)
         return model, run(cli.main, "profile", model, "--text", text, "--steps", 40)
 
 
