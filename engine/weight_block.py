@@ -9,7 +9,6 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.bitplane import NestedWeight
 
-_LINE_BYTES = 64
 _GAP_LINES = 6
 """Between planes. A product reads up to eight of them at the same place. Their sizes tend to be multiples of 4 KiB, and
 then all eight streams, with the lines fetched ahead of them, compete for the same few sets of the first-level cache.
@@ -18,20 +17,17 @@ From 5 to 7 lines apart they read 10 to 30% faster at 8 bits (AMD Zen 4); fewer 
 
 def placed_bytes(weight: NestedWeight) -> int:
     """Bytes of a block that `place` takes for a weight."""
-    pairs = huge_pages.aligned(weight.scale.nbytes) + huge_pages.aligned(weight.offset.nbytes)
-    return huge_pages.aligned(len(weight.planes) * _plane_stride(weight) * weight.planes.itemsize) + pairs
+    return _plane_bytes(weight) + huge_pages.aligned(weight.scale.nbytes) + huge_pages.aligned(weight.offset.nbytes)
 
 
 def place(weight: NestedWeight, block: Tensor, first: int) -> NestedWeight:
     """Copies a weight into a block of `huge_pages.empty` from byte `first` on, a multiple of 64; returns the copy."""
-    num_planes, num_outputs, num_words = weight.planes.shape
-    stride = _plane_stride(weight)
-    num_bytes = huge_pages.aligned(num_planes * stride * weight.planes.itemsize)
-    words = block[first : first + num_bytes].view(weight.planes.dtype)
-    planes = words.as_strided((num_planes, num_outputs, num_words), (stride, num_words, 1), words.storage_offset())
+    num_words, second = weight.planes.shape[2], first + _plane_bytes(weight)
+    words = block[first:second].view(weight.planes.dtype)
+    planes = words.as_strided(weight.planes.shape, (_plane_stride(weight), num_words, 1), words.storage_offset())
     planes.copy_(weight.planes)
-    scale = huge_pages.copied(weight.scale, block, first + num_bytes)
-    offset = huge_pages.copied(weight.offset, block, first + num_bytes + huge_pages.aligned(scale.nbytes))
+    scale = huge_pages.copied(weight.scale, block, second)
+    offset = huge_pages.copied(weight.offset, block, second + huge_pages.aligned(scale.nbytes))
     return NestedWeight(planes, scale, offset, weight.bit_widths, weight.group_size, weight.num_inputs)
 
 
@@ -54,8 +50,13 @@ def gather_weights(model: NestedCausalLM) -> None:
 def _plane_stride(weight: NestedWeight) -> int:
     """Words from one plane to the next: whole lines, and the gap."""
     _, num_outputs, num_words = weight.planes.shape
-    words_per_line = _LINE_BYTES // weight.planes.itemsize
-    return (-(-num_outputs * num_words // words_per_line) + _GAP_LINES) * words_per_line
+    item_bytes = weight.planes.itemsize
+    return (huge_pages.aligned(num_outputs * num_words * item_bytes) + _GAP_LINES * huge_pages.ALIGNMENT) // item_bytes
+
+
+def _plane_bytes(weight: NestedWeight) -> int:
+    """Bytes of all planes, a multiple of a line."""
+    return len(weight.planes) * _plane_stride(weight) * weight.planes.itemsize
 
 
 def _is_gathered(linears: list[NestedLinear]) -> bool:
