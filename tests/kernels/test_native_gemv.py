@@ -21,7 +21,7 @@ from flexquant_rl.kernels.reference import dequantize
 
 WIDTHS = range(1, 9)
 GROUP_SIZES = (32, 64, 128)
-SHAPES = [(1, 64), (3, 4096), (17, 352), (172, 172), (361, 64), (19, 640), (37, 768), (11, 1920)]  # (N, K)
+SHAPES = [(1, 64), (3, 4096), (17, 352), (172, 172), (361, 64), (19, 640), (37, 768), (9, 896), (5, 1280), (11, 1920)]  # (N, K)
 NUM_TOKENS = (1, 2, 3, 5, 16)
 STORED_WIDTHS = (3, 4, 5, 6, 8)
 # Float32 sums of 4096 products keep about six digits; a wrong bit, scale or input shows in the first three.
@@ -160,9 +160,10 @@ def test_all_isas_round_activations_alike(num_inputs: int) -> None:
 
 @each_isa
 @pytest.mark.parametrize("mode", ["int8", "float32"])
-def test_same_bits_for_any_threads_and_tokens(isa: Isa, mode: Mode) -> None:
-    weight = make_weight(512, 1056, 64)
-    x = make_activations(16, 1056)
+@pytest.mark.parametrize(("num_inputs", "group_size"), [(768, 128), (1056, 64), (4096, 128)])
+def test_same_bits_for_any_threads_and_tokens(isa: Isa, mode: Mode, num_inputs: int, group_size: int) -> None:
+    weight = make_weight(512, num_inputs, group_size)
+    x = make_activations(16, num_inputs)
     one, two, many = (NativeGemv(weight, mode=mode, isa=isa, num_threads=threads) for threads in (1, 2, 5))
     for bit_width in (1, 3, 4, 5, 8):
         expected = one(x, bit_width=bit_width, out=poisoned(16, 512))
@@ -175,7 +176,7 @@ def test_same_bits_for_any_threads_and_tokens(isa: Isa, mode: Mode) -> None:
 
 @each_isa
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("num_inputs", [128, 256, 384, 512, 640, 768, 896, 1152, 1792, 1920, 2048])
+@pytest.mark.parametrize("num_inputs", [128, 256, 384, 512, 640, 768, 896, 1152, 1280, 1792, 1920, 2048, 4096])
 def test_same_bits_for_a_row_alone(isa: Isa, group_size: int, num_inputs: int) -> None:
     """Rows that share vectors with their neighbours have the sums that they have alone, in whatever order."""
     weight = make_weight(15, num_inputs, group_size)
