@@ -21,7 +21,10 @@ from flexquant_rl.kernels.reference import dequantize
 
 WIDTHS = range(1, 9)
 GROUP_SIZES = (32, 64, 128)
-SHAPES = [(1, 64), (3, 4096), (17, 352), (172, 172), (361, 64), (19, 640), (37, 768), (9, 896), (5, 1280), (11, 1920)]  # (N, K)
+SHAPES = [  # (N, K)
+    *[(1, 64), (361, 64), (172, 172), (17, 352), (3, 4096)],
+    *[(19, 640), (37, 768), (9, 896), (5, 1280), (11, 1920)],  # rows that share vectors with their neighbours
+]
 NUM_TOKENS = (1, 2, 3, 5, 16)
 STORED_WIDTHS = (3, 4, 5, 6, 8)
 # Float32 sums of 4096 products keep about six digits; a wrong bit, scale or input shows in the first three.
