@@ -194,8 +194,9 @@ class DecodeSession:
         widths = self._expand(bit_widths, rows, length)
         per_pass = max(1, _SCORE_TOKENS_PER_PASS // length)
         token_ids = token_ids.to(self._model.device)
+        prompt = self._shared_prompt(token_ids, widths, first) if first else None
         parts = [
-            self._model.forward(token_ids[i : i + per_pass], widths[i : i + per_pass], keep=length - first).logits
+            self._score_rows(token_ids[i : i + per_pass], widths[i : i + per_pass], first, prompt)
             for i in range(0, rows, per_pass)
         ]
         return torch.cat(parts)
@@ -209,6 +210,30 @@ class DecodeSession:
     def close(self) -> None:
         """Frees the cache; any later call raises. Closing twice is fine."""
         self._cache = None
+
+    def _shared_prompt(self, token_ids: Tensor, widths: Tensor, first: int) -> RowCache | None:
+        """Keys and values of the first tokens if all rows read the same there, as when choices of widths compete."""
+        tokens, read_at = token_ids[:, :first], widths[:, :first]
+        if len(tokens) == 1 or not (
+            torch.equal(tokens, tokens[:1].expand_as(tokens)) and bool((read_at == read_at[:1]).all())
+        ):
+            return None
+        model = self._model
+        cache = RowCache(model.num_layers, 1, token_ids.shape[1], model.device)
+        positions, mask = cache.begin(first, None, restart=True)
+        model.forward(tokens[:1], read_at[:1], keep=1, cache=cache, positions=positions, mask=mask)
+        cache.commit()
+        return cache
+
+    def _score_rows(self, token_ids: Tensor, widths: Tensor, first: int, prompt: RowCache | None) -> Tensor:
+        """Logits from position `first` on, `[R', T - first, vocab]`; with a prompt only what follows is read."""
+        keep = token_ids.shape[1] - first
+        if prompt is None:
+            return self._model.forward(token_ids, widths, keep=keep).logits
+        cache = prompt.copy(num_rows=len(token_ids))
+        positions, mask = cache.begin(keep, None, restart=False)
+        rest, read_at = token_ids[:, first:], widths[:, first:]
+        return self._model.forward(rest, read_at, keep=keep, cache=cache, positions=positions, mask=mask).logits
 
     def _open_cache(self) -> RowCache:
         if self._cache is None:

@@ -117,13 +117,16 @@ class RowCache(Cache):
             self.lengths[self.call.rows] = new_lengths
         self.call = None
 
-    def copy(self) -> RowCache:
-        """An independent copy."""
-        twin = RowCache(len(self.layers), self.num_rows, self.max_length, self.lengths.device)
+    def copy(self, *, num_rows: int | None = None) -> RowCache:
+        """An independent copy; `num_rows` repeats the row of a cache that has one."""
+        num_rows = num_rows or self.num_rows
+        twin = RowCache(len(self.layers), num_rows, self.max_length, self.lengths.device)
         twin.lengths.copy_(self.lengths)
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             assert isinstance(mine, RowCacheLayer) and isinstance(theirs, RowCacheLayer)
             if mine.keys is not None and mine.values is not None:
-                theirs.keys, theirs.values = mine.keys.clone(), mine.values.clone()
+                theirs.keys, theirs.values = (
+                    held.expand(num_rows, -1, -1, -1).clone() for held in (mine.keys, mine.values)
+                )
                 theirs.is_initialized = True
         return twin
