@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from flexquant_rl.fq_env.task import EnvConfig
 
 _BOOTSTRAP_RESAMPLES = 1000
 _TIMING_WARMUP = 4
+_MIN_ROUNDS = 5
+_TIMING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -162,14 +165,15 @@ def measured_speedups(
     config: EnvConfig,
     policies: list[tuple[BitWidthPolicy, float]],
     *,
-    rounds: int = 5,
+    rounds: int = 21,
     num_threads: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[float]:
     """Wall-clock speedup of batch-1 decoding over the largest width, the policy's own cost included.
 
-    All policies and the baseline decode the same window side by side: at every token each of them takes its step, in an
-    order that turns round from token to token, so that drift of the machine hits all alike. Medians of steps count.
+    In every round each policy and the baseline decode the same window, one after the other in a new random order: the
+    weights are as warm in the caches as when a policy decodes alone, and drift of the machine hits all alike. What
+    counts is the median over rounds of the baseline's median step over the policy's.
 
     Args:
         model: The model.
@@ -177,7 +181,7 @@ def measured_speedups(
         window: `[window_tokens]` int64.
         config: Shape of the episode.
         policies: Policies, each with its dial.
-        rounds: Repetitions.
+        rounds: Turns of every policy; fewer, but 5 at least, where they would take longer than 10 s.
         num_threads: Threads of a step, as for `open_session`.
         progress: Wraps the rounds.
     """
@@ -187,20 +191,20 @@ def measured_speedups(
     first = config.prompt_tokens
     parent = open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads)
     output = parent.prefill(window[None, :first])
-    times: list[list[float]] = [[] for _ in contestants]
-    for _ in progress(range(rounds)):
-        sessions = [parent.fork() for _ in contestants]
-        for controller, (_, kl_weight) in zip(controllers, contestants, strict=True):
-            controller.reset(output, window[first : first + 1], kl_weight)
-        for index in range(first, len(window) - 1):
-            order = range(len(contestants))
-            for which in order if index % 2 else reversed(order):
-                step = partial(_step, sessions[which], controllers[which], window[index : index + 2])
-                elapsed_ms = clock_ms(step, model.device)
-                if index >= min(first + _TIMING_WARMUP, len(window) - 2):
-                    times[which].append(elapsed_ms)
-    full_ms, *own_ms = (statistics.median(own) for own in times)
-    return [full_ms / own for own in own_ms]
+    turn_ms: list[list[float]] = [[] for _ in contestants]
+    generator = torch.Generator().manual_seed(0)
+    began = time.monotonic()
+    for done in progress(range(rounds)):
+        if done >= _MIN_ROUNDS and time.monotonic() - began > _TIMING_S:
+            break
+        for which in torch.randperm(len(contestants), generator=generator).tolist():
+            session, controller = parent.fork(), controllers[which]
+            controller.reset(output, window[first : first + 1], contestants[which][1])
+            steps = [partial(_step, session, controller, window[i : i + 2]) for i in range(first, len(window) - 1)]
+            times = [clock_ms(step, model.device) for step in steps]
+            turn_ms[which].append(statistics.median(times[_TIMING_WARMUP:] or times))
+    full_ms, *own_ms = turn_ms
+    return [statistics.median(full / ms for full, ms in zip(full_ms, own, strict=True)) for own in own_ms]
 
 
 def _step(session: DecodeSession | LeanSession, controller: Controller, tokens: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -169,40 +170,54 @@ def test_bootstrap_covers_a_known_mean() -> None:
 
 
 class FakeClock:
-    """Steps take as many milliseconds as their mean width, and a thousand at some tokens of every round."""
+    """Steps take as many milliseconds as their mean width, twice that from the second round on, and a thousand at some
+    tokens of every turn.
+    """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, per_token: int, tokens: int, slow: tuple[int, ...]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, turns: int, tokens: int, slow: tuple[int, ...]) -> None:
         self.widths: list[float] = []
-        self._per_token, self._tokens, self._slow = per_token, tokens, slow
+        self._turns, self._tokens, self._slow = turns, tokens, slow
         monkeypatch.setattr(evaluate, "clock_ms", self)
 
     def __call__(self, run: partial[None], device: torch.device) -> float:
         run()
         controller = run.args[1]
+        turn, token = divmod(len(self.widths), self._tokens)
         self.widths.append(float(controller.bit_widths().double().mean()))
-        token = (len(self.widths) - 1) // self._per_token % self._tokens
-        return 1000.0 if token in self._slow else self.widths[-1]
+        return 1000.0 if token in self._slow else self.widths[-1] * (1 if turn < self._turns else 2)
 
 
-def test_measured_speedups_are_ratios_of_medians(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_speedups_are_ratios_within_a_round(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = tiny_prepared.env.max_new_tokens
-    clock = FakeClock(monkeypatch, per_token=4, tokens=tokens, slow=(0, 1, 2, 3, 8))  # warm-up, and one that stalls
+    clock = FakeClock(monkeypatch, turns=4, tokens=tokens, slow=(0, 1, 2, 3, 8))  # warm-up, and one that stalls
     context = policy_context(tiny_prepared)
     entries: list[tuple[BitWidthPolicy, float]] = [(make_policy(f"fixed:{b}", context), 1.0) for b in (4, 8, 5)]
     window = tiny_prepared.windows.test[0]
     speedups = measured_speedups(
-        tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, entries, rounds=2
+        tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, entries, rounds=4
     )
     assert speedups == pytest.approx([2.0, 1.0, 1.6])
-    assert len(clock.widths) == 2 * 4 * tokens
-    assert sorted(clock.widths[:4]) == [4, 5, 8, 8]
-    assert clock.widths[:4] == clock.widths[7:3:-1]  # side by side, the order turned round at every token
+    turns = torch.tensor(clock.widths).view(4, 4, tokens)
+    assert torch.equal(turns, turns[..., :1].expand_as(turns))  # a window at a time
+    assert torch.equal(turns[..., 0].sort(1).values, torch.tensor([4.0, 5, 8, 8]).expand(4, 4))
+    assert not torch.equal(turns[0], turns[1])
+
+
+def test_timing_of_slow_models_is_cut_short(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = replace(tiny_prepared.env, max_new_tokens=2)
+    window = tiny_prepared.windows.test[0, : env.window_tokens]
+    entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+    for seconds_per_look, rounds in ((0.0, 9), (11.0, 5)):
+        clock = FakeClock(monkeypatch, turns=2, tokens=2, slow=())
+        monkeypatch.setattr(evaluate.time, "monotonic", itertools.count(0.0, seconds_per_look).__next__)
+        measured_speedups(tiny_prepared.model, tiny_prepared.profile, window, env, [entry], rounds=9)
+        assert len(clock.widths) == rounds * 2 * 2
 
 
 def test_timing_needs_no_long_window(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many steps as the warm-up takes, or fewer: some are left to count."""
     for steps in (1, 3, 4):
-        FakeClock(monkeypatch, per_token=2, tokens=steps, slow=())
+        FakeClock(monkeypatch, turns=2, tokens=steps, slow=())
         env = replace(tiny_prepared.env, max_new_tokens=steps)
         entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
         window = tiny_prepared.windows.test[0, : env.window_tokens]
