@@ -20,6 +20,8 @@ from flexquant_rl.engine.model import NestedCausalLM, Unit
 
 _SCORE_TOKENS_PER_PASS = 8192
 """Tokens per parallel pass: bounds the logits' memory (8,192 x 4,096 x 4 bytes = 128 MiB on the embedded model)."""
+_MIN_SHARED_TOKENS = 8
+"""A shorter prompt that all rows share is read sooner than its keys and values are copied to every row."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class DecodeSession:
         widths = self._expand(bit_widths, rows, length)
         per_pass = max(1, _SCORE_TOKENS_PER_PASS // length)
         token_ids = token_ids.to(self._model.device)
-        prompt = self._shared_prompt(token_ids, widths, first) if first else None
+        prompt = self._shared_prompt(token_ids, widths, first)
         parts = [
             self._score_rows(token_ids[i : i + per_pass], widths[i : i + per_pass], first, prompt)
             for i in range(0, rows, per_pass)
@@ -214,9 +216,9 @@ class DecodeSession:
     def _shared_prompt(self, token_ids: Tensor, widths: Tensor, first: int) -> RowCache | None:
         """Keys and values of the first tokens if all rows read the same there, as when choices of widths compete."""
         tokens, read_at = token_ids[:, :first], widths[:, :first]
-        if len(tokens) == 1 or not (
-            torch.equal(tokens, tokens[:1].expand_as(tokens)) and bool((read_at == read_at[:1]).all())
-        ):
+        if len(tokens) == 1 or first < _MIN_SHARED_TOKENS:
+            return None
+        if bool((tokens != tokens[:1]).any()) or bool((read_at != read_at[:1]).any()):
             return None
         model = self._model
         cache = RowCache(model.num_layers, 1, token_ids.shape[1], model.device)

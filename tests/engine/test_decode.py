@@ -106,9 +106,9 @@ class TestEquivalence:
         self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch, differing: str
     ) -> None:
         """The prompt is read once if the rows agree on all of it; the logits are those of every row by itself."""
-        monkeypatch.setattr("flexquant_rl.engine.decode._SCORE_TOKENS_PER_PASS", 12)
-        session, first = DecodeSession(nested_model), 4
-        token_ids, widths = random_ids(5, 6), random_widths(nested_model, 5, 6)
+        monkeypatch.setattr("flexquant_rl.engine.decode._SCORE_TOKENS_PER_PASS", 20)
+        session, first = DecodeSession(nested_model), 8
+        token_ids, widths = random_ids(5, 10), random_widths(nested_model, 5, 10)
         token_ids[:, :first], widths[:, :first] = token_ids[0, :first], widths[0, :first]
         if differing == "a token":
             token_ids[3, first - 1] = (token_ids[3, first - 1] + 1) % 50
@@ -123,8 +123,8 @@ class TestEquivalence:
             lambda ids, *args, **options: lengths.append(ids.shape) or forward(ids, *args, **options),
         )
         torch.testing.assert_close(session.score(token_ids, widths, first=first), torch.cat(alone), **TOLERANCE)
-        passes = [(2, 6), (2, 6), (1, 6)]
-        assert lengths == ([(1, 4), (2, 2), (2, 2), (1, 2)] if differing == "nothing" else passes)
+        passes = [(2, 10), (2, 10), (1, 10)]
+        assert lengths == ([(1, 8), (2, 2), (2, 2), (1, 2)] if differing == "nothing" else passes)
 
     def test_score_leaves_the_rows_alone(self, nested_model: NestedCausalLM) -> None:
         sessions = [DecodeSession(nested_model), DecodeSession(nested_model)]
