@@ -181,7 +181,7 @@ def measured_speedups(
         window: `[window_tokens]` int64.
         config: Shape of the episode.
         policies: Policies, each with its dial.
-        rounds: Turns of every policy; fewer, but 5 at least, where they would take longer than 10 s.
+        rounds: Turns of every policy; after the fifth no new round begins once 10 s have passed.
         num_threads: Threads of a step, as for `open_session`.
         progress: Wraps the rounds.
     """

@@ -169,10 +169,11 @@ class DecodeSession:
         return self._run(token_ids[:, None], bit_widths, None, restart=False)
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
-        """Teacher-forced logits of whole sequences in one parallel pass; the session's own rows are untouched.
+        """Teacher-forced logits of whole sequences, many tokens at a time; the session's own rows are untouched.
 
         Every token writes its keys and values at its own widths, so this equals decoding step by step with widths that
-        are known in advance, up to float rounding.
+        are known in advance, up to float rounding. What comes before `first` is read once if it is the same in all
+        rows, tokens and widths.
 
         Args:
             token_ids: `[R', T]` int64.

@@ -325,7 +325,7 @@ class LeanSession:
         return self._run(token_ids, bit_widths if bit_widths.dim() == 1 else bit_widths.flatten())
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
-        """Teacher-forced logits of whole sequences: `DecodeSession.score`, a parallel pass over dense matrices."""
+        """Teacher-forced logits of whole sequences: `DecodeSession.score`, in parallel over dense matrices."""
         scorer = DecodeSession(self.model, max_length=1)
         return scorer.score(token_ids, bit_widths, first=first)
 

@@ -121,9 +121,9 @@ FQ_INLINE FQ_AVX512 void join_token(const Activations& x, int64_t m, int64_t num
     }
 }
 
-// Rows that would leave part of their last vector empty: kRows of them are read as one row of whole vectors. A vector in
-// which one row ends and the next begins is unpacked once and added to both, by masks. Returns the first row that is
-// left. kTokens = 0: as many as x has. kWords = 0: rows of any length; else of so many words, in groups of four.
+// Rows that would leave part of their last vector empty: kRows of them are read as one row of whole vectors. A vector
+// in which one row ends and the next begins is unpacked once and added to both, by masks. Returns the first row that
+// is left. kTokens = 0: as many as x has. kWords = 0: rows of any length; else of so many words, in groups of four.
 template <int kWidth, int kRows, int kTokens, int kWords>
 FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
                                   int64_t y_stride) {
@@ -210,10 +210,11 @@ FQ_INLINE FQ_AVX512 int64_t run_sharing_rows(const FqWeight& weight, const Activ
     const int64_t num_words = weight.num_words, joined = num_joined_rows(weight);
     if (num_words == 4 || num_words == 8) return run_short_rows<kWidth>(weight, x, begin, end, y, y_stride);
     // Loops of constant length are up to a quarter faster: for rows of 768, 896 and 1280 inputs in groups of 128.
-    if (kTokens == 1 && weight.group_size == 128) {
-        if (num_words == 24) return run_joined_rows<kWidth, 2, kTokens, 24>(weight, x, begin, end, y, y_stride);
-        if (num_words == 28) return run_joined_rows<kWidth, 4, kTokens, 28>(weight, x, begin, end, y, y_stride);
-        if (num_words == 40) return run_joined_rows<kWidth, 2, kTokens, 40>(weight, x, begin, end, y, y_stride);
+    if constexpr (kTokens == 1) {
+        const int64_t known_words = weight.group_size == 128 ? num_words : 0;
+        if (known_words == 24) return run_joined_rows<kWidth, 2, 1, 24>(weight, x, begin, end, y, y_stride);
+        if (known_words == 28) return run_joined_rows<kWidth, 4, 1, 28>(weight, x, begin, end, y, y_stride);
+        if (known_words == 40) return run_joined_rows<kWidth, 2, 1, 40>(weight, x, begin, end, y, y_stride);
     }
     if (joined == 2) return run_joined_rows<kWidth, 2, kTokens, 0>(weight, x, begin, end, y, y_stride);
     if (joined == 4) return run_joined_rows<kWidth, 4, kTokens, 0>(weight, x, begin, end, y, y_stride);

@@ -33,8 +33,8 @@ FQ_INLINE FQ_AVX512 __m512 sum_rows(__m512 lanes, int64_t lanes_per_row) {
     return _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0xB1));
 }
 
-// The same tree for two or four rows at once. Where in its vectors a row began does not matter: a rotation by a multiple
-// of four lanes only swaps the operands of additions.
+// The same tree for two or four rows at once. Where in its vectors a row began does not matter: a rotation by a
+// multiple of four lanes only swaps the operands of additions.
 FQ_INLINE FQ_AVX512 __m512 halves_summed(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
 }

@@ -58,113 +58,97 @@ FQ_INLINE FQ_AVX512 void add_chunk(const Rows& rows, __m512 scale, const Activat
     else add_float<kWidth>(codes, scale, x, chunk, tokens, total);
 }
 
-template <int kMode, int kWidth, int kTokens>  // kTokens = 0: as many as x has
-FQ_AVX512 void run_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
-                        int64_t y_stride) {
+// kRows rows at a time; returns the first row that is left. kTokens = 0: as many as x has.
+//
+// Two rows, of whole chunks, load each vector of activations once for both. They read each plane in two places; the
+// lines are fetched in the order in which they lie, or memory is slower than the loads were.
+template <int kMode, int kWidth, int kTokens, int kRows>
+FQ_AVX512 int64_t run_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
+                           int64_t y_stride) {
+    static_assert(kRows == 1 || kRows == 2);
     const int words_per_group = weight.group_size / 32;
     const int64_t num_groups = weight.num_words / words_per_group;
     const int64_t full_chunks = weight.num_words / kWordsPerChunk;
-    const __mmask16 tail_mask = mask_of(weight.num_words % kWordsPerChunk);
+    const __mmask16 tail_mask = kRows == 1 ? mask_of(weight.num_words % kWordsPerChunk) : __mmask16{0};
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first_group = _mm512_srli_epi32(lane, static_cast<unsigned>(words_per_group / 2));  // lane / 1, 2, 4
     const __m512i groups_per_chunk = _mm512_set1_epi32(static_cast<int>(kWordsPerChunk) / words_per_group);
     const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
     const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
     const int64_t tokens = kTokens ? kTokens : x.tokens;
-    const int64_t row_bytes = weight.num_words * 4;
-    Rows rows{reinterpret_cast<const char*>(weight.planes) + begin * row_bytes, weight.plane_stride * 4, tail_mask};
+    const int64_t row_bytes = weight.num_words * 4, chunk_bytes = kWordsPerChunk * 4;
 
-    for (int64_t row = begin; row < end; ++row) {
-        const uint16_t* scales = weight.scale + row * num_groups;
-        const uint16_t* offsets = weight.offset + row * num_groups;
-        __m512 total[kTokens ? kTokens : kMaxTokens];
-        for (int64_t m = 0; m < tokens; ++m) total[m] = _mm512_setzero_ps();
+    const char* first = reinterpret_cast<const char*>(weight.planes) + begin * row_bytes;
+    for (; begin + kRows <= end; begin += kRows, first += kRows * row_bytes) {
+        const uint16_t* scales = weight.scale + begin * num_groups;
+        const uint16_t* offsets = weight.offset + begin * num_groups;
+        Rows rows[kRows];
+        __m512 total[kRows][kTokens ? kTokens : kMaxTokens];
+        for (int r = 0; r < kRows; ++r) {
+            rows[r] = {first + r * row_bytes, weight.plane_stride * 4, tail_mask};
+            // Of two, the first row fetches every other line from row_bytes + 64 ahead on, the second those between.
+            if constexpr (kRows == 2) rows[r].prefetch_bytes = r == 0 ? row_bytes + chunk_bytes : 2 * chunk_bytes;
+            for (int64_t m = 0; m < tokens; ++m) total[r][m] = _mm512_setzero_ps();
+        }
         // One vector of 16 group scales serves words_per_group chunks.
         for (int64_t group = 0, chunk = 0; group < num_groups; group += 16) {
             const __mmask16 mask = mask_of(num_groups - group);
-            __m512 group_scale = load_halves(scales + group, mask);
-            const __m512 offset = _mm512_fmadd_ps(group_scale, offset_factor, load_halves(offsets + group, mask));
-            for (int64_t m = 0; m < tokens; ++m) {
-                const __m512 sum = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4) + group);
-                total[m] = _mm512_fmadd_ps(offset, sum, total[m]);
-            }
-            group_scale = _mm512_mul_ps(group_scale, scale_factor);
-            __m512i group_of_word = first_group;
-            const int64_t end_chunk = std::min(chunk + words_per_group, full_chunks);
-            for (; chunk < end_chunk; ++chunk) {
-                const __m512 scale = _mm512_permutexvar_ps(group_of_word, group_scale);
-                add_chunk<kMode, kWidth, false>(rows, scale, x, chunk, tokens, total);
-                group_of_word = _mm512_add_epi32(group_of_word, groups_per_chunk);
-                rows.first += kWordsPerChunk * 4;
-            }
-            if (tail_mask != 0 && group + 16 >= num_groups) {
-                const __m512 scale = _mm512_permutexvar_ps(group_of_word, group_scale);
-                add_chunk<kMode, kWidth, true>(rows, scale, x, full_chunks, tokens, total);
-                rows.first += row_bytes % (kWordsPerChunk * 4);
-            }
-        }
-        for (int64_t m = 0; m < tokens; ++m) y[m * y_stride + row] = _mm512_cvtss_f32(sum_rows(total[m], 16));
-    }
-}
-
-// Whole rows two at a time, for one token: each vector of activations is loaded once for both. Returns the first row
-// that is left.
-//
-// Row by row, up to 3 bits are slowed by the loads of activations, which share the first cache with the lines that
-// arrive. Two rows read each plane in two places; the lines are fetched in the order in which they lie, or memory is
-// slower than the loads were. Wider codes gained nothing.
-template <int kWidth>
-FQ_AVX512 int64_t run_row_pairs(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y) {
-    const int words_per_group = weight.group_size / 32;
-    const int64_t num_groups = weight.num_words / words_per_group, row_bytes = weight.num_words * 4;
-    const int64_t num_chunks = weight.num_words / kWordsPerChunk;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i first_group = _mm512_srli_epi32(lane, static_cast<unsigned>(words_per_group / 2));
-    const __m512i groups_per_chunk = _mm512_set1_epi32(static_cast<int>(kWordsPerChunk) / words_per_group);
-    const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
-    const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
-    for (; begin + 2 <= end; begin += 2) {
-        const char* first = reinterpret_cast<const char*>(weight.planes) + begin * row_bytes;
-        // The first row fetches every other line from row_bytes + 64 ahead on, the second row the lines between.
-        Rows rows[2] = {{first, weight.plane_stride * 4, 0xffff, row_bytes + 64},
-                        {first + row_bytes, weight.plane_stride * 4, 0xffff, 128}};
-        __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t group = 0, chunk = 0; group < num_groups; group += 16) {
-            const __mmask16 mask = mask_of(num_groups - group);
-            __m512 group_scale[2];
-            for (int r = 0; r < 2; ++r) {
-                const int64_t pair = (begin + r) * num_groups + group;
-                group_scale[r] = load_halves(weight.scale + pair, mask);
-                const __m512 offset =
-                    _mm512_fmadd_ps(group_scale[r], offset_factor, load_halves(weight.offset + pair, mask));
-                total[r] = _mm512_fmadd_ps(offset, _mm512_load_ps(x.group_sum + group), total[r]);
+            __m512 group_scale[kRows];
+            for (int r = 0; r < kRows; ++r) {
+                const int64_t pair = r * num_groups + group;
+                group_scale[r] = load_halves(scales + pair, mask);
+                const __m512 offset = _mm512_fmadd_ps(group_scale[r], offset_factor, load_halves(offsets + pair, mask));
+                for (int64_t m = 0; m < tokens; ++m) {
+                    const __m512 sum = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4) + group);
+                    total[r][m] = _mm512_fmadd_ps(offset, sum, total[r][m]);
+                }
                 group_scale[r] = _mm512_mul_ps(group_scale[r], scale_factor);
             }
             __m512i group_of_word = first_group;
-            const int64_t end_chunk = std::min(chunk + words_per_group, num_chunks);
+            const int64_t end_chunk = std::min(chunk + words_per_group, full_chunks);
             for (; chunk < end_chunk; ++chunk) {
-                for (int r = 0; r < 2; ++r) {
+                for (int r = 0; r < kRows; ++r) {
                     const __m512 scale = _mm512_permutexvar_ps(group_of_word, group_scale[r]);
-                    add_chunk<kFqInt8, kWidth, false>(rows[r], scale, x, chunk, 1, &total[r]);
-                    rows[r].first += kWordsPerChunk * 4;
-                    rows[r].prefetch_bytes += kWordsPerChunk * 4;
+                    add_chunk<kMode, kWidth, false>(rows[r], scale, x, chunk, tokens, total[r]);
+                    rows[r].first += chunk_bytes;
+                    if constexpr (kRows == 2) rows[r].prefetch_bytes += chunk_bytes;
                 }
                 group_of_word = _mm512_add_epi32(group_of_word, groups_per_chunk);
             }
+            if (tail_mask != 0 && group + 16 >= num_groups) {
+                const __m512 scale = _mm512_permutexvar_ps(group_of_word, group_scale[0]);
+                add_chunk<kMode, kWidth, true>(rows[0], scale, x, full_chunks, tokens, total[0]);
+            }
         }
-        store_sums<2>(total, y + begin);
+        for (int64_t m = 0; m < tokens; ++m) {
+            if constexpr (kRows == 2) {
+                const __m512 both[2] = {total[0][m], total[1][m]};
+                store_sums<2>(both, y + m * y_stride + begin);
+            } else {
+                y[m * y_stride + begin] = _mm512_cvtss_f32(sum_rows(total[0][m], 16));
+            }
+        }
     }
     return begin;
+}
+
+// Up to 3 bits, row by row, what limits one token are the loads of activations, which share the first cache with the
+// lines that arrive. Wider codes gained nothing from pairs, shorter and longer rows lost by them (AMD Zen 4).
+constexpr bool gains_from_pairs(int width, int tokens) { return width <= 3 && tokens == 1; }
+constexpr bool gains_from_pairs(int64_t num_words) {
+    return num_words % kWordsPerChunk == 0 && num_words >= 64 && num_words <= 256;
 }
 
 template <int kWidth, int kTokens>
 FQ_INLINE FQ_AVX512 void run_int8_tokens(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end,
                                          float* y, int64_t y_stride) {
     begin = run_sharing_rows<kWidth, kTokens>(weight, x, begin, end, y, y_stride);
-    if constexpr (kTokens == 1 && kWidth <= 3) {
-        if (weight.num_words % kWordsPerChunk == 0) begin = run_row_pairs<kWidth>(weight, x, begin, end, y);
+    if constexpr (gains_from_pairs(kWidth, kTokens)) {
+        if (gains_from_pairs(weight.num_words)) {
+            begin = run_rows<kFqInt8, kWidth, kTokens, 2>(weight, x, begin, end, y, y_stride);
+        }
     }
-    run_rows<kFqInt8, kWidth, kTokens>(weight, x, begin, end, y, y_stride);
+    run_rows<kFqInt8, kWidth, kTokens, 1>(weight, x, begin, end, y, y_stride);
 }
 
 template <int kWidth>
@@ -177,7 +161,7 @@ FQ_AVX512 void run_int8(const FqWeight& weight, const Activations& x, int64_t be
 template <int kWidth>
 FQ_AVX512 void run_float(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
                          int64_t y_stride) {
-    run_rows<kFqFloat32, kWidth, 0>(weight, x, begin, end, y, y_stride);
+    run_rows<kFqFloat32, kWidth, 0, 1>(weight, x, begin, end, y, y_stride);
 }
 
 FQ_AVX512 void run_prepare_int8(const float* x, int64_t x_stride, int64_t tokens, int64_t num_inputs, int64_t num_words,

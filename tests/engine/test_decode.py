@@ -101,7 +101,7 @@ class TestEquivalence:
         monkeypatch.setattr("flexquant_rl.engine.decode._SCORE_TOKENS_PER_PASS", 12)
         torch.testing.assert_close(session.score(token_ids, widths), whole, **TOLERANCE)
 
-    @pytest.mark.parametrize("differing", ["nothing", "a token", "a width"])
+    @pytest.mark.parametrize("differing", ["nothing", "a token", "the first width", "the last width"])
     def test_score_with_a_prompt_in_common(
         self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch, differing: str
     ) -> None:
@@ -112,8 +112,9 @@ class TestEquivalence:
         token_ids[:, :first], widths[:, :first] = token_ids[0, :first], widths[0, :first]
         if differing == "a token":
             token_ids[3, first - 1] = (token_ids[3, first - 1] + 1) % 50
-        if differing == "a width":
-            widths[3, first - 1, 0] = 3 if widths[3, first - 1, 0] == 8 else 8
+        if differing.endswith("width"):
+            unit = 0 if "first" in differing else -1
+            widths[3, first - 1, unit] = 3 if widths[3, first - 1, unit] == 8 else 8
         alone = [session.score(token_ids[i : i + 1], widths[i : i + 1], first=first) for i in range(5)]
         lengths = []
         forward = nested_model.forward

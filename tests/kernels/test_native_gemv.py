@@ -239,6 +239,23 @@ def test_slices_and_strides(isa: Isa) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("num_inputs", [768, 896, 2048])
+def test_planes_may_lie_apart(isa: Isa, num_inputs: int) -> None:
+    """As the lean decoder lays them out, also where rows share vectors or go in pairs; the gaps are not read."""
+    weight = make_weight(15, num_inputs, 128)
+    num_words = weight.planes[0].numel()
+    spread = torch.full((8, num_words + 96), -1, dtype=torch.int32)
+    spread[:, :num_words] = weight.planes.flatten(1)
+    planes = spread[:, :num_words].view(weight.planes.shape)
+    apart = NestedWeight(planes, weight.scale, weight.offset, STORED_WIDTHS, 128, num_inputs)
+    x = make_activations(1, num_inputs)
+    for bit_width in WIDTHS:
+        expected = NativeGemv(weight, isa=isa)(x, bit_width=bit_width)
+        spread[:, num_words:] = -1 - spread[:, num_words:]
+        assert torch.equal(NativeGemv(apart, isa=isa)(x, bit_width=bit_width), expected), f"b={bit_width}"
+
+
+@each_isa
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("mode", ["int8", "float32"])
 def test_non_finite_activations_show(isa: Isa, mode: Mode, bad: float) -> None:
