@@ -31,7 +31,7 @@ FQ_AVX512 int64_t run_short_rows(const FqWeight& weight, const Activations& x, i
     const int64_t num_words = weight.num_words, rows_per_vector = kWordsPerChunk / num_words;
     const int words_per_group = weight.group_size / 32;
     const int64_t num_groups = num_words / words_per_group;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = lane_indices();
     const __m512i word_of_lane = _mm512_and_si512(lane, _mm512_set1_epi32(static_cast<int>(num_words - 1)));
     const __m512i row_of_lane = _mm512_srli_epi32(lane, num_words == 8 ? 3 : 2);
     const __m512i scale_of_lane = _mm512_srli_epi32(lane, static_cast<unsigned>(words_per_group / 2));
@@ -40,8 +40,7 @@ FQ_AVX512 int64_t run_short_rows(const FqWeight& weight, const Activations& x, i
     const __mmask16 group_lanes =
         _mm512_cmplt_epi32_mask(word_of_lane, _mm512_set1_epi32(static_cast<int>(num_groups)));
     const __mmask16 pair_mask = mask_of(rows_per_vector * num_groups);
-    const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
-    const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
+    const GroupFactors factors = group_factors(weight);
     ShortToken repeated[kMaxTokens];
     for (int64_t m = 0; m < x.tokens; ++m) {
         repeat_token(x, m, word_of_lane, group_lanes, &repeated[m]);
@@ -51,11 +50,10 @@ FQ_AVX512 int64_t run_short_rows(const FqWeight& weight, const Activations& x, i
         Codes codes;
         load_codes<kWidth, false>(rows, &codes);
         rows.first += kWordsPerChunk * 4;
-        const __m512 group_scale = load_halves(weight.scale + begin * num_groups, pair_mask);
-        const __m512 group_offset =
-            _mm512_fmadd_ps(group_scale, offset_factor, load_halves(weight.offset + begin * num_groups, pair_mask));
-        const __m512 offset = _mm512_maskz_permutexvar_ps(group_lanes, offset_of_lane, group_offset);
-        const __m512 scale = _mm512_permutexvar_ps(scale_of_lane, _mm512_mul_ps(group_scale, scale_factor));
+        const int64_t first_group = begin * num_groups;
+        const Groups groups = load_groups(weight.scale + first_group, weight.offset + first_group, pair_mask, factors);
+        const __m512 offset = _mm512_maskz_permutexvar_ps(group_lanes, offset_of_lane, groups.offset);
+        const __m512 scale = _mm512_permutexvar_ps(scale_of_lane, groups.scale);
         for (int64_t m = 0; m < x.tokens; ++m) {
             const __m512 total = _mm512_mul_ps(offset, repeated[m].group_sum);
             const __m512 dot = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(repeated[m].values));
@@ -133,11 +131,10 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
     const int64_t num_groups = num_words / words_per_group, all_groups = kRows * num_groups;
     const bool has_second = all_groups > 16;
     const __mmask16 pair_masks[2] = {mask_of(all_groups), has_second ? mask_of(all_groups - 16) : __mmask16{0}};
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = lane_indices();
     const __m512i first_group = _mm512_srli_epi32(lane, static_cast<unsigned>(words_per_group / 2));
     const __m512i groups_per_chunk = _mm512_set1_epi32(16 / words_per_group);
-    const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
-    const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
+    const GroupFactors factors = group_factors(weight);
     __m512i group_of_lane[kRows];  // of the joined rows, where the row's sum begins with its offsets
     __mmask16 group_mask[kRows];
     for (int row = 0; row < kRows; ++row) {
@@ -156,11 +153,10 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
         TwoVectors scales{{}, has_second}, offsets{{}, has_second};
         for (int part = 0; part < 2; ++part) {
             if (part == 1 && !has_second) break;
-            const int64_t pair = begin * num_groups + 16 * part;
-            const __m512 group_scale = load_halves(weight.scale + pair, pair_masks[part]);
-            offsets.parts[part] =
-                _mm512_fmadd_ps(group_scale, offset_factor, load_halves(weight.offset + pair, pair_masks[part]));
-            scales.parts[part] = _mm512_mul_ps(group_scale, scale_factor);
+            const int64_t first = begin * num_groups + 16 * part;
+            const Groups groups = load_groups(weight.scale + first, weight.offset + first, pair_masks[part], factors);
+            scales.parts[part] = groups.scale;
+            offsets.parts[part] = groups.offset;
         }
         __m512 total[kHeld][kRows], dot[kHeld], factor[kHeld];
         for (int64_t m = 0; m < tokens; ++m) {

@@ -7,10 +7,35 @@ namespace fq {
 
 FQ_INLINE __mmask16 mask_of(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
+FQ_INLINE FQ_AVX512 __m512i lane_indices() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 // Scales or offsets of up to 16 groups.
 FQ_INLINE FQ_AVX512 __m512 load_halves(const uint16_t* halves, __mmask16 mask) {
     _mm_prefetch(reinterpret_cast<const char*>(halves) + kPrefetchBytes, _MM_HINT_T0);
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, halves));
+}
+
+// What one unit of the top-aligned codes and of the offsets of a weight is worth, in every lane.
+struct GroupFactors {
+    __m512 scale, offset;
+};
+
+FQ_INLINE FQ_AVX512 GroupFactors group_factors(const FqWeight& weight) {
+    return {_mm512_set1_ps(top_aligned_factor(weight)), _mm512_set1_ps(weight.offset_factor)};
+}
+
+// Scale and offset of up to 16 groups, for codes aligned to the top of a byte.
+struct Groups {
+    __m512 scale, offset;
+};
+
+FQ_INLINE FQ_AVX512 Groups load_groups(const uint16_t* scales, const uint16_t* offsets, __mmask16 mask,
+                                       const GroupFactors& factors) {
+    const __m512 scale = load_halves(scales, mask);
+    const __m512 offset = _mm512_fmadd_ps(scale, factors.offset, load_halves(offsets, mask));
+    return {_mm512_mul_ps(scale, factors.scale), offset};
 }
 
 template <int kWidth>

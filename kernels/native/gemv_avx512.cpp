@@ -70,11 +70,10 @@ FQ_AVX512 int64_t run_rows(const FqWeight& weight, const Activations& x, int64_t
     const int64_t num_groups = weight.num_words / words_per_group;
     const int64_t full_chunks = weight.num_words / kWordsPerChunk;
     const __mmask16 tail_mask = kRows == 1 ? mask_of(weight.num_words % kWordsPerChunk) : __mmask16{0};
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = lane_indices();
     const __m512i first_group = _mm512_srli_epi32(lane, static_cast<unsigned>(words_per_group / 2));  // lane / 1, 2, 4
     const __m512i groups_per_chunk = _mm512_set1_epi32(static_cast<int>(kWordsPerChunk) / words_per_group);
-    const __m512 scale_factor = _mm512_set1_ps(top_aligned_factor(weight));
-    const __m512 offset_factor = _mm512_set1_ps(weight.offset_factor);
+    const GroupFactors factors = group_factors(weight);
     const int64_t tokens = kTokens ? kTokens : x.tokens;
     const int64_t row_bytes = weight.num_words * 4, chunk_bytes = kWordsPerChunk * 4;
 
@@ -93,22 +92,20 @@ FQ_AVX512 int64_t run_rows(const FqWeight& weight, const Activations& x, int64_t
         // One vector of 16 group scales serves words_per_group chunks.
         for (int64_t group = 0, chunk = 0; group < num_groups; group += 16) {
             const __mmask16 mask = mask_of(num_groups - group);
-            __m512 group_scale[kRows];
+            Groups groups[kRows];
             for (int r = 0; r < kRows; ++r) {
                 const int64_t pair = r * num_groups + group;
-                group_scale[r] = load_halves(scales + pair, mask);
-                const __m512 offset = _mm512_fmadd_ps(group_scale[r], offset_factor, load_halves(offsets + pair, mask));
+                groups[r] = load_groups(scales + pair, offsets + pair, mask, factors);
                 for (int64_t m = 0; m < tokens; ++m) {
                     const __m512 sum = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4) + group);
-                    total[r][m] = _mm512_fmadd_ps(offset, sum, total[r][m]);
+                    total[r][m] = _mm512_fmadd_ps(groups[r].offset, sum, total[r][m]);
                 }
-                group_scale[r] = _mm512_mul_ps(group_scale[r], scale_factor);
             }
             __m512i group_of_word = first_group;
             const int64_t end_chunk = std::min(chunk + words_per_group, full_chunks);
             for (; chunk < end_chunk; ++chunk) {
                 for (int r = 0; r < kRows; ++r) {
-                    const __m512 scale = _mm512_permutexvar_ps(group_of_word, group_scale[r]);
+                    const __m512 scale = _mm512_permutexvar_ps(group_of_word, groups[r].scale);
                     add_chunk<kMode, kWidth, false>(rows[r], scale, x, chunk, tokens, total[r]);
                     rows[r].first += chunk_bytes;
                     if constexpr (kRows == 2) rows[r].prefetch_bytes += chunk_bytes;
@@ -116,7 +113,7 @@ FQ_AVX512 int64_t run_rows(const FqWeight& weight, const Activations& x, int64_t
                 group_of_word = _mm512_add_epi32(group_of_word, groups_per_chunk);
             }
             if (tail_mask != 0 && group + 16 >= num_groups) {
-                const __m512 scale = _mm512_permutexvar_ps(group_of_word, group_scale[0]);
+                const __m512 scale = _mm512_permutexvar_ps(group_of_word, groups[0].scale);
                 add_chunk<kMode, kWidth, true>(rows[0], scale, x, full_chunks, tokens, total[0]);
             }
         }
