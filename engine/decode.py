@@ -221,12 +221,9 @@ class DecodeSession:
             return None
         if bool((tokens != tokens[:1]).any()) or bool((read_at != read_at[:1]).any()):
             return None
-        model = self._model
-        cache = RowCache(model.num_layers, 1, token_ids.shape[1], model.device)
-        positions, mask = cache.begin(first, None, restart=True)
-        model.forward(tokens[:1], read_at[:1], keep=1, cache=cache, positions=positions, mask=mask)
-        cache.commit()
-        return cache
+        prompt = DecodeSession(self._model, max_length=token_ids.shape[1])
+        prompt._run(tokens[:1], read_at[:1], None, restart=True)
+        return prompt._open_cache()
 
     def _score_rows(self, token_ids: Tensor, widths: Tensor, first: int, prompt: RowCache | None) -> Tensor:
         """Logits from position `first` on, `[R', T - first, vocab]`; with a prompt only what follows is read."""
