@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -73,13 +74,7 @@ def build(tiny_tokenizer: Any, device: torch.device) -> Callable[..., NestedCaus
             "initializer_range": 0.15,
             "eos_token_id": None,
         }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(6)
-            model = model_class(config_class(**(shape | options | sizes))).float().eval()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.dim() == 1:
-                        parameter.add_(0.1 * torch.randn_like(parameter))
+        model = random_model(model_class, config_class(**(shape | options | sizes)), seed=6)
         config = QuantizationConfig(group_size=32, unit=unit, quantize_head=quantize_head)  # type: ignore[arg-type]
         return nest(model, tiny_tokenizer, config).to(device)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_model
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -75,14 +76,7 @@ def build(family: str, **changes: Any) -> PreTrainedModel:
         "max_position_embeddings": 128,
         "initializer_range": 0.1,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model: PreTrainedModel = model_class(config_class(**(shape | options | changes))).float().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return random_model(model_class, config_class(**(shape | options | changes)), seed=7)
 
 
 def nested(family: str, tokenizer: Any, *, quantize_head: bool = True, **changes: Any) -> NestedCausalLM:
