@@ -36,12 +36,8 @@ format: $(DEV)  ## Formats the code and applies the safe fixes.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Type checkers do not see an editable install's import hook, so they get the package laid out as links.
-TYPE_ROOT := build/types/flexquant_rl
 types: $(DEV)  ## Checks the types of the package (mypy, strict).
-	@rm -rf $(TYPE_ROOT) && mkdir -p $(TYPE_ROOT)
-	@ln -s $(addprefix ../../../,agents engine fq_env kernels py.typed train.py cli.py) $(TYPE_ROOT)
-	$(BIN)/mypy | sed 's#^$(TYPE_ROOT)/##'
+	$(BIN)/mypy
 
 # The wheel is built from the source archive, so that an archive that lacks a file fails here too.
 wheel-check: $(DEV)  ## Builds the source archive and from it the wheel, then tests that wheel away from the checkout.

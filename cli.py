@@ -21,36 +21,36 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 from tyro.conf import Positional
 
-from flexquant_rl.agents.baselines import check_policy_name, make_policy
-from flexquant_rl.agents.bench_env import EnvBench, bench_env
-from flexquant_rl.agents.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.agents.command import FAILURE, command, print_result
-from flexquant_rl.agents.contest import Contestant, compete, policy_context
-from flexquant_rl.agents.export import export_run, load_exported, load_exported_together
+from flexquant_rl.agents.evaluation.contest import Contestant, compete, policy_context
+from flexquant_rl.agents.evaluation.report import console_table
+from flexquant_rl.agents.evaluation.rows import public_dict
+from flexquant_rl.agents.policies.baselines import check_policy_name, make_policy
 from flexquant_rl.agents.progress import say, track
-from flexquant_rl.agents.report import console_table
-from flexquant_rl.agents.rows import public_dict
-from flexquant_rl.agents.run import check_config, check_device, load_run
-from flexquant_rl.agents.training import Prepared, TrainConfig, prepare
-from flexquant_rl.engine.bench import BenchRefusedError, machine_facts, run_tests
-from flexquant_rl.engine.bench import table as bench_table
-from flexquant_rl.engine.bench_decode import DecodeBench, bench_decode
-from flexquant_rl.engine.bench_gemv import GemvBench, bench_gemv
-from flexquant_rl.engine.bench_policy import PolicyBench, bench_policy
+from flexquant_rl.agents.runs.bench_env import EnvBench, bench_env
+from flexquant_rl.agents.runs.export import export_run, load_exported, load_exported_together
+from flexquant_rl.agents.runs.run import check_config, check_device, load_run
+from flexquant_rl.agents.runs.training import Prepared, TrainConfig, prepare
+from flexquant_rl.engine.benches.decode import DecodeBench, bench_decode
+from flexquant_rl.engine.benches.gemv import GemvBench, bench_gemv
+from flexquant_rl.engine.benches.harness import BenchRefusedError, machine_facts, run_tests
+from flexquant_rl.engine.benches.harness import table as bench_table
+from flexquant_rl.engine.benches.policy import PolicyBench, bench_policy
+from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model, save_checkpoint
-from flexquant_rl.engine.cost import measured_cost, roofline_cost
+from flexquant_rl.engine.control.cost import measured_cost, roofline_cost
+from flexquant_rl.engine.control.policy import PROFILE_FILE, LearnedPolicy, load_policy
+from flexquant_rl.engine.control.profile import profile_model, reference_name
+from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer
+from flexquant_rl.engine.decoding.choice import DecoderName, check_num_threads, open_session
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, write_json
 from flexquant_rl.engine.generate import StreamedText
 from flexquant_rl.engine.generate import generate as generate_tokens
-from flexquant_rl.engine.lean import DecoderName, check_num_threads, open_session
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
-from flexquant_rl.engine.perplexity import perplexity_by_width
-from flexquant_rl.engine.policy import PROFILE_FILE, LearnedPolicy, load_policy
-from flexquant_rl.engine.profile import profile_model, reference_name
-from flexquant_rl.engine.quantize import QuantizationConfig
-from flexquant_rl.engine.step_timer import MAX_PAIRS, StepTimer
+from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.fq_env.task import EnvConfig, check_kl_weight

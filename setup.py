@@ -15,12 +15,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# In a checkout its folders are links to those beside it, in a source archive they are folders.
+PACKAGE_DIR = ROOT / "flexquant_rl"
+NATIVE_DIR = Path("flexquant_rl", "kernels", "native")
 PACKAGE = "flexquant_rl.kernels.native"
 
 
 def load_native_build() -> ModuleType:
     """Loads kernels/native_build.py by its path: the package itself needs torch, which no build has."""
-    spec = importlib.util.spec_from_file_location("native_build", ROOT / "kernels" / "native_build.py")
+    spec = importlib.util.spec_from_file_location("native_build", PACKAGE_DIR / "kernels" / "native_build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -68,12 +71,10 @@ def remove_libraries(directory: Path) -> None:
 
 native_library = Extension(
     f"{PACKAGE}.{Path(NATIVE.library_name()).stem}",
-    sources=[path.relative_to(ROOT).as_posix() for path in NATIVE.cpp_files()],
+    sources=[(NATIVE_DIR / path.name).as_posix() for path in NATIVE.cpp_files()],
     optional=True,
 )
 setup(
-    # Said outright, because it lies in package "." and setuptools must know which of the files there not to ship.
-    script_name=__file__,
     ext_modules=[native_library],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

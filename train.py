@@ -23,10 +23,10 @@ from typing import Annotated
 import tyro
 
 from flexquant_rl.agents.command import command, print_result
-from flexquant_rl.agents.report import console_table
-from flexquant_rl.agents.rows import read_rows
-from flexquant_rl.agents.run import load_run, new_run, train_run
-from flexquant_rl.agents.training import TrainConfig
+from flexquant_rl.agents.evaluation.report import console_table
+from flexquant_rl.agents.evaluation.rows import read_rows
+from flexquant_rl.agents.runs.run import load_run, new_run, train_run
+from flexquant_rl.agents.runs.training import TrainConfig
 from flexquant_rl.engine.errors import InputError
 
 

@@ -20,12 +20,12 @@ from _harness import RESULTS, environment, measure, quantile, random_weight, req
 from torch import Tensor
 from torch.nn import functional
 
-from flexquant_rl.engine.graph_decode import LogReader
-from flexquant_rl.engine.graph_loop import DecodeLoop
-from flexquant_rl.engine.graph_weights import StepLayer, StepLinear, StepWeights
-from flexquant_rl.engine.graph_widths import LearnedWidths, WidthSource, WidthTable
-from flexquant_rl.engine.policy import PrecisionNet
-from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.engine.control.policy import PrecisionNet
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.graph_decode import LogReader
+from flexquant_rl.engine.decoding.graph_loop import DecodeLoop
+from flexquant_rl.engine.decoding.graph_weights import StepLayer, StepLinear, StepWeights
+from flexquant_rl.engine.decoding.graph_widths import LearnedWidths, WidthSource, WidthTable
 from flexquant_rl.kernels.activations import PackedActivations
 from flexquant_rl.kernels.attention import attend
 from flexquant_rl.kernels.policy_net import PolicyWeights

@@ -3,8 +3,8 @@
 import torch
 from _harness import Case, main
 
-from flexquant_rl.engine.policy import PrecisionNet
-from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.engine.control.policy import PrecisionNet
+from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.kernels.policy_net import PolicyWeights, choose_widths
 
 

@@ -27,12 +27,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from flexquant_rl.engine.calibration import Calibration
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
 from flexquant_rl.engine.model import DENSE_CACHE_BYTES, NestedCausalLM, Unit, load_causal_lm, make_units, nest
-from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.calibration import Calibration
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.kernels.bitplane import NUM_PLANES, WORD_BITS, NestedWeight, padded_inputs
 
 CHECKPOINT_VERSION = 1

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flexquant_rl.engine.controller import make_controller
-from flexquant_rl.engine.decode import greedy_tokens
+from flexquant_rl.engine.control.controller import make_controller
+from flexquant_rl.engine.control.policy import BitWidthPolicy
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.decoding.choice import DecoderName, open_session
+from flexquant_rl.engine.decoding.decoder import greedy_tokens
+from flexquant_rl.engine.decoding.graph_decode import GraphDecoder, why_not_graph
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.graph_decode import GraphDecoder, why_not_graph
-from flexquant_rl.engine.lean import DecoderName, open_session
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.policy import BitWidthPolicy
-from flexquant_rl.engine.profile import Profile
 
 _CONTEXT_TOKENS = 8
 """Tokens that are decoded again with each new one."""
@@ -136,7 +136,7 @@ def generate(
             else:
                 controller.update(output, widths, token)
             widths = controller.bit_widths()
-            output = session.step(widths, token)
+            output = session.step(token, widths)
 
 
 def _check_request(prompt_ids: Tensor, max_new_tokens: int, temperature: float) -> None:

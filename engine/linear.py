@@ -7,6 +7,7 @@ in between: no module ever *has* a bit-width, and an exception cannot leave a mo
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,10 +45,10 @@ class WidthPlan:
     Args:
         body_widths: `[num_tokens, num_body_units]` int64, tokens in the row-major order of the input.
         head_widths: `[num_kept_tokens]` int64 for the lm_head's unit, or None where the head is not a unit.
-        last_token: Positions within a row at which layer statistics are taken, or None for no statistics.
+        collect: Last tokens of each row at which layer statistics are taken; 0 takes none.
     """
 
-    def __init__(self, body_widths: Tensor, head_widths: Tensor | None, *, collect: bool) -> None:
+    def __init__(self, body_widths: Tensor, head_widths: Tensor | None, *, collect: int) -> None:
         columns = [*body_widths.cpu().unbind(1)]
         if head_widths is not None:
             columns.append(head_widths.cpu())
@@ -61,8 +62,8 @@ class WidthPlan:
         return self._groups[unit_idx]
 
     def observe_layer(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
-        """Records ‖Δh‖/‖h‖ and max|h|/rms(h) at the last token of each row; `before`, `after`: `[R, T, d]`."""
-        last, out = before[:, -1].float(), after[:, -1].float()
+        """Records ‖Δh‖/‖h‖ and max|h|/rms(h) at the last tokens of each row; `before`, `after`: `[R, T, d]`."""
+        last, out = before[:, -self.collect :].float(), after[:, -self.collect :].float()
         norm = last.norm(dim=-1).clamp_min(1e-12)
         self.residual_update[layer_idx] = (out - last).norm(dim=-1) / norm
         self.crest[layer_idx] = last.abs().amax(dim=-1) * last.shape[-1] ** 0.5 / norm
@@ -97,26 +98,29 @@ class DenseCache:
         self.max_bytes = max_bytes
         self._entries: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()  # sessions of one model may run in several threads
 
     def get(self, linear: NestedLinear, bit_width: int) -> Tensor:
         """Returns the float32 `[N, K]` matrix of a linear at a width."""
         key = (id(linear), bit_width)
-        matrix = self._entries.get(key)
-        if matrix is not None:
-            self._entries.move_to_end(key)
+        with self._lock:
+            matrix = self._entries.get(key)
+            if matrix is not None:
+                self._entries.move_to_end(key)
+                return matrix
+            matrix = _decoded(linear.weight, bit_width)
+            self._entries[key] = matrix
+            self._bytes += matrix.nbytes
+            while self._bytes > self.max_bytes and len(self._entries) > 1:
+                _, oldest = self._entries.popitem(last=False)
+                self._bytes -= oldest.nbytes
             return matrix
-        matrix = _decoded(linear.weight, bit_width)
-        self._entries[key] = matrix
-        self._bytes += matrix.nbytes
-        while self._bytes > self.max_bytes and len(self._entries) > 1:
-            _, oldest = self._entries.popitem(last=False)
-            self._bytes -= oldest.nbytes
-        return matrix
 
     def clear(self) -> None:
         """Forgets everything, e.g. after the model moved to another device."""
-        self._entries.clear()
-        self._bytes = 0
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
 
 
 def _decoded(weight: NestedWeight, bit_width: int) -> Tensor:

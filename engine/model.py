@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from flexquant_rl.engine.calibration import Calibration, input_hessians
+from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.gptq import quantize_gptq
-from flexquant_rl.engine.kv_cache import RowCache
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, active_plan, reading
-from flexquant_rl.engine.quantize import QuantizationConfig, quantize_rtn
+from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
+from flexquant_rl.engine.quantisation.gptq import quantize_gptq
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig, quantize_rtn
 from flexquant_rl.kernels.bitplane import NestedWeight
 
 DENSE_CACHE_BYTES = 2 << 30
@@ -58,7 +58,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """One pass. logits: `[R, kept, vocab]` float32; residual_update, crest: `[R, L]` float32, None if not collected."""
+    """One pass, at the kept tokens: logits `[R, kept, vocab]`, residual_update and crest `[R, kept, L]`; float32.
+
+    The statistics of the layers are None where none were collected.
+    """
 
     logits: Tensor
     residual_update: Tensor | None
@@ -162,9 +165,9 @@ class NestedCausalLM:
         return (bit_widths.float() * weights).sum(-1) / weights.sum()
 
     def per_unit(self, per_layer: Tensor) -> Tensor:
-        """Spreads a per-layer statistic `[R, L]` over units, `[R, U]`; zero for the head."""
-        padded = torch.cat([per_layer, per_layer.new_zeros(len(per_layer), 1)], dim=1)
-        return padded[:, self._unit_layer.to(per_layer.device)]
+        """Spreads a per-layer statistic `[..., L]` over units, `[..., U]`; zero for the head."""
+        padded = torch.cat([per_layer, per_layer.new_zeros(*per_layer.shape[:-1], 1)], dim=-1)
+        return padded[..., self._unit_layer.to(per_layer.device)]
 
     def to(self, device: torch.device | str) -> NestedCausalLM:
         """Moves the model; dequantised copies are dropped."""
@@ -195,7 +198,7 @@ class NestedCausalLM:
         """
         body = bit_widths[..., self._body_units].flatten(0, 1)
         head = bit_widths[:, -keep:, -1].flatten() if self._has_head_unit else None
-        plan = WidthPlan(body, head, collect=cache is not None)
+        plan = WidthPlan(body, head, collect=0 if cache is None else keep)
         with reading(plan):
             output = self.hf_model(
                 input_ids=token_ids,
@@ -209,8 +212,8 @@ class NestedCausalLM:
             return ForwardResult(output.logits.float(), None, None)
         return ForwardResult(
             output.logits.float(),
-            torch.stack([plan.residual_update[index] for index in range(self.num_layers)], dim=1),
-            torch.stack([plan.crest[index] for index in range(self.num_layers)], dim=1),
+            torch.stack([plan.residual_update[index] for index in range(self.num_layers)], dim=-1),
+            torch.stack([plan.crest[index] for index in range(self.num_layers)], dim=-1),
         )
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.cost import CostTable, clock_ms
-from flexquant_rl.engine.decode import Decoder, StepOutput, greedy_tokens
+from flexquant_rl.engine.control.cost import CostTable, clock_ms
+from flexquant_rl.engine.control.profile import Profile, kl_nats, reference_width
+from flexquant_rl.engine.control.signals import SignalSchema, SignalTracker, unit_depths
+from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput, greedy_tokens
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.profile import Profile, kl_nats, reference_width
-from flexquant_rl.engine.signals import SignalSchema, SignalTracker, unit_depths
 from flexquant_rl.fq_env.task import EnvConfig, RewardTerms, reward_terms
 
 StaticAllocator = Callable[[Tensor], Tensor]
@@ -229,7 +229,7 @@ class DecodeBatch:
     def _reference_at(self, token_ids: Tensor) -> Tensor:
         """Reference log-probabilities after the tokens just read, `[R, vocab]`."""
         if self._reference_session is not None:
-            return self._reference_session.step(self._reference_width, token_ids).logits.log_softmax(-1)
+            return self._reference_session.step(token_ids, self._reference_width).logits.log_softmax(-1)
         assert self._reference_log_probs is not None, "reset() first"
         return self._reference_log_probs[torch.arange(self.num_rows), self._position]
 
@@ -281,7 +281,7 @@ class DecodeBatch:
     def _timed_step(self, session: Decoder, bit_widths: Tensor, token_ids: Tensor) -> tuple[StepOutput, float]:
         """One step and its wall-clock milliseconds; the device is waited for only where the time is used."""
         if not self._measured:
-            return session.step(bit_widths, token_ids), 0.0
+            return session.step(token_ids, bit_widths), 0.0
         outputs: list[StepOutput] = []
-        elapsed_ms = clock_ms(lambda: outputs.append(session.step(bit_widths, token_ids)), session.model.device)
+        elapsed_ms = clock_ms(lambda: outputs.append(session.step(token_ids, bit_widths)), session.model.device)
         return outputs[0], elapsed_ms

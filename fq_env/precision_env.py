@@ -13,13 +13,13 @@ from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.cost import roofline_cost
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.signals import SIGNAL_LIMIT
+from flexquant_rl.engine.decoding.choice import DecoderName, open_session
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.lean import DecoderName, open_session
-from flexquant_rl.engine.profile import Profile, profile_model
-from flexquant_rl.engine.quantize import QuantizationConfig
-from flexquant_rl.engine.signals import SIGNAL_LIMIT
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.prompts import Split, load_windows, spread
 from flexquant_rl.fq_env.task import ActionMap, EnvConfig, check_kl_weight, draw_kl_weight
@@ -43,10 +43,10 @@ class PrecisionEnv(gym.Env[Observation, NDArray[np.int64]], EzPickle):
     units, least sensitive first, run at `low_width`.
 
     ## Observation Space
-    `Box(-10, 10, (num_global + num_units * num_per_unit,), float32)`: the signals of `engine/signals.py`, all known
-    before the step. Global: entropies, top-1 probability and margin, surprisal of the token to be read, KL between the
-    last two outputs, last probe, mean width, position, the dial, and a projection of the input embedding. Per unit:
-    profiled sensitivity and time saved at each width, relative residual update, crest, last width, depth.
+    `Box(-10, 10, (num_global + num_units * num_per_unit,), float32)`: the signals of `engine/control/signals.py`, all
+    known before the step. Global: entropies, top-1 probability and margin, surprisal of the token to be read, KL
+    between the last two outputs, last probe, mean width, position, the dial, and a projection of the input embedding.
+    Per unit: profiled sensitivity and time saved at each width, relative residual update, crest, last width, depth.
 
     ## Rewards
     `speedup - 1 - kl_weight * output_kl_nats`, where `speedup` is latency at the largest width everywhere over latency

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.profile import Profile
 
 Source = Literal["replay", "free"]
 ActionForm = Literal["bit_widths", "num_low_units"]

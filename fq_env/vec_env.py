@@ -13,9 +13,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 from torch import Tensor
 
-from flexquant_rl.engine.decode import Decoder
-from flexquant_rl.engine.profile import Profile
-from flexquant_rl.engine.signals import SIGNAL_LIMIT
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SIGNAL_LIMIT
+from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.fq_env.batch import BatchStep, DecodeBatch, StaticAllocator
 from flexquant_rl.fq_env.task import ActionMap, EnvConfig, draw_kl_weight
 

@@ -1,7 +1,8 @@
 """Run-time control on the CPU: signals and policy network of one sequence in a native call each.
 
-`engine/signals.py` and `engine/policy.py` are the reference for what is computed here. On vectors of a few hundred
-numbers torch's overhead per operation is several times the work, and a policy must cost less than the step it decides.
+`engine/control/signals.py` and `engine/control/policy.py` are the reference for what is computed here. On vectors of a
+few hundred numbers torch's overhead per operation is several times the work, and a policy must cost less than the step
+it decides.
 """
 
 from __future__ import annotations

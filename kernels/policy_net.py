@@ -17,7 +17,7 @@ _LAYERS = ("encode_global.0", "encode_unit.0", "encode_unit.2", "width_head")
 
 @dataclass(frozen=True, eq=False)
 class PolicyWeights:
-    """The tensors of a `PrecisionNet` (engine/policy.py) that choose widths, on one device, float32.
+    """The tensors of a `PrecisionNet` (engine/control/policy.py) that choose widths, on one device, float32.
 
     Attributes:
         tensors: Mean, deviation, then weight and bias of the global encoder, both layers of the unit

@@ -118,7 +118,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def policy_logits(weights: dict[str, Tensor], signals: Tensor, *, num_units: int) -> Tensor:
-    """Scores of the policy network (engine/policy.py, `PrecisionNet.logits`) from its state dict.
+    """Scores of the policy network (engine/control/policy.py, `PrecisionNet.logits`) from its state dict.
 
     Args:
         weights: The state dict.

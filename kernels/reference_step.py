@@ -1,6 +1,6 @@
 """Plain torch definitions of what lies between the products of a GPU decode step: attention, statistics, sampling.
 
-The definition of the signals is `engine/signals.py`.
+The definition of the signals is `engine/control/signals.py`.
 """
 
 from __future__ import annotations

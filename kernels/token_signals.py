@@ -1,6 +1,6 @@
 """The signals of a step on the GPU: from logits and layer statistics to the vector that the policy network reads.
 
-`engine/signals.py` is the definition. The vocabulary is walked twice, for its normaliser and then for everything that
+`engine/control/signals.py` is the definition. The vocabulary is walked twice, for its normaliser and then for all that
 needs probabilities: divergence from the last distribution is a sum of differences, which one pass over unnormalised
 values would lose to cancellation. A third, single program puts the vector together.
 """

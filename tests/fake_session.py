@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.cost import CostTable
-from flexquant_rl.engine.decode import StepOutput, check_bit_widths
+from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.decoding.decoder import StepOutput, check_bit_widths
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import Unit
-from flexquant_rl.engine.profile import Profile
 
 VOCAB_SIZE = 32
 NUM_CLASSES = 4

@@ -14,16 +14,16 @@ import torch
 from cli_runner import TINY_EPISODES, TINY_RUN, Finished, run, tree, write_text
 
 from flexquant_rl import cli, train
-from flexquant_rl.agents.imitation import clone
-from flexquant_rl.engine import step_timer
+from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
-from flexquant_rl.engine.cost import roofline_cost
-from flexquant_rl.engine.lean import default_decoder
+from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
-from flexquant_rl.engine.profile import Profile
-from flexquant_rl.engine.quantize import QuantizationConfig
-from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 
 FOUR_BIT_SPEEDUP = (1 + 3) / (1 + 1.5)  # by `measured_profile`
 
@@ -122,10 +122,12 @@ class TestEvaluate:
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what takes long and has nothing to do with profiles."""
-    monkeypatch.setattr("flexquant_rl.agents.training.clone", partial(clone, num_steps=10))
-    monkeypatch.setattr("flexquant_rl.agents.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4]))
+    monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
+    monkeypatch.setattr(
+        "flexquant_rl.agents.evaluation.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4])
+    )
     for name in ("plot_pareto", "plot_bits"):
-        monkeypatch.setattr(f"flexquant_rl.agents.run.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"flexquant_rl.agents.runs.run.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +296,7 @@ class TestThreads:
         profile = Profile.load(path)  # at one time for all widths there is nothing to choose
         unit_ms = profile.cost.unit_ms + torch.tensor(profile.bit_widths, dtype=torch.float64)
         replace(profile, cost=replace(profile.cost, unit_ms=unit_ms)).save(path)
-        monkeypatch.setattr("flexquant_rl.agents.contest.measured_speedups", spy)
+        monkeypatch.setattr("flexquant_rl.agents.evaluation.contest.measured_speedups", spy)
         assert evaluate(inputs, "--profile", path, "--threads", 2).result["latency_source"] == "measured"
         assert seen == [2]
 

@@ -82,8 +82,8 @@ def test_no_bare_import_of_a_layer(layer: str) -> None:
 
 def test_checks_find_a_planted_import(tmp_path: Path) -> None:
     path = tmp_path / "planted.py"
-    path.write_text("def f():\n    from flexquant_rl import agents\n    import flexquant_rl.agents.ppo as ppo\n")
-    assert [*imported_modules(path)] == ["flexquant_rl.agents", "flexquant_rl.agents.ppo"]
+    path.write_text("def f():\n    from flexquant_rl import agents\n    import flexquant_rl.agents.runs.ppo as ppo\n")
+    assert [*imported_modules(path)] == ["flexquant_rl.agents", "flexquant_rl.agents.runs.ppo"]
 
 
 def test_every_layer_is_checked() -> None:
@@ -93,7 +93,9 @@ def test_every_layer_is_checked() -> None:
 
 def test_serving_imports_are_light() -> None:
     """A policy loads with torch alone: no learning library, and no transformers."""
-    code = "import sys, flexquant_rl.engine.policy; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    code = (
+        "import sys, flexquant_rl.engine.control.policy; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = (LEARNING | {"transformers", "matplotlib", "triton"}).intersection(result.stdout.split())
-    assert not heavy, f"import flexquant_rl.engine.policy also imports {sorted(heavy)}"
+    assert not heavy, f"import flexquant_rl.engine.control.policy also imports {sorted(heavy)}"

@@ -17,10 +17,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexquant_rl import train
-from flexquant_rl.agents.imitation import clone
+from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.policy import load_policy
-from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.control.policy import load_policy
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 
 ROW_FIELDS = {
     *("policy", "seed", "kl_weight", "mean_bit_width", "output_kl_nats", "output_kl_p99_nats"),
@@ -141,10 +141,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures."""
-    monkeypatch.setattr("flexquant_rl.agents.training.clone", partial(clone, num_steps=10))
-    monkeypatch.setattr("flexquant_rl.agents.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4]))
+    monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
+    monkeypatch.setattr(
+        "flexquant_rl.agents.evaluation.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4])
+    )
     for name in ("plot_pareto", "plot_bits"):
-        monkeypatch.setattr(f"flexquant_rl.agents.run.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"flexquant_rl.agents.runs.run.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

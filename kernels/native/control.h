@@ -1,6 +1,6 @@
 // C ABI of run-time control: from the output of a step to the bit-widths of the next, for one sequence.
 //
-// The signals are those of engine/signals.py and the network that of engine/policy.py, both of which are the reference;
+// The signals are those of engine/control/signals.py and the network that of engine/control/policy.py, both of which are the reference;
 // torch's overhead on vectors this small would cost more than a decode step of a small model.
 // kernels/native_control.py mirrors the structs field by field.
 #pragma once

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexquant_rl.agents.static import static_front
-from flexquant_rl.agents.training import Prepared
+from flexquant_rl.agents.policies.static import static_front
+from flexquant_rl.agents.runs.training import Prepared
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.cost import roofline_cost
-from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.profile import Profile, profile_model
-from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.fq_env.prompts import PromptWindows
 from flexquant_rl.fq_env.task import EnvConfig
 

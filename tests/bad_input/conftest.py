@@ -10,12 +10,12 @@ from cli_runner import write_text
 from mistakes import Inputs
 
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
-from flexquant_rl.engine.cost import roofline_cost
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
-from flexquant_rl.engine.profile import Profile
-from flexquant_rl.engine.quantize import QuantizationConfig
-from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 
 
 def save_policy(model: NestedCausalLM, out: Path) -> Path:

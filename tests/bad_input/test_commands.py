@@ -10,7 +10,7 @@ from mistakes import Cases, Inputs, Mistake, check_mistake, make_run
 from safetensors import SafetensorError
 
 from flexquant_rl import cli
-from flexquant_rl.engine import step_timer
+from flexquant_rl.engine.control import step_timer
 
 case = Cases()
 

@@ -35,10 +35,10 @@ from flexquant_rl.engine.checkpoint import (
     load_model,
     save_checkpoint,
 )
-from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
-from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 
 FILES = (
     "config.json",

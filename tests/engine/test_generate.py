@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.cost import roofline_cost
-from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.decoding.choice import DecoderName
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.generate import GeneratedToken, StreamedText, generate
-from flexquant_rl.engine.lean import DecoderName
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.policy import BitWidthPolicy, StaticAllocation
-from flexquant_rl.engine.profile import Profile, profile_model
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -88,7 +88,7 @@ def test_greedy_equals_manual_stepping(nested_model: NestedCausalLM, profile: Pr
     for _ in range(10):
         token = output.logits.argmax(-1)
         expected.append(int(token))
-        output = session.step(WIDTHS, token)
+        output = session.step(token, WIDTHS)
     tokens = tokens_of(nested_model, profile)
     assert ids(tokens) == expected
     assert len(set(expected)) > 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import REFERENCE_WIDTH, DenseCache, NestedLinear, WidthPlan, active_plan, reading
-from flexquant_rl.engine.quantize import quantize_rtn
+from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.reference import dequantize
 
 NUM_OUTPUTS, NUM_INPUTS = 24, 40

@@ -30,11 +30,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, nest
-from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.kernels.reference import dequantize
 
 VOCAB_SIZE, CONTEXT = 128, 64
@@ -85,7 +85,7 @@ def test_reference_width_is_the_original_model(family: str, unit: Any, tiny_toke
     session = DecodeSession(model, num_rows=2)
     torch.testing.assert_close(session.score(token_ids), expected, rtol=1e-4, atol=1e-4)
     stepped = [session.prefill(token_ids[:, :8], bit_widths=all_at(model, 0)).logits]
-    stepped += [session.step(all_at(model, 0), token_ids[:, position]).logits for position in range(8, 12)]
+    stepped += [session.step(token_ids[:, position], all_at(model, 0)).logits for position in range(8, 12)]
     torch.testing.assert_close(torch.stack(stepped, dim=1), expected[:, 7:], rtol=1e-4, atol=1e-4)
 
 
@@ -226,7 +226,7 @@ def test_sliding_window_limits_the_context(
     token_ids = torch.randint(3, VOCAB_SIZE, (1, expected))
     session = DecodeSession(model)
     session.prefill(token_ids[:, :-1], bit_widths=all_at(model, 0))
-    last = session.step(all_at(model, 0), token_ids[:, -1]).logits
+    last = session.step(token_ids[:, -1], all_at(model, 0)).logits
     torch.testing.assert_close(last, session.score(token_ids)[:, -1], rtol=1e-4, atol=1e-4)
 
 

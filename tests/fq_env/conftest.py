@@ -10,10 +10,10 @@ import torch
 from fake_session import FakeModel, fake_profile
 
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.cost import roofline_cost
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.profile import Profile, profile_model
-from flexquant_rl.engine.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 
 WORDS = "bits of every weight are read again when a policy looks for less loss and saves some time".split()
 

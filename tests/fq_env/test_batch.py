@@ -12,10 +12,10 @@ import torch
 from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 from torch import Tensor
 
-from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.profile import Profile
 from flexquant_rl.fq_env.batch import BatchStep, DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -52,8 +52,8 @@ def decode_alone(
     slow = Slow([], [], [], [])
     for step in range(STEPS):
         slow.tokens.append(token)
-        q = quantised.step(widths[step], torch.tensor([token])).logits[0].double()
-        p = reference.step(unquantised, torch.tensor([token])).logits[0].double()
+        q = quantised.step(torch.tensor([token]), widths[step]).logits[0].double()
+        p = reference.step(torch.tensor([token]), unquantised).logits[0].double()
         token = int(window[PROMPT + step + 1]) if choose is None else choose(q)
         log_q, log_p = q - q.logsumexp(0), p - p.logsumexp(0)
         slow.kl.append(sum(float(log_p[i].exp() * (log_p[i] - log_q[i])) for i in range(len(log_p))))
@@ -181,7 +181,7 @@ class RecordingSession(FakeSession):
 
     def step(self, bit_widths: Tensor, token_ids: Tensor):  # type: ignore[no-untyped-def]
         self.read.append(token_ids.clone())
-        return super().step(bit_widths, token_ids)
+        return super().step(token_ids, bit_widths)
 
 
 def sampled_tokens(seeds: list[int], *, temperature: float = 1.0, steps: int = 20) -> Tensor:

@@ -15,9 +15,9 @@ from fake_session import (
     token_class,
 )
 
-from flexquant_rl.engine.decode import Decoder
+from flexquant_rl.engine.control.profile import output_kl_nats
+from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.profile import output_kl_nats
 
 
 def random_widths(model: FakeModel, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_score_equals_step_by_step(carry: float) -> None:
     widths[:, :4] = 8
     session = FakeSession(model, num_rows=3, max_length=9)
     logits = [session.prefill(windows[:, :4]).logits]
-    logits += [session.step(widths[:, t], windows[:, t]).logits for t in range(4, 9)]
+    logits += [session.step(windows[:, t], widths[:, t]).logits for t in range(4, 9)]
     torch.testing.assert_close(torch.stack(logits, 1), session.score(windows, widths, first=3))
     assert session.lengths.tolist() == [9, 9, 9]
 
@@ -61,11 +61,11 @@ def test_fork_is_independent() -> None:
     twin = session.fork()
     tokens = torch.tensor([7, 9])
     low, high = torch.full((4,), 3), torch.full((4,), 8)
-    twin.step(low, tokens)
+    twin.step(tokens, low)
     twin.close()
     assert session.lengths.tolist() == [4, 4]
     again = session.fork()
-    assert torch.equal(session.step(high, tokens).logits, again.step(high, tokens).logits)
+    assert torch.equal(session.step(tokens, high).logits, again.step(tokens, high).logits)
 
 
 def test_optimum_spends_bits_where_the_token_needs_them() -> None:
@@ -90,7 +90,7 @@ def test_arguments_are_checked() -> None:
         session.score(torch.tensor([[5]]), torch.full((4,), 7))
     session.prefill(torch.tensor([[5, 6]]))
     with pytest.raises(InputError, match="do not fit"):
-        session.step(torch.full((4,), 8), torch.tensor([5]))
+        session.step(torch.tensor([5]), torch.full((4,), 8))
     with pytest.raises(InputError, match="width 0"):
         FakeSession(FakeModel(has_reference=False)).score(torch.tensor([[5]]))
     session.close()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from fake_session import FakeModel, fake_profile
 
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.profile import Profile
 from flexquant_rl.fq_env.task import ActionMap, EnvConfig, draw_kl_weight, reward_terms
 
 

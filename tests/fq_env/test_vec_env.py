@@ -14,9 +14,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
-from flexquant_rl.engine.decode import DecodeSession
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.profile import Profile
 from flexquant_rl.fq_env.precision_env import PrecisionEnv
 from flexquant_rl.fq_env.prompts import load_windows
 from flexquant_rl.fq_env.task import EnvConfig

@@ -1,4 +1,4 @@
-"""What native control refuses; that it computes the right thing is in tests/engine/test_controller.py."""
+"""What native control refuses; that it computes the right thing is in tests/engine/control/test_controller.py."""
 
 from __future__ import annotations
 

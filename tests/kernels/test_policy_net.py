@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexquant_rl.engine.policy import PrecisionNet
-from flexquant_rl.engine.signals import SignalSchema
+from flexquant_rl.engine.control.policy import PrecisionNet
+from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.kernels import reference_ops
 from flexquant_rl.kernels.policy_net import PolicyWeights, choose_widths
 

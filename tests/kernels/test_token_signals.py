@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.cost import CostTable
-from flexquant_rl.engine.decode import StepOutput
-from flexquant_rl.engine.profile import Profile
-from flexquant_rl.engine.signals import SignalSchema, SignalTracker, project_embedding, unit_constants
+from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SignalSchema, SignalTracker, project_embedding, unit_constants
+from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.kernels.token_signals import SignalConstants, SignalState, update_signals
 
 pytest.importorskip("triton")

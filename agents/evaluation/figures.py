@@ -1,0 +1,436 @@
+"""The two pictures of a run: fronts of quality against speed, and the bit-widths of one sequence token by token.
+
+Figures are drawn without pyplot, so nothing here depends on a display, a backend or global state. Text is never parsed
+as mathematics: tokens of real text are full of dollar signs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import ArrayLike, NDArray
+
+from flexquant_rl.agents.evaluation.comparison import (
+    STATIC_FAMILIES,
+    Array,
+    SeedGroup,
+    drawable_rows,
+    families,
+    log_ratio_to_static,
+    pareto_front,
+    seed_groups,
+)
+from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.engine.files import replacing
+
+DPI = 150
+_TOKEN_FONT = "DejaVu Sans Mono"
+_MAX_TOKEN_LABELS = 64
+_MAX_UNIT_LABELS = 26
+_MAX_TOKEN_CHARACTERS = 10
+_KL_DECADES = 5
+_MAX_RATIO_PERCENT = 60.0
+_PAIRED = "; in the lower panel paired with the best static front, and over training seeds."
+_GREY = "#5b5b5b"
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8a8a",
+    "axes.axisbelow": True,
+    "axes.labelsize": 10.5,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "text.parse_math": False,
+}
+
+
+@dataclass(frozen=True)
+class _Style:
+    colour: str
+    marker: str
+    label: str
+    zorder: float = 3.0
+
+
+# Okabe and Ito's palette and darker relatives: told apart with any colour vision, and the marker says it again.
+_STYLES = {
+    "fixed": _Style("#333333", "D", "fixed (static)"),
+    "knapsack": _Style("#0072B2", "s", "knapsack (static)", 4),
+    "random": _Style("#8c8c8c", "x", "random"),
+    "entropy": _Style("#E69F00", "^", "entropy"),
+    "schedule": _Style("#CC79A7", "P", "schedule"),
+    "relative-error": _Style("#882255", "X", "relative error"),
+    "regressor": _Style("#8a8a2b", "h", "regressor"),
+    "untrained": _Style("#44AA99", "p", "untrained"),
+    "cloned": _Style("#56B4E9", "v", "cloned", 4.5),
+    "ppo": _Style("#D55E00", "o", "ppo", 5),
+    "oracle": _Style("#009E73", "*", "oracle (bound)", 6),
+}
+_OTHER_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100")
+_OTHER_MARKERS = ("<", ">", "d", "H", "8")
+
+
+def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str, source: str = "roofline") -> None:
+    """Draws output KL against modelled speedup, a PNG 1200 pixels wide.
+
+    One colour and marker for each family, a line along its Pareto front, bars for the 95% intervals over sequences.
+    Where there are several training seeds, each has a thin line and their mean a bold one; oracles are stars. Fronts
+    that span decades hide the differences that matter, so a second panel shows KL relative to the best static front at
+    the same speed, with paired intervals, where there are both. A policy whose KL is not positive (the reference
+    itself) has no place on a logarithmic axis: the caption names it.
+
+    Args:
+        rows: Of any families; those without a modelled speedup are left out.
+        path: Of the PNG, written atomically.
+        title: One line.
+        caption: The conditions (model, text, machine, seeds), wrapped below the axes; what the bars are is added.
+        source: Of the latency table, for the label of the x-axis.
+    """
+    drawable = drawable_rows(rows)
+    hidden = sorted({row.policy for row in rows if row.speedup_modelled is not None} - {row.policy for row in drawable})
+    if hidden:
+        caption = f"{caption.rstrip(' .')}. Not drawn, as the KL is 0: {', '.join(hidden)}."
+    ratios = _ratios_to_static(drawable)
+    caption = f"{caption.rstrip(' .')}. Bars: 95% bootstrap intervals over test sequences{_PAIRED if ratios else '.'}"
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(8, 7.0 if ratios else 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+        grid = figure.add_gridspec(2 if ratios else 1, 1, height_ratios=(3, 1.35) if ratios else None)
+        axes = lowest = figure.add_subplot(grid[0])
+        styles = _styles(families(drawable))
+        for family, style in styles.items():
+            _draw_family(axes, drawable, family, style)
+        _dress_fronts(axes, drawable)
+        if ratios:
+            lowest = figure.add_subplot(grid[1], sharex=axes)
+            axes.tick_params(labelbottom=False)
+            _draw_ratios(lowest, drawable, ratios, styles)
+        lowest.set_xlabel(f"speedup over 8-bit, modelled ({source})")
+        lowest.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 6):g}x"))
+        figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold")
+        figure.supxlabel("\n".join(textwrap.wrap(caption, 118)), x=0.015, ha="left", fontsize=8.5, color=_GREY)
+        figure.align_ylabels()
+        handles = [_legend_handle(drawable, family, style) for family, style in styles.items()]
+        figure.legend(handles=handles, loc="outside right upper", labelspacing=0.8, handlelength=2.6)
+        _save(figure, path)
+
+
+def plot_bits(
+    widths: ArrayLike,
+    tokens: Sequence[str],
+    unit_names: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+    output_kl_nats: ArrayLike,
+    bit_widths: Sequence[int] | None = None,
+) -> None:
+    """Draws the bit-width of every token and unit of one sequence, and the output KL of each token below.
+
+    A PNG 1650 pixels wide, higher for more units. White space in tokens is made visible; above 64 tokens only every
+    n-th is labelled.
+
+    Args:
+        widths: `[T, U]` integers.
+        tokens: T decoded tokens.
+        unit_names: U names, first layer first; the last (the head) is drawn on top.
+        path: Of the PNG, written atomically.
+        title: One line.
+        output_kl_nats: `[T]`, nats; values that are not positive lie on the axis, NaN leaves a gap.
+        bit_widths: The stored widths, for the colours; default: those that occur.
+
+    Raises:
+        ValueError: If the shapes disagree, or if a width is not among `bit_widths`.
+    """
+    chosen = np.asarray(widths, dtype=np.int64)
+    kl = np.asarray(output_kl_nats, dtype=np.float64)
+    if chosen.shape != (len(tokens), len(unit_names)) or kl.shape != (len(tokens),) or not chosen.size:
+        raise ValueError(
+            f"widths {chosen.shape} and output_kl_nats {kl.shape} must be [T, U] and [T] for {len(tokens)} tokens and "
+            f"{len(unit_names)} units, at least one each"
+        )
+    stored = np.unique(chosen if bit_widths is None else np.array(bit_widths, dtype=np.int64))
+    if not np.isin(chosen, stored).all():
+        raise ValueError(f"widths {np.setdiff1d(chosen, stored).tolist()} are not stored; stored are {stored.tolist()}")
+    heat_height = float(np.clip(0.3 * len(unit_names), 1.2, 6.5))
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(11, heat_height + 2.9), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(60, 1), height_ratios=(heat_height, 1.05))
+        heat = figure.add_subplot(grid[0, 0])
+        below = figure.add_subplot(grid[1, 0], sharex=heat)
+        _draw_widths(heat, figure.add_subplot(grid[0, 1]), chosen, stored)
+        _label_units(heat, unit_names)
+        _draw_token_kl(below, kl)
+        _label_tokens(below, tokens)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def _styles(present: Sequence[str]) -> dict[str, _Style]:
+    others = cycle(zip(_OTHER_COLOURS, _OTHER_MARKERS, strict=True))
+    styles = {}
+    for family in present:
+        if family in _STYLES:
+            styles[family] = _STYLES[family]
+        elif family.startswith("oracle"):
+            styles[family] = replace(_STYLES["oracle"], colour=next(others)[0], label=f"{family} (bound)")
+        else:
+            colour, marker = next(others)
+            styles[family] = _Style(colour, marker, family)
+    return styles
+
+
+def _seeds(rows: Sequence[EvalRow], family: str) -> list[int]:
+    return sorted({row.seed for row in rows if row.family == family and row.seed is not None})
+
+
+def _front_line(rows: Sequence[EvalRow], family: str, style: _Style) -> dict[str, Any]:
+    """Line style of a family's front: bold for a mean over seeds, dashed for what cannot be deployed."""
+    return {
+        "color": style.colour,
+        "linewidth": 2.4 if len(_seeds(rows, family)) > 1 else 1.4,
+        "linestyle": "--" if family.startswith("oracle") else "-",
+    }
+
+
+def _marker(style: _Style) -> dict[str, Any]:
+    is_cross = style.marker == "x"
+    return {
+        "marker": style.marker,
+        "markersize": 13 if style.marker == "*" else 6.5,
+        "markeredgecolor": style.colour if is_cross else "white",
+        "markeredgewidth": 1.6 if is_cross else 0.8,
+    }
+
+
+def _legend_handle(rows: Sequence[EvalRow], family: str, style: _Style) -> Line2D:
+    num_seeds = len(_seeds(rows, family))
+    label = f"{style.label}\nmean of {num_seeds} seeds" if num_seeds > 1 else style.label
+    return Line2D([], [], label=label, **_front_line(rows, family, style), **_marker(style))
+
+
+def _draw_family(axes: Axes, rows: Sequence[EvalRow], family: str, style: _Style) -> None:
+    seeds = _seeds(rows, family)
+    for seed in seeds if len(seeds) > 1 else ():
+        front = pareto_front(row for row in rows if row.family == family and row.seed == seed)
+        axes.plot(*_points(front), color=style.colour, linewidth=0.8, alpha=0.45, zorder=style.zorder - 0.5)
+    means = [_mean_row(group) for group in seed_groups(rows, family)]
+    axes.plot(*_points(pareto_front(means)), zorder=style.zorder, **_front_line(rows, family, style))
+    kl = _points(means)[1]
+    bounds = np.array([(row.output_kl_low, row.output_kl_high) for row in means]).T
+    _draw_points(axes, style, *_points(means), np.maximum([kl - bounds[0], bounds[1] - kl], 0))
+
+
+def _draw_points(axes: Axes, style: _Style, x: Array, y: Array, bars: Array) -> None:
+    axes.errorbar(
+        x,
+        y,
+        yerr=bars,
+        color=style.colour,
+        linestyle="none",
+        elinewidth=1.1,
+        capsize=2.5,
+        zorder=style.zorder + 0.2,
+        **_marker(style),
+    )
+
+
+def _ratios_to_static(rows: Sequence[EvalRow]) -> dict[str, Array]:
+    """Of each family that is not static and meets a static front: what `_ratio_points` gives."""
+    dynamic = [family for family in families(rows) if family not in STATIC_FAMILIES]
+    ratios = {family: _ratio_points(seed_groups(rows, family), rows) for family in dynamic}
+    return {family: points for family, points in ratios.items() if len(points)}
+
+
+def _ratio_points(groups: Iterable[SeedGroup], rows: Sequence[EvalRow], num_resamples: int = 1000) -> Array:
+    """`[P, 4]`: modelled speedup, percent by which the KL differs from the best static one, and its 95% interval."""
+    found = [
+        (group.mean("speedup_modelled"), log_ratio_to_static(group, rows, num_resamples=num_resamples))
+        for group in groups
+    ]
+    points = [(speed, *(100 * np.expm1(ratio))) for speed, ratio in found if ratio is not None]
+    return np.array(points, dtype=np.float64).reshape(-1, 4)
+
+
+def _draw_ratios(
+    axes: Axes, rows: Sequence[EvalRow], ratios: Mapping[str, Array], styles: Mapping[str, _Style]
+) -> None:
+    axes.axhline(0, color=_STYLES["knapsack"].colour, linewidth=1.6, zorder=2)
+    lowest, highest, above = -5.0, 5.0, []
+    for family, points in ratios.items():
+        style = styles[family]
+        speeds, percent, low, high = points.T
+        if percent.min() > _MAX_RATIO_PERCENT:
+            above.append(style.label)
+            continue
+        seeds = _seeds(rows, family)
+        for seed in seeds if len(seeds) > 1 else ():
+            own = seed_groups([row for row in rows if row.seed == seed], family)
+            line = _ratio_points(own, rows, num_resamples=1)
+            axes.plot(line[:, 0], line[:, 1], color=style.colour, linewidth=0.8, alpha=0.45)
+        axes.plot(speeds, percent, zorder=style.zorder, **_front_line(rows, family, style))
+        _draw_points(axes, style, speeds, percent, np.maximum([percent - low, high - percent], 0))
+        lowest, highest = min(lowest, low.min()), max(highest, high.max())
+    margin = 0.08 * (highest - lowest)
+    axes.set_ylim(lowest - margin, min(highest, _MAX_RATIO_PERCENT) + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0"))
+    axes.set_ylabel("KL against\nbest static")
+    axes.grid(which="major", linewidth=0.8)
+    if above:
+        axes.set_title(f"above this range: {', '.join(above)}", loc="right", fontsize=8.5, color=_GREY)
+
+
+def _mean_row(group: SeedGroup) -> EvalRow:
+    """A row of seed means, of the fields that a picture needs."""
+    low, high = group.kl_interval()
+    kl = group.mean("output_kl_nats")
+    assert kl is not None
+    speedup = group.mean("speedup_modelled")
+    return replace(group.rows[0], speedup_modelled=speedup, output_kl_nats=kl, output_kl_low=low, output_kl_high=high)
+
+
+def _points(rows: Sequence[EvalRow]) -> tuple[Array, Array]:
+    return (
+        np.array([row.speedup_modelled for row in rows], dtype=np.float64),
+        np.array([row.output_kl_nats for row in rows], dtype=np.float64),
+    )
+
+
+def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
+    axes.set_yscale("log")
+    axes.margins(x=0.04, y=0.06)
+    axes.set_ylabel("output KL from the reference (nats, log scale)")
+    _label_log_axis(axes, [row.output_kl_nats for row in rows])
+    axes.grid(which="major", linewidth=0.8)
+    axes.text(
+        0.985, 0.03, "better \N{SOUTH EAST ARROW}", transform=axes.transAxes, ha="right", fontsize=10, color="#8a8a8a"
+    )
+    fixed = {row.policy.partition(":")[2]: row.speedup_modelled or 0.0 for row in rows if row.family == "fixed"}
+    if fixed:
+        top = axes.secondary_xaxis("top")
+        top.set_xticks([*fixed.values()], [*fixed], fontsize=9.5)
+        top.set_xlabel("fixed width of the same speed (bits)", fontsize=9.5)
+        top.tick_params(length=3, pad=2)
+        top.spines[:].set_visible(False)
+
+
+def _label_log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Plain decimals at 1, 2 and 5, or at whole decades where there are many."""
+    decades = math.log10(max(values) / min(values)) if values else 1.0
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,), numticks=30))
+    axes.yaxis.set_major_formatter(FuncFormatter(_decimal))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _decimal(value: float, _: object) -> str:
+    """`0.00005` rather than `5e-05`, down to where counting zeros is harder."""
+    return f"{value:.6f}".rstrip("0").rstrip(".") if value >= 0.99e-5 else f"{value:g}"
+
+
+def _draw_widths(axes: Axes, bar_axes: Axes, widths: NDArray[np.int64], stored: NDArray[np.int64]) -> None:
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.02, 0.98, max(len(stored), 2)))[: len(stored)]
+    num_tokens, num_units = widths.shape
+    mesh = axes.pcolormesh(
+        np.arange(num_tokens + 1) - 0.5,
+        np.arange(num_units + 1) - 0.5,
+        np.searchsorted(stored, widths).T,
+        cmap=ListedColormap(list(map(tuple, shades))),
+        norm=BoundaryNorm(np.arange(len(stored) + 1) - 0.5, len(stored)),
+        edgecolors="white" if num_tokens <= 2 * _MAX_TOKEN_LABELS else "face",
+        linewidth=0.5 if num_tokens <= 2 * _MAX_TOKEN_LABELS else 0,
+    )
+    axes.tick_params(axis="x", bottom=False, labelbottom=False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(mesh, cax=bar_axes, ticks=np.arange(len(stored)).tolist(), drawedges=True)
+    bar.ax.set_yticklabels([str(width) for width in stored])
+    bar.ax.tick_params(length=0)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+    bar.dividers.set(color="white", linewidth=1.2)
+    bar.set_label("bit-width", labelpad=6)
+
+
+def _label_units(axes: Axes, unit_names: Sequence[str]) -> None:
+    """Every name, or every n-th and the last where there are too many."""
+    last = len(unit_names) - 1
+    step = math.ceil(len(unit_names) / _MAX_UNIT_LABELS)
+    shown = [index for index in range(0, last + 1, step) if index == last or last - index >= step] + [last]
+    shown = sorted(set(shown))
+    axes.set_yticks(shown, [unit_names[index] for index in shown], fontsize=9)
+
+
+def _draw_token_kl(axes: Axes, kl: Array) -> None:
+    finite = kl[np.isfinite(kl) & (kl > 0)]
+    top = float(finite.max()) if finite.size else 1.0
+    floor = max(float(finite.min()) / 2 if finite.size else 0.1, top / 10**_KL_DECADES)
+    heights = np.where(np.isnan(kl), np.nan, np.clip(kl, floor, top))
+    edges = np.arange(len(kl) + 1) - 0.5
+    for begin, end in _runs(~np.isnan(heights)):
+        axes.stairs(heights[begin:end], edges[begin : end + 1], baseline=floor, fill=True, color="#D55E00", alpha=0.25)
+        axes.stairs(heights[begin:end], edges[begin : end + 1], baseline=None, color="#D55E00", linewidth=1.3)
+    axes.set_yscale("log")
+    axes.set_ylim(floor, top * 1.6)
+    axes.set_ylabel("output KL\n(nats, log)", fontsize=9.5)
+    axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(_decimal))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="y", labelsize=9)
+    axes.grid(axis="y", linewidth=0.8)
+
+
+def _runs(present: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive True."""
+    steps = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
+    return [(int(begin), int(end)) for begin, end in steps.reshape(-1, 2)]
+
+
+def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
+    step = math.ceil(len(tokens) / _MAX_TOKEN_LABELS)
+    shown = range(0, len(tokens), step)
+    size = 9 if len(shown) > 40 else 9.5
+    labels = [visible_token(tokens[index]) for index in shown]
+    axes.set_xticks(list(shown), labels, rotation=90, fontsize=size, family=_TOKEN_FONT)
+    axes.tick_params(axis="x", length=2.5, pad=2)
+    axes.set_xlim(-0.5, len(tokens) - 0.5)
+    every = f", every {step} tokens labelled" if step > 1 else ""
+    dot, times, line = "\N{MIDDLE DOT}", "\N{MULTIPLICATION SIGN}", "\N{RETURN SYMBOL}"
+    axes.set_xlabel(f"token ({dot} space, {dot}{times}4 four spaces, {line} new line{every})", fontsize=9.5)
+
+
+def visible_token(token: str) -> str:
+    """A token as a tick label: white space visible, at most 10 characters, no glyph that the font lacks."""
+    has_glyph = font_manager.get_font(font_manager.findfont(_TOKEN_FONT)).get_char_index
+    text = token.replace("\r\n", "\n").replace("\t", "\N{RIGHTWARDS ARROW TO BAR}").replace("\n", "\N{RETURN SYMBOL}")
+    text = re.sub(" {4,}", lambda run: f"\N{MIDDLE DOT}\N{MULTIPLICATION SIGN}{len(run[0])}", text)
+    text = text.replace(" ", "\N{MIDDLE DOT}")
+    text = "".join(c if c.isprintable() and has_glyph(ord(c)) else "\N{WHITE SQUARE}" for c in text)
+    if len(text) > _MAX_TOKEN_CHARACTERS:
+        text = text[: _MAX_TOKEN_CHARACTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return text or "\N{EMPTY SET}"

@@ -1,0 +1,260 @@
+"""Tables and the report of an evaluation: Markdown for people who read, plain text for a terminal.
+
+Modelled and measured speedups never share a column, and what was not measured says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flexquant_rl.agents.evaluation.comparison import (
+    STATIC_FAMILIES,
+    SeedGroup,
+    best_static_front,
+    families,
+    interpolated_kl,
+    log_ratio_to_static,
+    seed_groups,
+)
+from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.engine.files import replacing
+
+PARETO_FILE = "pareto.png"
+BITS_FILE = "bits.png"
+ROWS_FILE = "eval.jsonl"
+REPORT_FILE = "report.md"
+
+_NOT_MEASURED = "not measured"
+_COLUMNS = (
+    ("family", ":--"),
+    ("policy", ":--"),
+    ("dial (speedup per nat)", "--:"),
+    ("mean bit-width (bits)", "--:"),
+    ("output KL (nats)", "--:"),
+    ("95% CI over sequences (nats)", ":-:"),
+    ("KL p99 (nats)", "--:"),
+    ("perplexity", "--:"),
+    ("top-1 agreement (%)", "--:"),
+    ("speedup, modelled (x)", "--:"),
+    ("speedup, measured (x)", "--:"),
+    ("best static at this modelled speed: KL (nats)", ":--"),
+    ("KL against it (%, 95% CI)", "--:"),
+)
+_CONSOLE_COLUMNS = (
+    *(("policy", 20), ("dial", 6), ("bits", 5), ("KL/nats", 8), ("95% CI", 20), ("seed sd", 7), ("p99", 8)),
+    *(("ppl", 7), ("top-1%", 6), ("x mod", 5), ("x meas", 6)),
+)
+
+
+def markdown_table(rows: Sequence[EvalRow]) -> str:
+    """The whole result as one Markdown table, grouped by family.
+
+    Learned policies are averaged over training seeds, mean ± standard deviation. Beside every policy that is not static
+    stands what the best static allocations reach at the same modelled speed, and between which two of them that lies.
+    """
+    lines = [_markdown_row([name for name, _ in _COLUMNS]), _markdown_row([align for _, align in _COLUMNS])]
+    for family in families(rows):
+        for index, group in enumerate(seed_groups(rows, family)):
+            lines.append(_markdown_row([f"**{_escape(family)}**" if index == 0 else "", *_cells(group, rows)]))
+    return "\n".join(lines) + "\n"
+
+
+def console_table(rows: Sequence[EvalRow]) -> str:
+    """The main columns as plain ASCII, at most 110 characters wide; learned policies averaged over seeds.
+
+    `x mod` is the modelled speedup, `x meas` the measured one, a dash where there is none.
+    """
+    header = _console_row([name for name, _ in _CONSOLE_COLUMNS])
+    lines = [header, "-" * len(header)]
+    for family in families(rows):
+        lines += [_console_row(_console_cells(group)) for group in seed_groups(rows, family)]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    run_dir: Path,
+    *,
+    rows: Sequence[EvalRow],
+    sentences: Sequence[str],
+    facts: Mapping[str, object],
+    notes: Sequence[str] = (),
+    title: str = "Precision controllers: evaluation",
+) -> None:
+    """Writes `report.md` beside the pictures and `eval.jsonl` of a run; links to those of them that exist.
+
+    Args:
+        run_dir: The run.
+        rows: Everything that was evaluated.
+        sentences: Results in words, e.g. of `Comparison.sentence`.
+        facts: What was run, in order: name -> value (`model`, `text`, `profile source`, `training seeds`, `env steps`,
+            `machine`, `threads`, ...). Underscores become spaces; reference and size of the test text are added.
+        notes: Limits beside those that every report states.
+        title: The heading.
+    """
+    parts = [f"# {title}", "## Result", _bullets(sentences) or "No two fronts could be compared at equal speed."]
+    if (run_dir / PARETO_FILE).is_file():
+        parts.append(f"![Output KL against modelled speedup of every policy]({PARETO_FILE})")
+    parts += ["## What was run", _facts_table({**facts, **_row_facts(rows)})]
+    parts += ["## Every policy", markdown_table(rows).rstrip()]
+    if (run_dir / ROWS_FILE).is_file():
+        parts.append(
+            f"One line for each policy, dial and seed, with the KL of each sequence: [{ROWS_FILE}]({ROWS_FILE})."
+        )
+    if (run_dir / BITS_FILE).is_file():
+        parts += ["## One test sequence", f"![Bit-width of every token and unit]({BITS_FILE})"]
+    parts += ["## Limits", _bullets([*_limits(rows, facts), *notes])]
+    with replacing(run_dir / REPORT_FILE) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _cells(group: SeedGroup, rows: Sequence[EvalRow]) -> list[str]:
+    low, high = group.kl_interval()
+    seeds = f" ({group.num_seeds} seeds)" if group.num_seeds > 1 else ""
+    return [
+        _escape(group.policy) + seeds,
+        _dial(group),
+        _mean_sd(group, "mean_bit_width", ".2f"),
+        _mean_sd(group, "output_kl_nats", "#.3g"),
+        f"{_number(low, '#.3g')} to {_number(high, '#.3g')}",
+        _mean_sd(group, "output_kl_p99_nats", "#.3g"),
+        _mean_sd(group, "perplexity", "#.4g"),
+        _mean_sd(group, "top1_agreement", ".2f", factor=100),
+        _mean_sd(group, "speedup_modelled", ".3f", missing="not modelled"),
+        _mean_sd(group, "speedup_measured", ".3f", missing=_NOT_MEASURED),
+        _static_neighbours(group, rows),
+        _against_static(group, rows),
+    ]
+
+
+def _dial(group: SeedGroup) -> str:
+    if group.kl_weight is None:
+        return ""
+    return format(group.kl_weight, ".0f" if group.kl_weight >= 1000 else ".3g")
+
+
+def _mean_sd(group: SeedGroup, field: str, spec: str, *, factor: float = 1.0, missing: str = "") -> str:
+    mean, sd = group.mean(field), group.sd(field)
+    if mean is None:
+        return missing
+    text = _number(factor * mean, spec)
+    if sd is None:
+        return text
+    # Of an sd two digits at most: more would pretend to know it from a handful of seeds.
+    return f"{text} ± {_number(factor * sd, spec if spec.endswith('f') else '#.2g')}"
+
+
+def _static_neighbours(group: SeedGroup, rows: Sequence[EvalRow]) -> str:
+    speedup = group.mean("speedup_modelled")
+    if group.family in STATIC_FAMILIES or speedup is None:
+        return ""
+    front = best_static_front(rows, speedup)
+    kl = interpolated_kl(front, speedup)
+    if kl is None:
+        return "no static policy at this speed" if any(row.family in STATIC_FAMILIES for row in rows) else ""
+    slower = [row for row in front if row.speedup_modelled is not None and row.speedup_modelled <= speedup][-1]
+    faster = next(row for row in front if row.speedup_modelled is not None and row.speedup_modelled >= speedup)
+    names = slower.policy if slower is faster else f"{slower.policy} to {faster.policy}"
+    return f"{_number(kl, '#.3g')} ({_escape(names)})"
+
+
+def _against_static(group: SeedGroup, rows: Sequence[EvalRow]) -> str:
+    ratio = None if group.family in STATIC_FAMILIES else log_ratio_to_static(group, rows)
+    if ratio is None:
+        return ""
+    estimate, low, high = (100 * math.expm1(value) for value in ratio)
+    return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _console_cells(group: SeedGroup) -> list[str]:
+    low, high = group.kl_interval()
+    agreement = group.mean("top1_agreement")
+    return [
+        _shortened(group.policy + (f" ({group.num_seeds} seeds)" if group.num_seeds > 1 else ""), 20),
+        _dial(group) or "-",
+        _number(group.mean("mean_bit_width"), ".3f"),
+        _number(group.mean("output_kl_nats"), "#.3g"),
+        f"{_number(low, '#.3g')} .. {_number(high, '#.3g')}",
+        _number(group.sd("output_kl_nats"), "#.2g"),
+        _number(group.mean("output_kl_p99_nats"), "#.3g"),
+        _number(group.mean("perplexity"), "#.4g"),
+        _number(None if agreement is None else 100 * agreement, ".2f"),
+        _number(group.mean("speedup_modelled"), ".3f"),
+        _number(group.mean("speedup_measured"), ".3f"),
+    ]
+
+
+def _console_row(cells: Sequence[str]) -> str:
+    widths = [width for _, width in _CONSOLE_COLUMNS]
+    return " ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+
+
+def _number(value: float | None, spec: str) -> str:
+    """Formats; `#` in the spec keeps significant zeros, so that 0.012 with three digits reads 0.0120."""
+    return "-" if value is None else format(value, spec).removesuffix(".")
+
+
+def _shortened(text: str, width: int) -> str:
+    """Keeps the end: what differs between paths stands there."""
+    printable = text.encode("ascii", "replace").decode()
+    return printable if len(printable) <= width else "..." + printable[3 - width :]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _facts_table(facts: Mapping[str, object]) -> str:
+    lines = [_markdown_row(["what", "value"]), _markdown_row([":--", ":--"])]
+    lines += [_markdown_row([_escape(name.replace("_", " ")), _escape(_fact(value))]) for name, value in facts.items()]
+    return "\n".join(lines)
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
+def _row_facts(rows: Sequence[EvalRow]) -> dict[str, object]:
+    """What the rows themselves know: the reference and the size of the test text."""
+    references = sorted({row.reference for row in rows})
+    sizes = sorted({(row.num_sequences, row.num_tokens) for row in rows})
+    test_text = "; ".join(f"{sequences:,} sequences, {tokens:,} tokens judged" for sequences, tokens in sizes)
+    return {"reference of the output KL": ", ".join(references), "test text": test_text}
+
+
+def _limits(rows: Sequence[EvalRow], facts: Mapping[str, object]) -> list[str]:
+    source = facts.get("profile source", facts.get("profile_source"))
+    named = f" (source: {source})" if source is not None else ""
+    lines = [
+        f"*Speedup, modelled* is computed from the profile's latency table{named}, not timed; 1 is the largest width "
+        "everywhere. The table has no entry for the time of the policy itself.",
+        "Policies are compared at equal modelled speed: the logarithm of the KL is taken as linear in the speedup "
+        "between neighbouring points of a front.",
+        "Intervals resample test sequences; those of comparisons also resample training seeds. Another text, or "
+        "another model, may order the policies differently.",
+    ]
+    measured = sum(row.speedup_measured is not None for row in rows)
+    timed = (
+        f"*Speedup, measured* is wall clock of batch-1 decoding, policy included, for {measured} of {len(rows)} rows."
+    )
+    lines.insert(1, timed if measured else "No policy was timed: there is no measured speedup here.")
+    if any(family.startswith("oracle") for family in families(rows)):
+        lines.append("The oracle has seen the text that it is judged on: a bound, not a policy that can be deployed.")
+    return lines

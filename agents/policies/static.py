@@ -1,0 +1,152 @@
+"""The best widths that do not look at the token: a multiple-choice knapsack over sensitivities and latencies.
+
+This is the baseline that a learned policy has to beat, the start that it is cloned from, and its control variate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.control.profile import Profile, kl_nats, reference_width
+from flexquant_rl.engine.decoding.decoder import Decoder
+from flexquant_rl.engine.errors import InputError
+
+_MAX_STATES = 4000
+_FRONT_POINTS = 32
+_TIME_TICKS = 1e9
+
+
+@dataclass(frozen=True)
+class StaticFront:
+    """Static allocations from fastest to slowest, none of which another one beats in both time and KL.
+
+    Attributes:
+        bit_widths: `[P, U]` int64.
+        speedup: `[P]` float64 over the largest width everywhere, falling.
+        output_kl_nats: `[P]` float64, falling: the sum of sensitivities, or measured after `measured_on`.
+        mean_bit_width: `[P]` float64, parameter-weighted.
+    """
+
+    bit_widths: Tensor
+    speedup: Tensor
+    output_kl_nats: Tensor
+    mean_bit_width: Tensor
+
+    def allocate(self, kl_weight: Tensor) -> Tensor:
+        """The allocation with the best expected reward at each dial: `[R]` -> `[R, U]`."""
+        reward = self.speedup - kl_weight.double()[:, None] * self.output_kl_nats
+        return self.bit_widths[reward.argmax(-1)]
+
+    def marginal_rewards(self, profile: Profile, kl_weight: Tensor) -> Tensor:
+        """What changing one unit alone from the best allocation to each width would gain or cost per token.
+
+        Args:
+            profile: Sensitivities, scaled to the front's KL at each allocation.
+            kl_weight: `[R]` dials.
+
+        Returns:
+            `[R, U, W]` float64; 0 at the allocation's own widths.
+        """
+        reward = self.speedup - kl_weight.double()[:, None] * self.output_kl_nats
+        picked = reward.argmax(-1)
+        columns = torch.searchsorted(torch.tensor(profile.bit_widths), self.bit_widths[picked])
+        sensitivity, unit_ms = profile.sensitivity.double(), profile.cost.unit_ms
+        units = torch.arange(len(unit_ms))
+        kl = sensitivity[units, columns]
+        scale = (self.output_kl_nats[picked] / kl.sum(-1).clamp_min(1e-12))[:, None, None]
+        added_kl = scale * (sensitivity - kl[..., None])
+        full_ms = profile.cost.latency_ms(profile.cost.full_width())
+        latency_ms = (full_ms / self.speedup[picked])[:, None, None] + unit_ms - unit_ms[units, columns][..., None]
+        gained = full_ms / latency_ms - self.speedup[picked][:, None, None]
+        return gained - kl_weight.double()[:, None, None] * added_kl
+
+    def nearest(self, mean_bit_width: float) -> Tensor:
+        """`[U]`: the allocation whose mean width is nearest."""
+        return self.bit_widths[int((self.mean_bit_width - mean_bit_width).abs().argmin())]
+
+    def dial_range(self) -> tuple[float, float]:
+        """KL weights between which the best allocation moves from the fast to the slow end of the front.
+
+        Raises:
+            InputError: If there is only one allocation, so that no weight moves anything.
+        """
+        if len(self.speedup) < 2:
+            raise InputError(
+                "only one allocation is left to choose: by the profile every other one is slower or worse; quantise "
+                "with more --bit-widths, or run `fq profile` again while the machine is quiet"
+            )
+        slopes = (self.speedup[:-1] - self.speedup[1:]) / (self.output_kl_nats[:-1] - self.output_kl_nats[1:])
+        low, high = slopes.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
+        return low, high
+
+    def measured_on(self, decoder: Decoder, windows: Tensor, first: int) -> StaticFront:
+        """Replaces the sums of sensitivities by the output KL measured on text, and drops what is then dominated.
+
+        Args:
+            decoder: A session of the model.
+            windows: `[n, T]` int64.
+            first: Positions before this one are context, read at the largest width as a prompt is.
+        """
+        base = torch.full((decoder.model.num_units,), reference_width(decoder.model))
+        reference = decoder.score(windows, base, first=first).log_softmax(-1)
+
+        def mean_kl(bit_widths: Tensor) -> Tensor:
+            per_token = bit_widths.expand(*windows.shape, -1).clone()
+            per_token[:, :first] = max(decoder.model.bit_widths)
+            log_probs = decoder.score(windows, per_token, first=first).log_softmax(-1)
+            return kl_nats(reference, log_probs).mean().double().cpu()
+
+        kl = torch.stack([mean_kl(bit_widths) for bit_widths in self.bit_widths])
+        # Fastest first: keep a point only if it is better than everything faster.
+        best = torch.cummin(torch.cat([torch.tensor([float("inf")], dtype=torch.float64), kl[:-1]]), dim=0).values
+        keep = kl < best
+        return StaticFront(self.bit_widths[keep], self.speedup[keep], kl[keep], self.mean_bit_width[keep])
+
+
+def static_front(profile: Profile, unit_weights: Tensor, *, num_points: int = _FRONT_POINTS) -> StaticFront:
+    """Solves the knapsack for every latency budget at once by dynamic programming over units.
+
+    Args:
+        profile: Sensitivities `[U, W]` and latencies.
+        unit_weights: `[U]` weights per unit, for the mean width.
+        num_points: The front is thinned to this many points, evenly spaced in time.
+    """
+    time = torch.zeros(1, dtype=torch.float64)
+    kl = torch.zeros(1, dtype=torch.float64)
+    choices = torch.zeros(1, 0, dtype=torch.int64)
+    widths = torch.tensor(profile.bit_widths)
+    for unit_ms, unit_kl in zip(profile.cost.unit_ms, profile.sensitivity.double(), strict=True):
+        time = (time[:, None] + unit_ms).flatten()
+        kl = (kl[:, None] + unit_kl).flatten()
+        column = torch.arange(len(widths)).repeat(len(choices))
+        choices = torch.cat([choices.repeat_interleave(len(widths), 0), column[:, None]], dim=1)
+        keep = _undominated(time, kl, _MAX_STATES)
+        time, kl, choices = time[keep], kl[keep], choices[keep]
+    keep = _undominated(time, kl, num_points)
+    bit_widths = widths[choices[keep]]
+    weights = unit_weights.double() / unit_weights.sum()
+    return StaticFront(
+        bit_widths=bit_widths,
+        speedup=profile.cost.speedup(bit_widths),
+        output_kl_nats=kl[keep],
+        mean_bit_width=(bit_widths.double() * weights).sum(-1),
+    )
+
+
+def _undominated(time: Tensor, kl: Tensor, limit: int) -> Tensor:
+    """Indices of points that nothing beats in both, by rising time, thinned evenly in time to `limit`."""
+    # Units of one size make sums that are equal up to rounding: of equal times the least KL comes first, and stays.
+    ticks = ((time - time.min()) / (time.max() - time.min()).clamp_min(1e-30) * _TIME_TICKS).round()
+    order = torch.argsort(kl, stable=True)
+    order = order[torch.argsort(ticks[order], stable=True)]
+    sorted_kl = kl[order]
+    best_before = torch.cummin(torch.cat([sorted_kl.new_full((1,), float("inf")), sorted_kl[:-1]]), 0).values
+    order = order[sorted_kl < best_before]
+    if len(order) <= limit:
+        return order
+    targets = torch.linspace(float(time[order[0]]), float(time[order[-1]]), limit, dtype=torch.float64)
+    nearest = torch.searchsorted(time[order], targets).clamp_max(len(order) - 1)
+    return order[torch.unique(nearest)]

@@ -1,0 +1,83 @@
+"""How many env steps per second the batched environment makes, reference KL included."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from flexquant_rl.agents.runs.training import TrainConfig, prepare
+from flexquant_rl.engine.benches.harness import BenchConfig
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.control.profile import reference_name
+from flexquant_rl.fq_env.vec_env import DecodeVecEnv
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvBench(BenchConfig):
+    """Steps per second of the batched environment with reference KL."""
+
+    name: ClassVar[str] = "env"
+    tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py",)
+
+    model: str | None = None
+    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
+    text: tuple[str, ...] = ()
+    """Text files; default: the held-out standard library."""
+    num_envs: int = 128
+    """Rows of the batch."""
+    rounds: int = 5
+    """Rollouts timed."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain."""
+        super().validate()
+        self._check_positive("num_envs")
+
+
+def bench_env(config: EnvBench, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> list[dict[str, Any]]:
+    """Times whole rollouts at random widths: every unit of every row draws anew at every token, the hardest case.
+
+    Args:
+        config: Model, text and size. One rollout more is not timed; restarts and reference passes count.
+        track: Wraps the loop over rollouts.
+
+    Returns:
+        One JSON-able row with median and quartiles.
+    """
+    prepared = prepare(TrainConfig(model=config.model, text=config.text), None)
+    session = DecodeSession(prepared.model, num_rows=config.num_envs, max_length=prepared.env.window_tokens - 1)
+    env = DecodeVecEnv(session, prepared.profile, prepared.windows.train, prepared.env, num_envs=config.num_envs)
+    generator = np.random.default_rng(0)
+    size = (prepared.env.max_new_tokens, config.num_envs, prepared.model.num_units)
+    env.reset()
+    rates = []
+    for round_idx in track(range(config.rounds + 1)):
+        actions = generator.integers(len(prepared.model.bit_widths), size=size)
+        began = time.perf_counter()
+        for action in actions:
+            env.step(action)
+        if round_idx:
+            rates.append(size[0] * size[1] / (time.perf_counter() - began))
+    env.close()
+    quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
+    row = {
+        "provider": "batched_env",
+        "op": "env",
+        "env_steps_per_s": round(statistics.median(rates), 1),
+        "env_steps_per_s_p25": round(quartiles[0], 1),
+        "env_steps_per_s_p75": round(quartiles[2], 1),
+        "num_envs": config.num_envs,
+        "num_samples": len(rates),
+        "clock": "wall",
+        "reference": reference_name(prepared.model),
+        "model_fingerprint": prepared.model.fingerprint,
+        "device": prepared.model.device.type,
+        "num_threads": torch.get_num_threads(),
+    }
+    return [row]

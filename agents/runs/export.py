@@ -1,0 +1,168 @@
+"""Exported policies: made with a proof that they choose what was trained, and read with all that they carry."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import file_sha256, new_directory
+from flexquant_rl.engine.control.policy import (
+    CARD_FILE,
+    PROFILE_FILE,
+    WEIGHTS_FILE,
+    LearnedPolicy,
+    PolicyCard,
+    load_policy,
+)
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+
+PARITY_OBSERVATIONS = 1000
+
+
+def check_parity(
+    exported: Path, observations: Tensor, predict: Callable[[NDArray[np.float32]], NDArray[np.int64]]
+) -> None:
+    """Compares an exported policy with the one that was trained.
+
+    Args:
+        exported: Directory of the artefact.
+        observations: `[n, dim]` float32, recorded from an environment.
+        predict: SB3's deterministic prediction: observations -> indices of widths `[n, U]`.
+
+    Raises:
+        RuntimeError: If a single width differs.
+    """
+    policy = load_policy(exported)
+    ours = policy(observations)
+    theirs = torch.tensor(policy.card.schema.bit_widths)[torch.as_tensor(predict(observations.numpy()))]
+    differing = int((ours != theirs).sum())
+    if differing:
+        raise RuntimeError(
+            f"{exported}: {differing} of {ours.numel()} widths differ from the trained policy's on recorded "
+            "observations"
+        )
+
+
+def export_run(run_dir: Path, out: Path) -> LearnedPolicy:
+    """Copies the policy of a finished run to a new directory, read back and compared before it gets its name.
+
+    What it is compared with is the policy of a training seed, which was compared with SB3 itself when it was trained.
+
+    Raises:
+        InputError: If the run has no policy yet, if its files are damaged, or if `out` is not empty.
+    """
+    source = run_dir / "policy"
+    again = f"python train.py --resume {run_dir}"
+    if not (source / CARD_FILE).is_file():
+        raise InputError(f"{run_dir} holds no finished policy; finish it with: {again}")
+    repair = f"delete {source} and have it made again with: {again}"
+    load_policy(source, repair=repair)
+    checked = _checked_seed(run_dir, source, repair)
+    with new_directory(out) as directory:
+        for name in (WEIGHTS_FILE, PROFILE_FILE, CARD_FILE):
+            shutil.copyfile(source / name, directory / name)
+            if (directory / name).read_bytes() != (source / name).read_bytes():
+                raise RuntimeError(f"{directory / name} does not hold what was copied from {source / name}")
+        policy = load_policy(directory, name=out.name)
+        generator = torch.Generator().manual_seed(0)
+        signals = 2 * torch.randn(PARITY_OBSERVATIONS, checked.card.schema.dim, generator=generator)
+        differing = int((policy(signals) != checked(signals)).sum())
+        if differing:
+            raise RuntimeError(f"{source}: {differing} widths differ from the checked policy's on random signals")
+    return policy
+
+
+def _checked_seed(run_dir: Path, source: Path, repair: str) -> LearnedPolicy:
+    """The policy of the training seed that a run's policy has its weights from."""
+    for directory in sorted(run_dir.glob("seeds/*/policy")):
+        weights = directory / WEIGHTS_FILE
+        if weights.is_file() and weights.read_bytes() == (source / WEIGHTS_FILE).read_bytes():
+            return load_policy(directory, repair=f"delete {directory} and {repair}")
+    raise InputError(f"{source}: its weights are those of no training seed in {run_dir / 'seeds'}; {repair}")
+
+
+@dataclass(frozen=True)
+class ExportedPolicy:
+    """An exported policy with what it carries.
+
+    Attributes:
+        directory: Where it is.
+        policy: The policy.
+        profile: The one that it was trained with.
+        quantization: How it was trained to have a plain model nested.
+    """
+
+    directory: Path
+    policy: LearnedPolicy
+    profile: Profile
+    quantization: QuantizationConfig
+
+    @property
+    def card(self) -> PolicyCard:
+        """The policy's."""
+        return self.policy.card
+
+
+def load_exported(directory: Path) -> ExportedPolicy:
+    """Loads an exported policy and the profile beside it.
+
+    Raises:
+        InputError: If files are missing or damaged, or do not belong together.
+    """
+    policy = load_policy(directory)
+    card, profile = policy.card, Profile.load(directory / PROFILE_FILE)
+    schema = card.schema
+    wanted = (card.model_fingerprint, schema.bit_widths, (schema.num_units, len(schema.bit_widths)))
+    for fingerprint, bit_widths, table in (
+        (profile.fingerprint, profile.bit_widths, profile.sensitivity),
+        (profile.cost.fingerprint, profile.cost.bit_widths, profile.cost.unit_ms),
+    ):
+        if (fingerprint, bit_widths, tuple(table.shape)) != wanted:
+            raise InputError(
+                f"{directory / PROFILE_FILE}: of model {fingerprint[:12]} with {len(table)} units at widths "
+                f"{list(bit_widths)}, but the policy is for {wanted[0][:12]} with {schema.num_units} at "
+                f"{list(schema.bit_widths)}; export it again with `fq export`"
+            )
+    return ExportedPolicy(directory, policy, profile, _quantization(card, directory))
+
+
+def load_exported_together(directories: Sequence[Path]) -> list[ExportedPolicy]:
+    """Loads exported policies that are to be compared with one profile.
+
+    Raises:
+        InputError: As `load_exported`, or if their profiles differ.
+    """
+    exported = [load_exported(directory) for directory in directories]
+    hashes = [file_sha256(directory / PROFILE_FILE) for directory in directories]
+    for directory, sha256 in zip(directories, hashes, strict=True):
+        if sha256 != hashes[0]:
+            raise InputError(
+                f"{directory} carries another {PROFILE_FILE} than {directories[0]}, and each policy reads its own; "
+                "evaluate them one at a time"
+            )
+    return exported
+
+
+def _quantization(card: PolicyCard, directory: Path) -> QuantizationConfig:
+    """How a policy's training nested a plain model; the default where its card does not say."""
+    stored = card.config.get("quantization")
+    if stored is None:
+        return QuantizationConfig()
+    try:
+        config = QuantizationConfig(**{**stored, "bit_widths": tuple(stored["bit_widths"])})
+        config.validate()
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(
+            f"{directory / CARD_FILE}: quantization={stored} cannot be used ({error}); export the policy again with "
+            "`fq export`"
+        ) from error
+    return config

@@ -1,0 +1,330 @@
+"""PPO over the shared unit network, with checkpoints from which training continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
+from flexquant_rl.engine.control.policy import PrecisionNet
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.fq_env.vec_env import DecodeVecEnv
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Hyper-parameters; saved with every run."""
+
+    num_envs: int = 96
+    """Episodes in lockstep."""
+    learning_rate: float = 1e-3
+    """Falls linearly: of K updates, the last one is made at 1/K of it."""
+    batch_size: int = 1024
+    """Transitions per gradient step."""
+    num_epochs: int = 4
+    """Passes over each rollout."""
+    gamma: float = 0.8
+    """Discount per token: keys and values written at few bits cost later tokens, so it must not be small."""
+    gae_lambda: float = 0.7
+    """Bias and variance of the advantage."""
+    clip_range: float = 0.2
+    """PPO's trust region."""
+    entropy_coefficient: float = 1e-4
+    """Bonus for policy entropy."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss."""
+
+    def validate(self) -> None:
+        """Raises InputError on values that PPO cannot learn with."""
+        # Advantages are normalised over a batch, which one transition does not allow.
+        bounds: dict[str, tuple[float, float]] = {"num_envs": (1, math.inf), "batch_size": (2, math.inf)}
+        bounds |= {"num_epochs": (1, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+        bounds |= {name: (0, math.inf) for name in ("entropy_coefficient", "value_coefficient")}
+        bounds |= {name: (1e-12, math.inf) for name in ("learning_rate", "clip_range")}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high or math.isinf(value):
+                limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
+                raise InputError(f"ppo.{name}={value:g} must be {limit}; change --ppo.{name.replace('_', '-')}")
+
+
+class UnitSharedPolicy(ActorCriticPolicy):
+    """SB3's interface around a `PrecisionNet`, the very module that is exported.
+
+    Args:
+        observation_space: Of the environment.
+        action_space: `MultiDiscrete([W] * U)`.
+        lr_schedule: Learning rate by remaining progress.
+        schema: What the observations are.
+        **kwargs: Passed on by SB3.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        lr_schedule: Callable[[float], float],
+        *,
+        schema: SignalSchema,
+        **kwargs: Any,
+    ) -> None:
+        self._schema = schema
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _build(self, lr_schedule: Callable[[float], float]) -> None:
+        self.net = PrecisionNet(self._schema)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr_schedule(1), eps=1e-5)
+
+    def _distribution(self, obs: Tensor) -> Distribution:
+        return self.action_dist.proba_distribution(action_logits=self.net.logits(obs).flatten(1))
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions `[B, U]`, values `[B, 1]` and log-probabilities `[B]`."""
+        distribution = self._distribution(obs)
+        actions = distribution.get_actions(deterministic=deterministic)
+        return actions, self.net.values(obs), distribution.log_prob(actions)
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, log-probabilities and policy entropy of given actions."""
+        distribution = self._distribution(obs)
+        return self.net.values(obs), distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: Any) -> Distribution:
+        """The action distribution."""
+        return self._distribution(obs)
+
+    def predict_values(self, obs: Any) -> Tensor:
+        """Values `[B, 1]`."""
+        return self.net.values(obs)
+
+
+def build_ppo(env: DecodeVecEnv, config: PPOConfig, *, seed: int, device: str = "cpu") -> PPO:
+    """Builds PPO whose rollouts are whole episodes, so that every update starts at fresh prompts."""
+    return PPO(
+        UnitSharedPolicy,
+        env,
+        learning_rate=lambda remaining: config.learning_rate * remaining,
+        n_steps=env.batch.config.max_new_tokens,
+        batch_size=config.batch_size,
+        n_epochs=config.num_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.entropy_coefficient,
+        vf_coef=config.value_coefficient,
+        policy_kwargs={"schema": env.batch.schema},
+        seed=seed,
+        device=device,
+    )
+
+
+def precision_net(ppo: PPO) -> PrecisionNet:
+    """The network inside."""
+    assert isinstance(ppo.policy, UnitSharedPolicy)
+    return ppo.policy.net
+
+
+class TrainingCallback(BaseCallback):
+    """Before each rollout: validate, keep the best network, save a checkpoint. During it: collect numbers to log.
+
+    Args:
+        checkpoint: Where to save.
+        validate: Scores a network on validation text; higher is better.
+        validate_every: Updates between validations.
+        on_update: Told the number of env steps done and the latest validation score.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        validate: Callable[[PrecisionNet], float],
+        *,
+        validate_every: int = 3,
+        on_update: Callable[[int, float], None] = lambda steps, score: None,
+    ) -> None:
+        super().__init__()
+        self.best_score = -float("inf")
+        self.first_score = -float("inf")
+        self.best_state: dict[str, Tensor] = {}
+        self._checkpoint = checkpoint
+        self._validate = validate
+        self._validate_every = validate_every
+        self._on_update = on_update
+        self._updates = 0
+        self._resumed = False
+        self._sums: dict[str, float] = {}
+
+    @property
+    def _env(self) -> DecodeVecEnv:
+        assert isinstance(self.training_env, DecodeVecEnv)
+        return self.training_env
+
+    def _on_rollout_start(self) -> None:
+        if not self._env.aligned:
+            self.model._last_obs = self._env.reset()
+        if self._resumed:  # everything below was done before the interruption
+            self._resumed = False
+            return
+        if self._updates % self._validate_every == 0:
+            self.consider(precision_net(self.ppo))
+        self._save()
+        self._on_update(self.num_timesteps, self.best_score)
+        self._sums = {}
+
+    @property
+    def ppo(self) -> PPO:
+        """The algorithm, typed."""
+        assert isinstance(self.model, PPO)
+        return self.model
+
+    def consider(self, net: PrecisionNet) -> None:
+        """Validates a network and keeps it if it is the best so far."""
+        score = self._validate(net)
+        self.logger.record("validation/reward_over_static", score)
+        if self._updates == 0:
+            self.first_score = score
+        if score > self.best_score:
+            self.best_score = score
+            self.best_state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    def _on_step(self) -> bool:
+        step = self._env.last_step
+        assert step is not None
+        values = {
+            "reward/total": step.reward.total,
+            "reward/quality": -step.reward.quality,
+            "reward/latency": step.reward.latency,
+            "reward/over_static": step.reward.total - step.static_reward,
+            "bits/mean": step.mean_bit_width,
+            "quality/output_kl_nats": step.output_kl_nats,
+            "latency/modelled_ms": step.latency_ms,
+        }
+        widths = self._env.actions_map.to_bit_widths(torch.as_tensor(self.locals["actions"], dtype=torch.int64))
+        for unit, column in enumerate(widths.float().mean(0).tolist()):
+            self._add(f"bits/unit_{unit}", column)
+        for tag, tensor in values.items():
+            self._add(tag, float(tensor.mean()))
+        self._add("steps", 1.0)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._updates += 1
+        self._log_update()
+
+    def _add(self, tag: str, value: float) -> None:
+        self._sums[tag] = self._sums.get(tag, 0.0) + value
+
+    def _log_update(self) -> None:
+        steps = self._sums.pop("steps", 1.0)
+        for tag, total in self._sums.items():
+            self.logger.record(tag, total / steps)
+        sb3 = self.logger.name_to_value
+        for ours, theirs in (
+            ("policy/policy_entropy", "train/entropy_loss"),
+            ("policy/approx_kl", "train/approx_kl"),
+            ("policy/clip_fraction", "train/clip_fraction"),
+            ("policy/explained_variance", "train/explained_variance"),
+        ):
+            if theirs in sb3:
+                self.logger.record(ours, -sb3[theirs] if ours.endswith("entropy") else sb3[theirs])
+
+    def _save(self) -> None:
+        ppo = self.ppo
+        tensors = {f"policy.{name}": tensor for name, tensor in ppo.policy.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best_state.items()}
+        for key, state in ppo.policy.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{key}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        # The global generator: SB3 shuffles its minibatches with it.
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+        assert isinstance(numpy_state, dict)
+        inner = numpy_state["state"]
+        tensors["rng.torch"] = torch.get_rng_state()
+        if ppo.device.type == "cuda":  # where actions are sampled
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(ppo.device)
+        tensors["rng.numpy"] = torch.from_numpy(inner["key"].astype(np.int64))
+        facts = {
+            "num_timesteps": ppo.num_timesteps,
+            "n_updates": ppo._n_updates,
+            "updates": self._updates,
+            "best_score": self.best_score,
+            "first_score": self.first_score,
+            "numpy_pos": int(inner["pos"]),
+            "env": self._env.restart_state(),
+        }
+        write_tensors(self._checkpoint, tensors, {"facts": json.dumps(facts)})
+
+    def restore(self, ppo: PPO, env: DecodeVecEnv) -> None:
+        """Puts algorithm, environment, random generators and this callback back to where the checkpoint was saved.
+
+        Raises:
+            InputError: If the checkpoint is damaged.
+        """
+        fix = "delete it to train again"
+        tensors, metadata = read_tensors(self._checkpoint, fix=fix)
+        try:
+            facts = json.loads(metadata["facts"])
+            self._restore(ppo, facts, tensors)
+            episodes = facts["env"]
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:  # whole, but of another configuration
+            raise InputError(f"{self._checkpoint}: damaged checkpoint ({error}); {fix}") from error
+        ppo._last_obs = env.restart(episodes)
+        ppo._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        self._resumed = True
+
+    def _restore(self, ppo: PPO, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        ppo.policy.load_state_dict(_under(tensors, "policy."))
+        optimizer_state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under(tensors, "optimizer.").items():
+            key, field = name.split(".", 1)
+            optimizer_state.setdefault(int(key), {})[field] = tensor
+        optimizer = ppo.policy.optimizer
+        optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+        ppo.num_timesteps = facts["num_timesteps"]
+        ppo._n_updates = facts["n_updates"]
+        self._updates = facts["updates"]
+        self.best_score, self.first_score = facts["best_score"], facts["first_score"]
+        self.best_state = _under(tensors, "best.")
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+        assert isinstance(numpy_state, dict)
+        numpy_state["state"] = {"key": tensors["rng.numpy"].numpy().astype(np.uint32), "pos": facts["numpy_pos"]}
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(tensors["rng.torch"])
+        if ppo.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], ppo.device)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def learn(ppo: PPO, callback: TrainingCallback, total_env_steps: int, log_dir: Path) -> None:
+    """Trains up to a total number of env steps, counting those before a resume, and considers the final network.
+
+    The total is rounded up to whole rollouts: beyond its own end SB3's learning rate is negative.
+    """
+    ppo.set_logger(Logger(str(log_dir), [TensorBoardOutputFormat(str(log_dir))]))
+    per_rollout = ppo.n_steps * ppo.n_envs
+    total = math.ceil(total_env_steps / per_rollout) * per_rollout
+    schedule = ppo.learning_rate
+    assert callable(schedule)
+    # SB3 takes the progress after a rollout for the update from it, so the last one would be made at rate 0.
+    ppo.lr_schedule = lambda remaining: schedule(remaining + per_rollout / total)
+    if ppo.num_timesteps < total:
+        ppo.learn(total - ppo.num_timesteps, callback=callback, reset_num_timesteps=False)
+    callback.consider(precision_net(ppo))
+    ppo.logger.dump(ppo.num_timesteps)

@@ -1,0 +1,336 @@
+"""Times a decoded token: our lean decoder at every width beside Hugging Face's `generate` and llama.cpp.
+
+All providers decode greedily from the same random Llama and the same prompt. A token's time is that of one step and the
+choice of the next token; the prompt's pass is not in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
+
+from flexquant_rl.engine.benches.harness import (
+    READ,
+    BenchConfig,
+    Clock,
+    Provider,
+    Turn,
+    add_ratios,
+    clock_for,
+    interleave,
+    memory_ring,
+    read_provider,
+    rows,
+)
+from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
+from flexquant_rl.engine.decoding.choice import check_num_threads
+from flexquant_rl.engine.decoding.decoder import StepOutput, greedy_tokens
+from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.kernels.native import load_library
+
+_LEAN = "lean"
+_READ_RING_BYTES = 1 << 28  # larger than caches; small enough to go round within a turn, as a model's weights do
+_READS_PER_TURN = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBench(BenchConfig):
+    """A decoded token of a random Llama, beside Hugging Face generate and llama.cpp."""
+
+    name: ClassVar[str] = "decode"
+    tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_native_decoder.py", "tests/engine/decoding/test_lean.py")
+
+    rounds: int = 8
+    """Turns of every provider; in every second round their order is reversed."""
+    hidden_size: int = 768
+    """Width of the model."""
+    num_layers: int = 12
+    """Decoder layers."""
+    num_heads: int = 12
+    """Attention heads."""
+    ffn_size: int = 2048
+    """Width of the MLP."""
+    vocab: int = 32_000
+    """Tokens of the vocabulary."""
+    prompt_tokens: int = 16
+    """Read before the first timed token."""
+    new_tokens: int = 32
+    """Timed tokens in a turn."""
+    bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
+    """Widths to time, each for the whole model."""
+    threads: tuple[int, ...] = (1,)
+    """Threads of every provider; with several numbers each has rows of its own, all timed in the same run."""
+    peers: bool = True
+    """Time Hugging Face and, where it is installed, llama.cpp too."""
+    seed: int = 0
+    """Of weights and prompt."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain or there is no native library."""
+        super().validate()
+        self._check_positive("num_layers", "num_heads", "ffn_size", "vocab", "prompt_tokens", "new_tokens")
+        if not self.threads or len(set(self.threads)) < len(self.threads):
+            raise InputError(f"threads={self.threads} must be one or more different numbers; give e.g. --threads 1 2")
+        for num_threads in self.threads:
+            check_num_threads(num_threads)
+        if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):
+            raise InputError(
+                f"hidden_size={self.hidden_size} must be a multiple of twice the {self.num_heads} heads; "
+                "give e.g. --hidden-size 768 --num-heads 12"
+            )
+        _quantization(self).validate()
+        if load_library() is None:
+            raise InputError("there are no native kernels to time; install g++ or clang++")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What is timed with one number of threads: the plain read, our own decoder, and the peers."""
+
+    num_threads: int
+    read: Provider
+    ours: list[Provider]
+    peers: list[Provider]
+
+    @property
+    def providers(self) -> list[Provider]:
+        return [self.read, *self.ours, *self.peers]
+
+
+class Session(Protocol):
+    """The part of a decode session that is timed."""
+
+    def prefill(self, prompt_ids: Tensor) -> StepOutput:
+        """Restarts with a prompt `[1, T]`."""
+
+    def step(self, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
+        """Decodes one token `[1]`."""
+
+
+def bench_decode(
+    config: DecodeBench,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Times all providers.
+
+    Args:
+        config: What to time.
+        track: Wraps the loop over rounds.
+        progress: Takes one line about what happens.
+
+    Returns:
+        One JSON-able row per provider and number of threads.
+    """
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(max(config.threads))
+    clock_name, clock = clock_for(max(config.threads))  # one for all rows, or they could not be compared
+    hf_model = random_llama(config)
+    prompt = torch.randint(config.vocab, (1, config.prompt_tokens))
+    progress("nesting the weights")
+    nested = nest(copy.deepcopy(hf_model), _no_tokenizer(), _quantization(config), keep_reference=False)
+    with ExitStack() as stack, torch.inference_mode():
+        peers = _peers(config, hf_model, prompt, stack, progress) if config.peers else {}
+        ring = memory_ring(_READ_RING_BYTES)
+        groups = [
+            _Group(
+                num_threads,
+                read_provider(ring, num_threads, _READS_PER_TURN),
+                _lean_providers(config, nested, prompt, num_threads),
+                peers.get(num_threads, []),
+            )
+            for num_threads in config.threads
+        ]
+        for group in groups:
+            for provider in group.providers:
+                provider.turn = _with_torch_threads(provider.turn, group.num_threads)
+        interleave([provider for group in groups for provider in group.providers], config.rounds, clock, track)
+    common = {
+        "op": "decode",
+        "model": {"hidden": config.hidden_size, "layers": config.num_layers, "heads": config.num_heads}
+        | {"ffn": config.ffn_size, "vocab": config.vocab},
+        "prompt_tokens": config.prompt_tokens,
+        "new_tokens": config.new_tokens,
+        "clock": clock_name,
+        "seed": config.seed,
+    }
+    found = []
+    for group in groups:
+        own = rows(group.providers, common | {"num_threads": group.num_threads})
+        for row in own:
+            if row["provider"] != READ:
+                row["tokens_per_s"] = round(1e6 / row["p50_us"], 1)
+        add_ratios(own, _LEAN, [peer.name for peer in group.peers])
+        found += own
+    return found
+
+
+def _with_torch_threads(turn: Turn, num_threads: int) -> Turn:
+    """A turn with torch's number of threads, which belongs to the whole process, set before it."""
+
+    def with_threads(clock: Clock) -> Iterable[float]:
+        torch.set_num_threads(num_threads)
+        return turn(clock)
+
+    return with_threads
+
+
+def random_llama(config: DecodeBench) -> LlamaForCausalLM:
+    """A random float32 Llama of the asked-for shape, ready to decode."""
+    llama = LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        vocab_size=config.vocab,
+        max_position_embeddings=_max_length(config),
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,  # every provider decodes all its tokens
+        dtype="float32",
+    )
+    hf_model: LlamaForCausalLM = LlamaForCausalLM(llama).float()
+    hf_model.eval().requires_grad_(False)
+    return hf_model
+
+
+def _max_length(config: DecodeBench) -> int:
+    return config.prompt_tokens + config.new_tokens
+
+
+def _quantization(config: DecodeBench) -> QuantizationConfig:
+    return QuantizationConfig(bit_widths=tuple(sorted({*config.bit_widths, 8})))
+
+
+def _no_tokenizer() -> PreTrainedTokenizerFast:
+    """Random token ids need none, but a nested model carries one."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+
+
+def _lean_providers(config: DecodeBench, model: NestedCausalLM, prompt: Tensor, num_threads: int) -> list[Provider]:
+    decoder = LeanDecoder(model, max_length=_max_length(config), num_threads=num_threads)
+    return [_lean_provider(config, model, LeanSession(decoder), prompt, width) for width in config.bit_widths]
+
+
+def _lean_provider(
+    config: DecodeBench, model: NestedCausalLM, session: Session, prompt: Tensor, width: int
+) -> Provider:
+    widths = torch.full((model.num_units,), width)
+
+    def turn(clock: Clock) -> list[float]:
+        token = greedy_tokens(session.prefill(prompt).logits)
+        times = []
+        for _ in range(config.new_tokens):
+            start = clock()
+            token = greedy_tokens(session.step(token, widths).logits)
+            times.append(clock() - start)
+        return times
+
+    num_bytes = sum(model.weight_bytes(unit, width) for unit in range(model.num_units))
+    return Provider(_LEAN, turn, num_bytes, {"bit_width": width})
+
+
+class _TokenTimes(BaseStreamer):
+    """Notes when `generate` hands over each token."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.moments: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.moments.append(self._clock())
+
+    def end(self) -> None:
+        pass
+
+
+def _peers(
+    config: DecodeBench,
+    hf_model: LlamaForCausalLM,
+    prompt: Tensor,
+    stack: ExitStack,
+    progress: Callable[[str], None],
+) -> dict[int, list[Provider]]:
+    """Hugging Face in two dtypes and, where it is installed, llama.cpp, by number of threads."""
+    in_bf16: Any = copy.deepcopy(hf_model)
+    hf_models = (hf_model, in_bf16.to(torch.bfloat16))
+    peers = {n: [_hf_provider(config, model, prompt) for model in hf_models] for n in config.threads}
+    if not has_llama_cpp():
+        progress("llama.cpp is not installed and left out; pip install 'flexquant-rl[bench]' adds it")
+        return peers
+    progress("writing the same weights as GGUF")
+    for num_threads, provider in _llama_cpp_providers(config, hf_model, prompt, stack):
+        peers[num_threads].append(provider)
+    return peers
+
+
+def _hf_provider(config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor) -> Provider:
+    model: Any = hf_model
+    mask = torch.ones_like(prompt)
+
+    def turn(clock: Clock) -> list[float]:
+        streamer = _TokenTimes(clock)
+        model.generate(
+            prompt, attention_mask=mask, max_new_tokens=config.new_tokens, do_sample=False, streamer=streamer
+        )
+        tokens = streamer.moments[1:]  # the first moment is the prompt's, the first token comes from the prompt's pass
+        return [later - earlier for earlier, later in itertools.pairwise(tokens)]
+
+    bits = 32 if hf_model.dtype == torch.float32 else 16
+    num_bytes = _num_weights(hf_model) * bits // 8
+    return Provider(f"hf_generate_{'fp32' if bits == 32 else 'bf16'}", turn, num_bytes, {"bit_width": bits})
+
+
+def _llama_cpp_providers(
+    config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor, stack: ExitStack
+) -> Iterator[tuple[int, Provider]]:
+    """Numbers of threads with a provider each; a file serves all of them."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    for gguf_type, bits in GGUF_BITS.items():
+        path = directory / f"{gguf_type}.gguf"
+        write_gguf(hf_model, path, gguf_type)
+        for num_threads in config.threads:
+            session = LlamaCppSession(path, max_length=_max_length(config), num_threads=num_threads)
+            stack.callback(session.close)
+            turn = _llama_cpp_turn(session, prompt[0].tolist(), config.new_tokens)
+            name = f"llama_cpp_{gguf_type.lower()}"
+            yield (
+                num_threads,
+                Provider(name, turn, int(_num_weights(hf_model) * bits / 8), {"bit_width": bits}),
+            )
+
+
+def _llama_cpp_turn(session: LlamaCppSession, prompt: list[int], new_tokens: int) -> Callable[[Clock], list[float]]:
+    def turn(clock: Clock) -> list[float]:
+        token = int(session.prefill(prompt).argmax())
+        times = []
+        for _ in range(new_tokens):
+            start = clock()
+            token = int(session.step(token).argmax())
+            times.append(clock() - start)
+        return times
+
+    return turn
+
+
+def _num_weights(hf_model: LlamaForCausalLM) -> int:
+    """Weights that a step reads whole: all but the embedding, of which it reads a row."""
+    linears = (module for module in hf_model.modules() if isinstance(module, torch.nn.Linear))
+    return sum(linear.weight.numel() for linear in linears)

@@ -1,0 +1,200 @@
+"""Times the native CPU product at every width beside torch's own products and a plain read of the same memory.
+
+Every provider cycles through its own ring of distinct weights, larger than any cache, so that memory is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flexquant_rl.engine.benches.harness import (
+    BenchConfig,
+    BenchRefusedError,
+    Provider,
+    add_ratios,
+    calls,
+    clock_for,
+    interleave,
+    read_provider,
+    rows,
+)
+from flexquant_rl.engine.decoding.choice import check_num_threads
+from flexquant_rl.engine.decoding.weight_block import place, placed_bytes
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels import huge_pages
+from flexquant_rl.kernels.bitplane import INPUT_ALIGNMENT, NestedWeight
+from flexquant_rl.kernels.native import MAX_TOKENS, NativeGemv, load_library
+from flexquant_rl.kernels.reference import bitplane_gemv
+
+_NATIVE = "native"
+_CALLS_PER_TURN = 8
+_CHECKED_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemvBench(BenchConfig):
+    """The CPU product over bitplanes, beside torch's fp32, bf16, int8 and int4 products."""
+
+    name: ClassVar[str] = "gemv"
+    tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_native_gemv.py",)
+
+    shape: tuple[int, int] = (4096, 4096)
+    """Outputs and inputs; inputs are a multiple of 128."""
+    num_tokens: int = 1
+    """Rows of activations, 1 to 16."""
+    bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
+    """Widths to time."""
+    group_size: Literal[32, 64, 128] = 128
+    """Inputs that share scale and offset."""
+    mode: Literal["int8", "float32"] = "int8"
+    """Activations rounded to int8 or kept."""
+    threads: int = 1
+    """Threads of every provider."""
+    ring_mb: int = 1100
+    """Distinct weights per provider, MiB; they should be larger than the cache."""
+    peers: bool = True
+    """Time torch's products too."""
+    seed: int = 0
+    """Of weights and activations."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain or there is no native library."""
+        super().validate()
+        self._check_positive("ring_mb")
+        check_num_threads(self.threads)
+        num_outputs, num_inputs = self.shape
+        if num_outputs < 1 or num_inputs < 1 or num_inputs % INPUT_ALIGNMENT:
+            raise InputError(
+                f"shape={num_outputs} {num_inputs} must be positive, inputs a multiple of {INPUT_ALIGNMENT}; "
+                "give e.g. --shape 4096 4096"
+            )
+        if not 1 <= self.num_tokens <= MAX_TOKENS:
+            raise InputError(f"num_tokens={self.num_tokens} must be within 1..{MAX_TOKENS}; give --num-tokens 1")
+        if not self.bit_widths or not all(1 <= width <= 8 for width in self.bit_widths):
+            raise InputError(f"bit_widths={self.bit_widths} must be within 1..8; give e.g. --bit-widths 3 4 8")
+        if load_library() is None:
+            raise InputError("there are no native kernels to time; install g++ or clang++")
+
+
+def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> list[dict[str, Any]]:
+    """Times all providers.
+
+    Args:
+        config: What to time.
+        track: Wraps the loop over rounds.
+
+    Returns:
+        One JSON-able row per provider.
+
+    Raises:
+        BenchRefusedError: If a product is wrong.
+    """
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+    x = torch.randn(config.num_tokens, config.shape[1])
+    clock_name, clock = clock_for(config.threads)
+    with torch.inference_mode():
+        ours = _native_providers(config, x)
+        peers = _torch_providers(config, x) if config.peers else []
+        interleave([*ours, *peers], config.rounds, clock, track)
+    common = {
+        "op": "bitplane_gemv",
+        "shape": [config.num_tokens, *config.shape],
+        "num_threads": config.threads,
+        "clock": clock_name,
+        "ring_mb": config.ring_mb,
+        "seed": config.seed,
+    }
+    found = rows([*ours, *peers], common)
+    add_ratios(found, _NATIVE, [peer.name for peer in peers])
+    return found
+
+
+def _ring_size(num_bytes: int, ring_mb: int) -> int:
+    """Copies of a weight that make up a ring."""
+    return max(2, -(-(ring_mb << 20) // num_bytes))
+
+
+def _ring(first: Tensor, ring_mb: int) -> list[Tensor]:
+    """Copies of one weight one behind the other in huge pages, where the lean decoder too keeps weights."""
+    size = huge_pages.aligned(first.nbytes)
+    num_copies = _ring_size(size, ring_mb)
+    block = huge_pages.empty(num_copies * size)
+    return [huge_pages.copied(first, block, index * size) for index in range(num_copies)]
+
+
+def _random_weight(config: GemvBench, bit_widths: tuple[int, ...]) -> NestedWeight:
+    num_outputs, num_inputs = config.shape
+    planes = torch.randint(-(2**31), 2**31 - 1, (8, num_outputs, num_inputs // 32), dtype=torch.int32)
+    scale = torch.rand(len(bit_widths), num_outputs, num_inputs // config.group_size).mul_(0.01).add_(0.01).half()
+    offset = scale.float().mul_(-3.5).half()
+    return NestedWeight(planes, scale, offset, bit_widths, config.group_size, num_inputs)
+
+
+def _native_providers(config: GemvBench, x: Tensor) -> list[Provider]:
+    """The read and one provider per width, all on one ring: width b reads the first b planes of each weight."""
+    bit_widths = tuple(sorted({*config.bit_widths, 8}))
+    weight = _random_weight(config, bit_widths)
+    size = placed_bytes(weight)
+    num_copies = _ring_size(size, config.ring_mb)
+    block = huge_pages.empty(num_copies * size)
+    weights = [place(weight, block, index * size) for index in range(num_copies)]
+    gemvs = [NativeGemv(weight, num_threads=config.threads, mode=config.mode) for weight in weights]
+    out = torch.empty(len(x), config.shape[0])
+    facts = {"isa": gemvs[0].isa, "group_size": config.group_size, "mode": config.mode}
+    # The read takes a weight's bytes as they lie, gaps and all.
+    providers = [read_provider(block[: num_copies * size].split(size), config.threads, _CALLS_PER_TURN)]
+    for width in config.bit_widths:
+        _check_product(gemvs[0], x, width)
+        turn = calls([functools.partial(gemv, x, bit_width=width, out=out) for gemv in gemvs], _CALLS_PER_TURN)
+        providers.append(Provider(_NATIVE, turn, weights[0].bytes_read(width), {"bit_width": width, **facts}))
+    return providers
+
+
+def _check_product(gemv: NativeGemv, x: Tensor, bit_width: int) -> None:
+    """Refuses to time a product whose first rows are wrong: a fast wrong product is not worth a number."""
+    weight, top = gemv.weight, slice(0, _CHECKED_ROWS)
+    part = NestedWeight(
+        weight.planes[:, top],
+        weight.scale[:, top],
+        weight.offset[:, top],
+        weight.bit_widths,
+        weight.group_size,
+        weight.num_inputs,
+    )
+    expected = bitplane_gemv(x, part, bit_width=bit_width)
+    error = float((gemv(x, bit_width=bit_width)[:, top] - expected).norm() / expected.norm())
+    limit = 0.03 if gemv.mode == "int8" else 1e-4  # int8 activations lose about 0.6%
+    if not error < limit:
+        raise BenchRefusedError(f"the product at {bit_width} bits is wrong by {error:.2g}, more than {limit:g}")
+
+
+def _torch_providers(config: GemvBench, x: Tensor) -> list[Provider]:
+    """The products of torch: dense float32 and bfloat16, and the two low-bit ones at their best setting (bfloat16)."""
+    num_outputs, num_inputs = config.shape
+    x_half = x.bfloat16()
+    dense = torch.randn(num_outputs, num_inputs)
+    pairs4 = torch.rand(num_inputs // 128, num_outputs, 2).bfloat16()
+    scale8 = torch.rand(num_outputs).bfloat16()
+    ops = torch.ops.aten
+    codes4 = torch.randint(0, 16, config.shape, dtype=torch.int32)
+    int4 = ops._convert_weight_to_int4pack_for_cpu(codes4, 1)
+    int8 = dense.mul(30).to(torch.int8)
+
+    def peer(name: str, bits: int, weight: Tensor, product: Callable[[Tensor], Tensor]) -> Provider:
+        ring = [functools.partial(product, copy) for copy in _ring(weight, config.ring_mb)]
+        return Provider(name, calls(ring, _CALLS_PER_TURN), weight.nbytes, {"bit_width": bits})
+
+    return [
+        peer("torch_fp32", 32, dense, lambda w: functional.linear(x, w)),
+        peer("torch_bf16", 16, dense.bfloat16(), lambda w: functional.linear(x_half, w)),
+        peer("aten_int8pack_bf16", 8, int8, lambda w: ops._weight_int8pack_mm(x_half, w, scale8)),
+        peer("aten_int4pack_g128_bf16", 4, int4, lambda w: ops._weight_int4pack_mm_for_cpu(x_half, w, 128, pairs4)),
+    ]

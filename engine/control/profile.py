@@ -1,0 +1,161 @@
+"""Profile of a model: what each unit's width costs in output KL and in time. The input of every static allocation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.decoding.decoder import DecoderModel
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import write_json
+from flexquant_rl.engine.linear import REFERENCE_WIDTH
+from flexquant_rl.engine.model import NestedCausalLM
+
+PROFILE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sensitivities and latencies of one model.
+
+    Attributes:
+        cost: Latency table.
+        sensitivity: `[U, W]` float32, mean output KL in nats with only that unit at that width and the rest at the
+            reference, keys and values included.
+        bit_widths: The W widths, ascending.
+        fingerprint: Of the model.
+        num_tokens: Tokens that the means are over.
+        reference: `unquantised`, or `8-bit` where no other copy exists.
+    """
+
+    cost: CostTable
+    sensitivity: Tensor
+    bit_widths: tuple[int, ...]
+    fingerprint: str
+    num_tokens: int
+    reference: str
+
+    def check(self, model: NestedCausalLM, num_threads: int | None = None) -> None:
+        """Raises InputError if the profile is of another model or not whole, or as `CostTable.check`."""
+        self.cost.check(model, num_threads)
+        wanted = (model.fingerprint, model.bit_widths, (model.num_units, len(model.bit_widths)))
+        for fingerprint, bit_widths, table in (
+            (self.fingerprint, self.bit_widths, self.sensitivity),
+            (self.cost.fingerprint, self.cost.bit_widths, self.cost.unit_ms),
+        ):
+            if (fingerprint, bit_widths, tuple(table.shape)) != wanted or not bool(table.isfinite().all()):
+                raise InputError(
+                    f"the profile's tables are not finite ones of {model.num_units} units at widths "
+                    f"{list(model.bit_widths)}, as model {model.fingerprint[:12]} has them; run `fq profile` again"
+                )
+
+    def save(self, path: Path) -> None:
+        """Writes JSON, atomically."""
+        write_json(
+            path,
+            {
+                "version": PROFILE_VERSION,
+                "cost": self.cost.to_dict(),
+                "sensitivity": self.sensitivity.tolist(),
+                "bit_widths": list(self.bit_widths),
+                "fingerprint": self.fingerprint,
+                "num_tokens": self.num_tokens,
+                "reference": self.reference,
+            },
+        )
+
+    @staticmethod
+    def load(path: Path) -> Profile:
+        """Reads JSON.
+
+        Raises:
+            InputError: If the file is missing, unreadable or of another version.
+        """
+        try:
+            data: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: no readable profile ({error}); run `fq profile`") from error
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != PROFILE_VERSION:
+            raise InputError(f"{path}: profile version {version}, this is {PROFILE_VERSION}; run `fq profile`")
+        try:
+            return Profile(
+                cost=CostTable.from_dict(data["cost"]),
+                sensitivity=torch.tensor(data["sensitivity"], dtype=torch.float32),
+                bit_widths=tuple(data["bit_widths"]),
+                fingerprint=data["fingerprint"],
+                num_tokens=data["num_tokens"],
+                reference=data["reference"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a whole profile ({error!r}); run `fq profile`") from error
+
+
+def reference_name(model: DecoderModel) -> str:
+    """The reference in words: `unquantised`, or `8-bit` where no other copy exists."""
+    return "unquantised" if model.has_reference else f"{max(model.bit_widths)}-bit"
+
+
+def reference_width(model: DecoderModel) -> int:
+    """The width that quality is compared against: 0 (unquantised) where kept, else the largest stored."""
+    return REFERENCE_WIDTH if model.has_reference else max(model.bit_widths)
+
+
+def output_kl_nats(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || quantised) of next-token distributions, `[..., vocab]` -> `[...]` nats, never negative."""
+    return kl_nats(reference_logits.log_softmax(-1), logits.log_softmax(-1))
+
+
+def kl_nats(reference_log_probs: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(reference || other) of `[..., vocab]` log-probabilities -> `[...]` nats, never negative."""
+    probability = reference_log_probs.exp()
+    terms = probability * (reference_log_probs - log_probs)
+    # A token that the reference rules out adds nothing, whatever its logits are (0 * inf is NaN).
+    return terms.where(probability > 0, 0.0).sum(-1).clamp_min(0)
+
+
+def profile_model(
+    model: NestedCausalLM,
+    windows: Tensor,
+    cost: CostTable,
+    *,
+    first: int = 1,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Profile:
+    """Measures the sensitivity of every unit at every width on text.
+
+    Args:
+        model: The model.
+        windows: `[n, T]` int64 token windows; text that no evaluation uses.
+        cost: Latency table to put beside the sensitivities.
+        first: Positions before this one are context only.
+        progress: Wraps the loop over units.
+    """
+    session = DecodeSession(model, num_rows=1, max_length=min(windows.shape[1], model.max_context))
+    base = torch.full((model.num_units,), reference_width(model))
+    reference_logits = session.score(windows, base, first=first)
+    sensitivity = torch.zeros(model.num_units, len(model.bit_widths))
+    for unit in progress(range(model.num_units)):
+        for column, bit_width in enumerate(model.bit_widths):
+            if bit_width == int(base[unit]):
+                continue
+            widths = base.clone()
+            widths[unit] = bit_width
+            logits = session.score(windows, widths, first=first)
+            sensitivity[unit, column] = output_kl_nats(reference_logits, logits).mean()
+    return Profile(
+        cost=cost,
+        sensitivity=sensitivity,
+        bit_widths=model.bit_widths,
+        fingerprint=model.fingerprint,
+        num_tokens=windows.shape[0] * (windows.shape[1] - first),
+        reference=reference_name(model),
+    )

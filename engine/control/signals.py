@@ -1,0 +1,279 @@
+"""What a policy sees: the one place where features are computed, for training and serving alike.
+
+All signals are known *before* the step whose widths they decide. They are scaled by fixed functions to be of order one
+and clipped to ±`SIGNAL_LIMIT`, so that a policy carries no running normaliser that could drift between training and
+serving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # a deployed policy imports this module, and must not pull in transformers with it
+    from flexquant_rl.engine.control.profile import Profile
+    from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
+
+SIGNAL_SCHEMA_VERSION = 1
+"""Raised with every change of a signal's meaning; policies of another version are refused."""
+
+SIGNAL_LIMIT = 10.0
+_EMA_DECAY = 0.9
+_RECENT_TOKENS = 16
+_KL_FLOOR_NATS = 1e-6
+_LOG_PROBABILITY_FLOOR = -110.0  # below it float32 probabilities are 0: a finite stand-in keeps 0 * -inf out of sums
+_PROJECTION_SEED = 20_250_612  # fixed: the projection is part of the schema
+_TOKENS_SINCE_PROBE_LIMIT = 256.0
+_ROW_SCALARS = ("entropy", "entropy_ema", "surprisal", "step_kl", "probe_kl", "since_probe", "position", "dial")
+
+
+@dataclass(frozen=True)
+class SignalSchema:
+    """Names and order of the signals of a model with `num_units` units.
+
+    Attributes:
+        num_units: U.
+        bit_widths: Stored widths, ascending (W of them).
+        num_embedding_dims: Size of the projection of the input token's embedding.
+    """
+
+    num_units: int
+    bit_widths: tuple[int, ...]
+    num_embedding_dims: int = 16
+
+    @property
+    def global_names(self) -> tuple[str, ...]:
+        """Signals of the token."""
+        return (
+            "token_entropy",  # nats / 4
+            "token_entropy_ema",  # nats / 4
+            "perplexity_entropy",  # log(1 + exp(ema)) / 4
+            "top1_probability",
+            "top_margin",  # top-1 minus top-2 probability
+            "surprisal",  # of the token about to be read, nats / 4
+            "step_kl",  # log10 of KL(last output || the one before)
+            "probe_kl",  # log10 of the output KL at the last probe
+            "tokens_since_probe",  # log scale, 1 at 256 or never
+            "mean_width_16",  # mean over the last 16 tokens / 8
+            "position",  # log(1 + tokens decoded) / 4
+            "dial",  # log10 of the KL weight
+            *(f"embedding_{index}" for index in range(self.num_embedding_dims)),
+        )
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Signals of each unit."""
+        return (
+            *(f"log_sensitivity_{b}" for b in self.bit_widths),
+            *(f"time_saved_{b}" for b in self.bit_widths),
+            "residual_update",
+            "crest",
+            "last_width",  # / 8
+            "depth",  # 0 first layer ... 1 head
+        )
+
+    @property
+    def num_global(self) -> int:
+        """G."""
+        return len(self.global_names)
+
+    @property
+    def num_per_unit(self) -> int:
+        """F."""
+        return len(self.unit_names)
+
+    @property
+    def dim(self) -> int:
+        """Length of the signal vector: G + U * F."""
+        return self.num_global + self.num_units * self.num_per_unit
+
+    def index(self, name: str) -> int:
+        """Position of a global signal in the vector."""
+        return self.global_names.index(name)
+
+    def index_in_unit(self, name: str) -> int:
+        """Position of a unit signal within a unit's block."""
+        return self.unit_names.index(name)
+
+    def split(self, signals: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, dim]` -> global `[B, G]` and per-unit `[B, U, F]`."""
+        per_unit = signals[:, self.num_global :].view(len(signals), self.num_units, self.num_per_unit)
+        return signals[:, : self.num_global], per_unit
+
+    def last_widths(self, signals: Tensor) -> Tensor:
+        """Widths of the previous step, `[B, U]` int64, as the signals carry them."""
+        _, per_unit = self.split(signals)
+        return (per_unit[..., self.index_in_unit("last_width")] * 8).round().long()
+
+    def is_first_step(self, signals: Tensor) -> Tensor:
+        """`[B]` bool: whether nothing has been decoded since the prompt."""
+        return signals[:, self.index("position")] == 0
+
+    def token_entropy_nats(self, signals: Tensor) -> Tensor:
+        """`[B]` entropy of the last output distribution."""
+        return signals[:, self.index("token_entropy")] * 4
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with the version."""
+        return {
+            "version": SIGNAL_SCHEMA_VERSION,
+            "num_units": self.num_units,
+            "bit_widths": list(self.bit_widths),
+            "num_embedding_dims": self.num_embedding_dims,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> SignalSchema:
+        """Reads the JSON form; the caller checks `version`."""
+        return SignalSchema(int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]))
+
+
+class SignalTracker:
+    """Follows R sequences and turns what the model put out into signals.
+
+    Args:
+        schema: Which signals.
+        profile: Sensitivities and latencies of the units.
+        embedding: `[vocab, d]` input embeddings.
+        depths: `[U]` relative depth of each unit, 0 to 1.
+        num_rows: R.
+    """
+
+    def __init__(
+        self, schema: SignalSchema, profile: Profile, embedding: Tensor, depths: Sequence[float], num_rows: int
+    ) -> None:
+        self.schema = schema
+        self._projected = project_embedding(embedding, schema.num_embedding_dims)
+        device = embedding.device
+        depth = torch.tensor(depths, dtype=torch.float32)[:, None]
+        self._static = unit_constants(profile, schema).to(device).expand(num_rows, -1, -1)
+        self._depth = depth.to(device).expand(num_rows, -1, -1)
+        self._rows: dict[str, Tensor] = {
+            "log_probs": torch.zeros(num_rows, len(embedding), device=device),
+            "embedding": torch.zeros(num_rows, schema.num_embedding_dims, device=device),
+            "recent_widths": torch.full((num_rows, _RECENT_TOKENS), float(max(schema.bit_widths)), device=device),
+            "last_widths": torch.full((num_rows, schema.num_units), float(max(schema.bit_widths)), device=device),
+            "residual_update": torch.zeros(num_rows, schema.num_units, device=device),
+            "crest": torch.zeros(num_rows, schema.num_units, device=device),
+            **{name: torch.zeros(num_rows, device=device) for name in _ROW_SCALARS},
+        }
+
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor) -> None:
+        """Starts rows after their prompts.
+
+        Args:
+            output: Of the prefill, `[R', ...]`.
+            next_token_ids: `[R']` int64, the token that the first step will read.
+            kl_weight: `[R']` the dial: weight of a nat of output KL in units of speedup.
+            rows: `[R']` int64.
+        """
+        state = self._rows
+        top = float(max(self.schema.bit_widths))
+        state["recent_widths"][rows] = top
+        state["last_widths"][rows] = top
+        for name in ("position", "step_kl"):
+            state[name][rows] = 0.0
+        state["probe_kl"][rows] = _KL_FLOOR_NATS
+        state["since_probe"][rows] = _TOKENS_SINCE_PROBE_LIMIT
+        state["dial"][rows] = kl_weight.to(state["dial"].device, torch.float32).log10()
+        self._observe(output, next_token_ids, rows, first=True)
+
+    def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, mean_width: Tensor) -> None:
+        """Moves every row on by one token.
+
+        Args:
+            output: Of the step, `[R, ...]`.
+            bit_widths: `[R, U]` int64 that the step ran at.
+            next_token_ids: `[R]` int64, the token that the next step will read.
+            mean_width: `[R]` parameter-weighted mean of `bit_widths`.
+        """
+        state = self._rows
+        state["recent_widths"] = torch.cat([state["recent_widths"][:, 1:], mean_width[:, None].float()], dim=1)
+        state["last_widths"] = bit_widths.to(state["last_widths"].device, torch.float32)
+        state["position"] += 1
+        state["since_probe"] += 1
+        self._observe(output, next_token_ids, torch.arange(len(bit_widths)), first=False)
+
+    def observe_probe(self, output_kl_nats: Tensor, rows: Tensor) -> None:
+        """Tells rows the output KL `[R']` that a probe has just measured."""
+        self._rows["probe_kl"][rows] = output_kl_nats.float().clamp_min(_KL_FLOOR_NATS)
+        self._rows["since_probe"][rows] = 0.0
+
+    def _observe(self, output: StepOutput, next_token_ids: Tensor, rows: Tensor, *, first: bool) -> None:
+        state = self._rows
+        log_probs = output.logits.float().log_softmax(-1).clamp_min(_LOG_PROBABILITY_FLOOR)
+        probs = log_probs.exp()
+        entropy = -(probs * log_probs).sum(-1)
+        if first:
+            state["entropy_ema"][rows] = entropy
+        else:
+            state["step_kl"][rows] = (probs * (log_probs - state["log_probs"][rows])).sum(-1).clamp_min(0)
+            state["entropy_ema"][rows] = _EMA_DECAY * state["entropy_ema"][rows] + (1 - _EMA_DECAY) * entropy
+        state["entropy"][rows] = entropy
+        state["log_probs"][rows] = log_probs
+        tokens = next_token_ids.to(log_probs.device)
+        state["surprisal"][rows] = -log_probs.gather(1, tokens[:, None])[:, 0]
+        state["embedding"][rows] = self._projected[tokens]
+        state["residual_update"][rows] = output.residual_update
+        state["crest"][rows] = output.crest
+
+    def signals(self) -> Tensor:
+        """The signal vectors, `[R, dim]` float32, within ±`SIGNAL_LIMIT`."""
+        state = self._rows
+        top2 = state["log_probs"].topk(2, dim=-1).values.exp()
+        columns = [
+            state["entropy"] / 4,
+            state["entropy_ema"] / 4,
+            torch.log1p(state["entropy_ema"].exp()) / 4,
+            top2[:, 0],
+            top2[:, 0] - top2[:, 1],
+            state["surprisal"] / 4,
+            state["step_kl"].clamp_min(_KL_FLOOR_NATS).log10() / 2,
+            state["probe_kl"].clamp_min(_KL_FLOOR_NATS).log10() / 2,
+            torch.log1p(state["since_probe"]).clamp_max(math.log1p(_TOKENS_SINCE_PROBE_LIMIT))
+            / math.log1p(_TOKENS_SINCE_PROBE_LIMIT),
+            state["recent_widths"].mean(-1) / 8,
+            torch.log1p(state["position"]) / 4,
+            state["dial"],
+        ]
+        per_unit = torch.cat(
+            [
+                self._static,
+                state["residual_update"].clamp_min(1e-6).log10()[..., None],
+                state["crest"].clamp_min(1e-6).log10()[..., None],
+                state["last_widths"][..., None] / 8,
+                self._depth,
+            ],
+            dim=-1,
+        )
+        vector = torch.cat([torch.stack(columns, dim=1), state["embedding"], per_unit.flatten(1)], dim=1)
+        return vector.clamp(-SIGNAL_LIMIT, SIGNAL_LIMIT)
+
+
+def unit_constants(profile: Profile, schema: SignalSchema) -> Tensor:
+    """Signals of the units that no step changes: log sensitivities and times saved, `[U, 2 W]` float32."""
+    sensitivity = profile.sensitivity.clamp_min(_KL_FLOOR_NATS).log10()
+    unit_ms = profile.cost.unit_ms
+    saved = (unit_ms[:, -1:] - unit_ms) / profile.cost.latency_ms(profile.cost.full_width())
+    # Time saved is a share of a step; times U makes it of order one for any depth.
+    return torch.cat([sensitivity / 2, saved * schema.num_units], dim=1).float()
+
+
+def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:
+    """Projects centred input embeddings by a fixed Gaussian matrix, `[vocab, num_dims]` float32 of unit variance."""
+    generator = torch.Generator().manual_seed(_PROJECTION_SEED)
+    matrix = torch.randn(embedding.shape[1], num_dims, generator=generator).to(embedding.device)
+    centred = embedding.float() - embedding.float().mean(0)
+    projected = centred @ matrix
+    return projected / projected.std(0).clamp_min(1e-12)
+
+
+def unit_depths(model: DecoderModel) -> list[float]:
+    """Relative depth of each unit: 0 at the first layer, 1 at the head."""
+    last = max(unit.layer_idx for unit in model.units) or 1
+    return [unit.layer_idx / last for unit in model.units]

@@ -1,0 +1,67 @@
+"""Which decoder runs a model, and on how many threads."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession, why_not_lean
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+
+DecoderName = Literal["auto", "lean", "hf"]
+
+
+def open_session(
+    model: NestedCausalLM,
+    *,
+    max_length: int | None = None,
+    decoder: DecoderName = "auto",
+    num_threads: int | None = None,
+) -> DecodeSession | LeanSession:
+    """Opens a session for one sequence: the lean decoder where it can run the model, else Hugging Face's modules.
+
+    Args:
+        model: The model.
+        max_length: Tokens that the sequence can hold; default: the model's context.
+        decoder: "lean" or "hf" insist on one of them.
+        num_threads: Threads of a step, 1 to the number of processors; default: as `default_decoder` says. With
+            Hugging Face's modules it is torch's number that is set, for the whole process.
+
+    Raises:
+        InputError: If `max_length` exceeds the context, "lean" was asked for and cannot run the model, or there are not
+            as many processors.
+    """
+    if num_threads is not None:
+        check_num_threads(num_threads)
+    if decoder == "lean" or (decoder == "auto" and default_decoder(model)[0] == "lean"):
+        return LeanSession(LeanDecoder(model, max_length=max_length, num_threads=num_threads or 1))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return DecodeSession(model, max_length=max_length)
+
+
+def default_decoder(model: NestedCausalLM, num_threads: int | None = None) -> tuple[Literal["lean", "hf"], int]:
+    """The decoder that `open_session` takes unless told otherwise, and the number of threads of its steps.
+
+    Args:
+        model: The model.
+        num_threads: As given to `open_session`; None is 1 for the lean decoder and torch's number for the other.
+    """
+    if why_not_lean(model) is None:
+        return "lean", num_threads or 1
+    return "hf", num_threads or torch.get_num_threads()
+
+
+def check_num_threads(num_threads: int) -> None:
+    """Raises InputError unless there is a processor for each thread; more would wait for each other."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if not 1 <= num_threads <= num_processors:
+        raise InputError(
+            f"threads={num_threads} must be within 1..{num_processors}, the processors of this machine; "
+            "give e.g. --threads 1"
+        )

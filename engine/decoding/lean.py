@@ -1,0 +1,228 @@
+"""The lean decoder: one native call per token for Llama, Mistral, Qwen2 and Qwen3 on the CPU.
+
+It reads the same stored weights as the Hugging Face model that it was made from, but none of that model's code runs at
+a step. In mode "float32" it gives that model's numbers to 1e-4; the default, "int8", rounds activations too.
+`DecodeSession` remains the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.decoding.decoder import (
+    ExtendOutput,
+    StepOutput,
+    check_bit_widths,
+    check_max_length,
+    check_room,
+    check_truncation,
+)
+from flexquant_rl.engine.decoding.llama_parts import decoder_weights, why_other_numbers
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.decoding.weight_block import gather_weights
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.kernels.native import MAX_TOKENS, Isa, Mode, choose_isa, load_library
+from flexquant_rl.kernels.native_decoder import LayerCache, NativeDecoder
+
+
+def why_not_lean(model: NestedCausalLM) -> str | None:
+    """Returns why a model cannot be decoded by `LeanDecoder`, in a few words, or None if it can.
+
+    Raises:
+        InputError: If `FQ_CPU_ISA` names a body that this machine cannot run.
+    """
+    reason = why_other_numbers(model.hf_model)
+    if reason is not None:
+        return reason
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}, the native kernels are for the CPU"
+    if load_library() is None:
+        return "the native kernels could not be built"
+    try:
+        choose_isa(None)
+    except ValueError as error:  # a body that this machine lacks was asked for by name
+        raise InputError(str(error)) from error
+    return None
+
+
+class LeanDecoder:
+    """A model described to the native kernels; sessions share it.
+
+    Args:
+        model: A Llama, Mistral, Qwen2 or Qwen3 model on the CPU.
+        max_length: Tokens that a sequence can hold; default: the model's context.
+        num_threads: Threads of a step at most. 1 is the fastest below about 100 million weights.
+        mode: "int8" (activations rounded to int8, one scale per 32 inputs) or "float32".
+        isa: Body of the kernels; default: `FQ_CPU_ISA`, else the fastest.
+
+    Raises:
+        InputError: If the model is of another kind, `max_length` exceeds its context, or there is no native library.
+    """
+
+    def __init__(
+        self,
+        model: NestedCausalLM,
+        *,
+        max_length: int | None = None,
+        num_threads: int = 1,
+        mode: Mode = "int8",
+        isa: Isa | None = None,
+    ) -> None:
+        reason = why_not_lean(model)
+        if reason is not None:
+            raise InputError(f"the lean decoder cannot run this model ({reason}); use decoder='hf'")
+        max_length = check_max_length(max_length, model)
+        gather_weights(model)
+        self.model = model
+        self.native = NativeDecoder(decoder_weights(model, max_length), num_threads=num_threads, mode=mode, isa=isa)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.native.max_length
+
+
+@dataclass
+class _Row:
+    """The state of one sequence."""
+
+    cache: LayerCache
+    length: int = 0
+
+
+class LeanSession:
+    """Decodes rows with a `LeanDecoder`, one after the other; implements `Decoder`.
+
+    Sessions of one decoder may run in several threads: a call waits for the one before it.
+
+    Args:
+        decoder: The model.
+        num_rows: R, sequences in the batch.
+    """
+
+    def __init__(self, decoder: LeanDecoder, *, num_rows: int = 1) -> None:
+        self._decoder = decoder
+        self._rows: list[_Row] | None = [_Row(decoder.native.new_cache()) for _ in range(num_rows)]
+
+    @property
+    def model(self) -> NestedCausalLM:
+        """The model behind the session."""
+        return self._decoder.model
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[R]` int64 tokens held per row."""
+        return torch.tensor([row.length for row in self._open()])
+
+    def prefill(
+        self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
+    ) -> StepOutput:
+        """See `Decoder.prefill`; a prompt is read 16 tokens at a time."""
+        if bit_widths is None:
+            bit_widths = torch.full((self.model.num_units,), max(self.model.bit_widths))
+        if prompt_ids.shape[1] == 0:
+            raise InputError("the prompt is empty; at least one token is needed")
+        chosen = self._choose(rows, len(prompt_ids))
+        check_room(prompt_ids.shape[1], 0, self._decoder.max_length)
+        check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
+        for row in chosen:
+            row.length = 0
+        try:
+            parts = zip(chosen, prompt_ids, strict=True)
+            return _stacked([self._read(row, ids, bit_widths.flatten(), 1) for row, ids in parts]).at(0)
+        except BaseException:
+            for row in chosen:
+                row.length = 0  # not half a prompt
+            raise
+
+    def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
+        """See `Decoder.extend`."""
+        num_rows, num_tokens = token_ids.shape
+        chosen = self._choose(rows, num_rows)
+        lengths = [row.length for row in chosen]
+        check_room(num_tokens, max(lengths), self._decoder.max_length)
+        if num_tokens == 0:
+            raise InputError("there is nothing to extend by; at least one token is needed")
+        widths = bit_widths.expand(num_rows, -1) if bit_widths.dim() == 1 else bit_widths
+        try:
+            return _stacked([self._read(*part, num_tokens) for part in zip(chosen, token_ids, widths, strict=True)])
+        except BaseException:
+            for row, length in zip(chosen, lengths, strict=True):
+                row.length = length
+            raise
+
+    def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
+        """See `Decoder.step`."""
+        return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """See `Decoder.truncate`."""
+        check_truncation(lengths, self.lengths)
+        for row, length in zip(self._open(), lengths.tolist(), strict=True):
+            row.length = length
+
+    def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
+        """Teacher-forced logits of whole sequences: `DecodeSession.score`, in parallel over dense matrices."""
+        scorer = DecodeSession(self.model, max_length=1)
+        return scorer.score(token_ids, bit_widths, first=first)
+
+    def fork(self) -> LeanSession:
+        """An independent copy of the session, keys and values included."""
+        twin = LeanSession(self._decoder, num_rows=0)
+        twin._rows = [_Row(row.cache.copy(row.length), row.length) for row in self._open()]
+        return twin
+
+    def close(self) -> None:
+        """Frees the cache; any later call raises. Closing twice is fine."""
+        self._rows = None
+
+    def _open(self) -> list[_Row]:
+        if self._rows is None:
+            raise RuntimeError("this LeanSession is closed")
+        return self._rows
+
+    def _choose(self, rows: Tensor | None, num_sequences: int) -> list[_Row]:
+        held = self._open()
+        chosen = held if rows is None else [held[index] for index in rows.tolist()]
+        if num_sequences != len(chosen):
+            raise ValueError(f"{num_sequences} sequences were given for {len(chosen)} rows; give one for each")
+        return chosen
+
+    def _read(self, row: _Row, token_ids: Tensor, bit_widths: Tensor, keep: int) -> ExtendOutput:
+        """Appends tokens `[T]` to a row at `[U]` widths; the output at the last `keep` of them, `[1, keep, ...]`."""
+        kept, first = [], len(token_ids) - keep
+        for chunk in token_ids.split(MAX_TOKENS):
+            first -= len(chunk)
+            # The call puts out one token's at least.
+            result = self._call(row, chunk, bit_widths, min(max(-first, 1), len(chunk)))
+            if first < 0:
+                kept.append(result)
+        parts = kept[0] if len(kept) == 1 else [torch.cat(part) for part in zip(*kept, strict=True)]
+        return ExtendOutput(*(part[None] for part in parts))
+
+    def _call(self, row: _Row, token_ids: Tensor, bit_widths: Tensor, num_logits: int) -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            result = self._decoder.native(row.cache, token_ids, row.length, bit_widths, num_logits=num_logits)
+        except ValueError:
+            # The native call refuses what is wrong without saying which: find out, at leisure.
+            check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
+            if not self.model.has_reference and bool((bit_widths == 0).any()):
+                raise InputError(
+                    "the unquantised weights were asked for (width 0), but this model holds nested weights only; "
+                    "compare against its largest width, or load the original model"
+                ) from None
+            raise
+        row.length += len(token_ids)
+        return result
+
+
+def _stacked(rows: list[ExtendOutput]) -> ExtendOutput:
+    """The outputs of single rows as those of one batch."""
+    if len(rows) == 1:
+        return rows[0]
+    columns = zip(*((row.logits, row.residual_update, row.crest) for row in rows), strict=True)
+    return ExtendOutput(*(torch.cat(column) for column in columns))

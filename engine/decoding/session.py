@@ -1,0 +1,182 @@
+"""The reference decoder: rows of tokens through Hugging Face's modules, for any architecture that can be nested."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.decoding.decoder import (
+    ExtendOutput,
+    StepOutput,
+    check_bit_widths,
+    check_max_length,
+    check_room,
+    check_truncation,
+)
+from flexquant_rl.engine.decoding.kv_cache import RowCache
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.linear import REFERENCE_WIDTH
+from flexquant_rl.engine.model import ForwardResult, NestedCausalLM
+
+_SCORE_TOKENS_PER_PASS = 8192
+"""Tokens per parallel pass: bounds the logits' memory (8,192 x 4,096 x 4 bytes = 128 MiB on the embedded model)."""
+_MIN_SHARED_TOKENS = 8
+"""A shorter prompt that all rows share is read sooner than its keys and values are copied to every row."""
+
+
+class DecodeSession:
+    """Decodes `num_rows` sequences with one model.
+
+    Args:
+        model: Nested weights.
+        num_rows: R, sequences in the batch.
+        max_length: Tokens a row can hold; default: the model's context.
+
+    Raises:
+        InputError: If `max_length` exceeds the context.
+    """
+
+    def __init__(self, model: NestedCausalLM, *, num_rows: int = 1, max_length: int | None = None) -> None:
+        max_length = check_max_length(max_length, model)
+        self._model = model
+        self._num_rows = num_rows
+        self._max_length = max_length
+        self._cache: RowCache | None = RowCache(model.num_layers, num_rows, max_length, model.device)
+
+    @property
+    def model(self) -> NestedCausalLM:
+        """The model behind the session."""
+        return self._model
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[R]` int64 tokens held per row."""
+        return self._open_cache().lengths
+
+    def prefill(
+        self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
+    ) -> StepOutput:
+        """See `Decoder.prefill`."""
+        if bit_widths is None:
+            bit_widths = torch.full((self._model.num_units,), max(self._model.bit_widths))
+        return self._run(prompt_ids, bit_widths, rows, keep=1, restart=True).at(-1)
+
+    def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
+        """See `Decoder.extend`; widths may differ from token to token too, `[R', M, U]`."""
+        return self._run(token_ids, bit_widths, rows, keep=token_ids.shape[1], restart=False)
+
+    def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
+        """See `Decoder.step`."""
+        return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """See `Decoder.truncate`."""
+        cache = self._open_cache()
+        check_truncation(lengths.cpu(), cache.lengths.cpu())
+        cache.lengths.copy_(lengths)  # what lies beyond is masked, and overwritten before it counts again
+
+    def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
+        """Teacher-forced logits of whole sequences, many tokens at a time; the session's own rows are untouched.
+
+        Every token writes its keys and values at its own widths, so this equals decoding step by step with widths that
+        are known in advance, up to float rounding. What comes before `first` is read once if it is the same in all
+        rows, tokens and widths.
+
+        Args:
+            token_ids: `[R', T]` int64.
+            bit_widths: None for the unquantised weights, or `[U]`, `[R', U]`, `[R', T, U]` int64.
+            first: Logits of earlier positions are left out.
+
+        Returns:
+            `[R', T - first, vocab]` float32; position t predicts token t + 1.
+
+        Raises:
+            InputError: If T exceeds the context, no position is left to score, or a width is not stored.
+        """
+        rows, length = token_ids.shape
+        if not 0 <= first < length <= self._model.max_context:
+            raise InputError(
+                f"{length} tokens, logits from position {first}: there must be a position to score and at most "
+                f"{self._model.max_context} tokens, the model's context; cut the text into shorter windows"
+            )
+        if bit_widths is None:
+            bit_widths = torch.full((self._model.num_units,), REFERENCE_WIDTH)
+        widths = self._expand(bit_widths, rows, length)
+        per_pass = max(1, _SCORE_TOKENS_PER_PASS // length)
+        token_ids = token_ids.to(self._model.device)
+        prompt = self._shared_prompt(token_ids, widths, first)
+        parts = [
+            self._score_rows(token_ids[i : i + per_pass], widths[i : i + per_pass], first, prompt)
+            for i in range(0, rows, per_pass)
+        ]
+        return torch.cat(parts)
+
+    def fork(self) -> DecodeSession:
+        """An independent copy of the session, keys and values included."""
+        twin = DecodeSession(self._model, num_rows=self._num_rows, max_length=self._max_length)
+        twin._cache = self._open_cache().copy()
+        return twin
+
+    def close(self) -> None:
+        """Frees the cache; any later call raises. Closing twice is fine."""
+        self._cache = None
+
+    def _shared_prompt(self, token_ids: Tensor, widths: Tensor, first: int) -> RowCache | None:
+        """Keys and values of the first tokens if all rows read the same there, as when choices of widths compete."""
+        tokens, read_at = token_ids[:, :first], widths[:, :first]
+        if len(tokens) == 1 or first < _MIN_SHARED_TOKENS:
+            return None
+        if bool((tokens != tokens[:1]).any()) or bool((read_at != read_at[:1]).any()):
+            return None
+        prompt = DecodeSession(self._model, max_length=token_ids.shape[1])
+        prompt._run(tokens[:1], read_at[:1], None, keep=1, restart=True)
+        return prompt._open_cache()
+
+    def _score_rows(self, token_ids: Tensor, widths: Tensor, first: int, prompt: RowCache | None) -> Tensor:
+        """Logits from position `first` on, `[R', T - first, vocab]`; with a prompt only what follows is read."""
+        keep = token_ids.shape[1] - first
+        if prompt is None:
+            return self._model.forward(token_ids, widths, keep=keep).logits
+        cache = prompt.copy(num_rows=len(token_ids))
+        positions, mask = cache.begin(keep, None, restart=False)
+        rest, read_at = token_ids[:, first:], widths[:, first:]
+        return self._model.forward(rest, read_at, keep=keep, cache=cache, positions=positions, mask=mask).logits
+
+    def _open_cache(self) -> RowCache:
+        if self._cache is None:
+            raise RuntimeError("this DecodeSession is closed")
+        return self._cache
+
+    def _run(
+        self, token_ids: Tensor, bit_widths: Tensor, rows: Tensor | None, *, keep: int, restart: bool
+    ) -> ExtendOutput:
+        cache = self._open_cache()
+        num_rows, length = token_ids.shape
+        expected_rows = self._num_rows if rows is None else len(rows)
+        if num_rows != expected_rows:
+            raise ValueError(f"{num_rows} sequences were given for {expected_rows} rows; give one for each")
+        if length == 0:
+            raise InputError("the prompt is empty; at least one token is needed")
+        device = self._model.device
+        rows = None if rows is None else rows.to(device)
+        lengths = cache.lengths if rows is None else cache.lengths[rows]
+        check_room(length, 0 if restart else int(lengths.max()), self._max_length)
+        widths = self._expand(bit_widths, num_rows, length)
+        positions, mask = cache.begin(length, rows, restart=restart)
+        result = self._model.forward(
+            token_ids.to(device), widths, keep=keep, cache=cache, positions=positions, mask=mask
+        )
+        cache.commit()
+        return self._per_unit(result)
+
+    def _per_unit(self, result: ForwardResult) -> ExtendOutput:
+        assert result.residual_update is not None and result.crest is not None
+        spread = self._model.per_unit
+        return ExtendOutput(result.logits, spread(result.residual_update), spread(result.crest))
+
+    def _expand(self, bit_widths: Tensor, rows: int, length: int) -> Tensor:
+        """Checks widths and broadcasts them to `[rows, length, U]`."""
+        check_bit_widths(bit_widths, self._model.bit_widths, self._model.num_units)
+        if bit_widths.ndim == 2:
+            bit_widths = bit_widths[:, None, :]
+        return bit_widths.expand(rows, length, self._model.num_units)

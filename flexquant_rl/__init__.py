@@ -1,0 +1,40 @@
+"""Precision controllers for LLM inference: train, judge and deploy them.
+
+One copy of a model's weights is stored as nested bitplanes. For every generated token a small policy chooses, layer by
+layer, how many bits of each weight are read. The folders of this package are `kernels`, `engine`, `fq_env` and
+`agents`; each imports only from those before it. What most programs need is named here and loaded when it is first
+used, so that `import flexquant_rl` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexquant_rl.engine.checkpoint import load_model
+    from flexquant_rl.engine.control.policy import load_policy
+    from flexquant_rl.engine.generate import generate
+    from flexquant_rl.engine.model import nest
+
+__version__ = "0.2.0"
+
+__all__ = ["__version__", "generate", "load_model", "load_policy", "nest"]
+
+_HOMES = {
+    "generate": "flexquant_rl.engine.generate",
+    "load_model": "flexquant_rl.engine.checkpoint",
+    "load_policy": "flexquant_rl.engine.control.policy",
+    "nest": "flexquant_rl.engine.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from the module that defines it (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

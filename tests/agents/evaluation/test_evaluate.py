@@ -1,0 +1,248 @@
+"""Evaluation: numbers against hand arithmetic and against the parallel pass, whatever ran before."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexquant_rl.agents.evaluation import evaluate
+from flexquant_rl.agents.evaluation.contest import policy_context
+from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, bootstrap_interval, measured_speedups, summarise
+from flexquant_rl.agents.policies.baselines import RandomWidths, entropy_threshold, make_policy
+from flexquant_rl.agents.runs.training import Prepared
+from flexquant_rl.engine.control.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.engine.control.profile import kl_nats
+from flexquant_rl.engine.decoding.session import DecodeSession
+
+TRACE_FIELDS = (
+    "bit_widths",
+    "output_kl_nats",
+    "token_nll_nats",
+    "top1_agreement",
+    "latency_ms",
+    "mean_bit_width",
+    "reward",
+)
+
+
+def hand_made_trace() -> Trace:
+    """Two sequences of two tokens on one unit."""
+    return Trace(
+        bit_widths=torch.tensor([[[4], [8]], [[4], [4]]]),
+        output_kl_nats=torch.tensor([[0.1, 0.0], [0.3, 0.2]]),
+        token_nll_nats=torch.tensor([[1.0, 2.0], [3.0, 2.0]]),
+        top1_agreement=torch.tensor([[True, True], [False, True]]),
+        latency_ms=torch.tensor([[1.0, 2.0], [1.0, 1.0]]),
+        mean_bit_width=torch.tensor([[4.0, 8.0], [4.0, 4.0]]),
+        full_latency_ms=2.0,
+        reward=torch.zeros(2, 2),
+    )
+
+
+def test_summary_by_hand() -> None:
+    row = summarise(
+        hand_made_trace(), policy="p", family="f", reference="8-bit", seed=3, kl_weight=2.0, speedup_measured=1.25
+    )
+    assert row.output_kl_nats == pytest.approx(0.15)
+    assert row.sequence_kl_nats == pytest.approx((0.05, 0.25))
+    assert row.output_kl_low == pytest.approx(0.05)  # of two sequences, resamples of one alone are the ends
+    assert row.output_kl_high == pytest.approx(0.25)
+    assert row.output_kl_p99_nats == pytest.approx(0.2 + 0.97 * 0.1)
+    assert row.perplexity == pytest.approx(math.exp(2.0))
+    assert row.top1_agreement == 0.75
+    assert row.mean_bit_width == 5.0
+    assert row.speedup_modelled == pytest.approx(2.0 / 1.25)  # total time over total time, not a mean of ratios
+    assert (row.speedup_measured, row.seed, row.kl_weight) == (1.25, 3, 2.0)
+    assert (row.policy, row.family, row.reference) == ("p", "f", "8-bit")
+    assert (row.num_sequences, row.num_tokens) == (2, 4)
+
+
+def evaluator_of(prepared: Prepared) -> Evaluator:
+    return Evaluator(prepared.model, prepared.profile, prepared.windows.test, prepared.env)
+
+
+def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None:
+    model, windows, first = tiny_prepared.model, tiny_prepared.windows.test, tiny_prepared.env.prompt_tokens
+    allocation = torch.tensor([4, 3, 6])
+    dials = torch.linspace(2, 9, len(windows))
+    trace = evaluator_of(tiny_prepared).run(StaticAllocation("static", allocation), dials)
+    per_token = torch.full((*windows[:, :-1].shape, 3), 8)
+    per_token[:, first:] = allocation
+    session = DecodeSession(model)
+    log_probs = session.score(windows[:, :-1], per_token, first=first).log_softmax(-1)
+    reference = session.score(windows[:, :-1], first=first).log_softmax(-1)
+    kl = kl_nats(reference, log_probs)
+    assert float(kl.mean()) > 1e-3
+    torch.testing.assert_close(trace.output_kl_nats, kl, atol=2e-5, rtol=1e-3)
+    nll = -log_probs.gather(-1, windows[:, first + 1 :, None])[..., 0]
+    torch.testing.assert_close(trace.token_nll_nats, nll, atol=2e-4, rtol=1e-4)
+    assert torch.equal(trace.top1_agreement, reference.argmax(-1) == log_probs.argmax(-1))
+    assert torch.equal(trace.bit_widths, allocation.expand(len(windows), 12, 3))
+    cost = tiny_prepared.profile.cost
+    assert trace.speedup == pytest.approx(float(cost.speedup(allocation)))
+    torch.testing.assert_close(
+        trace.reward, (trace.speedup - 1 - dials[:, None] * trace.output_kl_nats), atol=1e-5, rtol=1e-5
+    )
+    row = summarise(trace, policy="static", family="static", reference="unquantised")
+    assert row.perplexity == pytest.approx(float(nll.double().mean().exp()), rel=1e-4)
+    assert row.mean_bit_width == pytest.approx(float(model.mean_bit_width(allocation)))
+
+
+def policies(prepared: Prepared) -> dict[str, Callable[[], BitWidthPolicy]]:
+    context = policy_context(prepared)
+    return {
+        "fixed:4": lambda: make_policy("fixed:4", context),
+        "random": lambda: RandomWidths(prepared.profile, 4.5, seed=2),
+        "entropy": lambda: entropy_threshold(context, 1.5, one_way=True),
+        "fixed:8": lambda: make_policy("fixed:8", context),
+    }
+
+
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 2, 1, 0]])
+def test_the_order_of_policies_changes_nothing(tiny_prepared: Prepared, order: list[int]) -> None:
+    makers = policies(tiny_prepared)
+    shared = evaluator_of(tiny_prepared)
+    traces = {list(makers)[index]: shared.run(list(makers.values())[index]()) for index in order}
+    for name, make in makers.items():
+        alone = evaluator_of(tiny_prepared).run(make())
+        for field in TRACE_FIELDS:
+            assert torch.equal(getattr(traces[name], field), getattr(alone, field)), (name, field)
+    again = shared.run(makers["random"]())
+    assert torch.equal(again.output_kl_nats, traces["random"].output_kl_nats)
+
+
+def test_policies_see_their_dial(tiny_prepared: Prepared) -> None:
+    seen: list[Tensor] = []
+
+    class Spy:
+        name = "spy"
+
+        def __call__(self, signals: Tensor) -> Tensor:
+            seen.append(signals.clone())
+            return torch.full((len(signals), 3), 8)
+
+    dials = torch.linspace(1, 80, len(tiny_prepared.windows.test))
+    evaluator = evaluator_of(tiny_prepared)
+    evaluator.run(Spy(), dials)
+    evaluator.run(Spy(), 30.0)
+    column = policy_context(tiny_prepared).schema.index("dial")
+    assert len(seen) == 2 * tiny_prepared.env.max_new_tokens
+    for signals in seen[:12]:
+        torch.testing.assert_close(signals[:, column], dials.log10())
+    for signals in seen[12:]:
+        torch.testing.assert_close(signals[:, column], torch.full((8,), 30.0).log10())
+
+
+def test_wider_is_better_and_slower(tiny_prepared: Prepared) -> None:
+    evaluator = evaluator_of(tiny_prepared)
+    traces = [evaluator.run(make_policy(f"fixed:{b}", policy_context(tiny_prepared))) for b in (3, 4, 5, 6, 8)]
+    kls = [float(trace.output_kl_nats.mean()) for trace in traces]
+    speeds = [trace.speedup for trace in traces]
+    assert kls == sorted(kls, reverse=True)
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[-1] == pytest.approx(1.0)
+    evaluator.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        evaluator.run(make_policy("fixed:8", policy_context(tiny_prepared)))
+
+
+def test_bootstrap_covers_a_known_mean() -> None:
+    """The nominal 95% on skewed data of 40 sequences: exponential, mean 1."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    widths = []
+    for _ in range(200):
+        values = torch.empty(40, dtype=torch.float64).exponential_(generator=generator)
+        low, high = bootstrap_interval(values)
+        covered += low <= 1 <= high
+        widths.append(high - low)
+    assert 0.88 <= covered / 200 <= 0.98
+    assert sum(widths) / 200 == pytest.approx(2 * 1.96 / math.sqrt(40), rel=0.1)
+    assert bootstrap_interval(torch.full((5,), 0.3, dtype=torch.float64)) == pytest.approx((0.3, 0.3))
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+class FakeClock:
+    """Steps take as many milliseconds as `step_ms` says of their mean width and round; a thousand at some tokens."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        turns: int,
+        tokens: int,
+        slow: tuple[int, ...] = (),
+        step_ms: Callable[[float, int], float] = lambda width, _: width,
+    ) -> None:
+        self.widths: list[float] = []
+        self._turns, self._tokens, self._slow, self._step_ms = turns, tokens, slow, step_ms
+        monkeypatch.setattr(evaluate, "clock_ms", self)
+
+    def __call__(self, run: partial[None], device: torch.device) -> float:
+        run()
+        turn, token = divmod(len(self.widths), self._tokens)
+        self.widths.append(float(run.args[1].bit_widths().double().mean()))
+        return 1000.0 if token in self._slow else self._step_ms(self.widths[-1], turn // self._turns)
+
+
+def test_measured_speedups_are_ratios_within_a_round(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tiny_prepared.env.max_new_tokens
+    slow = (0, 1, 2, 3, 8)  # warm-up, and one that stalls
+
+    def step_ms(width: float, round_idx: int) -> float:
+        """The machine becomes slower from round to round, for 4 bits otherwise than for the rest."""
+        return (4.0, 4.0, 24.0)[round_idx] if width == 4 else width * (1 + round_idx)
+
+    clock = FakeClock(monkeypatch, turns=4, tokens=tokens, slow=slow, step_ms=step_ms)
+    context = policy_context(tiny_prepared)
+    entries: list[tuple[BitWidthPolicy, float]] = [(make_policy(f"fixed:{b}", context), 1.0) for b in (4, 8, 5)]
+    window = tiny_prepared.windows.test[0]
+    speedups = measured_speedups(
+        tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, entries, rounds=3
+    )
+    # 4 bits: the median of 8/4, 16/4 and 24/24; the medians 16 and 4 would say 4.
+    assert speedups == pytest.approx([2.0, 1.0, 1.6])
+    turns = torch.tensor(clock.widths).view(3, 4, tokens)
+    assert torch.equal(turns, turns[..., :1].expand_as(turns))  # a window at a time
+    assert torch.equal(turns[..., 0].sort(1).values, torch.tensor([4.0, 5, 8, 8]).expand(3, 4))
+    assert not torch.equal(turns[0], turns[1])
+
+
+def test_timing_of_slow_models_is_cut_short(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = replace(tiny_prepared.env, max_new_tokens=2)
+    window = tiny_prepared.windows.test[0, : env.window_tokens]
+    entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+    for seconds_per_look, rounds in ((0.0, 9), (11.0, 5)):
+        clock = FakeClock(monkeypatch, turns=2, tokens=2)
+        looks = itertools.count(0.0, seconds_per_look)
+        monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=looks.__next__))
+        measured_speedups(tiny_prepared.model, tiny_prepared.profile, window, env, [entry], rounds=9)
+        assert len(clock.widths) == rounds * 2 * 2
+
+
+def test_timing_needs_no_long_window(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps as the warm-up takes, or fewer: some are left to count."""
+    for steps in (1, 3, 4):
+        FakeClock(monkeypatch, turns=2, tokens=steps)
+        env = replace(tiny_prepared.env, max_new_tokens=steps)
+        entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+        window = tiny_prepared.windows.test[0, : env.window_tokens]
+        speedups = measured_speedups(tiny_prepared.model, tiny_prepared.profile, window, env, [entry], rounds=1)
+        assert speedups == pytest.approx([2.0])
+
+
+def test_measured_by_the_real_clock(tiny_prepared: Prepared) -> None:
+    entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+    window = tiny_prepared.windows.test[0]
+    (speedup,) = measured_speedups(
+        tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, [entry], rounds=1
+    )
+    assert 0 < speedup < math.inf

@@ -1,0 +1,180 @@
+"""The phases of a run: what they leave behind, and what a resume makes of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexquant_rl.agents.runs import training
+from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback
+from flexquant_rl.agents.runs.run import check_config
+from flexquant_rl.agents.runs.training import Prepared, TrainConfig, Validation, prepare, train_seed, with_dial_table
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.fq_env.task import EnvConfig
+
+CONFIG = TrainConfig(
+    env_steps=96, validation_sequences=4, ppo=PPOConfig(num_envs=4, batch_size=24, num_epochs=1, learning_rate=3e-3)
+)  # 4 rows of 12 tokens: two rollouts
+
+
+@pytest.fixture(autouse=True)
+def quick_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How well it clones is tested elsewhere."""
+    monkeypatch.setattr(training, "clone", partial(training.clone, num_steps=20))
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(f"paragraph {number}: " + f"{number * 7919} " * 80 for number in range(120)))
+    return str(path)
+
+
+def prepare_tiny(model: Path, text: str, run_dir: Path | None = None, **env: float) -> Prepared:
+    config = TrainConfig(
+        model=str(model),
+        text=(text,),
+        quantization=QuantizationConfig(group_size=32),
+        env=EnvConfig(prompt_tokens=4, max_new_tokens=8, **env),  # type: ignore[arg-type]
+    )
+    return prepare(config, run_dir)
+
+
+def test_a_resume_reads_profile_and_front(
+    tiny_model_dir: Path, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_tiny(tiny_model_dir, text_file, tmp_path)
+    for name in ("profile_model", "static_front"):
+        monkeypatch.setattr(training, name, lambda *_, **__: pytest.fail("done already"))
+    again = prepare_tiny(tiny_model_dir, text_file, tmp_path)
+    assert torch.equal(first.profile.sensitivity, again.profile.sensitivity)
+    for name, tensor in vars(first.front).items():
+        assert torch.equal(tensor, getattr(again.front, name)), name
+    assert again.env == first.env
+    assert 0 < first.env.kl_weight_min < first.env.kl_weight_max
+
+
+def test_a_flipped_front_is_refused(tiny_model_dir: Path, text_file: str, tmp_path: Path) -> None:
+    prepare_tiny(tiny_model_dir, text_file, tmp_path)
+    path = tmp_path / "static_front.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="static_front.safetensors: damaged, sha256 .*; delete it to have it computed"):
+        prepare_tiny(tiny_model_dir, text_file, tmp_path)
+
+
+def test_a_fixed_dial_is_the_whole_range(tiny_model_dir: Path, text_file: str) -> None:
+    """Cloning draws dials from the range: it must be taught the one that will be used."""
+    prepared = prepare_tiny(tiny_model_dir, text_file, kl_weight=777.0)
+    assert (prepared.env.kl_weight_min, prepared.env.kl_weight_max) == (777.0, 777.0)
+    assert prepared.dials(5).tolist() == [777.0]
+
+
+def test_dials_are_spread_over_the_range(tiny_prepared: Prepared) -> None:
+    dials = tiny_prepared.dials(4)
+    assert dials[[0, -1]].tolist() == pytest.approx([tiny_prepared.env.kl_weight_min, tiny_prepared.env.kl_weight_max])
+    torch.testing.assert_close(dials.log().diff(), dials.log().diff()[:1].expand(3))
+
+
+def test_static_scores_zero_on_validation(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The score is reward over the static allocation's, so that allocation itself has none."""
+    validation = Validation(tiny_prepared, 8)
+    net = PrecisionNet(training.policy_card(tiny_prepared).schema)
+    allocation = tiny_prepared.front.allocate(validation._dials)
+    monkeypatch.setattr(LearnedPolicy, "__call__", lambda self, signals: allocation)
+    assert validation(net) == 0
+    monkeypatch.setattr(LearnedPolicy, "__call__", lambda self, signals: torch.full_like(allocation, 3))
+    assert validation(net) < 0
+
+
+def assert_equal_policies(a: LearnedPolicy, b: LearnedPolicy) -> None:
+    for name, tensor in a.net.state_dict().items():
+        assert torch.equal(tensor, b.net.state_dict()[name]), name
+
+
+def test_a_seed_is_trained_once(tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = train_seed(CONFIG, tiny_prepared, 1, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "policy", "tensorboard"]
+    assert result.best_score >= result.cloned_score
+    assert (result.env_steps_per_s or 0) > 0
+    saved = load_policy(tmp_path / "policy", model_fingerprint=tiny_prepared.model.fingerprint)
+    assert_equal_policies(saved, result.policy)
+    assert saved.card.config["seeds"] == CONFIG.seeds
+    monkeypatch.setattr(training, "build_ppo", lambda *_, **__: pytest.fail("trained already"))
+    again = train_seed(CONFIG, tiny_prepared, 1, tmp_path)
+    assert_equal_policies(again.policy, result.policy)
+    assert (again.best_score, again.cloned_score) == (result.best_score, result.cloned_score)
+    assert again.env_steps_per_s == result.env_steps_per_s
+
+
+def test_an_unproven_policy_does_not_count(
+    tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parity fails, or the process dies before it is checked: a resume does not take what lies there."""
+    expected = train_seed(CONFIG, tiny_prepared, 1, tmp_path / "whole")
+    check_parity = training.check_parity
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("1 of 3000 widths differ")
+
+    monkeypatch.setattr(training, "check_parity", fail)
+    with pytest.raises(RuntimeError, match="widths differ"):
+        train_seed(CONFIG, tiny_prepared, 1, tmp_path / "failed")
+    assert not (tmp_path / "failed" / "policy").exists()
+    monkeypatch.setattr(training, "check_parity", check_parity)
+    result = train_seed(CONFIG, tiny_prepared, 1, tmp_path / "failed")
+    assert (tmp_path / "failed" / "policy" / "policy.json").is_file()
+    assert_equal_policies(result.policy, expected.policy)
+
+
+@pytest.mark.parametrize("stop_at", [12, 60])
+def test_a_seed_resumes_to_the_same_policy(
+    tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    """On a real model: interrupted in the first or second rollout, then continued."""
+    expected = train_seed(CONFIG, tiny_prepared, 1, tmp_path / "whole")
+    on_step = TrainingCallback._on_step
+
+    def interrupt(callback: TrainingCallback) -> bool:
+        if callback.num_timesteps == stop_at:
+            raise KeyboardInterrupt
+        return on_step(callback)
+
+    monkeypatch.setattr(TrainingCallback, "_on_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_seed(CONFIG, tiny_prepared, 1, tmp_path / "resumed")
+    monkeypatch.setattr(TrainingCallback, "_on_step", on_step)
+    torch.manual_seed(77)
+    monkeypatch.setattr(training, "clone", lambda *_, **__: pytest.fail("cloned already"))
+    result = train_seed(CONFIG, tiny_prepared, 1, tmp_path / "resumed")
+    assert_equal_policies(result.policy, expected.policy)
+    assert (result.best_score, result.cloned_score) == (expected.best_score, expected.cloned_score)
+    whole, resumed = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_dial_table(tiny_prepared: Prepared) -> None:
+    card = training.policy_card(tiny_prepared)
+    torch.manual_seed(0)
+    policy = with_dial_table(LearnedPolicy(PrecisionNet(card.schema), card), tiny_prepared, 4, 3)
+    assert [point.kl_weight for point in policy.card.dial] == pytest.approx(tiny_prepared.dials(3).tolist())
+    for point in policy.card.dial:
+        assert point.speedup_modelled >= 1
+        assert point.output_kl_nats >= 0
+        assert 3 <= point.mean_bit_width <= 8
+    assert policy.kl_weight_for_speed(max(point.speedup_modelled for point in policy.card.dial)) > 0
+    with pytest.raises(InputError, match="speed 99"):
+        policy.kl_weight_for_speed(99.0)
+
+
+@pytest.mark.parametrize("masks", [-1, 1])
+def test_an_oracle_needs_pairs_of_masks(masks: int) -> None:
+    with pytest.raises(InputError, match=f"oracle_masks={masks} must be at least 2"):
+        check_config(TrainConfig(oracle_masks=masks))
+    check_config(TrainConfig(oracle_masks=0))

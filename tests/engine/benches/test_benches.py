@@ -1,0 +1,251 @@
+"""The benchmark harness counts what it says it counts; every benchmark runs on a tiny size. No time is asserted."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flexquant_rl.engine.benches import gemv as bench_gemv
+from flexquant_rl.engine.benches import harness as bench
+from flexquant_rl.engine.benches import llama_cpp as bench_llama_cpp
+from flexquant_rl.engine.benches.decode import DecodeBench, bench_decode, random_llama
+from flexquant_rl.engine.benches.gemv import GemvBench
+from flexquant_rl.engine.benches.harness import (
+    READ,
+    BenchRefusedError,
+    Clock,
+    Provider,
+    add_ratios,
+    calls,
+    interleave,
+    machine_facts,
+    rows,
+    run_tests,
+    table,
+)
+from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
+from flexquant_rl.engine.benches.policy import PolicyBench, bench_policy
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels.native import supported_isas
+
+needs_library = pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
+TINY_LLAMA = DecodeBench(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    ffn_size=96,
+    vocab=50,
+    prompt_tokens=5,
+    new_tokens=4,
+    bit_widths=(4,),
+    rounds=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Benchmarks set the number of torch's threads; the tests run with one anyway."""
+    torch.set_num_threads(1)
+
+
+class TestHarness:
+    def test_rounds_are_interleaved_and_the_first_does_not_count(self) -> None:
+        order: list[str] = []
+
+        def provider(name: str) -> Provider:
+            def turn(clock: Clock) -> list[float]:
+                order.append(name)
+                return [clock()]
+
+            return Provider(name, turn)
+
+        providers = [provider(name) for name in "ABC"]
+        ticks = itertools.count()
+        interleave(providers, 3, lambda: float(next(ticks)))
+        assert "".join(order) == "ABC" + "ABC" + "CBA" + "ABC"
+        assert [item.times_s for item in providers] == [[3, 8, 9], [4, 7, 10], [5, 6, 11]]
+
+    def test_calls_walk_the_ring_on_and_on(self) -> None:
+        seen: list[int] = []
+        turn = calls([lambda i=i: seen.append(i) for i in range(3)], per_turn=2)
+        ticks = itertools.count()
+        assert list(turn(lambda: float(next(ticks)))) == [1, 1]
+        list(turn(lambda: 0.0))
+        assert seen == [0, 1, 2, 0]
+
+    def test_rows_by_hand(self) -> None:
+        read = Provider(READ, lambda clock: [], 2000, times_s=[1e-6])
+        ours = Provider("ours", lambda clock: [], 1000, {"bit_width": 4}, times_s=[1e-6, 2e-6, 3e-6, 4e-6, 5e-6])
+        peer = Provider("peer", lambda clock: [], None, times_s=[6e-6])
+        found = rows([read, ours, peer], {"op": "x"})
+        add_ratios(found, "ours", ["peer"])
+        assert found[1] == {
+            **{"provider": "ours", "bit_width": 4, "op": "x", "num_samples": 5, "bytes": 1000},
+            **{"p25_us": 1.5, "p50_us": 3.0, "p75_us": 4.5, "gb_per_s": 0.33, "share_of_read": 0.167},
+            "times_faster_than": {"peer": 2.0},
+        }
+        assert found[0]["share_of_read"] == 1.0
+        assert found[2] == {
+            **{"provider": "peer", "p25_us": 6.0, "p50_us": 6.0, "p75_us": 6.0, "num_samples": 1, "op": "x"}
+        }
+
+    def test_table_shows_what_there_is(self) -> None:
+        found = [{"provider": "a", "p50_us": 1.5}, {"provider": "longer", "p50_us": 10.0, "bit_width": 4}]
+        assert table(found).splitlines() == [
+            "provider  bit_width  p50_us",
+            "a                       1.5",
+            "longer            4    10.0",
+        ]
+
+    def test_facts_of_a_checkout_and_of_an_installation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert machine_facts()["cpu"]
+        monkeypatch.setattr(bench, "_ROOT", tmp_path)
+        facts = machine_facts()
+        assert facts["commit"] is None
+        assert facts["dirty"] is None
+
+
+class TestGate:
+    @pytest.fixture
+    def checkout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A checkout with one test that passes and one that fails."""
+        monkeypatch.setattr(bench, "_ROOT", tmp_path)
+        (tmp_path / "tests").mkdir()
+        (tmp_path / "tests" / "test_green.py").write_text("def test(): pass\n")
+        (tmp_path / "tests" / "test_red.py").write_text("def test(): assert False\n")
+        return tmp_path
+
+    @pytest.mark.usefixtures("checkout")
+    def test_green(self) -> None:
+        lines: list[str] = []
+        assert run_tests(["tests/test_green.py"], lines.append) == "passed"
+        assert lines == ["testing first: tests/test_green.py"]
+
+    @pytest.mark.usefixtures("checkout")
+    @pytest.mark.parametrize("name", ["tests/test_red.py", "tests/test_missing.py"])
+    def test_red_and_missing_refuse(self, name: str) -> None:
+        with pytest.raises(BenchRefusedError, match=f"python -m pytest tests/test_green.py {name}"):
+            run_tests(["tests/test_green.py", name], lambda line: None)
+
+    def test_outside_a_checkout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bench, "_ROOT", tmp_path)
+        lines: list[str] = []
+        assert run_tests(["tests/test_green.py"], lines.append) == "not run"
+        assert len(lines) == 1
+        assert '"tests": "not run"' in lines[0]
+
+    @pytest.mark.parametrize("config", [GemvBench, DecodeBench, PolicyBench], ids=lambda config: config.name)
+    def test_test_files_exist(self, config: type[bench.BenchConfig], repo_root: Path) -> None:
+        assert config.tests
+        assert all((repo_root / name).is_file() for name in config.tests)
+
+
+@needs_library
+class TestGemv:
+    CONFIG = GemvBench(shape=(128, 128), bit_widths=(3, 8), ring_mb=1, rounds=1)
+
+    def test_rows(self) -> None:
+        found = bench_gemv.bench_gemv(self.CONFIG)
+        peers = {"torch_fp32", "torch_bf16", "aten_int8pack_bf16", "aten_int4pack_g128_bf16"}
+        assert {row["provider"] for row in found} == {READ, "native", *peers}
+        ours = [row for row in found if row["provider"] == "native"]
+        assert [row["bit_width"] for row in ours] == [3, 8]
+        assert [row["bytes"] for row in ours] == [128 * 128 * b // 8 + 128 * 4 for b in (3, 8)]
+        assert all(row["times_faster_than"].keys() == peers for row in ours)
+        assert all(row["shape"] == [1, 128, 128] and row["clock"] == "thread_cpu" for row in found)
+
+    def test_a_wrong_product_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = bench_gemv.bitplane_gemv
+        monkeypatch.setattr(bench_gemv, "bitplane_gemv", lambda *args, **kwargs: 1.05 * right(*args, **kwargs))
+        with pytest.raises(BenchRefusedError, match="at 3 bits is wrong"):
+            bench_gemv.bench_gemv(self.CONFIG)
+
+
+def test_policy_rows() -> None:
+    found = bench_policy(PolicyBench(units=3, vocab=11, rounds=1))
+    served = ["native_policy", "native_signals_and_policy"] if supported_isas() else []
+    assert [row["provider"] for row in found] == [*served, "policy", "signals", "signals_and_policy"]
+    assert all(row["p50_us"] > 0 and row["units"] == 3 and "bytes" not in row for row in found)
+
+
+@needs_library
+def test_decode_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexquant_rl.engine.benches.decode.has_llama_cpp", lambda: False)
+    lines: list[str] = []
+    found = {row["provider"]: row for row in bench_decode(TINY_LLAMA, progress=lines.append)}
+    assert found.keys() == {READ, "lean", "hf_generate_fp32", "hf_generate_bf16"}
+    assert found["lean"]["num_samples"] == 4
+    assert found["hf_generate_fp32"]["num_samples"] == 3, "the first token comes from the prompt's pass"
+    num_weights = 2 * (4 * 64 * 64 + 3 * 64 * 96) + 50 * 64
+    assert found["hf_generate_fp32"]["bytes"] == 2 * found["hf_generate_bf16"]["bytes"] == 4 * num_weights
+    assert any("flexquant-rl[bench]" in line for line in lines)
+
+
+@needs_library
+def test_decode_rows_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexquant_rl.engine.benches.decode.has_llama_cpp", lambda: False)
+    found = bench_decode(replace(TINY_LLAMA, threads=(1, 2)))
+    providers = (READ, "lean", "hf_generate_fp32", "hf_generate_bf16")
+    assert [(row["num_threads"], row["provider"]) for row in found] == [(n, name) for n in (1, 2) for name in providers]
+    assert {row["clock"] for row in found} == {"wall"}, "one clock for all, and a thread's own leaves out the others"
+    for row in found[1::4]:
+        own = {peer["provider"]: peer["p50_us"] for peer in found if peer["num_threads"] == row["num_threads"]}
+        ratios = {name: round(own[name] / row["p50_us"], 2) for name in providers[2:]}
+        assert row["times_faster_than"] == ratios, "against peers with as many threads"
+    assert bench.table(found).splitlines()[0].split()[:2] == ["provider", "num_threads"]
+    assert "num_threads" not in bench.table(found[:4])
+
+
+@pytest.mark.parametrize(
+    ("threads", "message"),
+    [((), "one or more different numbers"), ((1, 1), "one or more different numbers"), ((1, 0), "threads=0 must be")],
+    ids=str,
+)
+def test_decode_threads_that_make_no_rows(threads: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError, match=f"{message}.*--threads 1"):
+        replace(TINY_LLAMA, threads=threads).validate()
+
+
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python and gguf are not installed")
+class TestLlamaCpp:
+    def relative_error(self, tmp_path: Path, gguf_type: bench_llama_cpp.GgufType) -> float:
+        """Of the logits after a prompt read as a whole and then token by token, against Hugging Face."""
+        torch.manual_seed(0)
+        hf_model = random_llama(TINY_LLAMA)
+        for name, parameter in hf_model.named_parameters():
+            if "_proj" in name:
+                parameter.mul_(8)  # sharp attention: a rotation of the wrong rows shows
+        token_ids = torch.randint(TINY_LLAMA.vocab, (1, 9))
+        expected = hf_model(token_ids).logits[0, -1].numpy()
+        path = tmp_path / "model.gguf"
+        write_gguf(hf_model, path, gguf_type)
+        session = LlamaCppSession(path, max_length=16, num_threads=1)
+        session.prefill([1, 2, 3])  # forgotten by the next prompt
+        logits = session.prefill(token_ids[0, :5].tolist())
+        for token_id in token_ids[0, 5:].tolist():
+            logits = session.step(token_id)
+        error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+        session.close()
+        session.close()
+        return error
+
+    def test_same_model_as_hugging_face(self, tmp_path: Path) -> None:
+        errors = {gguf_type: self.relative_error(tmp_path, gguf_type) for gguf_type in GGUF_BITS}
+        assert errors["Q8_0"] < 0.05
+        assert errors["Q8_0"] < errors["Q4_0"] < 0.6
+
+    def test_rows_of_a_head_are_permuted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bench_llama_cpp, "_interleave_halves", lambda weight, num_heads: weight)
+        assert self.relative_error(tmp_path, "Q8_0") > 0.1
+
+    @needs_library
+    def test_decode_rows(self) -> None:
+        found = {row["provider"]: row for row in bench_decode(TINY_LLAMA)}
+        assert found["llama_cpp_q4_0"]["num_samples"] == 4
+        assert found["llama_cpp_q8_0"]["bytes"] > found["llama_cpp_q4_0"]["bytes"]
+        assert found["lean"]["times_faster_than"].keys() >= {"llama_cpp_q4_0", "llama_cpp_q8_0"}

@@ -1,0 +1,152 @@
+"""Controllers: the native one is the torch one, faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.control.controller import (
+    Controller,
+    NativeController,
+    StaticController,
+    TorchController,
+    make_controller,
+)
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.decoder import StepOutput
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.kernels.native import supported_isas
+
+needs_library = pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
+
+
+@pytest.fixture
+def profile(nested_model: NestedCausalLM, generator: torch.Generator) -> Profile:
+    sensitivity = torch.rand(nested_model.num_units, 5, generator=generator)
+    cost = roofline_cost(nested_model)
+    return Profile(cost, sensitivity, nested_model.bit_widths, nested_model.fingerprint, 10, "unquantised")
+
+
+@pytest.fixture
+def policy(nested_model: NestedCausalLM, generator: torch.Generator) -> LearnedPolicy:
+    schema = SignalSchema(nested_model.num_units, nested_model.bit_widths)
+    net = PrecisionNet(schema)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        net.mean.copy_(torch.randn(net.mean.shape, generator=generator))
+        net.std.copy_(torch.rand(net.std.shape, generator=generator) + 0.5)
+    return LearnedPolicy(net, PolicyCard(schema, nested_model.fingerprint, ("a", "b", "head")))
+
+
+def make_native(model: NestedCausalLM, policy: LearnedPolicy, profile: Profile) -> NativeController:
+    controller = make_controller(model, policy, profile)
+    assert isinstance(controller, NativeController)
+    return controller
+
+
+def random_output(model: NestedCausalLM, generator: torch.Generator, spread: float) -> StepOutput:
+    """Logits from almost uniform to so sharp that most probabilities are zero; statistics from nothing to large."""
+    logits = spread * torch.randn(1, model.vocab_size, generator=generator)
+    statistics = torch.rand(2, 1, model.num_units, generator=generator) * spread
+    return StepOutput(logits, statistics[0], statistics[1])
+
+
+def random_token(model: NestedCausalLM, generator: torch.Generator) -> Tensor:
+    return torch.randint(model.vocab_size, (1,), generator=generator)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", supported_isas())
+def test_native_equals_torch(
+    isa: str,
+    nested_model: NestedCausalLM,
+    policy: LearnedPolicy,
+    profile: Profile,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FQ_CPU_ISA", isa)
+    native = make_native(nested_model, policy, profile)
+    reference = TorchController(nested_model, policy, profile)
+    agreeing = chosen = 0
+    seen = set()
+    for episode in range(6):
+        output, token = random_output(nested_model, generator, 1.0), random_token(nested_model, generator)
+        for controller in (native, reference):
+            controller.reset(output, token, kl_weight=2.0 + 10 * episode)
+        for step in range(40):
+            torch.testing.assert_close(native.signals(), reference.signals(), atol=2e-5, rtol=2e-5)
+            widths = reference.bit_widths()
+            agreeing += int((native.bit_widths() == widths).sum())
+            chosen += len(widths)
+            seen |= set(widths.tolist())
+            output = random_output(nested_model, generator, [0.0, 0.1, 3.0, 60.0][step % 4])
+            token = random_token(nested_model, generator)
+            for controller in (native, reference):
+                controller.update(output, widths, token)
+    assert len(seen) > 2, "a policy that always chooses the same would prove nothing"
+    assert agreeing >= 0.998 * chosen  # scores that tie to the last digit may fall either way
+
+
+@needs_library
+def test_any_policy_sees_native_signals(
+    nested_model: NestedCausalLM, profile: Profile, generator: torch.Generator
+) -> None:
+    class Recorder:
+        name = "recorder"
+
+        def __call__(self, signals: Tensor) -> Tensor:
+            self.seen = signals
+            return torch.full((len(signals), 3), 5)
+
+    recorder = Recorder()
+    controller = make_controller(nested_model, recorder, profile)
+    reference = TorchController(nested_model, recorder, profile)
+    output, token = random_output(nested_model, generator, 2.0), random_token(nested_model, generator)
+    controller.reset(output, token, 3.0)
+    reference.reset(output, token, 3.0)
+    assert controller.bit_widths().tolist() == [5, 5, 5]
+    torch.testing.assert_close(recorder.seen[0], reference.signals(), atol=2e-5, rtol=2e-5)
+
+
+@needs_library
+def test_native_refuses_a_token_beyond_the_vocabulary(
+    nested_model: NestedCausalLM, policy: LearnedPolicy, profile: Profile, generator: torch.Generator
+) -> None:
+    native = make_native(nested_model, policy, profile)
+    with pytest.raises(ValueError, match="token 128 is not in the vocabulary of 128"):
+        native.reset(random_output(nested_model, generator, 1.0), torch.tensor([128]), 3.0)
+    output = StepOutput(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"logits is torch.float32 \[3\]"):
+        native.reset(output, torch.tensor([1]), 3.0)
+
+
+def test_static_allocations_look_at_nothing(nested_model: NestedCausalLM, profile: Profile) -> None:
+    static = make_controller(nested_model, StaticAllocation("static", torch.tensor([3, 4, 8])), profile)
+    assert isinstance(static, StaticController)
+    assert static.bit_widths().tolist() == [3, 4, 8]
+
+
+def test_choice(
+    nested_model: NestedCausalLM, policy: LearnedPolicy, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        name = "other"
+
+        def __call__(self, signals: Tensor) -> Tensor:
+            return torch.full((len(signals), 3), 4)
+
+    def kind(policy: LearnedPolicy | Other) -> type[Controller]:
+        return type(make_controller(nested_model, policy, profile))
+
+    if supported_isas():
+        assert kind(Other()) is NativeController
+        assert kind(policy) is NativeController
+    monkeypatch.setattr("flexquant_rl.engine.decoding.lean.load_library", lambda: None)
+    assert kind(policy) is TorchController
+    assert kind(Other()) is TorchController

@@ -1,0 +1,70 @@
+"""Times of steps are ratios to the largest width beside them, on a clock that the tests turn themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.model import NestedCausalLM
+
+PROMPT = torch.tensor([[3, 5, 7]])
+
+
+class Clock:
+    """A step takes its mean width in ms, times how slow the machine is; every seventh one stalls."""
+
+    def __init__(self) -> None:
+        self.slowness = 1.0
+        self.calls = 0
+
+    def __call__(self, run: Callable[[], object], device: torch.device) -> float:
+        del device
+        self.calls += 1
+        run()
+        stall = 50.0 if self.calls % 7 == 0 else 0.0
+        widths: torch.Tensor = run.args[0]  # type: ignore[attr-defined]
+        return float(widths.float().mean()) * self.slowness + stall
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(step_timer, "clock_ms", clock)
+    return clock
+
+
+@pytest.fixture
+def session(nested_model: NestedCausalLM) -> DecodeSession:
+    session = DecodeSession(nested_model, max_length=PROMPT.shape[1] + MAX_PAIRS)
+    session.prefill(PROMPT)
+    return session
+
+
+def test_what_slows_the_machine_down_cancels(clock: Clock, session: DecodeSession) -> None:
+    timer = StepTimer(session, PROMPT[0, :1])
+    widths = torch.full((session.model.num_units,), 4)
+    assert timer(widths) == pytest.approx(4.0)
+    clock.slowness = 3.0
+    assert timer(widths) == pytest.approx(4.0)
+    assert timer(torch.full_like(widths, 8)) == pytest.approx(8.0)
+
+
+def test_short_steps_are_repeated_more_often(clock: Clock, session: DecodeSession) -> None:
+    counts = []
+    for slowness in (1e-3, 0.1, 10.0):
+        clock.slowness = slowness
+        timer = StepTimer(session, PROMPT[0, :1])
+        before = clock.calls
+        timer(torch.full((session.model.num_units,), 4))
+        counts.append((clock.calls - before) // 2)
+    assert counts == [MAX_PAIRS, 15, 5]
+
+
+def test_the_session_stays_as_it_was(session: DecodeSession) -> None:
+    StepTimer(session, PROMPT[0, :1])(torch.full((session.model.num_units,), 4))
+    assert session.lengths.tolist() == [PROMPT.shape[1]]
