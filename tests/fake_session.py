@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.decoding.decoder import StepOutput, check_bit_widths
+from flexquant_rl.engine.decoding.decoder import ExtendOutput, StepOutput, check_bit_widths, check_truncation
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import Unit
 
@@ -105,7 +105,7 @@ class FakeSession:
         self._num_rows = num_rows
         self._max_length = max_length
         self._lengths = torch.zeros(num_rows, dtype=torch.int64)
-        self._past_kl = torch.zeros(num_rows, dtype=torch.float64)
+        self._past_kl = torch.zeros(num_rows, max_length + 1, dtype=torch.float64)  # after each number of tokens
         self.is_closed = False
 
     @property
@@ -127,18 +127,37 @@ class FakeSession:
         self._check_length(prompt_ids.shape[1])
         assert len(rows) == len(prompt_ids)
         kl = self._kl_nats(prompt_ids, bit_widths)[:, -1]
-        self._past_kl[rows] = kl
         self._lengths[rows] = prompt_ids.shape[1]
+        self._past_kl[rows, self._lengths[rows]] = kl
         return self._output(prompt_ids[:, -1], kl)
 
-    def step(self, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
+    def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
         self._check_open()
-        self._check_length(int(self._lengths.max()) + 1)
-        widths = self._expand(bit_widths, self._num_rows, 1)[:, 0]
-        kl = self._model.own_kl_nats(token_ids, widths) + self._model.carry * self._past_kl
-        self._past_kl = kl
-        self._lengths = self._lengths + 1
-        return self._output(token_ids, kl)
+        rows = torch.arange(self._num_rows) if rows is None else rows
+        num_tokens = token_ids.shape[1]
+        assert len(rows) == len(token_ids)
+        self._check_length(int(self._lengths[rows].max()) + num_tokens)
+        own = self._model.own_kl_nats(token_ids, self._expand(bit_widths, len(rows), num_tokens))
+        outputs = []
+        for index in range(num_tokens):
+            past = self._past_kl[rows, self._lengths[rows]]
+            self._lengths[rows] += 1
+            kl = own[:, index] + self._model.carry * past
+            self._past_kl[rows, self._lengths[rows]] = kl
+            outputs.append(self._output(token_ids[:, index], kl))
+        return ExtendOutput(
+            *(
+                torch.stack([getattr(output, name) for output in outputs], dim=1)
+                for name in ("logits", "residual_update", "crest")
+            )
+        )
+
+    def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
+        return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+
+    def truncate(self, lengths: Tensor) -> None:
+        check_truncation(lengths, self.lengths)
+        self._lengths = lengths.clone()
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
         self._check_open()

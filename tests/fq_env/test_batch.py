@@ -179,9 +179,9 @@ class RecordingSession(FakeSession):
         super().__init__(model, num_rows=num_rows, max_length=max_length)
         self.read: list[Tensor] = []
 
-    def step(self, bit_widths: Tensor, token_ids: Tensor):  # type: ignore[no-untyped-def]
+    def step(self, token_ids: Tensor, bit_widths: Tensor, **kwargs: object):  # type: ignore[no-untyped-def]
         self.read.append(token_ids.clone())
-        return super().step(token_ids, bit_widths)
+        return super().step(token_ids, bit_widths, **kwargs)
 
 
 def sampled_tokens(seeds: list[int], *, temperature: float = 1.0, steps: int = 20) -> Tensor:

@@ -27,7 +27,7 @@ class Clock:
         self.calls += 1
         run()
         stall = 50.0 if self.calls % 7 == 0 else 0.0
-        widths: torch.Tensor = run.args[0]  # type: ignore[attr-defined]
+        widths: torch.Tensor = run.args[1]  # type: ignore[attr-defined]
         return float(widths.float().mean()) * self.slowness + stall
 
 
