@@ -46,11 +46,11 @@ from flexquant_rl.engine.decoding.choice import DecoderName, check_num_threads, 
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, write_json
-from flexquant_rl.engine.generate import StreamedText
-from flexquant_rl.engine.generate import generate as generate_tokens
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.serving import encode
+from flexquant_rl.engine.serving import generate as generate_tokens
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.fq_env.task import EnvConfig, check_kl_weight
@@ -326,15 +326,13 @@ def generate(
     exported.card.check_model(nested.fingerprint, exported.directory)
     nested.to(device)
     colours = show_bits and has_colours(sys.stdout)
-    ids = nested.tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
-    text = StreamedText(nested.tokenizer, ids.tolist())
     began = time.perf_counter()
     tokens = []
     for token in generate_tokens(
         nested,
         exported.policy,
         exported.profile,
-        ids,
+        encode(nested, prompt),
         max_new_tokens=max_new_tokens,
         kl_weight=dial,
         temperature=temperature,
@@ -343,7 +341,7 @@ def generate(
         num_threads=threads,
     ):
         tokens.append(token)
-        piece = text.add(token.token_id)
+        piece = token.text
         if colours:
             piece = coloured(piece, float(nested.mean_bit_width(token.bit_widths)), nested.bit_widths)
         print(piece, end="", flush=True)

@@ -31,7 +31,7 @@ from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
-from flexquant_rl.engine.generate import StreamedText
+from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.fq_env.prompts import load_windows

@@ -31,7 +31,7 @@ from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.control.policy import PROFILE_FILE, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
+from flexquant_rl.engine.control.policy import PROFILE_FILE, Decision, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -239,8 +239,8 @@ class _PerSequence:
     bit_widths: Tensor
     name: str = "static"
 
-    def __call__(self, signals: Tensor) -> Tensor:
-        return self.bit_widths
+    def __call__(self, signals: Tensor) -> Decision:
+        return Decision(self.bit_widths)
 
 
 def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> PolicyCard:

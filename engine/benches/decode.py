@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer, models
@@ -35,8 +35,11 @@ from flexquant_rl.engine.benches.harness import (
     rows,
 )
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
+from flexquant_rl.engine.control.controller import StaticController
+from flexquant_rl.engine.control.policy import StaticAllocation
+from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import check_num_threads
-from flexquant_rl.engine.decoding.decoder import StepOutput, greedy_tokens
+from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
@@ -110,16 +113,6 @@ class _Group:
     @property
     def providers(self) -> list[Provider]:
         return [self.read, *self.ours, *self.peers]
-
-
-class Session(Protocol):
-    """The part of a decode session that is timed."""
-
-    def prefill(self, prompt_ids: Tensor) -> StepOutput:
-        """Restarts with a prompt `[1, T]`."""
-
-    def step(self, bit_widths: Tensor, token_ids: Tensor) -> StepOutput:
-        """Decodes one token `[1]`."""
 
 
 def bench_decode(
@@ -230,16 +223,17 @@ def _lean_providers(config: DecodeBench, model: NestedCausalLM, prompt: Tensor, 
 
 
 def _lean_provider(
-    config: DecodeBench, model: NestedCausalLM, session: Session, prompt: Tensor, width: int
+    config: DecodeBench, model: NestedCausalLM, session: Decoder, prompt: Tensor, width: int
 ) -> Provider:
     widths = torch.full((model.num_units,), width)
+    runner = PolicyRunner(session, StaticController(StaticAllocation(f"fixed:{width}", widths)))
 
     def turn(clock: Clock) -> list[float]:
-        token = greedy_tokens(session.prefill(prompt).logits)
+        runner.start(prompt, torch.ones(1))
         times = []
         for _ in range(config.new_tokens):
             start = clock()
-            token = greedy_tokens(session.step(token, widths).logits)
+            runner.step()
             times.append(clock() - start)
         return times
 

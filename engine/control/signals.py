@@ -133,6 +133,13 @@ class SignalSchema:
         return SignalSchema(int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]))
 
 
+@dataclass(frozen=True)
+class SignalMark:
+    """The state of all rows of a `SignalTracker` at one moment, by name; every tensor is `[R, ...]`."""
+
+    rows: dict[str, Tensor]
+
+
 class SignalTracker:
     """Follows R sequences and turns what the model put out into signals.
 
@@ -163,68 +170,107 @@ class SignalTracker:
             **{name: torch.zeros(num_rows, device=device) for name in _ROW_SCALARS},
         }
 
-    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor) -> None:
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """Starts rows after their prompts.
 
         Args:
-            output: Of the prefill, `[R', ...]`.
+            output: Output of the prefill, `[R', ...]`.
             next_token_ids: `[R']` int64, the token that the first step will read.
             kl_weight: `[R']` the dial: weight of a nat of output KL in units of speedup.
-            rows: `[R']` int64.
+            rows: `[R']` int64; default all.
         """
-        state = self._rows
         top = float(max(self.schema.bit_widths))
-        state["recent_widths"][rows] = top
-        state["last_widths"][rows] = top
-        for name in ("position", "step_kl"):
-            state[name][rows] = 0.0
-        state["probe_kl"][rows] = _KL_FLOOR_NATS
-        state["since_probe"][rows] = _TOKENS_SINCE_PROBE_LIMIT
-        state["dial"][rows] = kl_weight.to(state["dial"].device, torch.float32).log10()
+        for name in ("recent_widths", "last_widths"):
+            self._put(name, rows, torch.full_like(self._rows[name], top) if rows is None else top)
+        for name, value in (
+            ("position", 0.0),
+            ("step_kl", 0.0),
+            ("probe_kl", _KL_FLOOR_NATS),
+            ("since_probe", _TOKENS_SINCE_PROBE_LIMIT),
+        ):
+            self._put(name, rows, torch.full_like(self._rows[name], value) if rows is None else value)
+        self._put("dial", rows, kl_weight.to(self._rows["dial"].device, torch.float32).log10())
         self._observe(output, next_token_ids, rows, first=True)
 
-    def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, mean_width: Tensor) -> None:
-        """Moves every row on by one token.
+    def update(
+        self,
+        output: StepOutput,
+        bit_widths: Tensor,
+        next_token_ids: Tensor,
+        mean_width: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Moves rows on by one token.
 
         Args:
-            output: Of the step, `[R, ...]`.
-            bit_widths: `[R, U]` int64 that the step ran at.
-            next_token_ids: `[R]` int64, the token that the next step will read.
-            mean_width: `[R]` parameter-weighted mean of `bit_widths`.
+            output: Output of the step, `[R', ...]`.
+            bit_widths: `[R', U]` int64 that the step ran at.
+            next_token_ids: `[R']` int64, the token that the next step will read.
+            mean_width: `[R']` parameter-weighted mean of `bit_widths`.
+            rows: `[R']` int64; default all.
         """
-        state = self._rows
-        state["recent_widths"] = torch.cat([state["recent_widths"][:, 1:], mean_width[:, None].float()], dim=1)
-        state["last_widths"] = bit_widths.to(state["last_widths"].device, torch.float32)
-        state["position"] += 1
-        state["since_probe"] += 1
-        self._observe(output, next_token_ids, torch.arange(len(bit_widths)), first=False)
+        device = self._rows["recent_widths"].device
+        recent = self._of("recent_widths", rows)
+        mean_width = mean_width.to(device, torch.float32)
+        self._put("recent_widths", rows, torch.cat([recent[:, 1:], mean_width[:, None]], dim=1))
+        self._put("last_widths", rows, bit_widths.to(device, torch.float32))
+        for name in ("position", "since_probe"):
+            self._put(name, rows, self._of(name, rows) + 1)
+        self._observe(output, next_token_ids, rows, first=False)
 
     def observe_probe(self, output_kl_nats: Tensor, rows: Tensor) -> None:
         """Tells rows the output KL `[R']` that a probe has just measured."""
-        self._rows["probe_kl"][rows] = output_kl_nats.float().clamp_min(_KL_FLOOR_NATS)
-        self._rows["since_probe"][rows] = 0.0
+        self._put("probe_kl", rows, output_kl_nats.float().clamp_min(_KL_FLOOR_NATS))
+        self._put("since_probe", rows, 0.0)
 
-    def _observe(self, output: StepOutput, next_token_ids: Tensor, rows: Tensor, *, first: bool) -> None:
-        state = self._rows
+    def mark(self) -> SignalMark:
+        """Remembers the state of all rows; costs nothing, since every change makes a new tensor."""
+        return SignalMark(dict(self._rows))
+
+    def rollback(self, mark: SignalMark, rows: Tensor | None = None) -> None:
+        """Returns rows to a mark, as if what they saw since had never happened.
+
+        Args:
+            mark: What `mark` of this tracker returned.
+            rows: `[R']` int64; default all.
+        """
+        for name, held in mark.rows.items():
+            self._put(name, rows, held if rows is None else held[rows])
+
+    def _of(self, name: str, rows: Tensor | None) -> Tensor:
+        return self._rows[name] if rows is None else self._rows[name][rows]
+
+    def _put(self, name: str, rows: Tensor | None, value: Tensor | float) -> None:
+        """Replaces the state of rows, never in place: marks keep the old tensor."""
+        if rows is None:
+            assert isinstance(value, Tensor)
+            self._rows[name] = value
+            return
+        changed = self._rows[name].clone()
+        changed[rows] = value
+        self._rows[name] = changed
+
+    def _observe(self, output: StepOutput, next_token_ids: Tensor, rows: Tensor | None, *, first: bool) -> None:
         log_probs = output.logits.float().log_softmax(-1).clamp_min(_LOG_PROBABILITY_FLOOR)
         probs = log_probs.exp()
         entropy = -(probs * log_probs).sum(-1)
         if first:
-            state["entropy_ema"][rows] = entropy
+            self._put("entropy_ema", rows, entropy)
         else:
-            state["step_kl"][rows] = (probs * (log_probs - state["log_probs"][rows])).sum(-1).clamp_min(0)
-            state["entropy_ema"][rows] = _EMA_DECAY * state["entropy_ema"][rows] + (1 - _EMA_DECAY) * entropy
-        state["entropy"][rows] = entropy
-        state["log_probs"][rows] = log_probs
+            self._put("step_kl", rows, (probs * (log_probs - self._of("log_probs", rows))).sum(-1).clamp_min(0))
+            average = _EMA_DECAY * self._of("entropy_ema", rows) + (1 - _EMA_DECAY) * entropy
+            self._put("entropy_ema", rows, average)
         tokens = next_token_ids.to(log_probs.device)
-        state["surprisal"][rows] = -log_probs.gather(1, tokens[:, None])[:, 0]
-        state["embedding"][rows] = self._projected[tokens]
-        state["residual_update"][rows] = output.residual_update
-        state["crest"][rows] = output.crest
+        self._put("entropy", rows, entropy)
+        self._put("log_probs", rows, log_probs)
+        self._put("surprisal", rows, -log_probs.gather(1, tokens[:, None])[:, 0])
+        self._put("embedding", rows, self._projected[tokens])
+        self._put("residual_update", rows, output.residual_update)
+        self._put("crest", rows, output.crest)
 
-    def signals(self) -> Tensor:
-        """The signal vectors, `[R, dim]` float32, within ±`SIGNAL_LIMIT`."""
-        state = self._rows
+    def signals(self, rows: Tensor | None = None) -> Tensor:
+        """The signal vectors of all rows or of some, `[R', dim]` float32, within ±`SIGNAL_LIMIT`."""
+        state = self._rows if rows is None else {name: held[rows] for name, held in self._rows.items()}
         top2 = state["log_probs"].topk(2, dim=-1).values.exp()
         columns = [
             state["entropy"] / 4,
@@ -243,11 +289,11 @@ class SignalTracker:
         ]
         per_unit = torch.cat(
             [
-                self._static,
+                self._static if rows is None else self._static[rows],
                 state["residual_update"].clamp_min(1e-6).log10()[..., None],
                 state["crest"].clamp_min(1e-6).log10()[..., None],
                 state["last_widths"][..., None] / 8,
-                self._depth,
+                self._depth if rows is None else self._depth[rows],
             ],
             dim=-1,
         )

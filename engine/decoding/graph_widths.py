@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import BitWidthPolicy, LearnedPolicy, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
     SIGNAL_SCHEMA_VERSION,
@@ -101,7 +101,7 @@ class LearnedWidths:
         choose_widths(self._weights, signals.signals, num_units=self._num_units, out=bit_widths[None])
 
 
-def why_not_on_device(policy: BitWidthPolicy) -> str | None:
+def why_not_on_device(policy: Policy) -> str | None:
     """Returns why a policy cannot run on the device, in a few words, or None if it can."""
     if not isinstance(policy, StaticAllocation | LearnedPolicy):
         return f"policy {policy.name!r} is neither learned nor static, so it runs on the host"
@@ -110,7 +110,7 @@ def why_not_on_device(policy: BitWidthPolicy) -> str | None:
     return None
 
 
-def width_source(model: NestedCausalLM, policy: BitWidthPolicy, profile: Profile) -> WidthSource:
+def width_source(model: NestedCausalLM, policy: Policy, profile: Profile) -> WidthSource:
     """Puts a policy on the model's device.
 
     Args:

@@ -41,7 +41,7 @@ from flexquant_rl.engine.control.policy import load_policy
 
 directory, observations, out = map(Path, sys.argv[1:])
 policy = load_policy(directory)
-save_file({"bit_widths": policy(load_file(observations)["observations"])}, out)
+save_file({"bit_widths": policy(load_file(observations)["observations"]).bit_widths}, out)
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
 
@@ -82,7 +82,7 @@ def test_export_of_a_run_equals_sb3(run_dir: Path, tmp_path: Path, trained: tupl
     assert sorted(file.name for file in out.iterdir()) == ["policy.json", "policy.safetensors", "profile.json"]
     check_parity(out, observations, lambda signals: predict(ppo, signals))
     widths = torch.tensor(MODEL.bit_widths)[torch.as_tensor(predict(ppo, observations.numpy()))]
-    assert torch.equal(policy(observations), widths)
+    assert torch.equal(policy(observations).bit_widths, widths)
     assert len(widths.unique(dim=0)) > 5  # a policy that always chooses the same would prove little
     for file in out.iterdir():
         assert file.read_bytes() == (run_dir / "policy" / file.name).read_bytes()
@@ -220,5 +220,5 @@ def test_served_without_the_training_libraries(
 def test_rows_do_not_influence_each_other(run_dir: Path, trained: tuple[PPO, Tensor]) -> None:
     policy = load_policy(run_dir / "policy")
     observations = trained[1]
-    together = policy(observations[:64])
-    assert torch.equal(together, torch.cat([policy(observations[row : row + 1]) for row in range(64)]))
+    together = policy(observations[:64]).bit_widths
+    assert torch.equal(together, torch.cat([policy(observations[row : row + 1]).bit_widths for row in range(64)]))

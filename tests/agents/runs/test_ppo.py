@@ -94,7 +94,7 @@ def test_ppo_reads_the_token(tmp_path: Path) -> None:
     batch = DecodeBatch(toy_env(model).batch.session, fake_profile(model), TOY_CONFIG, num_rows=64)
     windows = toy_windows()
     batch.reset(torch.arange(64), windows, torch.full((64,), TOY_CONFIG.kl_weight), torch.zeros(64, dtype=torch.int64))
-    widths = policy(batch.signals())
+    widths = policy(batch.signals()).bit_widths
     needed = token_class(windows[:, TOY_CONFIG.prompt_tokens]) % model.num_units
     own = widths.gather(1, needed[:, None])[:, 0]
     others = (widths.sum(1) - own) / (model.num_units - 1)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.request import GeneratedToken
+from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.decoding.choice import DecoderName
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.generate import GeneratedToken, StreamedText, generate
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.serving import generate
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -33,7 +34,13 @@ def profile(nested_model: NestedCausalLM) -> Profile:
 @pytest.fixture(autouse=True)
 def endless(nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights choose EOS soon; here it is a token like the others."""
-    monkeypatch.setattr(nested_model, "tokenizer", SimpleNamespace(eos_token_id=None))
+    end_at(nested_model, monkeypatch, None)
+
+
+def end_at(model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch, eos: int | list[int] | None) -> None:
+    """Makes tokens end a text, by the model's generation configuration alone."""
+    monkeypatch.setattr(model.hf_model.generation_config, "eos_token_id", eos)
+    monkeypatch.setattr(model.tokenizer, "eos_token", None)
 
 
 class Alternating:
@@ -44,16 +51,16 @@ class Alternating:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def __call__(self, signals: Tensor) -> Tensor:
+    def __call__(self, signals: Tensor) -> Decision:
         self.seen.append(signals.clone())
-        low = (signals[:, 0] < signals[:, 1])[:, None]
-        return torch.where(low | (len(self.seen) % 3 == 0), torch.tensor([3, 4, 4]), torch.tensor([6, 5, 8]))
+        low = (signals[:, 0] < signals[:, 1])[:, None] | (len(self.seen) % 3 == 0)
+        return Decision(torch.where(low, torch.tensor([3, 4, 4]), torch.tensor([6, 5, 8])))
 
 
 def tokens_of(
     model: NestedCausalLM,
     profile: Profile,
-    policy: BitWidthPolicy | None = None,
+    policy: Policy | None = None,
     *,
     count: int = 10,
     kl_weight: float = 7.0,
@@ -98,9 +105,9 @@ def test_widths_and_latencies(nested_model: NestedCausalLM, profile: Profile) ->
     class Slow:
         name = "slow"
 
-        def __call__(self, signals: Tensor) -> Tensor:
+        def __call__(self, signals: Tensor) -> Decision:
             time.sleep(0.02)
-            return WIDTHS.expand(len(signals), -1)
+            return Decision(WIDTHS.expand(len(signals), -1))
 
     tokens = tokens_of(nested_model, profile, Slow(), count=4)
     assert tokens[0].bit_widths.tolist() == [8, 8, 8]  # sampled from the prefill
@@ -116,11 +123,13 @@ def test_session_is_closed_however_it_ends(
     class Broken:
         name = "broken"
 
-        def __call__(self, signals: Tensor) -> Tensor:
+        def __call__(self, signals: Tensor) -> Decision:
             raise RuntimeError("no widths")
 
     closed: list[DecodeSession] = []
-    monkeypatch.setattr("flexquant_rl.engine.generate.open_session", lambda model, **_: DecodeSession(model))
+    monkeypatch.setattr(
+        "flexquant_rl.engine.serving.session_opener", lambda model, **_: lambda num_rows: DecodeSession(model)
+    )
     monkeypatch.setattr(DecodeSession, "close", lambda self: closed.append(self))
     policy = Broken() if end == "failed" else StaticAllocation("static", WIDTHS)
     stream = generate(nested_model, policy, profile, PROMPT, max_new_tokens=2, kl_weight=1.0)
@@ -157,7 +166,7 @@ def test_policy_sees_what_the_environment_shows(nested_model: NestedCausalLM, pr
     batch.reset(torch.tensor([0]), window, torch.tensor([7.0]), torch.tensor([0]))
     in_training, widths = Alternating(), []
     for _ in range(9):
-        widths.append(in_training(batch.signals()))
+        widths.append(in_training(batch.signals()).bit_widths)
         batch.step(widths[-1])
     served = Alternating()
     # The lean decoder rounds activations to int8: close to training, not equal to it.
@@ -173,8 +182,9 @@ def test_eos_ends_the_text(nested_model: NestedCausalLM, profile: Profile, monke
     free = ids(tokens_of(nested_model, profile))
     eos = free[4]
     first = free.index(eos)
-    monkeypatch.setattr(nested_model, "tokenizer", SimpleNamespace(eos_token_id=eos))
-    assert ids(tokens_of(nested_model, profile)) == free[: first + 1]
+    for configured in (eos, [127, eos]):
+        end_at(nested_model, monkeypatch, configured)
+        assert ids(tokens_of(nested_model, profile)) == free[: first + 1]
 
 
 def test_sampling_is_seeded(nested_model: NestedCausalLM, profile: Profile) -> None:
@@ -207,8 +217,8 @@ def test_one_token_needs_no_policy(nested_model: NestedCausalLM, profile: Profil
     ("prompt", "changes", "message"),
     [
         (torch.zeros(0, dtype=torch.int64), {}, "the prompt is empty"),
-        (torch.full((120,), 97), {"max_new_tokens": 9}, "context holds 128"),
-        (torch.full((200,), 97), {}, "context holds 128"),
+        (torch.full((120,), 97), {"max_new_tokens": 9}, "do not fit into a row of 128"),
+        (torch.full((200,), 97), {}, "do not fit into a row of 128"),
         (PROMPT, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         (PROMPT, {"max_new_tokens": -3}, "max_new_tokens=-3"),
         (PROMPT, {"temperature": -1.0}, "temperature=-1"),
