@@ -32,15 +32,14 @@ def profile(nested_model: NestedCausalLM) -> Profile:
 
 
 @pytest.fixture(autouse=True)
-def endless(nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights choose EOS soon; here it is a token like the others."""
-    end_at(nested_model, monkeypatch, None)
+    end_at(monkeypatch)
 
 
-def end_at(model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch, eos: int | list[int] | None) -> None:
-    """Makes tokens end a text, by the model's generation configuration alone."""
-    monkeypatch.setattr(model.hf_model.generation_config, "eos_token_id", eos)
-    monkeypatch.setattr(model.tokenizer, "eos_token", None)
+def end_at(monkeypatch: pytest.MonkeyPatch, *eos: int) -> None:
+    """Makes these tokens end a text, and no others."""
+    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", eos)
 
 
 class Alternating:
@@ -182,8 +181,8 @@ def test_eos_ends_the_text(nested_model: NestedCausalLM, profile: Profile, monke
     free = ids(tokens_of(nested_model, profile))
     eos = free[4]
     first = free.index(eos)
-    for configured in (eos, [127, eos]):
-        end_at(nested_model, monkeypatch, configured)
+    for configured in ((eos,), (127, eos)):
+        end_at(monkeypatch, *configured)
         assert ids(tokens_of(nested_model, profile)) == free[: first + 1]
 
 
