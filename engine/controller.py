@@ -18,14 +18,13 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.policy import BitWidthPolicy, LearnedPolicy, StaticAllocation
 from flexquant_rl.engine.profile import Profile
 from flexquant_rl.engine.signals import (
-    SIGNAL_SCHEMA_VERSION,
     SignalSchema,
     SignalTracker,
     project_embedding,
     unit_constants,
     unit_depths,
 )
-from flexquant_rl.kernels.native_control import SIGNAL_VERSION, ControlWeights, NativeControl, PolicyNetWeights
+from flexquant_rl.kernels.native_control import ControlWeights, NativeControl, PolicyNetWeights
 
 
 class Controller(Protocol):
@@ -133,7 +132,7 @@ class NativeController:
                 weight_share=weights / weights.sum(),
             )
         )
-        assert (SIGNAL_VERSION, self._native.dim) == (SIGNAL_SCHEMA_VERSION, schema.dim), "signals changed in one place"
+        assert self._native.dim == schema.dim, "signals changed in one place"
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: float) -> None:
         """See `Controller`."""

@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexquant_rl.kernels import signal_constants
 from flexquant_rl.kernels.native import ISA_CODES, STATUS_TEXTS, Isa, choose_isa, load_library
 
-SIGNAL_VERSION = 1
-"""Version of the signals that native/control.cpp computes; the caller compares it with the schema's."""
-
-_RECENT_TOKENS = 16
 _PADDED_WIDTHS = 16
-_ROW_SIGNALS = 12
 
 
 @dataclass(frozen=True)
@@ -124,8 +120,8 @@ class NativeControl:
         self._num_units = len(weights.depth)
         self._num_widths = len(weights.bit_widths)
         self._vocab_size, num_embedding_dims = weights.embedding.shape
-        num_global = _ROW_SIGNALS + num_embedding_dims
-        self.dim = num_global + self._num_units * (2 * self._num_widths + 4)
+        num_global = signal_constants.NUM_TOKEN_SIGNALS + num_embedding_dims
+        self.dim = num_global + self._num_units * (2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS)
         net = None if weights.net is None else ctypes.addressof(self._net(weights.net, num_global))
         self._control = _ControlStruct(
             net=net,
@@ -139,7 +135,7 @@ class NativeControl:
             num_widths=self._num_widths,
             num_embedding_dims=num_embedding_dims,
             log_probs=self._address(torch.zeros(self._vocab_size), (self._vocab_size,)),
-            recent_widths=self._address(torch.zeros(_RECENT_TOKENS), (_RECENT_TOKENS,)),
+            recent_widths=self._address(torch.zeros(signal_constants.RECENT_TOKENS), (signal_constants.RECENT_TOKENS,)),
             **{
                 name: self._address(torch.zeros(self._num_units), (self._num_units,))
                 for name in ("residual_update", "crest", "last_widths")
@@ -226,7 +222,7 @@ class NativeControl:
 
     def _net(self, weights: PolicyNetWeights, num_global: int) -> _NetStruct:
         hidden = len(weights.second[1])
-        num_per_unit = 2 * self._num_widths + 4
+        num_per_unit = 2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS
         if hidden % 16 or hidden > 256 or num_global > 64 or num_per_unit > 64 or self._num_widths > _PADDED_WIDTHS:
             raise ValueError(
                 f"a network of {num_global} global and {num_per_unit} unit signals, {hidden} hidden units and "
