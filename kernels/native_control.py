@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.kernels import signal_constants
-from flexquant_rl.kernels.native import ISA_CODES, STATUS_TEXTS, Isa, choose_isa, load_library
-
-_PADDED_WIDTHS = 16
+from flexquant_rl.kernels.native import BAD_ARGUMENT, ISA_CODES, OK, STATUS_TEXTS, Isa, choose_isa, load_library
+from flexquant_rl.kernels.native_structs import (
+    HIDDEN_ALIGNMENT,
+    MAX_HIDDEN,
+    MAX_INPUTS,
+    PADDED_WIDTHS,
+    ControlStruct,
+    PolicyNetStruct,
+)
 
 
 @dataclass(frozen=True)
@@ -63,39 +69,6 @@ class ControlWeights:
     weight_share: Tensor
 
 
-class _NetStruct(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("mean", "deviation", "global_weight", "global_bias", "context_weight", "unit_weight"),
-                *("first_bias", "second_weight", "second_bias", "width_weight", "width_bias"),
-            )
-        ),
-        ("hidden", ctypes.c_int64),
-    )
-
-
-class _ControlStruct(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("net", "bit_widths", "embedding", "unit_constants", "depth", "weight_share")
-        ),
-        *((name, ctypes.c_int64) for name in ("vocab_size", "num_units", "num_widths", "num_embedding_dims")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("log_probs", "recent_widths", "residual_update", "crest", "last_widths")
-        ),
-        *(
-            (name, ctypes.c_float)
-            for name in ("entropy", "entropy_ema", "top1", "top2", "surprisal", "step_kl", "dial")
-        ),
-        ("position", ctypes.c_int64),
-        ("token_id", ctypes.c_int64),
-    )
-
-
 class NativeControl:
     """Signals and policy of one sequence.
 
@@ -123,7 +96,7 @@ class NativeControl:
         num_global = signal_constants.NUM_TOKEN_SIGNALS + num_embedding_dims
         self.dim = num_global + self._num_units * (2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS)
         net = None if weights.net is None else ctypes.addressof(self._net(weights.net, num_global))
-        self._control = _ControlStruct(
+        self._control = ControlStruct(
             net=net,
             bit_widths=self._address(torch.tensor(weights.bit_widths), (self._num_widths,), torch.int64),
             embedding=self._address(weights.embedding, (self._vocab_size, num_embedding_dims)),
@@ -215,23 +188,29 @@ class NativeControl:
         _check_vector("crest", crest, self._num_units, torch.float32)
 
     def _raise_for(self, status: int, bad_argument: str) -> None:
-        if status == 1:
+        if status == BAD_ARGUMENT:
             raise ValueError(bad_argument)
-        if status != 0:
+        if status != OK:
             raise RuntimeError(f"native control failed: {STATUS_TEXTS.get(status, status)}")
 
-    def _net(self, weights: PolicyNetWeights, num_global: int) -> _NetStruct:
+    def _net(self, weights: PolicyNetWeights, num_global: int) -> PolicyNetStruct:
         hidden = len(weights.second[1])
         num_per_unit = 2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS
-        if hidden % 16 or hidden > 256 or num_global > 64 or num_per_unit > 64 or self._num_widths > _PADDED_WIDTHS:
+        if (
+            hidden % HIDDEN_ALIGNMENT
+            or hidden > MAX_HIDDEN
+            or max(num_global, num_per_unit) > MAX_INPUTS
+            or self._num_widths > PADDED_WIDTHS
+        ):
             raise ValueError(
                 f"a network of {num_global} global and {num_per_unit} unit signals, {hidden} hidden units and "
-                f"{self._num_widths} widths; the kernel takes 64, 64, a multiple of 16 up to 256, and 16"
+                f"{self._num_widths} widths; the kernel takes {MAX_INPUTS}, {MAX_INPUTS}, a multiple of "
+                f"{HIDDEN_ALIGNMENT} up to {MAX_HIDDEN}, and {PADDED_WIDTHS}"
             )
         first = weights.first[0].t()
-        padding = (0, _PADDED_WIDTHS - self._num_widths)
+        padding = (0, PADDED_WIDTHS - self._num_widths)
         width_weight = torch.nn.functional.pad(weights.width_head[0].t(), padding)
-        struct = _NetStruct(
+        struct = PolicyNetStruct(
             mean=self._address(weights.mean, (num_global + num_per_unit,)),
             deviation=self._address(weights.deviation, (num_global + num_per_unit,)),
             global_weight=self._address(weights.encode_global[0].t(), (num_global, hidden)),
@@ -241,8 +220,8 @@ class NativeControl:
             first_bias=self._address(weights.first[1], (hidden,)),
             second_weight=self._address(weights.second[0].t(), (hidden, hidden)),
             second_bias=self._address(weights.second[1], (hidden,)),
-            width_weight=self._address(width_weight, (hidden, _PADDED_WIDTHS)),
-            width_bias=self._address(torch.nn.functional.pad(weights.width_head[1], padding), (_PADDED_WIDTHS,)),
+            width_weight=self._address(width_weight, (hidden, PADDED_WIDTHS)),
+            width_bias=self._address(torch.nn.functional.pad(weights.width_head[1], padding), (PADDED_WIDTHS,)),
             hidden=hidden,
         )
         self._kept.append(struct)

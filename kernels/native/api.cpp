@@ -10,7 +10,6 @@
 namespace fq {
 namespace {
 
-constexpr int32_t kAbiVersion = 1;
 bool is_supported(int32_t isa) {
     if (isa == kFqPortable) return true;
 #if FQ_X86
@@ -34,7 +33,7 @@ bool is_shape_valid(int64_t num_inputs, int64_t num_words, int32_t group_size, i
 
 bool is_weight_valid(const FqWeight& weight) {
     return weight.planes != nullptr && weight.scale != nullptr && weight.offset != nullptr && weight.num_outputs > 0 &&
-           weight.bit_width >= 1 && weight.bit_width <= 8 &&
+           weight.bit_width >= 1 && weight.bit_width <= kNumPlanes &&
            (weight.bit_width == 1 || weight.plane_stride >= weight.num_outputs * weight.num_words);
 }
 

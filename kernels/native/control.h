@@ -2,10 +2,19 @@
 //
 // The signals are those of engine/signals.py and the network that of engine/policy.py, both of which are the reference;
 // torch's overhead on vectors this small would cost more than a decode step of a small model.
-// kernels/native_control.py mirrors the structs field by field.
 #pragma once
 
 #include "bitplane_gemv.h"
+
+namespace fq {
+
+// Limits of the policy network.
+constexpr int64_t kPaddedWidths = 16;     // scores of a unit, those beyond its widths included
+constexpr int64_t kHiddenAlignment = 16;  // hidden units are a multiple of it
+constexpr int64_t kMaxHidden = 256;
+constexpr int64_t kMaxInputs = 64;  // signals of the token, and signals of a unit
+
+}  // namespace fq
 
 extern "C" {
 

@@ -20,9 +20,9 @@ int64_t largest_input(const FqDecoder& model) {
     return largest;
 }
 
-int64_t num_words(int64_t num_inputs) { return round_up(num_inputs, 128) / 32; }
+int64_t num_words(int64_t num_inputs) { return round_up(num_inputs, kInputAlignment) / 32; }
 
-// Where the intermediate results of a call lie; every part begins at a multiple of 64 bytes.
+// Where the intermediate results of a call lie; every part begins at a multiple of kWorkspaceAlignment bytes.
 struct Workspace {
     float *hidden, *normed, *before, *queries, *mixed, *gate, *up, *projected, *scores;
     void* prepared;
@@ -36,7 +36,7 @@ Workspace lay_out(const FqDecoder& model, int32_t mode, void* base) {
     char* next = static_cast<char*>(base);
     const auto take = [&](int64_t num_floats) {
         char* begin = next;
-        next += round_up(num_floats * 4, 64);
+        next += round_up(num_floats * 4, kWorkspaceAlignment);
         return reinterpret_cast<float*>(begin);
     };
     space.hidden = take(kMaxTokens * model.hidden_size);
@@ -269,7 +269,7 @@ class Step {
 
 bool is_readable(const FqLinear& linear, int64_t bit_width) {
     if (bit_width == 0) return linear.dense != nullptr;
-    return bit_width >= 1 && bit_width <= 8 && linear.widths != nullptr && linear.widths[bit_width].planes != nullptr;
+    return bit_width >= 1 && bit_width <= kNumPlanes && linear.widths != nullptr && linear.widths[bit_width].planes != nullptr;
 }
 
 // Whether every linear holds the width that its unit asks for.

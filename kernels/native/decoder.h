@@ -1,10 +1,16 @@
 // C ABI of the decode step: one call reads one to sixteen tokens of one sequence through a whole Llama-family model.
 //
 // Every pointer is borrowed from the caller, matrices are float32 and row-major, and nothing is allocated: what a call
-// needs beyond its arguments lies in `workspace`. kernels/native_decoder.py mirrors the structs field by field.
+// needs beyond its arguments lies in `workspace`.
 #pragma once
 
 #include "bitplane_gemv.h"
+
+namespace fq {
+
+constexpr int64_t kWorkspaceAlignment = 64;
+
+}  // namespace fq
 
 extern "C" {
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "signal_constants.h"
 #include "vector_math.h"
 
 namespace fq {
@@ -149,7 +150,7 @@ FQ_INLINE void observe_body(const float* before, const float* after, int64_t siz
         squares += static_cast<double>(before[i]) * before[i];
         difference += static_cast<double>(delta) * delta;
     }
-    const double norm = std::max(std::sqrt(squares), 1e-12);
+    const double norm = std::max(std::sqrt(squares), static_cast<double>(kNormFloor));
     *residual_update = static_cast<float>(std::sqrt(difference) / norm);
     *crest = static_cast<float>(largest * std::sqrt(static_cast<double>(size)) / norm);
 }
