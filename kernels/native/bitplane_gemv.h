@@ -35,6 +35,16 @@ struct FqWeight {
 
 enum FqIsa { kFqPortable = 0, kFqAvx2 = 1, kFqAvx512 = 2 };
 enum FqMode { kFqInt8 = 0, kFqFloat32 = 1 };  // kFqInt8: activations rounded to int8, one scale per 32 inputs
+enum FqCpuFeature {
+    kFqCpuAvx2 = 1,
+    kFqCpuFma = 2,
+    kFqCpuF16c = 4,
+    kFqCpuAvx512f = 8,
+    kFqCpuAvx512bw = 16,
+    kFqCpuAvx512vl = 32,
+    kFqCpuAvx512dq = 64,
+    kFqCpuAvx512vnni = 128,
+};
 enum FqStatus { kFqOk = 0, kFqBadArgument = 1, kFqUnsupportedIsa = 2, kFqOutOfMemory = 3 };
 
 // Raised with every change of a struct, a constant or a signature of the C ABI.
@@ -47,6 +57,11 @@ FQ_EXPORT double fq_mirror_value(int32_t index);
 
 FQ_EXPORT int32_t fq_best_isa(void);
 FQ_EXPORT int32_t fq_isa_supported(int32_t isa);
+
+// The extensions of this machine that a body may need, FqCpuFeature bits, and whether a body runs where there are
+// just these.
+FQ_EXPORT uint32_t fq_cpu_features(void);
+FQ_EXPORT int32_t fq_isa_runs_with(int32_t isa, uint32_t features);
 
 // y[m, n] = sum_k x[m, k] * W[n, k] for m in 0..tokens-1; strides in floats. Bit for bit the same for any num_threads
 // and any number of tokens.
