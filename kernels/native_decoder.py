@@ -228,11 +228,11 @@ class NativeDecoder:
             token_ids: `[T]` int64.
             position: Tokens that the cache holds already.
             bit_widths: `[U]` int64 on the CPU; 0 reads the unquantised weights.
-            num_logits: Logits are computed for this many of the last tokens, 1..T.
+            num_logits: Results are computed for this many of the last tokens, n = 1..T.
 
         Returns:
-            logits `[num_logits, vocab]`, then residual_update `[1, U]` and crest `[1, U]` of each unit's layer, 0 for
-            the head. New float32 tensors.
+            logits `[n, vocab]`, then residual_update `[n, U]` and crest `[n, U]` of each unit's layer, 0 for the head.
+            New float32 tensors. Row i is, bit for bit, what a call with this token alone returns.
 
         Raises:
             ValueError: If an argument is outside its domain: a token beyond the vocabulary, a full cache, a width that
@@ -274,7 +274,7 @@ class NativeDecoder:
         return output.logits, output.residual_update, output.crest
 
     def _new_output(self) -> _Output:
-        """Tensors that nobody has seen, for a call with one row of logits."""
+        """Tensors that nobody has seen, for a call with one row of results."""
         # After a step has swept the caches every tensor operation takes tens of microseconds, so some are made ahead.
         if not self._outputs:
             self._outputs = self._new_outputs(max(1, _OUTPUT_BYTES // (4 * self.vocab_size)), 1)
@@ -282,7 +282,7 @@ class NativeDecoder:
 
     def _new_outputs(self, count: int, num_logits: int) -> list[_Output]:
         logits = torch.empty(count, num_logits, self.vocab_size)
-        statistics = torch.empty(count, 2, 1, self.weights.num_units)
+        statistics = torch.empty(count, 2, num_logits, self.weights.num_units)
         parts = zip(logits, *statistics.unbind(1), strict=True)
         return [_Output(*tensors, *(tensor.data_ptr() for tensor in tensors)) for tensors in parts]
 

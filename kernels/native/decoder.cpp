@@ -41,7 +41,7 @@ Workspace lay_out(const FqDecoder& model, int32_t mode, void* base) {
     };
     space.hidden = take(kMaxTokens * model.hidden_size);
     space.normed = take(kMaxTokens * model.hidden_size);
-    space.before = take(model.hidden_size);
+    space.before = take(kMaxTokens * model.hidden_size);
     space.queries = take(kMaxTokens * attention);
     space.mixed = take(kMaxTokens * attention);
     space.gate = take(kMaxTokens * width);
@@ -136,15 +136,23 @@ class Step {
         }
     }
 
-    void run_layer(const FqLayer& layer, float* cache, const int64_t* bit_widths, float* residual_update, float* crest) {
-        const float* last = space_.hidden + (num_tokens_ - 1) * model_.hidden_size;
-        std::memcpy(space_.before, last, static_cast<size_t>(model_.hidden_size) * 4);
+    // residual_update, crest: [num_observed, num_units], of the last tokens.
+    void run_layer(const FqLayer& layer, float* cache, const int64_t* bit_widths, int64_t num_observed,
+                   float* residual_update, float* crest) {
+        const int64_t size = model_.hidden_size;
+        const float* after = space_.hidden + (num_tokens_ - num_observed) * size;
+        std::memcpy(space_.before, after, static_cast<size_t>(num_observed * size) * 4);
         attention(layer, cache, static_cast<int32_t>(bit_widths[layer.attention_unit]));
         mlp(layer, static_cast<int32_t>(bit_widths[layer.mlp_unit]));
         const int32_t first = layer.attention_unit, second = layer.mlp_unit;
-        math_.observe(space_.before, last, model_.hidden_size, residual_update + first, crest + first);
-        residual_update[second] = residual_update[first];
-        crest[second] = crest[first];
+        for (int64_t i = 0; i < num_observed; ++i) {
+            float* update_of_unit = residual_update + i * model_.num_units;
+            float* crest_of_unit = crest + i * model_.num_units;
+            math_.observe(space_.before + i * size, after + i * size, size, update_of_unit + first,
+                          crest_of_unit + first);
+            update_of_unit[second] = update_of_unit[first];
+            crest_of_unit[second] = crest_of_unit[first];
+        }
     }
 
     void head(int64_t num_logits, int32_t bit_width, float* logits) {
@@ -321,13 +329,13 @@ int32_t fq_decode(const FqDecoder* decoder, float* cache, const int64_t* token_i
     const DecoderMath* math = decoder_math_of(isa);
     if (body == nullptr || math == nullptr) return kFqUnsupportedIsa;
     const Workspace space = lay_out(*decoder, mode, workspace);
-    std::fill(residual_update, residual_update + decoder->num_units, 0.0f);
-    std::fill(crest, crest + decoder->num_units, 0.0f);
+    std::fill_n(residual_update, num_logits * decoder->num_units, 0.0f);
+    std::fill_n(crest, num_logits * decoder->num_units, 0.0f);
     Step step(*decoder, space, *body, *math, num_tokens, position, mode, num_threads);
     step.embed(token_ids);
     const int64_t layer_size = decoder->num_key_value_heads * decoder->cache_length * 2 * decoder->head_dim;
     for (int64_t i = 0; i < decoder->num_layers; ++i) {
-        step.run_layer(decoder->layers[i], cache + i * layer_size, bit_widths, residual_update, crest);
+        step.run_layer(decoder->layers[i], cache + i * layer_size, bit_widths, num_logits, residual_update, crest);
     }
     step.head(num_logits, static_cast<int32_t>(decoder->head_unit < 0 ? 0 : bit_widths[decoder->head_unit]), logits);
     return kFqOk;
