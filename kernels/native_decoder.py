@@ -8,6 +8,7 @@ what the numbers mean (which Hugging Face module they come from) is known one la
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,11 +167,11 @@ class _Output:
 
 
 class NativeDecoder:
-    """Decodes one sequence at a time on the CPU.
+    """Decodes on the CPU, one call at a time.
 
     The result is the same, bit for bit, for any number of threads. Weights are read in place: they must not be freed
-    or resized while this object is in use (it holds references). One call at a time: the intermediate results of a
-    call lie in a buffer of the object.
+    or resized while this object is in use (it holds references). Threads may share a decoder, each with caches of its
+    own: a call waits until the one before it has left the buffer of intermediate results.
 
     Args:
         weights: The model.
@@ -207,6 +208,7 @@ class NativeDecoder:
         self._options = (MODE_CODES[mode], ISA_CODES[self.isa], num_threads)
         self._decode = _declared(library)
         num_bytes = int(library.fq_decoder_workspace_bytes(self._address, MODE_CODES[mode]))
+        self._lock = threading.Lock()  # of the workspace and the outputs
         self._outputs: list[_Output] = []
         self._workspace = torch.empty(num_bytes + WORKSPACE_ALIGNMENT, dtype=torch.uint8)
         self._workspace_address = -(-self._workspace.data_ptr() // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
@@ -249,21 +251,22 @@ class NativeDecoder:
                 raise ValueError(
                     f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; pass int64 [{size}] on the CPU"
                 )
-        output = self._new_output() if num_logits == 1 else self._new_outputs(1, max(num_logits, 0))[0]
-        status = self._decode(
-            self._address,
-            cache.blocks.data_ptr(),
-            token_ids.data_ptr(),
-            len(token_ids),
-            position,
-            bit_widths.data_ptr(),
-            *self._options,
-            self._workspace_address,
-            output.logits_address,
-            num_logits,
-            output.residual_update_address,
-            output.crest_address,
-        )
+        with self._lock:  # the call itself runs without the interpreter's lock
+            output = self._new_output() if num_logits == 1 else self._new_outputs(1, max(num_logits, 0))[0]
+            status = self._decode(
+                self._address,
+                cache.blocks.data_ptr(),
+                token_ids.data_ptr(),
+                len(token_ids),
+                position,
+                bit_widths.data_ptr(),
+                *self._options,
+                self._workspace_address,
+                output.logits_address,
+                num_logits,
+                output.residual_update_address,
+                output.crest_address,
+            )
         if status == BAD_ARGUMENT:
             raise ValueError(
                 f"{len(token_ids)} tokens at position {position}, {num_logits} logits, widths {bit_widths.tolist()}: "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -271,6 +273,35 @@ def test_a_row_is_what_its_token_alone_gives(
             assert got.shape[0] == wanted
             assert torch.equal(got, torch.cat(parts)), f"{shape}, {held} held, {count} tokens, {wanted} rows"
         assert torch.equal(cache.blocks, twin.blocks)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_threads_share_a_decoder(num_threads: int, fresh: random.Random) -> None:
+    """Four threads with caches of their own get what they get one after the other."""
+    decoder = NativeDecoder(make_weights(**SHAPES["long-rows"]), num_threads=num_threads)  # type: ignore[arg-type]
+    chunks = [[random_tokens(fresh.randint(1, 3), fresh.randrange(2**31)) for _ in range(12)] for _ in range(4)]
+    widths = [[random_widths(fresh.randrange(2**31)) for _ in range(12)] for _ in range(4)]
+    barrier = threading.Barrier(4)
+
+    def generate(index: int, *, waits: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+        cache, position, results = decoder.new_cache(), 0, []
+        if waits:
+            barrier.wait(timeout=60)
+        for tokens, bit_widths in zip(chunks[index], widths[index], strict=True):
+            results.append(decoder(cache, tokens, position, bit_widths, num_logits=len(tokens)))
+            position += len(tokens)
+            results.append(decoder(cache, tokens[:1], position - 1, bit_widths))  # as made ahead
+        return results
+
+    expected = [generate(index, waits=False) for index in range(4)]
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            actual = list(pool.map(lambda index: generate(index, waits=True), range(4)))
+        for got, want in zip(actual, expected, strict=True):
+            for some, others in zip(got, want, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+    addresses = [tensor.data_ptr() for results in actual for result in results for tensor in result]
+    assert len(set(addresses)) == len(addresses)
 
 
 def test_stale_cache_entries_behind_the_position_do_not_matter() -> None:
