@@ -14,9 +14,10 @@ int64_t num_global(const FqControl& control) { return kNumTokenSignals + control
 int64_t num_per_unit(const FqControl& control) { return 2 * control.num_widths + kNumStepSignals; }
 
 void observe(FqControl* control, const DecoderMath& math, const float* logits, const float* residual_update,
-             const float* crest, int64_t token_id, bool is_first) {
+             const float* crest, int64_t token_id, float* log_probs, bool is_first) {
     DistributionStatistics statistics;
-    math.distribution(logits, control->vocab_size, kLogProbabilityFloor, control->log_probs, &statistics);
+    math.distribution(logits, control->vocab_size, kLogProbabilityFloor, control->log_probs, log_probs, &statistics);
+    control->log_probs = log_probs;
     control->entropy = statistics.entropy;
     control->top1 = statistics.top1;
     control->top2 = statistics.top2;
@@ -45,8 +46,8 @@ using namespace fq;
 extern "C" {
 
 int32_t fq_control_reset(FqControl* control, const float* logits, const float* residual_update, const float* crest,
-                         int64_t token_id, float kl_weight, int32_t isa) {
-    if (!is_valid(*control, token_id)) return kFqBadArgument;
+                         int64_t token_id, float kl_weight, float* log_probs, int32_t isa) {
+    if (log_probs == nullptr || !is_valid(*control, token_id)) return kFqBadArgument;
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;
     const float top = static_cast<float>(control->bit_widths[control->num_widths - 1]);
@@ -54,13 +55,13 @@ int32_t fq_control_reset(FqControl* control, const float* logits, const float* r
     std::fill_n(control->last_widths, control->num_units, top);
     control->position = 0;
     control->dial = std::log10(kl_weight);
-    observe(control, *math, logits, residual_update, crest, token_id, true);
+    observe(control, *math, logits, residual_update, crest, token_id, log_probs, true);
     return kFqOk;
 }
 
 int32_t fq_control_update(FqControl* control, const float* logits, const float* residual_update, const float* crest,
-                          const int64_t* bit_widths, int64_t token_id, int32_t isa) {
-    if (!is_valid(*control, token_id)) return kFqBadArgument;
+                          const int64_t* bit_widths, int64_t token_id, float* log_probs, int32_t isa) {
+    if (log_probs == nullptr || !is_valid(*control, token_id)) return kFqBadArgument;
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;
     float mean_width = 0.0f;
@@ -70,7 +71,7 @@ int32_t fq_control_update(FqControl* control, const float* logits, const float* 
     }
     control->recent_widths[control->position % kRecentTokens] = mean_width;
     ++control->position;
-    observe(control, *math, logits, residual_update, crest, token_id, false);
+    observe(control, *math, logits, residual_update, crest, token_id, log_probs, false);
     return kFqOk;
 }
 
