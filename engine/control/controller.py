@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
-    SIGNAL_SCHEMA_VERSION,
     SignalMark,
     SignalSchema,
     SignalTracker,
@@ -26,7 +25,7 @@ from flexquant_rl.engine.control.signals import (
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.kernels.native_control import SIGNAL_VERSION, ControlWeights, NativeControl, PolicyNetWeights
+from flexquant_rl.kernels.native_control import ControlMark, ControlWeights, NativeControl, PolicyNetWeights
 
 
 class Controller(Protocol):
@@ -181,9 +180,7 @@ class NativeController:
             weight_share=weights / weights.sum(),
         )
         self._rows = [NativeControl(control) for _ in range(num_rows)]
-        assert (SIGNAL_VERSION, self._rows[0].dim) == (SIGNAL_SCHEMA_VERSION, schema.dim), (
-            "signals changed in one place"
-        )
+        assert self._rows[0].dim == schema.dim, "signals changed in one place"
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
@@ -212,11 +209,11 @@ class NativeController:
             parts = (output.logits[index], output.residual_update[index], output.crest[index])
             row.update(*parts, bit_widths[index], tokens[index])
 
-    def mark(self) -> list[Any]:
+    def mark(self) -> list[ControlMark]:
         """See `Controller`."""
         return [row.mark() for row in self._rows]
 
-    def rollback(self, mark: list[Any], rows: Tensor | None = None) -> None:
+    def rollback(self, mark: list[ControlMark], rows: Tensor | None = None) -> None:
         """See `Controller`."""
         for index in range(len(self._rows)) if rows is None else rows.tolist():
             self._rows[index].rollback(mark[index])

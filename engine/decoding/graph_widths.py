@@ -14,7 +14,6 @@ from torch import Tensor
 from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
-    SIGNAL_SCHEMA_VERSION,
     SignalSchema,
     project_embedding,
     unit_constants,
@@ -24,7 +23,7 @@ from flexquant_rl.engine.decoding.decoder import check_bit_widths
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels.policy_net import PolicyWeights, choose_widths
-from flexquant_rl.kernels.token_signals import SIGNAL_VERSION, SignalConstants, SignalState
+from flexquant_rl.kernels.token_signals import SignalConstants, SignalState
 
 
 class WidthSource(Protocol):
@@ -143,5 +142,5 @@ def signal_constants(model: NestedCausalLM, profile: Profile) -> SignalConstants
         weight_share=(share / share.sum()).to(model.device),
         layer_of_unit=torch.tensor([unit.layer_idx for unit in model.units], dtype=torch.int32, device=model.device),
     )
-    assert (SIGNAL_VERSION, constants.dim) == (SIGNAL_SCHEMA_VERSION, schema.dim), "signals changed in one place"
+    assert constants.dim == schema.dim, "signals changed in one place"
     return constants
