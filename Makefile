@@ -56,7 +56,7 @@ bench-gpu: $(RUNTIME)  ## Times the Triton kernels; writes benchmarks/results/gp
 	for name in $(GPU_BENCHMARKS); do $(BIN)/python benchmarks/bench_$$name.py; done
 
 clean:  ## Removes what builds and tools wrote; keeps .venv and runs.
-	rm -rf build dist *.egg-info kernels/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
 
 define MAKE_VENV

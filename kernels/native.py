@@ -1,4 +1,4 @@
-"""CPU product over bitplanes: builds and loads the C++ kernels of kernels/native, and calls them on torch tensors.
+"""CPU product over bitplanes: builds and loads the C++ kernels of kernels/cpp, and calls them on torch tensors.
 
 The library has a plain C ABI and is loaded with ctypes, so it needs neither torch nor Python headers and survives their
 upgrades. An installation has compiled it; from sources without one, or newer than it, it is compiled on first use into

@@ -1,7 +1,7 @@
 """CPU decode step: one native call reads a token through a whole Llama-family model on bitplanes.
 
 Between two matrix products of a small model Python and a tensor library take longer than the products themselves, so
-the walk through the layers is native too. This module describes the model to native/decoder.h and owns the buffers;
+the walk through the layers is native too. This module describes the model to cpp/decoder.h and owns the buffers;
 what the numbers mean (which Hugging Face module they come from) is known one layer up, in engine/decoding/lean.py.
 """
 

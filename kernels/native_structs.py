@@ -1,7 +1,7 @@
 """What Python and the C++ kernels both write down: structs, limits and codes, and the check that they are the same.
 
-The structs here are those of native/*.h, field by field. The library lists its own with sizes and offsets
-(native/mirror.cpp), and `check_library` compares the lists when it is loaded: a field or a number that was changed on
+The structs here are those of cpp/*.h, field by field. The library lists its own with sizes and offsets
+(cpp/mirror.cpp), and `check_library` compares the lists when it is loaded: a field or a number that was changed on
 one side only is an error in words, not a wrong token.
 """
 
@@ -259,7 +259,7 @@ def expected_layouts() -> dict[str, int]:
 
 
 def _kind(kind: type) -> int:
-    """The codes of native/mirror.cpp: integer, float, pointer, struct."""
+    """The codes of cpp/mirror.cpp: integer, float, pointer, struct."""
     if issubclass(kind, ctypes.Structure):
         return 3
     return {ctypes.c_int32: 0, ctypes.c_int64: 0, ctypes.c_float: 1, ctypes.c_void_p: 2}[kind]

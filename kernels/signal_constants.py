@@ -1,7 +1,7 @@
 """The numbers in the definition of the signals: the one table that every implementation of them reads.
 
 Signals are defined in `SignalTracker` of the engine, and computed a second time in Triton (token_signals.py and
-layer_statistics.py) and a third time in C++ (native/control.cpp). The Python files take the numbers from here.
+layer_statistics.py) and a third time in C++ (cpp/control.cpp). The Python files take the numbers from here.
 """
 
 from __future__ import annotations

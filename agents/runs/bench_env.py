@@ -13,8 +13,8 @@ import torch
 
 from flexquant_rl.agents.runs.training import TrainConfig, prepare
 from flexquant_rl.engine.benches.harness import BenchConfig
-from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.control.profile import reference_name
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 

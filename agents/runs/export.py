@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256, new_directory
 from flexquant_rl.engine.control.policy import (
     CARD_FILE,
     PROFILE_FILE,
@@ -23,6 +21,8 @@ from flexquant_rl.engine.control.policy import (
     load_policy,
 )
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import file_sha256, new_directory
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 
 PARITY_OBSERVATIONS = 1000

@@ -19,10 +19,10 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 

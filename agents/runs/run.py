@@ -24,16 +24,16 @@ from flexquant_rl.agents.evaluation.contest import (
 )
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
-from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.evaluation.report import write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
+from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.training import Prepared, SeedResult, TrainConfig, prepare, train_seed, with_dial_table
+from flexquant_rl.engine.control.policy import PROFILE_FILE
+from flexquant_rl.engine.control.profile import Profile, reference_name
+from flexquant_rl.engine.decoding.choice import check_num_threads
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_json
-from flexquant_rl.engine.decoding.choice import check_num_threads
-from flexquant_rl.engine.control.policy import PROFILE_FILE
-from flexquant_rl.engine.control.profile import Profile, reference_name
 
 RUN_VERSION = 1
 CONFIG_FILE = "config.json"

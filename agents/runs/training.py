@@ -19,22 +19,30 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.evaluate import Evaluator
+from flexquant_rl.agents.policies.static import StaticFront, static_front
+from flexquant_rl.agents.progress import StepBar, say, track
 from flexquant_rl.agents.runs.export import PARITY_OBSERVATIONS, ExportedPolicy, check_parity
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
 from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.agents.progress import StepBar, say, track
-from flexquant_rl.agents.policies.static import StaticFront, static_front
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost
+from flexquant_rl.engine.control.policy import (
+    PROFILE_FILE,
+    Decision,
+    DialPoint,
+    LearnedPolicy,
+    PolicyCard,
+    PrecisionNet,
+    load_policy,
+)
+from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.control.policy import PROFILE_FILE, Decision, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
-from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
-from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
 from flexquant_rl.fq_env.task import EnvConfig
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv

@@ -11,7 +11,7 @@ import pytest
 from flexquant_rl.kernels import native
 from flexquant_rl.kernels.native import ISA_CODES
 
-# FqCpuFeature of native/bitplane_gemv.h; the names are those of /proc/cpuinfo.
+# FqCpuFeature of cpp/bitplane_gemv.h; the names are those of /proc/cpuinfo.
 FEATURES = {
     "avx2": 1,
     "fma": 2,

@@ -20,8 +20,8 @@ from toy_training import toy_env, toy_front, toy_policy
 from flexquant_rl.agents.runs.export import check_parity, export_run
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
 from flexquant_rl.agents.runs.ppo import PPOConfig, build_ppo, precision_net
-from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
+from flexquant_rl.engine.errors import InputError
 
 MODEL = FakeModel(carry=0.5)
 

@@ -31,10 +31,10 @@ from toy_training import (
 from flexquant_rl.agents.policies.baselines import RandomWidths
 from flexquant_rl.agents.runs.imitation import collect_signals
 from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.engine.control.policy import PrecisionNet, StaticAllocation
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 

@@ -12,8 +12,8 @@ from flexquant_rl.agents.runs import training
 from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback
 from flexquant_rl.agents.runs.run import check_config
 from flexquant_rl.agents.runs.training import Prepared, TrainConfig, Validation, prepare, train_seed, with_dial_table
-from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.fq_env.task import EnvConfig
 
