@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.policy import (
+    Decision,
+    LearnedPolicy,
+    Policy,
+    PolicyCard,
+    PrecisionNet,
+    StaticAllocation,
+)
 from flexquant_rl.engine.control.profile import Profile, profile_model
-from flexquant_rl.engine.control.request import GeneratedToken
+from flexquant_rl.engine.control.request import GeneratedToken, Request
+from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.decoding.choice import DecoderName
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.serving import generate
+from flexquant_rl.engine.serving import Engine, encode, generate
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -200,7 +209,9 @@ def test_sampling_is_seeded(nested_model: NestedCausalLM, profile: Profile) -> N
 
 def test_sampling_follows_the_distribution(nested_model: NestedCausalLM, profile: Profile) -> None:
     probs = DecodeSession(nested_model).prefill(PROMPT[None]).logits.softmax(-1)[0]
-    firsts = [ids(tokens_of(nested_model, profile, count=1, temperature=1.0, seed=seed))[0] for seed in range(300)]
+    engine = Engine(nested_model, StaticAllocation("static", WIDTHS), profile)
+    requests = [Request(PROMPT, 1, temperature=1.0, seed=seed) for seed in range(300)]
+    firsts = [next(engine.generate(request)).token_id for request in requests]
     top = int(probs.argmax())
     share = sum(token == top for token in firsts) / len(firsts)
     assert share == pytest.approx(float(probs[top]), abs=0.1)
@@ -238,6 +249,83 @@ def test_the_context_can_be_filled(nested_model: NestedCausalLM, profile: Profil
     policy = StaticAllocation("static", WIDTHS)
     tokens = list(generate(nested_model, policy, profile, prompt, max_new_tokens=8, kl_weight=1.0))
     assert len(tokens) == 8
+
+
+def requests_of(count: int) -> list[Request]:
+    """Requests that differ in everything."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Request(
+            torch.randint(97, 123, (1 + index % 7,), generator=generator),
+            3 + index % 5,
+            kl_weight=2.0 + index,
+            temperature=(0.0, 0.9)[index % 2],
+            seed=index,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("decoder", "count"), [("auto", 100), ("hf", 16)])
+def test_four_threads_equal_one(
+    nested_model: NestedCausalLM, profile: Profile, decoder: DecoderName, count: int
+) -> None:
+    """Threads that share an engine take turns token by token, and each gets what it would have got alone."""
+    engine = Engine(nested_model, learned(nested_model), profile, decoder=decoder)
+    requests = requests_of(count)
+
+    def run(request: Request) -> tuple[list[int], list[list[int]]]:
+        tokens = list(engine.generate(request))
+        return ids(tokens), [token.bit_widths.tolist() for token in tokens]
+
+    serial = [run(request) for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, requests)) == serial
+    assert len({tuple(widths) for _, steps in serial for widths in steps}) > 3, "the policy hardly switches"
+    engine.close()
+
+
+def test_likelihoods_wait_for_their_turn(nested_model: NestedCausalLM, profile: Profile) -> None:
+    engine = Engine(nested_model, learned(nested_model), profile)
+    pairs = [([1, 104], [101, 108, 108]), ([1], [111]), ([1, 50, 60, 70], [80, 90])]
+    alone = engine.loglikelihood(pairs, kl_weight=3.0, num_rows=2)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: engine.loglikelihood(pairs, kl_weight=3.0, num_rows=2), range(8)):
+            assert found == alone
+    engine.close()
+
+
+def test_closing_ends_what_runs_and_refuses_the_rest(nested_model: NestedCausalLM, profile: Profile) -> None:
+    engine = Engine(nested_model, StaticAllocation("static", WIDTHS), profile)
+    stream = engine.generate(Request(PROMPT, 50))
+    next(stream)
+    engine.close()
+    engine.close()
+    rest = list(stream)
+    assert [token.finish_reason for token in rest] == ["cancelled"]
+    with pytest.raises(RuntimeError, match="Engine is closed"):
+        next(engine.generate(Request(PROMPT, 5)))
+    with pytest.raises(RuntimeError, match="Engine is closed"):
+        engine.loglikelihood([([1], [2])], kl_weight=1.0)
+
+
+def test_a_prompt_may_be_text(nested_model: NestedCausalLM, profile: Profile) -> None:
+    policy = StaticAllocation("static", WIDTHS)
+    from_text = list(generate(nested_model, policy, profile, "hello", max_new_tokens=6))
+    from_ids = list(generate(nested_model, policy, profile, encode(nested_model, "hello"), max_new_tokens=6))
+    assert ids(from_text) == ids(from_ids)
+    assert "".join(token.text for token in from_text) == nested_model.tokenizer.decode(ids(from_text))
+
+
+def learned(model: NestedCausalLM) -> LearnedPolicy:
+    """A random network, sharp enough that it switches."""
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    net = PrecisionNet(schema)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return LearnedPolicy(net, PolicyCard(schema, model.fingerprint, tuple(unit.name for unit in model.units)))
 
 
 class ByteTokenizer:
