@@ -22,15 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from tyro.conf import Positional
 
 from flexquant_rl.agents.command import FAILURE, command, print_result
+from flexquant_rl.agents.config import TrainConfig, check_config, check_device
 from flexquant_rl.agents.evaluation.contest import Contestant, compete, policy_context
 from flexquant_rl.agents.evaluation.report import console_table
 from flexquant_rl.agents.evaluation.rows import public_dict
+from flexquant_rl.agents.export import export_run, load_exported, load_exported_together
 from flexquant_rl.agents.policies.baselines import check_policy_name, make_policy
+from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.bench_env import EnvBench, bench_env
-from flexquant_rl.agents.runs.export import export_run, load_exported, load_exported_together
-from flexquant_rl.agents.runs.run import check_config, check_device, load_run
-from flexquant_rl.agents.runs.training import Prepared, TrainConfig, prepare
+from flexquant_rl.agents.runs.run import load_run
 from flexquant_rl.engine.benches.decode import DecodeBench, bench_decode
 from flexquant_rl.engine.benches.gemv import GemvBench, bench_gemv
 from flexquant_rl.engine.benches.harness import BenchRefusedError, machine_facts, run_tests

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flexquant_rl import cli, train
+from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.runs.run import new_run
-from flexquant_rl.agents.runs.training import TrainConfig
 from flexquant_rl.engine.benches.harness import BenchRefusedError
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model

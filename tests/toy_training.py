@@ -10,8 +10,9 @@ from fake_session import NUM_CLASSES, FakeModel, FakeSession, fake_profile, fake
 from stable_baselines3 import PPO
 from torch import Tensor
 
+from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.static import StaticFront, static_front
-from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback, build_ppo
+from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo
 from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.batch import DecodeBatch

@@ -12,8 +12,9 @@ from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, measured_s
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.baselines import PolicyContext, make_policy
+from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import say, track
-from flexquant_rl.agents.runs.training import Prepared, SeedResult
+from flexquant_rl.agents.runs.training import SeedResult
 from flexquant_rl.engine.control.policy import LearnedPolicy, Policy
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.control.signals import SignalSchema

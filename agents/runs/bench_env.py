@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flexquant_rl.agents.runs.training import TrainConfig, prepare
+from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.preparation import prepare
 from flexquant_rl.engine.benches.harness import BenchConfig
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.decoding.session import DecodeSession

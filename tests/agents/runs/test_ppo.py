@@ -28,9 +28,10 @@ from toy_training import (
     toy_windows,
 )
 
+from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.baselines import RandomWidths
 from flexquant_rl.agents.runs.imitation import collect_signals
-from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.engine.control.policy import PrecisionNet, StaticAllocation
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError

@@ -17,9 +17,10 @@ from stable_baselines3 import PPO
 from torch import Tensor
 from toy_training import toy_env, toy_front, toy_policy
 
-from flexquant_rl.agents.runs.export import check_parity, export_run
+from flexquant_rl.agents.config import PPOConfig
+from flexquant_rl.agents.export import check_parity, export_run
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
-from flexquant_rl.agents.runs.ppo import PPOConfig, build_ppo, precision_net
+from flexquant_rl.agents.runs.ppo import build_ppo, precision_net
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
 from flexquant_rl.engine.errors import InputError
 
@@ -151,7 +152,7 @@ def test_export_that_is_copied_badly_never_gets_its_name(
         content[-30] ^= 1
         target.write_bytes(content)
 
-    monkeypatch.setattr("flexquant_rl.agents.runs.export.shutil.copyfile", flip)
+    monkeypatch.setattr("flexquant_rl.agents.export.shutil.copyfile", flip)
     with pytest.raises(RuntimeError, match="does not hold what was copied"):
         export_run(run_dir, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
