@@ -47,8 +47,8 @@ struct FqControl {
 };
 
 // Starts a sequence after its prompt: logits [vocab_size], statistics [num_units]. `token_id` is what the first step
-// will read. The new distribution is written to `log_probs` [vocab_size], which becomes the control's: its own of before,
-// or another place if that one is still needed.
+// will read. The new distribution is written to `log_probs` [vocab_size], which becomes the control's. It may be the
+// control's own of before, or another place if that one is still needed.
 FQ_EXPORT int32_t fq_control_reset(FqControl* control, const float* logits, const float* residual_update,
                                    const float* crest, int64_t token_id, float kl_weight, float* log_probs,
                                    int32_t isa);

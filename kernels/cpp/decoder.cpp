@@ -277,7 +277,8 @@ class Step {
 
 bool is_readable(const FqLinear& linear, int64_t bit_width) {
     if (bit_width == 0) return linear.dense != nullptr;
-    return bit_width >= 1 && bit_width <= kNumPlanes && linear.widths != nullptr && linear.widths[bit_width].planes != nullptr;
+    return bit_width >= 1 && bit_width <= kNumPlanes && linear.widths != nullptr &&
+           linear.widths[bit_width].planes != nullptr;
 }
 
 // Whether every linear holds the width that its unit asks for.
