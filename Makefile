@@ -55,7 +55,7 @@ bench-gpu: $(DEV)  ## Times the Triton kernels; writes benchmarks/results/gpu-*.
 	for file in benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
 
 clean:  ## Removes what builds and tools wrote; keeps .venv and runs.
-	rm -rf build dist *.egg-info kernels/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
 
 define MAKE_VENV

@@ -22,15 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from tyro.conf import Positional
 
 from flexquant_rl.agents.command import FAILURE, command, print_result
+from flexquant_rl.agents.config import TrainConfig, check_config, check_device
 from flexquant_rl.agents.evaluation.contest import Contestant, compete, policy_context
 from flexquant_rl.agents.evaluation.report import console_table
 from flexquant_rl.agents.evaluation.rows import public_dict
+from flexquant_rl.agents.export import export_run, load_exported, load_exported_together
 from flexquant_rl.agents.policies.baselines import check_policy_name, make_policy
+from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.bench_env import EnvBench, bench_env
-from flexquant_rl.agents.runs.export import export_run, load_exported, load_exported_together
-from flexquant_rl.agents.runs.run import check_config, check_device, load_run
-from flexquant_rl.agents.runs.training import Prepared, TrainConfig, prepare
+from flexquant_rl.agents.runs.run import load_run
 from flexquant_rl.engine.benches.decode import DecodeBench, bench_decode
 from flexquant_rl.engine.benches.gemv import GemvBench, bench_gemv
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Row, run_bench, run_tests
@@ -46,11 +47,11 @@ from flexquant_rl.engine.decoding.choice import DecoderName, check_num_threads, 
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory
-from flexquant_rl.engine.generate import StreamedText
-from flexquant_rl.engine.generate import generate as generate_tokens
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.serving import encode
+from flexquant_rl.engine.serving import generate as generate_tokens
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.fq_env.task import EnvConfig, check_kl_weight
@@ -326,15 +327,13 @@ def generate(
     exported.card.check_model(nested.fingerprint, exported.directory)
     nested.to(device)
     colours = show_bits and has_colours(sys.stdout)
-    ids = nested.tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
-    text = StreamedText(nested.tokenizer, ids.tolist())
     began = time.perf_counter()
     tokens = []
     for token in generate_tokens(
         nested,
         exported.policy,
         exported.profile,
-        ids,
+        encode(nested, prompt),
         max_new_tokens=max_new_tokens,
         kl_weight=dial,
         temperature=temperature,
@@ -343,7 +342,7 @@ def generate(
         num_threads=threads,
     ):
         tokens.append(token)
-        piece = text.add(token.token_id)
+        piece = token.text
         if colours:
             piece = coloured(piece, float(nested.mean_bit_width(token.bit_widths)), nested.bit_widths)
         print(piece, end="", flush=True)

@@ -17,8 +17,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # In a checkout its folders are links to those beside it, in a source archive they are folders.
 PACKAGE_DIR = ROOT / "flexquant_rl"
-NATIVE_DIR = Path("flexquant_rl", "kernels", "native")
-PACKAGE = "flexquant_rl.kernels.native"
+NATIVE_DIR = Path("flexquant_rl", "kernels", "cpp")
+PACKAGE = "flexquant_rl.kernels.cpp"
 
 
 def load_native_build() -> ModuleType:

@@ -23,10 +23,11 @@ from typing import Annotated
 import tyro
 
 from flexquant_rl.agents.command import command, print_result
+from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.evaluation.report import console_table
 from flexquant_rl.agents.evaluation.rows import read_rows
-from flexquant_rl.agents.runs.run import load_run, new_run, train_run
-from flexquant_rl.agents.runs.training import TrainConfig
+from flexquant_rl.agents.runs.phases import evaluate_run, train_run
+from flexquant_rl.agents.runs.run import load_run, new_run
 from flexquant_rl.engine.errors import InputError
 
 
@@ -58,7 +59,7 @@ def train(arguments: TrainArguments) -> None:
 def _finish(config: TrainConfig, run_dir: Path) -> None:
     """Runs what is left of a run."""
     try:
-        result = train_run(config, run_dir)
+        result = evaluate_run(config, train_run(config, run_dir), run_dir)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: python train.py --resume {run_dir}") from None
     print(console_table(read_rows(run_dir / "eval.jsonl")))

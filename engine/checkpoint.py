@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
@@ -119,8 +120,8 @@ def is_nested_checkpoint(path: Path) -> bool:
 
 
 def load_model(
-    path: str,
-    config: QuantizationConfig,
+    path: str | None = None,
+    config: QuantizationConfig | None = None,
     *,
     keep_reference: bool = True,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -128,17 +129,19 @@ def load_model(
     """Loads a nested checkpoint as it is, or quantises a plain Hugging Face model in memory.
 
     Args:
-        path: Directory, or name on the hub.
-        config: How a plain model is quantised; a nested checkpoint has been already.
+        path: Directory, or name on the hub; `default`, or none, is the embedded model.
+        config: How a plain model is quantised; default: `rtn` and groups of 128. A nested checkpoint has been already.
         keep_reference: Keep the unquantised weights of a plain model as the reference for output KL.
         progress: Wraps the loop over linears.
 
     Raises:
         InputError: If it is missing, damaged, not a causal LM or not supported.
     """
+    path = resolve_model(path)
     if is_nested_checkpoint(Path(path)):
         return load_checkpoint(Path(path))
     hf_model, tokenizer = load_causal_lm(path)
+    config = config or QuantizationConfig()
     return nest(hf_model, tokenizer, config, keep_reference=keep_reference, progress=progress)
 
 

@@ -21,6 +21,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.kernels import dequantize as device_kernel
 from flexquant_rl.kernels import launching, reference
 from flexquant_rl.kernels.bitplane import NestedWeight
+from flexquant_rl.kernels.signal_constants import NORM_FLOOR
 
 REFERENCE_WIDTH = 0
 """Stands for the unquantised weights wherever a bit-width is expected."""
@@ -64,7 +65,7 @@ class WidthPlan:
     def observe_layer(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
         """Records ‖Δh‖/‖h‖ and max|h|/rms(h) at the last tokens of each row; `before`, `after`: `[R, T, d]`."""
         last, out = before[:, -self.collect :].float(), after[:, -self.collect :].float()
-        norm = last.norm(dim=-1).clamp_min(1e-12)
+        norm = last.norm(dim=-1).clamp_min(NORM_FLOOR)
         self.residual_update[layer_idx] = (out - last).norm(dim=-1) / norm
         self.crest[layer_idx] = last.abs().amax(dim=-1) * last.shape[-1] ** 0.5 / norm
 

@@ -135,6 +135,13 @@ class NestedCausalLM:
         return self.hf_model.device
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: those of the generation configuration, often several, and the tokenizer's own."""
+        configured = getattr(self.hf_model.generation_config, "eos_token_id", None)
+        listed = configured if isinstance(configured, list | tuple) else [configured]
+        return tuple(sorted({int(t) for t in (*listed, self.tokenizer.eos_token_id) if t is not None}))
+
+    @property
     def has_reference(self) -> bool:
         """Whether the unquantised weights are kept beside the nested ones."""
         return all(linear.reference_weight is not None for linear in self.nested_linears().values())

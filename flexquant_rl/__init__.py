@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flexquant_rl.engine.checkpoint import load_model
     from flexquant_rl.engine.control.policy import load_policy
-    from flexquant_rl.engine.generate import generate
+    from flexquant_rl.engine.control.request import Request
     from flexquant_rl.engine.model import nest
+    from flexquant_rl.engine.serving import Engine, generate
 
 __version__ = "0.2.0"
 
-__all__ = ["__version__", "generate", "load_model", "load_policy", "nest"]
+__all__ = ["Engine", "Request", "__version__", "generate", "load_model", "load_policy", "nest"]
 
 _HOMES = {
-    "generate": "flexquant_rl.engine.generate",
+    "Engine": "flexquant_rl.engine.serving",
+    "Request": "flexquant_rl.engine.control.request",
+    "generate": "flexquant_rl.engine.serving",
     "load_model": "flexquant_rl.engine.checkpoint",
     "load_policy": "flexquant_rl.engine.control.policy",
     "nest": "flexquant_rl.engine.model",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,56 +28,89 @@ _MAX_WINDOWS = 8192
 _VALIDATION_PERCENT, _TEST_PERCENT = 15, 25
 
 
-@dataclass(frozen=True)
 class PromptWindows:
-    """Windows of `prompt + continuation + 1` tokens, by split.
+    """Windows of `prompt + continuation + 1` tokens, by split; a split is cut when it is first asked for.
 
-    Attributes:
-        train: `[n, length]` int64, half overlapping.
-        validation: `[n, length]` int64, disjoint windows.
-        test: `[n, length]` int64, disjoint windows.
+    So that training never opens test text: what it does not ask for is neither tokenised nor seen.
+
+    Args:
+        cut: Gives the windows of a split, `[n, length]` int64; those of `train` overlap by half, others are disjoint.
         source: Where the text came from, for reports.
     """
 
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    source: str
+    def __init__(self, cut: Callable[[Split], Tensor], source: str) -> None:
+        self.source = source
+        self._cut = cut
+        self._opened: dict[Split, Tensor] = {}
+
+    @property
+    def opened(self) -> frozenset[Split]:
+        """The splits that have been asked for."""
+        return frozenset(self._opened)
 
     def split(self, name: Split) -> Tensor:
-        """The windows of a split."""
-        windows: Tensor = getattr(self, name)
-        return windows
+        """The windows of a split, `[n, length]` int64.
+
+        Raises:
+            InputError: If it has none.
+        """
+        if name not in self._opened:
+            self._opened[name] = self._cut(name)
+        return self._opened[name]
+
+    @property
+    def train(self) -> Tensor:
+        """Windows to train on."""
+        return self.split("train")
+
+    @property
+    def validation(self) -> Tensor:
+        """Windows to choose by."""
+        return self.split("validation")
+
+    @property
+    def test(self) -> Tensor:
+        """Windows to judge on."""
+        return self.split("test")
 
 
 def load_windows(
     tokenizer: PreTrainedTokenizerBase, length: int, texts: Sequence[Path] = (), *, max_windows: int = _MAX_WINDOWS
 ) -> PromptWindows:
-    """Reads text, splits it and cuts it into windows, each beginning with the model's BOS token where it has one.
+    """Reads text and splits it. Each window begins with the model's BOS token where it has one.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         length: Tokens per window.
         texts: Files (`.jsonl`: the string fields of each row; anything else: plain text); none: the parts of Python's
             standard library that the embedded model has not seen.
         max_windows: Cap per split; windows are thinned out evenly.
 
     Raises:
-        InputError: If a file is missing, unreadable or empty, or a split has no window.
+        InputError: If a file is missing, unreadable or empty, or a split is too short to have a window.
     """
-    documents = file_documents(texts) if texts else _stdlib_documents()
     source = ", ".join(path.name for path in texts) if texts else "Python standard library (held-out modules)"
-    found = {}
-    for split, parts in documents.items():
-        stride = length // 2 if split == "train" else length - 1
-        windows = cut_windows(tokenizer, parts, length, stride)
+    documents = file_documents(texts) if texts else None
+    for name in get_args(Split) if documents else ():
+        # A token has a byte at least. A split that fails this has no window, and is found out before it is opened.
+        if max((len(part.encode()) for part in documents[name]), default=0) < length - 1:
+            raise _no_window(source, name, documents[name], length)
+
+    def cut(name: Split) -> Tensor:
+        parts = _stdlib_documents(name) if documents is None else documents[name]
+        windows = cut_windows(tokenizer, parts, length, length // 2 if name == "train" else length - 1)
         if not len(windows):
-            raise InputError(
-                f"{source}: the {split} split ({sum(map(len, parts))} characters) holds no window of {length} tokens; "
-                "give more text, or shorter episodes with --env.prompt-tokens and --env.max-new-tokens"
-            )
-        found[split] = spread(windows, max_windows)
-    return PromptWindows(found["train"], found["validation"], found["test"], source)
+            raise _no_window(source, name, parts, length)
+        return spread(windows, max_windows)
+
+    return PromptWindows(cut, source)
+
+
+def _no_window(source: str, name: Split, parts: Sequence[str], length: int) -> InputError:
+    return InputError(
+        f"{source}: the {name} split ({sum(map(len, parts))} characters) holds no window of {length} tokens; "
+        "give more text, or shorter episodes with --env.prompt-tokens and --env.max-new-tokens"
+    )
 
 
 def spread(items: Tensor, count: int) -> Tensor:
@@ -122,9 +154,9 @@ def file_documents(texts: Sequence[Path]) -> dict[Split, list[str]]:
     return splits
 
 
-def _stdlib_documents() -> dict[Split, list[str]]:
+def _stdlib_documents(split: Split) -> list[str]:
     try:
-        return {name: list(stdlib_text(split).values()) for name, split in _STDLIB_SPLITS.items()}
+        return list(stdlib_text(_STDLIB_SPLITS[split]).values())
     except FileNotFoundError as error:
         raise InputError(str(error)) from error
 

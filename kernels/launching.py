@@ -37,6 +37,20 @@ def jit(**options: Any) -> Any:
     return triton.jit(**options)
 
 
+def constant(value: float) -> Any:
+    """Makes a number of a module readable for its kernels.
+
+    Triton compiles in only those that are wrapped; its interpreter would mix up the wrapper with a tensor.
+
+    Args:
+        value: The number, the same in every launch.
+
+    Returns:
+        `value`, wrapped where kernels are compiled.
+    """
+    return value if triton is None or is_interpreting() else tl.constexpr(value)
+
+
 @jit()
 def _probe_kernel(x_ptr):  # type: ignore[no-untyped-def]  # Triton takes an annotation for an expression
     tl.store(x_ptr, 1)

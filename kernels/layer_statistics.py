@@ -7,8 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexquant_rl.kernels.launching import check_tensor, jit, next_power_of_two, require_triton, tl
+from flexquant_rl.kernels.launching import check_tensor, constant, jit, next_power_of_two, require_triton, tl
 from flexquant_rl.kernels.rms_norm import MAX_INPUTS
+from flexquant_rl.kernels.signal_constants import NORM_FLOOR
+
+_NORM_FLOOR = constant(NORM_FLOOR)
 
 
 def layer_statistics(hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -59,7 +62,7 @@ def _statistics_kernel(hidden_ptr, out_ptr, num_layers, NUM_INPUTS: tl.constexpr
     source = hidden_ptr + layer.to(tl.int64) * NUM_INPUTS + index
     before = tl.load(source, mask=exists, other=0.0)
     update = tl.load(source + NUM_INPUTS, mask=exists, other=0.0) - before
-    norm = tl.maximum(tl.sqrt_rn(tl.sum(before * before, axis=0)), 1e-12)
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(before * before, axis=0)), _NORM_FLOOR)
     largest = tl.max(tl.abs(before), axis=0)
     tl.store(out_ptr + layer, tl.sqrt_rn(tl.sum(update * update, axis=0)) / norm)
     root = tl.sqrt_rn(tl.full([], NUM_INPUTS * 1.0, tl.float32))

@@ -1,4 +1,4 @@
-"""CPU product over bitplanes: builds and loads the C++ kernels of kernels/native, and calls them on torch tensors.
+"""CPU product over bitplanes: builds and loads the C++ kernels of kernels/cpp, and calls them on torch tensors.
 
 The library has a plain C ABI and is loaded with ctypes, so it needs neither torch nor Python headers and survives their
 upgrades. An installation has compiled it; from sources without one, or newer than it, it is compiled on first use into
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight, check_bit_width
 from flexquant_rl.kernels.native_build import BuildError, build_library
+from flexquant_rl.kernels.native_structs import WeightStruct, check_library
 
 Isa = Literal["avx512", "avx2", "portable"]
 Mode = Literal["int8", "float32"]
@@ -23,28 +24,26 @@ Mode = Literal["int8", "float32"]
 MAX_TOKENS = 16
 ISA_VARIABLE = "FQ_CPU_ISA"
 
-_ABI_VERSION = 1
 ISA_CODES: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2}
 MODE_CODES: dict[str, int] = {"int8": 0, "float32": 1}
-STATUS_TEXTS = {1: "bad argument", 2: "instruction set not supported", 3: "out of memory"}
-
-
-class WeightStruct(ctypes.Structure):
-    """`FqWeight` of native/bitplane_gemv.h, field by field."""
-
-    _fields_ = (
-        ("planes", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("plane_stride", ctypes.c_int64),
-        ("num_outputs", ctypes.c_int64),
-        ("num_inputs", ctypes.c_int64),
-        ("num_words", ctypes.c_int64),
-        ("group_size", ctypes.c_int32),
-        ("bit_width", ctypes.c_int32),
-        ("scale_factor", ctypes.c_float),
-        ("offset_factor", ctypes.c_float),
-    )
+OK, BAD_ARGUMENT, UNSUPPORTED_ISA, OUT_OF_MEMORY = range(4)
+STATUS_TEXTS = {
+    BAD_ARGUMENT: "bad argument",
+    UNSUPPORTED_ISA: "instruction set not supported",
+    OUT_OF_MEMORY: "out of memory",
+}
+_CODES = {
+    "kMaxTokens": MAX_TOKENS,
+    "kFqPortable": ISA_CODES["portable"],
+    "kFqAvx2": ISA_CODES["avx2"],
+    "kFqAvx512": ISA_CODES["avx512"],
+    "kFqInt8": MODE_CODES["int8"],
+    "kFqFloat32": MODE_CODES["float32"],
+    "kFqOk": OK,
+    "kFqBadArgument": BAD_ARGUMENT,
+    "kFqUnsupportedIsa": UNSUPPORTED_ISA,
+    "kFqOutOfMemory": OUT_OF_MEMORY,
+}
 
 
 class NativeGemv:
@@ -127,7 +126,7 @@ class NativeGemv:
             out.stride(0),
             *self._options,
         )
-        if status != 0:
+        if status != OK:
             raise RuntimeError(f"native kernel failed: {STATUS_TEXTS.get(status, status)}")
         return out
 
@@ -160,15 +159,16 @@ def load_library() -> ctypes.CDLL | None:
     Returns:
         The library, or None (after one RuntimeWarning) if it can be neither found nor built; later calls return the
         same.
+
+    Raises:
+        LibraryMismatchError: If structs or constants differ between the library and the Python files.
     """
     try:
         library = ctypes.CDLL(str(build_library()))
-        version = library.fq_abi_version()
-        if version != _ABI_VERSION:
-            raise OSError(f"the native library has ABI version {version}, not {_ABI_VERSION}; delete it")
     except (OSError, BuildError) as error:
         warnings.warn(f"no native CPU kernels, falling back to torch (slow): {error}", RuntimeWarning, stacklevel=2)
         return None
+    check_library(library, _CODES)
     int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
     library.fq_gemv.argtypes = (pointer, pointer, int64, int64, pointer, int64, int32, int32, int32)
     library.fq_read_bytes.argtypes = (pointer, int64, int32, int32)

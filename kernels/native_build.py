@@ -1,4 +1,4 @@
-"""How the C++ kernels of kernels/native are compiled: the one description for installing and for running from source.
+"""How the C++ kernels of kernels/cpp are compiled: the one description for installing and for running from source.
 
 Standard library only and nothing of this package, because setup.py loads this file by its path, where torch is not
 installed. The library's name carries a hash of all that it is made from, so that one which has become old is never
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE_DIR = Path(__file__).resolve().parent / "native"
+SOURCE_DIR = Path(__file__).resolve().parent / "cpp"
 LIBRARY_PREFIX = "flexquant_native_"
 
 # Contraction would round the activations differently in a body that has fused multiply-add and in one that has not.

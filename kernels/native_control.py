@@ -8,20 +8,24 @@ it decides.
 from __future__ import annotations
 
 import ctypes
+import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexquant_rl.kernels.native import ISA_CODES, STATUS_TEXTS, Isa, choose_isa, load_library
-
-SIGNAL_VERSION = 1
-"""Version of the signals that native/control.cpp computes; the caller compares it with the schema's."""
-
-_RECENT_TOKENS = 16
-_PADDED_WIDTHS = 16
-_ROW_SIGNALS = 12
+from flexquant_rl.kernels import signal_constants
+from flexquant_rl.kernels.native import BAD_ARGUMENT, ISA_CODES, OK, STATUS_TEXTS, Isa, choose_isa, load_library
+from flexquant_rl.kernels.native_structs import (
+    HIDDEN_ALIGNMENT,
+    MAX_HIDDEN,
+    MAX_INPUTS,
+    PADDED_WIDTHS,
+    ControlStruct,
+    PolicyNetStruct,
+)
 
 
 @dataclass(frozen=True)
@@ -68,41 +72,51 @@ class ControlWeights:
     weight_share: Tensor
 
 
-class _NetStruct(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("mean", "deviation", "global_weight", "global_bias", "context_weight", "unit_weight"),
-                *("first_bias", "second_weight", "second_bias", "width_weight", "width_bias"),
-            )
-        ),
-        ("hidden", ctypes.c_int64),
-    )
+class _Slot:
+    """A place for one distribution, `[vocab]`; it is not written to while a mark needs what it holds."""
+
+    def __init__(self, log_probs: Tensor) -> None:
+        self.log_probs = log_probs
+        self.address = log_probs.data_ptr()
+        self._lease: weakref.ref[_Lease] | None = None
+
+    def is_needed(self) -> bool:
+        """Whether a mark of what it holds is alive."""
+        return self._lease is not None and self._lease() is not None
+
+    def lease(self) -> _Lease:
+        """What a mark keeps: one object for all marks of what the slot holds."""
+        lease = None if self._lease is None else self._lease()
+        if lease is None:
+            lease = _Lease(self)
+            self._lease = weakref.ref(lease)
+        return lease
 
 
-class _ControlStruct(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("net", "bit_widths", "embedding", "unit_constants", "depth", "weight_share")
-        ),
-        *((name, ctypes.c_int64) for name in ("vocab_size", "num_units", "num_widths", "num_embedding_dims")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("log_probs", "recent_widths", "residual_update", "crest", "last_widths")
-        ),
-        *(
-            (name, ctypes.c_float)
-            for name in ("entropy", "entropy_ema", "top1", "top2", "surprisal", "step_kl", "dial")
-        ),
-        ("position", ctypes.c_int64),
-        ("token_id", ctypes.c_int64),
-    )
+class _Lease:
+    """While it lives its slot is needed."""
+
+    def __init__(self, slot: _Slot) -> None:
+        self.slot = slot
+
+
+@dataclass(frozen=True, eq=False)
+class ControlMark:
+    """A moment of a sequence, made by `NativeControl.mark`: opaque, a few hundred bytes.
+
+    It is good for any number of rollbacks, before and after other marks and rollbacks. Dropping it lets the control
+    reuse the memory of a distribution that nothing else needs.
+    """
+
+    _lease: _Lease
+    _vectors: bytes
+    _numbers: bytes
 
 
 class NativeControl:
     """Signals and policy of one sequence.
+
+    Threads may share it: a call waits for the one before it.
 
     Attributes:
         dim: Length of the signal vector.
@@ -125,10 +139,12 @@ class NativeControl:
         self._num_units = len(weights.depth)
         self._num_widths = len(weights.bit_widths)
         self._vocab_size, num_embedding_dims = weights.embedding.shape
-        num_global = _ROW_SIGNALS + num_embedding_dims
-        self.dim = num_global + self._num_units * (2 * self._num_widths + 4)
+        num_global = signal_constants.NUM_TOKEN_SIGNALS + num_embedding_dims
+        self.dim = num_global + self._num_units * (2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS)
+        self._slot = _Slot(torch.zeros(self._vocab_size))  # of the current distribution
+        self._slots = [self._slot]
         net = None if weights.net is None else ctypes.addressof(self._net(weights.net, num_global))
-        self._control = _ControlStruct(
+        self._control = ControlStruct(
             net=net,
             bit_widths=self._address(torch.tensor(weights.bit_widths), (self._num_widths,), torch.int64),
             embedding=self._address(weights.embedding, (self._vocab_size, num_embedding_dims)),
@@ -139,14 +155,13 @@ class NativeControl:
             num_units=self._num_units,
             num_widths=self._num_widths,
             num_embedding_dims=num_embedding_dims,
-            log_probs=self._address(torch.zeros(self._vocab_size), (self._vocab_size,)),
-            recent_widths=self._address(torch.zeros(_RECENT_TOKENS), (_RECENT_TOKENS,)),
-            **{
-                name: self._address(torch.zeros(self._num_units), (self._num_units,))
-                for name in ("residual_update", "crest", "last_widths")
-            },
+            log_probs=self._slot.address,
+            **self._allocate_vectors(),
         )
         self._pointer = ctypes.addressof(self._control)
+        self._numbers_pointer = self._pointer + ControlStruct.entropy.offset
+        self._numbers_bytes = ctypes.sizeof(ControlStruct) - ControlStruct.entropy.offset
+        self._lock = threading.Lock()  # of the state
         self._isa_code = ISA_CODES[choose_isa(isa)]
         self._library = _declared(library)
 
@@ -166,15 +181,20 @@ class NativeControl:
             ValueError: If a shape or dtype disagrees or the token is not in the vocabulary.
         """
         self._check_output(logits, residual_update, crest)
-        status = self._library.fq_control_reset(
-            self._pointer,
-            logits.data_ptr(),
-            residual_update.data_ptr(),
-            crest.data_ptr(),
-            next_token_id,
-            kl_weight,
-            self._isa_code,
-        )
+        with self._lock:
+            slot = self._next_slot()
+            status = self._library.fq_control_reset(
+                self._pointer,
+                logits.data_ptr(),
+                residual_update.data_ptr(),
+                crest.data_ptr(),
+                next_token_id,
+                kl_weight,
+                slot.address,
+                self._isa_code,
+            )
+            if status == OK:
+                self._slot = slot
         self._raise_for(status, f"token {next_token_id} is not in the vocabulary of {self._vocab_size}")
 
     def update(
@@ -183,21 +203,60 @@ class NativeControl:
         """Moves on by a step that ran at `bit_widths` `[U]` int64; the rest as for `reset`."""
         self._check_output(logits, residual_update, crest)
         _check_vector("bit_widths", bit_widths, self._num_units, torch.int64)
-        status = self._library.fq_control_update(
-            self._pointer,
-            logits.data_ptr(),
-            residual_update.data_ptr(),
-            crest.data_ptr(),
-            bit_widths.data_ptr(),
-            next_token_id,
-            self._isa_code,
-        )
+        with self._lock:
+            slot = self._next_slot()
+            status = self._library.fq_control_update(
+                self._pointer,
+                logits.data_ptr(),
+                residual_update.data_ptr(),
+                crest.data_ptr(),
+                bit_widths.data_ptr(),
+                next_token_id,
+                slot.address,
+                self._isa_code,
+            )
+            if status == OK:
+                self._slot = slot
         self._raise_for(status, f"token {next_token_id} is not in the vocabulary of {self._vocab_size}")
+
+    def mark(self) -> ControlMark:
+        """Remembers the state of the sequence.
+
+        The distribution is not copied: the next update writes to another place, and those after it stay there.
+
+        Returns:
+            What `rollback` returns to.
+        """
+        with self._lock:
+            return ControlMark(
+                self._slot.lease(),
+                ctypes.string_at(self._vectors.data_ptr(), self._vectors.nbytes),
+                ctypes.string_at(self._numbers_pointer, self._numbers_bytes),
+            )
+
+    def rollback(self, mark: ControlMark) -> None:
+        """Returns to a mark: everything is, bit for bit, as if what came after it had never happened.
+
+        Args:
+            mark: Of this control. It may be of a sequence before the last `reset`, and stays good.
+
+        Raises:
+            ValueError: If the mark is of another control.
+        """
+        slot = mark._lease.slot
+        if not any(slot is own for own in self._slots):
+            raise ValueError("the mark is of another NativeControl; roll back with one that this control has made")
+        with self._lock:
+            ctypes.memmove(self._vectors.data_ptr(), mark._vectors, len(mark._vectors))
+            ctypes.memmove(self._numbers_pointer, mark._numbers, len(mark._numbers))
+            self._control.log_probs = slot.address
+            self._slot = slot
 
     def signals(self) -> Tensor:
         """The signal vector, `[dim]` float32."""
         signals = torch.empty(self.dim)
-        self._library.fq_control_signals(self._pointer, signals.data_ptr())
+        with self._lock:
+            self._library.fq_control_signals(self._pointer, signals.data_ptr())
         return signals
 
     def choose(self, signals: Tensor) -> Tensor:
@@ -214,29 +273,54 @@ class NativeControl:
         self._raise_for(status, "there is no network to choose with; pass ControlWeights.net")
         return bit_widths
 
+    def _next_slot(self) -> _Slot:
+        """Where the next distribution goes: in the place of the current one unless a mark needs that."""
+        if not self._slot.is_needed():
+            return self._slot
+        for slot in self._slots:
+            if not slot.is_needed():
+                return slot
+        slot = _Slot(torch.empty(self._vocab_size))
+        self._slots.append(slot)
+        return slot
+
+    def _allocate_vectors(self) -> dict[str, int]:
+        """Addresses of the vectors of the state, which lie together so that a mark copies them at once."""
+        sizes = {"recent_widths": signal_constants.RECENT_TOKENS}
+        sizes |= dict.fromkeys(("residual_update", "crest", "last_widths"), self._num_units)
+        self._vectors = torch.zeros(sum(sizes.values()))
+        parts = self._vectors.split(list(sizes.values()))
+        return {name: part.data_ptr() for name, part in zip(sizes, parts, strict=True)}
+
     def _check_output(self, logits: Tensor, residual_update: Tensor, crest: Tensor) -> None:
         _check_vector("logits", logits, self._vocab_size, torch.float32)
         _check_vector("residual_update", residual_update, self._num_units, torch.float32)
         _check_vector("crest", crest, self._num_units, torch.float32)
 
     def _raise_for(self, status: int, bad_argument: str) -> None:
-        if status == 1:
+        if status == BAD_ARGUMENT:
             raise ValueError(bad_argument)
-        if status != 0:
+        if status != OK:
             raise RuntimeError(f"native control failed: {STATUS_TEXTS.get(status, status)}")
 
-    def _net(self, weights: PolicyNetWeights, num_global: int) -> _NetStruct:
+    def _net(self, weights: PolicyNetWeights, num_global: int) -> PolicyNetStruct:
         hidden = len(weights.second[1])
-        num_per_unit = 2 * self._num_widths + 4
-        if hidden % 16 or hidden > 256 or num_global > 64 or num_per_unit > 64 or self._num_widths > _PADDED_WIDTHS:
+        num_per_unit = 2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS
+        if (
+            hidden % HIDDEN_ALIGNMENT
+            or hidden > MAX_HIDDEN
+            or max(num_global, num_per_unit) > MAX_INPUTS
+            or self._num_widths > PADDED_WIDTHS
+        ):
             raise ValueError(
                 f"a network of {num_global} global and {num_per_unit} unit signals, {hidden} hidden units and "
-                f"{self._num_widths} widths; the kernel takes 64, 64, a multiple of 16 up to 256, and 16"
+                f"{self._num_widths} widths; the kernel takes {MAX_INPUTS}, {MAX_INPUTS}, a multiple of "
+                f"{HIDDEN_ALIGNMENT} up to {MAX_HIDDEN}, and {PADDED_WIDTHS}"
             )
         first = weights.first[0].t()
-        padding = (0, _PADDED_WIDTHS - self._num_widths)
+        padding = (0, PADDED_WIDTHS - self._num_widths)
         width_weight = torch.nn.functional.pad(weights.width_head[0].t(), padding)
-        struct = _NetStruct(
+        struct = PolicyNetStruct(
             mean=self._address(weights.mean, (num_global + num_per_unit,)),
             deviation=self._address(weights.deviation, (num_global + num_per_unit,)),
             global_weight=self._address(weights.encode_global[0].t(), (num_global, hidden)),
@@ -246,8 +330,8 @@ class NativeControl:
             first_bias=self._address(weights.first[1], (hidden,)),
             second_weight=self._address(weights.second[0].t(), (hidden, hidden)),
             second_bias=self._address(weights.second[1], (hidden,)),
-            width_weight=self._address(width_weight, (hidden, _PADDED_WIDTHS)),
-            width_bias=self._address(torch.nn.functional.pad(weights.width_head[1], padding), (_PADDED_WIDTHS,)),
+            width_weight=self._address(width_weight, (hidden, PADDED_WIDTHS)),
+            width_bias=self._address(torch.nn.functional.pad(weights.width_head[1], padding), (PADDED_WIDTHS,)),
             hidden=hidden,
         )
         self._kept.append(struct)
@@ -276,8 +360,8 @@ def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype) -> N
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-    library.fq_control_reset.argtypes = (pointer, pointer, pointer, pointer, int64, ctypes.c_float, int32)
-    library.fq_control_update.argtypes = (pointer, pointer, pointer, pointer, pointer, int64, int32)
+    library.fq_control_reset.argtypes = (pointer, pointer, pointer, pointer, int64, ctypes.c_float, pointer, int32)
+    library.fq_control_update.argtypes = (pointer, pointer, pointer, pointer, pointer, int64, pointer, int32)
     library.fq_control_signals.argtypes = (pointer, pointer)
     library.fq_control_choose.argtypes = (pointer, pointer, pointer, int32)
     return library

@@ -1,13 +1,14 @@
 """CPU decode step: one native call reads a token through a whole Llama-family model on bitplanes.
 
 Between two matrix products of a small model Python and a tensor library take longer than the products themselves, so
-the walk through the layers is native too. This module describes the model to native/decoder.h and owns the buffers;
+the walk through the layers is native too. This module describes the model to cpp/decoder.h and owns the buffers;
 what the numbers mean (which Hugging Face module they come from) is known one layer up, in engine/decoding/lean.py.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +19,28 @@ from torch import Tensor
 from flexquant_rl.kernels import huge_pages
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight
 from flexquant_rl.kernels.native import (
+    BAD_ARGUMENT,
     ISA_CODES,
     MAX_TOKENS,
     MODE_CODES,
+    OK,
     STATUS_TEXTS,
     Isa,
     Mode,
-    WeightStruct,
     check_weight,
     choose_isa,
     load_library,
     weight_struct,
 )
+from flexquant_rl.kernels.native_structs import (
+    CACHE_BLOCK,
+    WORKSPACE_ALIGNMENT,
+    DecoderStruct,
+    LayerStruct,
+    LinearStruct,
+    WeightStruct,
+)
 
-_ALIGNMENT = 64
-_BLOCK = 16  # positions whose keys and values lie together
 _MAX_HUGE_CACHE_BYTES = 32 << 20
 _OUTPUT_BYTES = 1 << 20  # of logits that are made ahead; a result that is kept keeps as much
 
@@ -115,51 +123,8 @@ class DecoderWeights:
     num_units: int
 
 
-class _LinearStruct(ctypes.Structure):
-    _fields_ = (
-        ("widths", ctypes.c_void_p),
-        ("dense", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("num_outputs", ctypes.c_int64),
-        ("num_inputs", ctypes.c_int64),
-    )
-
-
 _LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
 _NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
-
-
-class _LayerStruct(ctypes.Structure):
-    _fields_ = (
-        *((name, _LinearStruct) for name in _LINEARS),
-        *((name, ctypes.c_void_p) for name in _NORMS),
-        ("attention_unit", ctypes.c_int32),
-        ("mlp_unit", ctypes.c_int32),
-    )
-
-
-class _DecoderStruct(ctypes.Structure):
-    _fields_ = (
-        ("layers", ctypes.c_void_p),
-        ("embedding", ctypes.c_void_p),
-        ("final_norm", ctypes.c_void_p),
-        ("cosine", ctypes.c_void_p),
-        ("sine", ctypes.c_void_p),
-        ("head", _LinearStruct),
-        ("num_layers", ctypes.c_int64),
-        ("vocab_size", ctypes.c_int64),
-        ("hidden_size", ctypes.c_int64),
-        ("num_heads", ctypes.c_int64),
-        ("num_key_value_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("max_length", ctypes.c_int64),
-        ("cache_length", ctypes.c_int64),
-        ("num_units", ctypes.c_int64),
-        ("head_unit", ctypes.c_int32),
-        ("group_size", ctypes.c_int32),
-        ("norm_epsilon", ctypes.c_float),
-        ("attention_scale", ctypes.c_float),
-    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +149,7 @@ class LayerCache:
     def copy(self, length: int) -> LayerCache:
         """An independent copy of the first `length` positions; nothing else is touched."""
         twin = LayerCache.empty(self.blocks.shape)
-        used = -(-length // _BLOCK)
+        used = -(-length // CACHE_BLOCK)
         twin.blocks[:, :, :used].copy_(self.blocks[:, :, :used])
         return twin
 
@@ -202,11 +167,11 @@ class _Output:
 
 
 class NativeDecoder:
-    """Decodes one sequence at a time on the CPU.
+    """Decodes on the CPU, one call at a time.
 
     The result is the same, bit for bit, for any number of threads. Weights are read in place: they must not be freed
-    or resized while this object is in use (it holds references). One call at a time: the intermediate results of a
-    call lie in a buffer of the object.
+    or resized while this object is in use (it holds references). Threads may share a decoder, each with caches of its
+    own: a call waits until the one before it has left the buffer of intermediate results.
 
     Args:
         weights: The model.
@@ -233,19 +198,20 @@ class NativeDecoder:
         self.mode: Mode = mode
         self.isa: Isa = choose_isa(isa)
         self.max_length = weights.cosine.shape[0]
-        self._cache_length = -(-self.max_length // _BLOCK) * _BLOCK
+        self._cache_length = -(-self.max_length // CACHE_BLOCK) * CACHE_BLOCK
         self.vocab_size, self.hidden_size = weights.embedding.shape
         heads = (len(weights.layers), weights.num_key_value_heads)
-        self._cache_shape = torch.Size((*heads, self._cache_length // _BLOCK, 2, _BLOCK * weights.head_dim))
+        self._cache_shape = torch.Size((*heads, self._cache_length // CACHE_BLOCK, 2, CACHE_BLOCK * weights.head_dim))
         self._kept: list[Any] = []  # what the structs point at
         self._decoder = self._describe()
         self._address = ctypes.addressof(self._decoder)
         self._options = (MODE_CODES[mode], ISA_CODES[self.isa], num_threads)
         self._decode = _declared(library)
         num_bytes = int(library.fq_decoder_workspace_bytes(self._address, MODE_CODES[mode]))
+        self._lock = threading.Lock()  # of the workspace and the outputs
         self._outputs: list[_Output] = []
-        self._workspace = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
-        self._workspace_address = -(-self._workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        self._workspace = torch.empty(num_bytes + WORKSPACE_ALIGNMENT, dtype=torch.uint8)
+        self._workspace_address = -(-self._workspace.data_ptr() // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
 
     def new_cache(self) -> LayerCache:
         """Room for `max_length` tokens of one sequence."""
@@ -264,11 +230,11 @@ class NativeDecoder:
             token_ids: `[T]` int64.
             position: Tokens that the cache holds already.
             bit_widths: `[U]` int64 on the CPU; 0 reads the unquantised weights.
-            num_logits: Logits are computed for this many of the last tokens, 1..T.
+            num_logits: Results are computed for this many of the last tokens, n = 1..T.
 
         Returns:
-            logits `[num_logits, vocab]`, then residual_update `[1, U]` and crest `[1, U]` of each unit's layer, 0 for
-            the head. New float32 tensors.
+            logits `[n, vocab]`, then residual_update `[n, U]` and crest `[n, U]` of each unit's layer, 0 for the head.
+            New float32 tensors. Row i is, bit for bit, what a call with this token alone returns.
 
         Raises:
             ValueError: If an argument is outside its domain: a token beyond the vocabulary, a full cache, a width that
@@ -285,32 +251,33 @@ class NativeDecoder:
                 raise ValueError(
                     f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; pass int64 [{size}] on the CPU"
                 )
-        output = self._new_output() if num_logits == 1 else self._new_outputs(1, max(num_logits, 0))[0]
-        status = self._decode(
-            self._address,
-            cache.blocks.data_ptr(),
-            token_ids.data_ptr(),
-            len(token_ids),
-            position,
-            bit_widths.data_ptr(),
-            *self._options,
-            self._workspace_address,
-            output.logits_address,
-            num_logits,
-            output.residual_update_address,
-            output.crest_address,
-        )
-        if status == 1:
+        with self._lock:  # the call itself runs without the interpreter's lock
+            output = self._new_output() if num_logits == 1 else self._new_outputs(1, max(num_logits, 0))[0]
+            status = self._decode(
+                self._address,
+                cache.blocks.data_ptr(),
+                token_ids.data_ptr(),
+                len(token_ids),
+                position,
+                bit_widths.data_ptr(),
+                *self._options,
+                self._workspace_address,
+                output.logits_address,
+                num_logits,
+                output.residual_update_address,
+                output.crest_address,
+            )
+        if status == BAD_ARGUMENT:
             raise ValueError(
                 f"{len(token_ids)} tokens at position {position}, {num_logits} logits, widths {bit_widths.tolist()}: "
                 f"at most {MAX_TOKENS} tokens below {self.vocab_size}, {self.max_length} positions, stored widths only"
             )
-        if status != 0:
+        if status != OK:
             raise RuntimeError(f"native decoder failed: {STATUS_TEXTS.get(status, status)}")
         return output.logits, output.residual_update, output.crest
 
     def _new_output(self) -> _Output:
-        """Tensors that nobody has seen, for a call with one row of logits."""
+        """Tensors that nobody has seen, for a call with one row of results."""
         # After a step has swept the caches every tensor operation takes tens of microseconds, so some are made ahead.
         if not self._outputs:
             self._outputs = self._new_outputs(max(1, _OUTPUT_BYTES // (4 * self.vocab_size)), 1)
@@ -318,11 +285,11 @@ class NativeDecoder:
 
     def _new_outputs(self, count: int, num_logits: int) -> list[_Output]:
         logits = torch.empty(count, num_logits, self.vocab_size)
-        statistics = torch.empty(count, 2, 1, self.weights.num_units)
+        statistics = torch.empty(count, 2, num_logits, self.weights.num_units)
         parts = zip(logits, *statistics.unbind(1), strict=True)
         return [_Output(*tensors, *(tensor.data_ptr() for tensor in tensors)) for tensors in parts]
 
-    def _describe(self) -> _DecoderStruct:
+    def _describe(self) -> DecoderStruct:
         weights = self.weights
         hidden = self.hidden_size
         group_sizes = {
@@ -340,10 +307,10 @@ class NativeDecoder:
                 f"head_dim={weights.head_dim} must be even and num_heads={weights.num_heads} a multiple of "
                 f"num_key_value_heads={weights.num_key_value_heads}"
             )
-        layers = (_LayerStruct * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
+        layers = (LayerStruct * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
         self._kept.append(layers)
         half = weights.head_dim // 2
-        return _DecoderStruct(
+        return DecoderStruct(
             layers=ctypes.addressof(layers),
             embedding=self._address_of("embedding", weights.embedding, (self.vocab_size, hidden)),
             final_norm=self._address_of("final_norm", weights.final_norm, (hidden,)),
@@ -365,7 +332,7 @@ class NativeDecoder:
             attention_scale=weights.attention_scale,
         )
 
-    def _layer(self, layer: LayerWeights) -> _LayerStruct:
+    def _layer(self, layer: LayerWeights) -> LayerStruct:
         weights, hidden = self.weights, self.hidden_size
         attention = weights.num_heads * weights.head_dim
         cached = weights.num_key_value_heads * weights.head_dim
@@ -380,14 +347,14 @@ class NativeDecoder:
             "down": (hidden, inner),
         }
         sizes = {name: (hidden if name in ("attention_norm", "mlp_norm") else weights.head_dim,) for name in _NORMS}
-        return _LayerStruct(
+        return LayerStruct(
             **{name: self._linear(name, getattr(layer, name), shape) for name, shape in shapes.items()},
             **{name: self._address_of(name, getattr(layer, name), size) for name, size in sizes.items()},
             attention_unit=layer.attention_unit,
             mlp_unit=layer.mlp_unit,
         )
 
-    def _linear(self, name: str, linear: LinearWeights, shape: tuple[int, int]) -> _LinearStruct:
+    def _linear(self, name: str, linear: LinearWeights, shape: tuple[int, int]) -> LinearStruct:
         if (linear.nested is None and linear.dense is None) or linear.shape != shape:
             raise ValueError(f"{name} holds {linear} but must be [{shape[0]}, {shape[1]}]")
         widths = None
@@ -400,7 +367,7 @@ class NativeDecoder:
             self._kept.append((structs, linear.nested))
             widths = ctypes.addressof(structs)
         dense = None if linear.dense is None else linear.dense.t()
-        return _LinearStruct(
+        return LinearStruct(
             widths=widths,
             dense=self._address_of(f"{name}.dense.t()", dense, (shape[1], shape[0])),
             bias=self._address_of(f"{name}.bias", linear.bias, (shape[0],)),

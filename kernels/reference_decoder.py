@@ -21,22 +21,22 @@ def decode_reference(weights: DecoderWeights, token_ids: Tensor, bit_widths: Ten
         bit_widths: `[U]` int64; 0 reads the unquantised weights.
 
     Returns:
-        logits `[T, vocab]`, and of the last token residual_update `[L]` and crest `[L]`; float64.
+        logits `[T, vocab]`, residual_update `[T, L]` and crest `[T, L]`; float64.
     """
     hidden = weights.embedding[token_ids].double()
     residual_update, crest = [], []
     for layer in weights.layers:
-        before = hidden[-1]
+        before = hidden
         hidden = hidden + _attention(weights, layer, hidden, int(bit_widths[layer.attention_unit]))
         normed = _rms_norm(hidden, layer.mlp_norm, weights.norm_epsilon)
         mlp_width = int(bit_widths[layer.mlp_unit])
         gate, up = _linear(layer.gate, normed, mlp_width), _linear(layer.up, normed, mlp_width)
         hidden = hidden + _linear(layer.down, functional.silu(gate) * up, mlp_width)
-        residual_update.append((hidden[-1] - before).norm() / before.norm())
-        crest.append(before.abs().max() / before.square().mean().sqrt())
+        residual_update.append((hidden - before).norm(dim=1) / before.norm(dim=1))
+        crest.append(before.abs().amax(1) / before.square().mean(1).sqrt())
     head_width = 0 if weights.head_unit < 0 else int(bit_widths[weights.head_unit])
     logits = _linear(weights.head, _rms_norm(hidden, weights.final_norm, weights.norm_epsilon), head_width)
-    return logits, torch.stack(residual_update), torch.stack(crest)
+    return logits, torch.stack(residual_update, dim=1), torch.stack(crest, dim=1)
 
 
 def _attention(weights: DecoderWeights, layer: LayerWeights, hidden: Tensor, bit_width: int) -> Tensor:

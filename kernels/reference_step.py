@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexquant_rl.kernels.signal_constants import NORM_FLOOR
+
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scale: float) -> Tensor:
     """``softmax(scale * q @ k.T) @ v`` over places 0 to each token's own, in float64: `[M, H * D]`.
@@ -31,7 +33,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, 
 def layer_statistics(hidden: Tensor) -> Tensor:
     """Residual updates and crests of `[L + 1, K]`, `[2, L + 1]` float64, 0 in the last column."""
     before = hidden[:-1].double()
-    norm = before.norm(dim=1).clamp_min(1e-12)
+    norm = before.norm(dim=1).clamp_min(NORM_FLOOR)
     update = (hidden[1:].double() - before).norm(dim=1) / norm
     crest = before.abs().amax(1) * hidden.shape[1] ** 0.5 / norm
     return torch.nn.functional.pad(torch.stack([update, crest]), (0, 1))

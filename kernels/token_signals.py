@@ -9,19 +9,30 @@ values would lose to cancellation. A third, single program puts the vector toget
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexquant_rl.kernels.launching import check_tensor, jit, next_power_of_two, require_triton, tl
+from flexquant_rl.kernels import signal_constants
+from flexquant_rl.kernels.launching import check_tensor, constant, jit, next_power_of_two, require_triton, tl
 
-SIGNAL_VERSION = 1
-"""Version of the signals that are computed here; the caller compares it with the schema's."""
-
-RECENT_TOKENS = 16
-NUM_TOKEN_SIGNALS = 12
 _BLOCK = 1024
+_EMA_DECAY = constant(signal_constants.EMA_DECAY)
+_RECENT_TOKENS = constant(signal_constants.RECENT_TOKENS)
+_LOG_PROBABILITY_FLOOR = constant(signal_constants.LOG_PROBABILITY_FLOOR)
+_KL_FLOOR_NATS = constant(signal_constants.KL_FLOOR_NATS)
+_STATISTIC_FLOOR = constant(signal_constants.STATISTIC_FLOOR)
+_SIGNAL_LIMIT = constant(signal_constants.SIGNAL_LIMIT)
+_NATS_SCALE = constant(signal_constants.NATS_SCALE)
+_DECADES_SCALE = constant(signal_constants.DECADES_SCALE)
+_WIDTH_SCALE = constant(signal_constants.WIDTH_SCALE)
+_POSITION_SCALE = constant(signal_constants.POSITION_SCALE)
+_NUM_TOKEN_SIGNALS = constant(signal_constants.NUM_TOKEN_SIGNALS)
+_NUM_STEP_SIGNALS = constant(signal_constants.NUM_STEP_SIGNALS)
+# What a step says where no probe is ever taken: the floor of the divergence, as long ago as can be said.
+_NO_PROBE_KL = constant(math.log10(signal_constants.KL_FLOOR_NATS) / signal_constants.DECADES_SCALE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +57,8 @@ class SignalConstants:
     def dim(self) -> int:
         """Length of the signal vector."""
         num_units, num_constants = self.unit_constants.shape
-        return NUM_TOKEN_SIGNALS + self.embedding.shape[1] + num_units * (num_constants + 4)
+        num_unit_signals = num_constants + signal_constants.NUM_STEP_SIGNALS
+        return signal_constants.NUM_TOKEN_SIGNALS + self.embedding.shape[1] + num_units * num_unit_signals
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +96,7 @@ class SignalState:
             signals=zeros(1, constants.dim),
             log_probs=zeros(vocab_size),
             entropy_average=zeros(1),
-            recent_widths=zeros(RECENT_TOKENS),
+            recent_widths=zeros(signal_constants.RECENT_TOKENS),
             dial=zeros(1),
             normaliser=zeros(2, blocks),
             parts=zeros(4, blocks),
@@ -213,7 +225,7 @@ def _distribution_kernel(
     exists = token < VOCAB_SIZE
     logits = tl.load(logits_ptr + token, mask=exists, other=0.0)
     previous = tl.load(log_probs_ptr + token, mask=exists, other=0.0)
-    log_probs = tl.maximum(logits - largest - log_total, -110.0)
+    log_probs = tl.maximum(logits - largest - log_total, _LOG_PROBABILITY_FLOOR)
     probs = tl.where(exists, tl.exp(log_probs), 0.0)
     scores = tl.where(exists, log_probs, float("-inf"))
     top = tl.argmax(scores, axis=0, tie_break_left=True)
@@ -233,7 +245,7 @@ def _log10(x):
 
 @jit()
 def _clipped(x):
-    return tl.minimum(tl.maximum(x, -10.0), 10.0)
+    return tl.minimum(tl.maximum(x, -_SIGNAL_LIMIT), _SIGNAL_LIMIT)
 
 
 @jit(
@@ -281,15 +293,15 @@ def _signals_kernel(
     exists = unit < num_units
     widths = tl.load(bit_widths_ptr + unit, mask=exists, other=0).to(tl.float32)
     count = tl.load(count_ptr)
-    slot = tl.arange(0, 16)
+    slot = tl.arange(0, _RECENT_TOKENS)
     recent = tl.load(recent_ptr + slot)
     if IS_FIRST:
         average = entropy
         kl = 0.0
     else:
-        average = 0.9 * tl.load(average_ptr) + 0.1 * entropy
+        average = _EMA_DECAY * tl.load(average_ptr) + (1 - _EMA_DECAY) * entropy
         mean_width = tl.sum(widths * tl.load(share_ptr + unit, mask=exists, other=0.0), axis=0)
-        recent = tl.where(slot == (count % 16).to(tl.int32), mean_width, recent)
+        recent = tl.where(slot == (count % _RECENT_TOKENS).to(tl.int32), mean_width, recent)
     token = tl.load(token_ptr)
     surprisal = -tl.load(log_probs_ptr + token)
     dial = tl.load(dial_ptr)
@@ -302,27 +314,27 @@ def _signals_kernel(
     tl.store(average_ptr, average)
     tl.store(recent_ptr + slot, recent)
 
-    tl.store(signals_ptr + 0, _clipped(entropy / 4))
-    tl.store(signals_ptr + 1, _clipped(average / 4))
-    tl.store(signals_ptr + 2, _clipped(tl.log(1.0 + tl.exp(average)) / 4))
+    tl.store(signals_ptr + 0, _clipped(entropy / _NATS_SCALE))
+    tl.store(signals_ptr + 1, _clipped(average / _NATS_SCALE))
+    tl.store(signals_ptr + 2, _clipped(tl.log(1.0 + tl.exp(average)) / _NATS_SCALE))
     tl.store(signals_ptr + 3, top1)
     tl.store(signals_ptr + 4, top1 - top2)
-    tl.store(signals_ptr + 5, _clipped(surprisal / 4))
-    tl.store(signals_ptr + 6, _clipped(_log10(tl.maximum(kl, 1e-6)) / 2))
-    tl.store(signals_ptr + 7, -3.0)  # no probe: the floor of its divergence
-    tl.store(signals_ptr + 8, 1.0)  # and as long ago as can be said
-    tl.store(signals_ptr + 9, tl.sum(recent, axis=0) / 128)
-    tl.store(signals_ptr + 10, _clipped(tl.log(1.0 + count.to(tl.float32)) / 4))
+    tl.store(signals_ptr + 5, _clipped(surprisal / _NATS_SCALE))
+    tl.store(signals_ptr + 6, _clipped(_log10(tl.maximum(kl, _KL_FLOOR_NATS)) / _DECADES_SCALE))
+    tl.store(signals_ptr + 7, _NO_PROBE_KL)
+    tl.store(signals_ptr + 8, 1.0)
+    tl.store(signals_ptr + 9, tl.sum(recent, axis=0) / (_RECENT_TOKENS * _WIDTH_SCALE))
+    tl.store(signals_ptr + 10, _clipped(tl.log(1.0 + count.to(tl.float32)) / _POSITION_SCALE))
     tl.store(signals_ptr + 11, _clipped(dial))
-    tl.store(signals_ptr + 12 + dim, _clipped(embedding), mask=dim < NUM_DIMS)
+    tl.store(signals_ptr + _NUM_TOKEN_SIGNALS + dim, _clipped(embedding), mask=dim < NUM_DIMS)
 
-    unit_ptr = signals_ptr + 12 + NUM_DIMS + unit * (NUM_CONSTANTS + 4)
+    unit_ptr = signals_ptr + _NUM_TOKEN_SIGNALS + NUM_DIMS + unit * (NUM_CONSTANTS + _NUM_STEP_SIGNALS)
     column = tl.arange(0, BLOCK_CONSTANTS)
     in_constants = exists[:, None] & (column < NUM_CONSTANTS)[None, :]
     constants = tl.load(constants_ptr + unit[:, None] * NUM_CONSTANTS + column[None, :], mask=in_constants, other=0.0)
     tl.store(unit_ptr[:, None] + column[None, :], _clipped(constants), mask=in_constants)
-    tl.store(unit_ptr + NUM_CONSTANTS, _clipped(_log10(tl.maximum(update, 1e-6))), mask=exists)
-    tl.store(unit_ptr + NUM_CONSTANTS + 1, _clipped(_log10(tl.maximum(crest, 1e-6))), mask=exists)
-    tl.store(unit_ptr + NUM_CONSTANTS + 2, widths / 8, mask=exists)
+    tl.store(unit_ptr + NUM_CONSTANTS, _clipped(_log10(tl.maximum(update, _STATISTIC_FLOOR))), mask=exists)
+    tl.store(unit_ptr + NUM_CONSTANTS + 1, _clipped(_log10(tl.maximum(crest, _STATISTIC_FLOOR))), mask=exists)
+    tl.store(unit_ptr + NUM_CONSTANTS + 2, widths / _WIDTH_SCALE, mask=exists)
     depth = tl.load(depth_ptr + unit, mask=exists, other=0.0)
     tl.store(unit_ptr + NUM_CONSTANTS + 3, depth, mask=exists)

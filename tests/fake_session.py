@@ -117,6 +117,10 @@ class FakeSession:
         self._check_open()
         return self._lengths
 
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
     def prefill(
         self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
     ) -> StepOutput:

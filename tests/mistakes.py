@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cli_runner import run, tree
 
+from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.runs.run import new_run
-from flexquant_rl.agents.runs.training import TrainConfig
 
 
 @dataclass(frozen=True)

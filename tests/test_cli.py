@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flexquant_rl import cli, train
+from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.runs.run import new_run
-from flexquant_rl.agents.runs.training import TrainConfig
 from flexquant_rl.engine.benches.harness import BenchRefusedError
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
@@ -31,7 +31,7 @@ from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
-from flexquant_rl.engine.generate import StreamedText
+from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.fq_env.prompts import load_windows

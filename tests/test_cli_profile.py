@@ -127,7 +127,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "flexquant_rl.agents.evaluation.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4])
     )
     for name in ("plot_pareto", "plot_bits"):
-        monkeypatch.setattr(f"flexquant_rl.agents.runs.run.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ FOLDERS = ("kernels", "engine", "fq_env", "agents")
 FOLDERS_WITHOUT_INIT = ("kernels", "engine", "agents")
 SHIPPED_SUFFIXES = {".py", ".c", ".cpp", ".h", ".json"}
 NOT_SOURCE = (
-    *(".git", ".venv", "venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"),
+    *(".git", ".venv", "venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"),
     "*.so",  # of an editable install
 )
 
@@ -53,7 +53,7 @@ def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy_tree(repo_root: Path, work: Path) -> Path:
     """A copy, because setuptools builds inside the tree and would pick up what an earlier build left there."""
-    return Path(shutil.copytree(repo_root, work / "tree", ignore=shutil.ignore_patterns(*NOT_SOURCE)))
+    return Path(shutil.copytree(repo_root, work / "tree", symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE)))
 
 
 def build_wheel(tree: Path, **environment: str) -> Path:
@@ -92,12 +92,10 @@ def test_wheel_holds_the_package_and_nothing_else(names: set[str], repo_root: Pa
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"flexquant_rl"}
     inside = {name.removeprefix("flexquant_rl/") for name in names if name.startswith("flexquant_rl/")}
-    assert "py.typed" in inside
-    allowed = {*FOLDERS, "assets"}
-    assert {name.split("/")[0] for name in inside if "/" in name} <= allowed
+    assert {name.split("/")[0] for name in inside if "/" in name} == {*FOLDERS, "assets"}
     modules = {path.name for path in repo_root.glob("*.py")} - {"setup.py"}
-    assert {name for name in inside if "/" not in name} == {"py.typed", *modules}
-    libraries = {name for name in inside if re.fullmatch(r"kernels/native/flexquant_native_[0-9a-f]{16}\.so", name)}
+    assert {name for name in inside if "/" not in name} == {"__init__.py", "py.typed", *modules}
+    libraries = {name for name in inside if re.fullmatch(r"kernels/cpp/flexquant_native_[0-9a-f]{16}\.so", name)}
     for folder in FOLDERS:
         sources = (path for path in (repo_root / folder).rglob("*") if path.suffix in SHIPPED_SUFFIXES)
         assert {name for name in inside if name.startswith(f"{folder}/")} - libraries == {
@@ -166,14 +164,14 @@ def test_installed_library_needs_no_compiler(installed: Path, tmp_path: Path) ->
 def test_installs_without_a_compiler(repo_root: Path, tmp_path: Path) -> None:
     wheel = build_wheel(copy_tree(repo_root, tmp_path), PATH=str(tmp_path), CXX="")
     with zipfile.ZipFile(wheel) as archive:
-        assert "flexquant_rl/kernels/native/api.cpp" in archive.namelist()
+        assert "flexquant_rl/kernels/cpp/api.cpp" in archive.namelist()
         assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
 @pytest.mark.skipif(not native_build._compilers(), reason="no C++ compiler here, so nothing to put there")
 def test_editable_install_puts_the_library_beside_its_sources(repo_root: Path, tmp_path: Path) -> None:
     tree = copy_tree(repo_root, tmp_path)
-    old = tree / "kernels" / "native" / "flexquant_native_0123456789abcdef.so"
+    old = tree / "kernels" / "cpp" / "flexquant_native_0123456789abcdef.so"
     old.write_bytes(b"of older sources")
     # A stand-in for the compiler: what it makes is tested with the wheel.
     compiler = tmp_path / "c++"
@@ -182,21 +180,45 @@ def test_editable_install_puts_the_library_beside_its_sources(repo_root: Path, t
     code = f"import setuptools.build_meta as backend; backend.build_editable({str(tmp_path / 'out')!r})"
     (tmp_path / "out").mkdir()
     run(sys.executable, "-c", code, cwd=tree, CXX=str(compiler))
-    (library,) = (tree / "kernels" / "native").glob("*.so")
+    (library,) = (tree / "kernels" / "cpp").glob("*.so")
     assert library.name == native_build.library_name()
     assert library.read_text() == "library\n"
 
 
-def test_source_archive_holds_the_cpp_files(repo_root: Path, tmp_path: Path) -> None:
+def test_editable_install_is_one_line_in_a_pth_file(repo_root: Path, tmp_path: Path) -> None:
+    """Editors and type checkers read such a file; an import hook they do not see."""
+    tree = copy_tree(repo_root, tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    code = f"import setuptools.build_meta as backend; print(backend.build_editable({str(out)!r}))"
+    name = run(sys.executable, "-c", code, cwd=tree, PATH=str(tmp_path), CXX="").splitlines()[-1]
+    with zipfile.ZipFile(out / name) as archive:
+        (pth,) = (member for member in archive.namelist() if "/" not in member)
+        assert pth.endswith(".pth")
+        assert archive.read(pth).decode().split() == [str(tree)]
+
+
+@pytest.mark.parametrize("module", ["tests", "setup", "benchmarks", "docs", "engine.tests"])
+def test_what_is_not_the_package_cannot_be_imported_from_it(module: str, repo_root: Path) -> None:
+    code = f"import flexquant_rl.{module}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"No module named 'flexquant_rl.{module}'" in result.stderr
+
+
+def test_source_archive_holds_files_in_place_of_links_and_no_tests(repo_root: Path, tmp_path: Path) -> None:
     """`make wheel-check` builds the wheel from the archive; this finds a missing file without compiling."""
     tree = copy_tree(repo_root, tmp_path)
     code = f"import setuptools.build_meta as backend; print(backend.build_sdist({str(tmp_path)!r}))"
     name = run(sys.executable, "-c", code, cwd=tree).splitlines()[-1]
     with tarfile.open(tmp_path / name) as archive:
-        inside = {member.split("/", 1)[1] for member in archive.getnames() if "/" in member}
+        members = archive.getmembers()
+    assert not [member.name for member in members if member.issym() or member.islnk()]
+    inside = {member.name.split("/", 1)[1] for member in members if "/" in member.name}
     native = (path for path in (repo_root / "kernels").rglob("*") if path.suffix in SHIPPED_SUFFIXES)
-    assert {"setup.py", *(path.relative_to(repo_root).as_posix() for path in native)} <= inside
+    assert {"setup.py", *(f"flexquant_rl/{path.relative_to(repo_root).as_posix()}" for path in native)} <= inside
     assert not [name for name in inside if name.endswith(".so")]
+    assert not {name.split("/")[0] for name in inside} & {"tests", "docs", "benchmarks", *FOLDERS, "assets", "train.py"}
 
 
 def test_embedded_model_ships(installed: Path, repo_root: Path, tmp_path: Path) -> None:

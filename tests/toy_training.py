@@ -10,9 +10,10 @@ from fake_session import NUM_CLASSES, FakeModel, FakeSession, fake_profile, fake
 from stable_baselines3 import PPO
 from torch import Tensor
 
+from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.static import StaticFront, static_front
-from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback, build_ppo
-from flexquant_rl.engine.control.policy import BitWidthPolicy, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo
+from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
@@ -67,14 +68,14 @@ def toy_policy(net: PrecisionNet, model: FakeModel) -> LearnedPolicy:
     return LearnedPolicy(net, PolicyCard(schema, model.fingerprint, tuple(unit.name for unit in model.units)))
 
 
-def mean_reward(policy: BitWidthPolicy, model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFIG) -> float:
+def mean_reward(policy: Policy, model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFIG) -> float:
     """Mean reward per token on windows `[n, window_tokens]` at the config's dial."""
     assert config.kl_weight is not None
     count = len(windows)
     batch = DecodeBatch(FakeSession(model, num_rows=count), fake_profile(model), config, num_rows=count)
     rows = torch.arange(count)
     batch.reset(rows, windows, torch.full((count,), config.kl_weight), torch.zeros_like(rows))
-    steps = [batch.step(policy(batch.signals())) for _ in range(config.max_new_tokens)]
+    steps = [batch.step(policy(batch.signals()).bit_widths) for _ in range(config.max_new_tokens)]
     return float(torch.stack([step.reward.total for step in steps]).double().mean())
 
 

@@ -12,9 +12,10 @@ from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, measured_s
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.baselines import PolicyContext, make_policy
+from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import say, track
-from flexquant_rl.agents.runs.training import Prepared, SeedResult
-from flexquant_rl.engine.control.policy import BitWidthPolicy, LearnedPolicy
+from flexquant_rl.agents.runs.training import SeedResult
+from flexquant_rl.engine.control.policy import LearnedPolicy, Policy
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.prompts import spread
@@ -30,7 +31,7 @@ class Contestant:
     """One policy at one setting of the dial."""
 
     family: str
-    policy: BitWidthPolicy
+    policy: Policy
     kl_weight: float | None = None
     seed: int | None = None
     timed: bool = True

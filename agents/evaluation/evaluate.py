@@ -6,19 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.engine.control.controller import Controller, make_controller
+from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
-from flexquant_rl.engine.control.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.engine.control.policy import Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import open_session
-from flexquant_rl.engine.decoding.lean import LeanSession
+from flexquant_rl.engine.decoding.next_token import Replay
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.batch import DecodeBatch
@@ -85,14 +85,14 @@ class Evaluator:
         session = DecodeSession(model, num_rows=len(windows), max_length=config.window_tokens - 1)
         self._batch = DecodeBatch(session, profile, config, num_rows=len(windows), cost=cost)
 
-    def run(self, policy: BitWidthPolicy, kl_weight: Tensor | float = 1.0) -> Trace:
+    def run(self, policy: Policy, kl_weight: Tensor | float = 1.0) -> Trace:
         """Plays every sequence to its end; `kl_weight` is the dial, one for all or `[S]`."""
         count = len(self.windows)
         dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(count)
         self._batch.reset(torch.arange(count), self.windows, dials, torch.zeros(count, dtype=torch.int64))
         widths, steps = [], []
         for _ in range(self._batch.config.max_new_tokens):
-            chosen = policy(self._batch.signals()).cpu()
+            chosen = policy(self._batch.signals()).bit_widths.cpu()
             widths.append(chosen)
             steps.append(self._batch.step(chosen))
 
@@ -164,7 +164,7 @@ def measured_speedups(
     profile: Profile,
     window: Tensor,
     config: EnvConfig,
-    policies: list[tuple[BitWidthPolicy, float]],
+    policies: list[tuple[Policy, float]],
     *,
     rounds: int = 21,
     num_threads: int | None = None,
@@ -191,7 +191,7 @@ def measured_speedups(
     controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
     first = config.prompt_tokens
     parent = open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads)
-    output = parent.prefill(window[None, :first])
+    prompt = parent.prefill(window[None, :first])
     turn_ms: list[list[float]] = [[] for _ in contestants]
     generator = torch.Generator().manual_seed(0)
     began = time.monotonic()
@@ -199,16 +199,9 @@ def measured_speedups(
         if done >= _MIN_ROUNDS and time.monotonic() - began > _TIMING_S:
             break
         for which in torch.randperm(len(contestants), generator=generator).tolist():
-            session, controller = parent.fork(), controllers[which]
-            controller.reset(output, window[first : first + 1], contestants[which][1])
-            steps = [partial(_step, session, controller, window[i : i + 2]) for i in range(first, len(window) - 1)]
-            times = [clock_ms(step, model.device) for step in steps]
+            runner = PolicyRunner(parent.fork(), controllers[which], Replay(window[None, first:]))
+            runner.begin(prompt, torch.tensor([contestants[which][1]]))
+            times = [clock_ms(runner.step, model.device) for _ in range(len(window) - 1 - first)]
             turn_ms[which].append(statistics.median(times[_TIMING_WARMUP:] or times))
     full_ms, *own_ms = turn_ms
     return [statistics.median(full / ms for full, ms in zip(full_ms, own, strict=True)) for own in own_ms]
-
-
-def _step(session: DecodeSession | LeanSession, controller: Controller, tokens: Tensor) -> None:
-    """One decode step as it is served; `tokens` `[2]`: the one to read and the one after it."""
-    widths = controller.bit_widths()
-    controller.update(session.step(tokens[:1], widths), widths, tokens[1:])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.policies.static import StaticFront
-from flexquant_rl.engine.control.policy import BitWidthPolicy, StaticAllocation, load_policy
+from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation, load_policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
@@ -47,10 +47,10 @@ class RandomWidths:
         self._num_units = len(profile.sensitivity)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, signals: Tensor) -> Tensor:
-        """`[B, dim]` -> `[B, U]`."""
+    def __call__(self, signals: Tensor) -> Decision:
+        """See `Policy`."""
         draws = torch.rand(len(signals), self._num_units, generator=self._generator)
-        return torch.where(draws < self._share_high, self._high, self._low)
+        return Decision(torch.where(draws < self._share_high, self._high, self._low))
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class EntropyThreshold:
         """As it appears in tables."""
         return f"entropy:{self.threshold_nats:g}"
 
-    def __call__(self, signals: Tensor) -> Tensor:
-        """`[B, dim]` -> `[B, U]`."""
+    def __call__(self, signals: Tensor) -> Decision:
+        """See `Policy`."""
         entropy = signals[:, self.schema.index("token_entropy_ema")] * 4
         num_units = self.schema.num_units
         share_low = 0.5 + (self.threshold_nats - entropy) / self.spread_nats
@@ -96,7 +96,8 @@ class EntropyThreshold:
         num_low = torch.where(((wanted - before).abs() > self.hysteresis_units) | first, wanted, before)
         if self.one_way:
             num_low = torch.where(first, num_low, torch.maximum(num_low, before))
-        return torch.where(self.rank.to(signals.device) < num_low[:, None], self.low_width, self.high_width)
+        is_low = self.rank.to(signals.device) < num_low[:, None]
+        return Decision(torch.where(is_low, self.low_width, self.high_width))
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _number(name: str, argument: str, context: PolicyContext) -> float:
     return number
 
 
-def _fixed(name: str, argument: str, context: PolicyContext) -> BitWidthPolicy:
+def _fixed(name: str, argument: str, context: PolicyContext) -> Policy:
     width = _number(name, argument, context)
     if width not in context.profile.bit_widths:
         stored = ", ".join(map(str, context.profile.bit_widths))
@@ -127,7 +128,7 @@ def _fixed(name: str, argument: str, context: PolicyContext) -> BitWidthPolicy:
     return StaticAllocation(name, torch.full((context.schema.num_units,), int(width)))
 
 
-def _knapsack(name: str, argument: str, context: PolicyContext) -> BitWidthPolicy:
+def _knapsack(name: str, argument: str, context: PolicyContext) -> Policy:
     mean = _number(name, argument, context)
     widths = context.profile.bit_widths
     if not widths[0] <= mean <= widths[-1]:
@@ -135,11 +136,11 @@ def _knapsack(name: str, argument: str, context: PolicyContext) -> BitWidthPolic
     return StaticAllocation(name, context.front.nearest(mean))
 
 
-def _random(name: str, argument: str, context: PolicyContext) -> BitWidthPolicy:
+def _random(name: str, argument: str, context: PolicyContext) -> Policy:
     return RandomWidths(context.profile, _number(name, argument, context))
 
 
-def _entropy(name: str, argument: str, context: PolicyContext) -> BitWidthPolicy:
+def _entropy(name: str, argument: str, context: PolicyContext) -> Policy:
     return entropy_threshold(context, _number(name, argument, context))
 
 
@@ -155,7 +156,7 @@ def entropy_threshold(context: PolicyContext, threshold_nats: float, *, one_way:
     )
 
 
-_FAMILIES: dict[str, Callable[[str, str, PolicyContext], BitWidthPolicy]] = {
+_FAMILIES: dict[str, Callable[[str, str, PolicyContext], Policy]] = {
     "fixed": _fixed,
     "knapsack": _knapsack,
     "random": _random,
@@ -174,7 +175,7 @@ def check_policy_name(name: str) -> None:
     raise InputError(f"unknown policy {name!r}; {hint} (or the directory of an exported policy)")
 
 
-def make_policy(name: str, context: PolicyContext) -> BitWidthPolicy:
+def make_policy(name: str, context: PolicyContext) -> Policy:
     """Builds a policy from `family:number` or from the directory of an exported one.
 
     Raises:

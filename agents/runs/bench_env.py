@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from flexquant_rl.agents.runs.training import TrainConfig, prepare
+from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.preparation import prepare
 from flexquant_rl.engine.benches.clocks import WALL
 from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, interleave, quartiles, rows
 from flexquant_rl.engine.control.profile import reference_name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +18,12 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_tensors, write_tensors
+from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """Hyper-parameters; saved with every run."""
-
-    num_envs: int = 96
-    """Episodes in lockstep."""
-    learning_rate: float = 1e-3
-    """Falls linearly: of K updates, the last one is made at 1/K of it."""
-    batch_size: int = 1024
-    """Transitions per gradient step."""
-    num_epochs: int = 4
-    """Passes over each rollout."""
-    gamma: float = 0.8
-    """Discount per token: keys and values written at few bits cost later tokens, so it must not be small."""
-    gae_lambda: float = 0.7
-    """Bias and variance of the advantage."""
-    clip_range: float = 0.2
-    """PPO's trust region."""
-    entropy_coefficient: float = 1e-4
-    """Bonus for policy entropy."""
-    value_coefficient: float = 0.5
-    """Weight of the value loss."""
-
-    def validate(self) -> None:
-        """Raises InputError on values that PPO cannot learn with."""
-        # Advantages are normalised over a batch, which one transition does not allow.
-        bounds: dict[str, tuple[float, float]] = {"num_envs": (1, math.inf), "batch_size": (2, math.inf)}
-        bounds |= {"num_epochs": (1, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
-        bounds |= {name: (0, math.inf) for name in ("entropy_coefficient", "value_coefficient")}
-        bounds |= {name: (1e-12, math.inf) for name in ("learning_rate", "clip_range")}
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high or math.isinf(value):
-                limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
-                raise InputError(f"ppo.{name}={value:g} must be {limit}; change --ppo.{name.replace('_', '-')}")
 
 
 class UnitSharedPolicy(ActorCriticPolicy):

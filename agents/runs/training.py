@@ -1,114 +1,38 @@
-"""From a model and some text to an exported policy, in phases that each leave their result behind for a resume.
+"""One training seed: clone the static allocation, improve it with PPO, keep the network that validation chose.
 
-    model -> profile.json -> static_front.safetensors -> seeds/<k>/policy -> policy
-
-Every phase is a deterministic function of the configuration and of the files before it, so a run that was interrupted
-anywhere and resumed ends with the same weights as one that was not.
+A deterministic function of the configuration and of the files before it, so a seed that was interrupted anywhere and
+resumed ends with the same weights as one that was not.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.evaluation.evaluate import Evaluator
-from flexquant_rl.agents.runs.export import PARITY_OBSERVATIONS, ExportedPolicy, check_parity
+from flexquant_rl.agents.export import PARITY_OBSERVATIONS, check_parity
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.progress import StepBar, say
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
-from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.agents.progress import StepBar, say, track
-from flexquant_rl.agents.policies.static import StaticFront, static_front
-from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.control.cost import CostTable, roofline_cost
-from flexquant_rl.engine.decoding.session import DecodeSession
-from flexquant_rl.engine.embedded import resolve_model
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
-from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.control.policy import PROFILE_FILE, DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
-from flexquant_rl.engine.control.profile import Profile, profile_model
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.engine.control.policy import (
+    Decision,
+    DialPoint,
+    LearnedPolicy,
+    PolicyCard,
+    PrecisionNet,
+    load_policy,
+)
 from flexquant_rl.engine.control.signals import SignalSchema
-from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.fq_env.prompts import spread
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
-
-_PROFILE_WINDOWS = 12
-_FRONT_WINDOWS = 16
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run's result; saved as `config.json`."""
-
-    model: str | None = None
-    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
-    text: tuple[str, ...] = ()
-    """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
-    seeds: int = 2
-    """Policies trained, each with its own seed."""
-    env_steps: int = 36_864
-    """Environment steps per seed; rounded up to whole rollouts."""
-    seed: int = 0
-    """First seed."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    profile: str | None = None
-    """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: one
-    made here, its latencies modelled by the bytes read."""
-    threads: int | None = None
-    """Threads of the decode steps that are timed, and of those that the profile was measured on; default: 1 with the
-    lean decoder, else torch's number."""
-    validation_sequences: int = 48
-    """Sequences on which the best checkpoint is chosen."""
-    test_sequences: int = 32
-    """Sequences of the final table."""
-    oracle_masks: int = 96
-    """Random choices of tokens per sequence from which the oracle learns their influence; 0 leaves it out."""
-    num_dials: int = 6
-    """Settings of the dial in the final table."""
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
-    """How the weights are nested."""
-    env: EnvConfig = field(default_factory=EnvConfig)
-    """Episodes and reward."""
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    """Learning."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What every later phase needs.
-
-    Attributes:
-        model: The nested model.
-        windows: Text of all splits.
-        profile: Sensitivities and latencies, as the signals hold them.
-        cost: What steps cost: the profile's table, but where policies that carry a profile are judged by another.
-        front: Static allocations with measured KL.
-        env: The run's episodes, the dial's range filled in.
-        num_threads: Of steps that are timed, as for `open_session`.
-    """
-
-    model: NestedCausalLM
-    windows: PromptWindows
-    profile: Profile
-    cost: CostTable
-    front: StaticFront
-    env: EnvConfig
-    num_threads: int | None = None
-
-    def dials(self, count: int) -> Tensor:
-        """`count` KL weights, evenly spaced on a log scale over the run's range (or the fixed one)."""
-        if self.env.kl_weight is not None:
-            return torch.tensor([self.env.kl_weight])
-        low, high = math.log(self.env.kl_weight_min), math.log(self.env.kl_weight_max)
-        return torch.linspace(low, high, count).exp()
 
 
 @dataclass(frozen=True)
@@ -120,93 +44,6 @@ class SeedResult:
     cloned_score: float
     best_score: float
     env_steps_per_s: float | None
-
-
-def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[ExportedPolicy] = ()) -> Prepared:
-    """Loads or quantises the model, reads the text, profiles, and solves the static allocation.
-
-    Args:
-        config: Of the run.
-        run_dir: Where profile and front are kept for a resume; None keeps nothing.
-        exported: Policies that will control the model. What they see of it is then the profile that they carry; of
-            `config.profile` only the latencies count.
-
-    Raises:
-        InputError: If the model, the text, the profile or the policies cannot be used, or not together.
-    """
-    profile_path = run_dir / PROFILE_FILE if run_dir else None
-    given = _given_profile(config, profile_path)
-    say("loading the model and nesting its weights")
-    model = load_model(
-        resolve_model(config.model),
-        config.quantization,
-        progress=lambda items: track(items, "quantising"),
-    ).to(config.device)
-    for policy in exported:
-        policy.card.check_model(model.fingerprint, policy.directory)
-    config.env.validate()
-    if len(model.bit_widths) < 2:
-        raise InputError(
-            f"the model stores only width {model.bit_widths[0]}, which leaves nothing to choose; nest it with two or "
-            "more, e.g. --quantization.bit-widths 4 8"
-        )
-    windows = load_windows(model.tokenizer, config.env.window_tokens, [Path(text) for text in config.text])
-    # Fails here, before any work, if an episode does not fit the context.
-    DecodeSession(model, max_length=config.env.window_tokens - 1).close()
-    judging = given or (exported[0].profile if exported else _profile(model, windows))
-    judging.check(model, config.threads)
-    if profile_path is not None and not profile_path.exists():
-        judging.save(profile_path)
-    profile = exported[0].profile if exported else judging
-    front = _front(model, windows, replace(profile, cost=judging.cost), config.env.prompt_tokens, run_dir)
-    fixed = config.env.kl_weight
-    low, high = (fixed, fixed) if fixed is not None else front.dial_range()
-    env = replace(config.env, kl_weight_min=low, kl_weight_max=high)
-    return Prepared(model, windows, profile, judging.cost, front, env, config.threads)
-
-
-def _given_profile(config: TrainConfig, kept: Path | None) -> Profile | None:
-    """The profile that a run has kept, or else the one that it is told to take; read before anything slow."""
-    if kept is not None and kept.exists():
-        return Profile.load(kept)
-    return None if config.profile is None else Profile.load(Path(config.profile))
-
-
-def _profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
-    say("profiling: output KL of every unit at every width")
-    return profile_model(
-        model,
-        spread(windows.train, _PROFILE_WINDOWS)[:, :-1],
-        roofline_cost(model),
-        progress=lambda units: track(units, "profiling"),
-    )
-
-
-def _front(
-    model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, run_dir: Path | None
-) -> StaticFront:
-    path = run_dir / "static_front.safetensors" if run_dir else None
-    solved_with = {"profile_sha256": file_sha256(run_dir / PROFILE_FILE)} if run_dir else {}
-    if path is not None and path.exists():
-        fix = "delete it to have it computed again"
-        tensors, metadata = read_tensors(path, fix=fix)
-        if metadata and metadata != solved_with:
-            raise InputError(
-                f"{path.with_name(PROFILE_FILE)} is not the profile that this run was started with; put that one back, "
-                "or start a new run"
-            )
-        try:
-            return StaticFront(**tensors)
-        except TypeError as error:
-            raise InputError(f"{path}: not a static front ({error}); {fix}") from error
-    say("solving the static allocation and measuring its output KL")
-    session = DecodeSession(model)
-    front = static_front(profile, model.unit_weights).measured_on(
-        session, spread(windows.train, _FRONT_WINDOWS)[:, :-1], first
-    )
-    if path is not None:
-        write_tensors(path, vars(front), solved_with)
-    return front
 
 
 class Validation:
@@ -239,8 +76,8 @@ class _PerSequence:
     bit_widths: Tensor
     name: str = "static"
 
-    def __call__(self, signals: Tensor) -> Tensor:
-        return self.bit_widths
+    def __call__(self, signals: Tensor) -> Decision:
+        return Decision(self.bit_widths)
 
 
 def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> PolicyCard:

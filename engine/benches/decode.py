@@ -35,8 +35,11 @@ from flexquant_rl.engine.benches.harness import (
     rows,
 )
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
+from flexquant_rl.engine.control.controller import StaticController
+from flexquant_rl.engine.control.policy import StaticAllocation
+from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import check_num_threads
-from flexquant_rl.engine.decoding.decoder import greedy_tokens
+from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
@@ -230,17 +233,13 @@ def _lean_providers(task: _Task, model: NestedCausalLM, num_threads: int) -> lis
     return [_lean_provider(task, model, LeanSession(decoder), width) for width in task.config.bit_widths]
 
 
-def _lean_provider(task: _Task, model: NestedCausalLM, session: LeanSession, width: int) -> Provider:
+def _lean_provider(task: _Task, model: NestedCausalLM, session: Decoder, width: int) -> Provider:
     widths = torch.full((model.num_units,), width)
+    runner = PolicyRunner(session, StaticController(StaticAllocation(f"fixed:{width}", widths)))
 
     def turn() -> list[float]:
-        token = greedy_tokens(session.prefill(task.prompt).logits)
-
-        def step() -> None:
-            nonlocal token
-            token = greedy_tokens(session.step(token, widths).logits)
-
-        return [task.clock.seconds(step) for _ in range(task.config.new_tokens)]
+        runner.start(task.prompt, torch.ones(1))
+        return [task.clock.seconds(runner.step) for _ in range(task.config.new_tokens)]
 
     num_bytes = sum(model.weight_bytes(unit, width) for unit in range(model.num_units))
     return Provider(_LEAN, turn, num_bytes, {"bit_width": width})

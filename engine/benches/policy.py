@@ -14,7 +14,7 @@ from flexquant_rl.engine.benches.clocks import Call, host_clock
 from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, calls, interleave, rows
 from flexquant_rl.engine.control.controller import NativeController
 from flexquant_rl.engine.control.cost import CostTable
-from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema, SignalTracker
 from flexquant_rl.engine.decoding.decoder import StepOutput
@@ -79,7 +79,7 @@ def bench_policy(config: PolicyBench, track: Track = iter) -> list[Row]:
         tracker.update(output, widths, token, width)
         return tracker.signals()
 
-    def decide(output: StepOutput) -> Tensor:
+    def decide(output: StepOutput) -> Decision:
         return policy(observe(output))
 
     def provider(name: str, ring: Iterable[Call]) -> Provider:
@@ -88,14 +88,14 @@ def bench_policy(config: PolicyBench, track: Track = iter) -> list[Row]:
     providers = []
     if load_library() is not None:
         native = NativeController(policy, profile, embedding, depths, torch.ones(config.units))
-        native.reset(outputs[0], token, 100.0)
+        native.reset(outputs[0], token, torch.tensor([100.0]))
 
-        def serve(output: StepOutput) -> Tensor:
-            native.update(output, widths[0], token)
-            return native.bit_widths()
+        def serve(output: StepOutput) -> Decision:
+            native.update(output, widths, token)
+            return native.decide()
 
         providers = [
-            provider("native_policy", [native.bit_widths]),
+            provider("native_policy", [native.decide]),
             provider("native_signals_and_policy", [partial(serve, output) for output in outputs]),
         ]
     providers += [

@@ -1,21 +1,21 @@
-"""A policy at work on one sequence: signals in, bit-widths out, step after step, at the least cost the machine allows.
+"""A policy at work on rows of tokens: what a step put out goes in, the decision for the next step comes out.
 
-Deployment and timing go through here; training and evaluation batch many rows through `SignalTracker` and the policy
-themselves.
+Three controllers give the same decisions at different cost: none of a fixed allocation's own, native code on the CPU,
+torch for everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from flexquant_rl.engine.control.policy import BitWidthPolicy, LearnedPolicy, StaticAllocation
+from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
-    SIGNAL_SCHEMA_VERSION,
+    SignalMark,
     SignalSchema,
     SignalTracker,
     project_embedding,
@@ -23,82 +23,127 @@ from flexquant_rl.engine.control.signals import (
     unit_depths,
 )
 from flexquant_rl.engine.decoding.choice import default_decoder
-from flexquant_rl.engine.decoding.decoder import StepOutput
+from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.kernels.native_control import SIGNAL_VERSION, ControlWeights, NativeControl, PolicyNetWeights
+from flexquant_rl.kernels.native_control import ControlMark, ControlWeights, NativeControl, PolicyNetWeights
 
 
 class Controller(Protocol):
-    """Chooses the widths of one sequence's steps."""
+    """Decides the steps of R rows. Where `rows` `[R']` is not given, a call is about all of them."""
 
-    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: float) -> None:
-        """Starts after a prompt whose last output is given; `next_token_ids` `[1]` is what the first step reads."""
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
+        """Starts rows after prompts.
 
-    def bit_widths(self) -> Tensor:
-        """`[U]` int64 on the CPU: widths of the next step."""
+        Args:
+            output: What the prompts' last tokens put out, `[R', ...]`.
+            next_token_ids: `[R']` int64, what the first step reads.
+            kl_weight: `[R']` float32, the dials.
+            rows: `[R']` int64.
+        """
 
-    def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor) -> None:
-        """Tells what a step at `[U]` widths put out and which token `[1]` the next one reads."""
+    def decide(self, rows: Tensor | None = None) -> Decision:
+        """The decision for the next step of R' rows; the widths are on the CPU."""
+
+    def update(
+        self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """Tells what a step at widths `[R', U]` put out and which tokens `[R']` the next one reads."""
+
+    def mark(self) -> Any:
+        """Remembers the state of all rows."""
+
+    def rollback(self, mark: Any, rows: Tensor | None = None) -> None:
+        """Returns rows to a mark, as if what they saw since had never happened."""
 
 
-def make_controller(model: NestedCausalLM, policy: BitWidthPolicy, profile: Profile) -> Controller:
-    """Picks the cheapest controller that gives the policy's widths.
+def make_controller(model: NestedCausalLM, policy: Policy, profile: Profile, *, num_rows: int = 1) -> Controller:
+    """Picks the cheapest controller that gives the policy's decisions.
 
     Args:
         model: The model.
         policy: The policy.
-        profile: The one that the policy was trained with.
+        profile: The profile that the policy was trained with.
+        num_rows: R.
     """
     if isinstance(policy, StaticAllocation):
-        return StaticController(policy)
+        return StaticController(policy, num_rows)
     if default_decoder(model)[0] == "lean":
         depths = unit_depths(model)
-        return NativeController(policy, profile, model.embedding_matrix(), depths, model.unit_weights)
-    return TorchController(model, policy, profile)
+        embedding, unit_weights = model.embedding_matrix(), model.unit_weights
+        return NativeController(policy, profile, embedding, depths, unit_weights, num_rows=num_rows)
+    return TorchController(model, policy, profile, num_rows)
 
 
 class StaticController:
     """The same widths at every step; looks at nothing."""
 
-    def __init__(self, policy: StaticAllocation) -> None:
-        self._bit_widths = policy.bit_widths.cpu().contiguous()
+    def __init__(self, policy: StaticAllocation, num_rows: int = 1) -> None:
+        self._policy = policy
+        self._decision = Decision(policy.bit_widths.cpu().expand(num_rows, -1).contiguous())
 
-    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: float) -> None:
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """Nothing to start."""
 
-    def bit_widths(self) -> Tensor:
+    def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
-        return self._bit_widths
+        return self._decision if rows is None else Decision(self._decision.bit_widths[rows])
 
-    def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor) -> None:
+    def update(
+        self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
+    ) -> None:
         """Nothing to learn."""
+
+    def mark(self) -> None:
+        """Nothing to remember."""
+
+    def rollback(self, mark: None, rows: Tensor | None = None) -> None:
+        """Nothing to undo."""
 
 
 class TorchController:
-    """Any policy, on any device: the reference."""
+    """Any policy, on any device: the reference.
 
-    def __init__(self, model: NestedCausalLM, policy: BitWidthPolicy, profile: Profile) -> None:
+    Args:
+        model: The model.
+        policy: The policy; None where decisions come from elsewhere, as an environment's actions do.
+        profile: The profile that the policy was trained with.
+        num_rows: R.
+    """
+
+    def __init__(self, model: DecoderModel, policy: Policy | None, profile: Profile, num_rows: int = 1) -> None:
         self._model = model
         self._policy = policy
-        schema = SignalSchema(model.num_units, model.bit_widths)
-        self._tracker = SignalTracker(schema, profile, model.embedding_matrix(), unit_depths(model), num_rows=1)
+        self.schema = SignalSchema(model.num_units, model.bit_widths)
+        self.tracker = SignalTracker(self.schema, profile, model.embedding_matrix(), unit_depths(model), num_rows)
 
-    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: float) -> None:
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
-        self._tracker.reset(output, next_token_ids, torch.tensor([kl_weight]), torch.tensor([0]))
+        self.tracker.reset(output, next_token_ids, kl_weight, rows)
 
-    def signals(self) -> Tensor:
-        """`[dim]`: what the policy sees."""
-        return self._tracker.signals()[0]
+    def signals(self, rows: Tensor | None = None) -> Tensor:
+        """What the policy sees, `[R', dim]` float32."""
+        return self.tracker.signals(rows)
 
-    def bit_widths(self) -> Tensor:
+    def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
-        return self._policy(self._tracker.signals())[0].cpu()
+        assert self._policy is not None, "without a policy every step is given its decision"
+        decision = self._policy(self.tracker.signals(rows))
+        return Decision(decision.bit_widths.cpu(), decision.verify)
 
-    def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor) -> None:
+    def update(
+        self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
+    ) -> None:
         """See `Controller`."""
-        widths = bit_widths[None]
-        self._tracker.update(output, widths, next_token_ids, self._model.mean_bit_width(widths))
+        mean_width = self._model.mean_bit_width(bit_widths)
+        self.tracker.update(output, bit_widths, next_token_ids, mean_width, rows)
+
+    def mark(self) -> SignalMark:
+        """See `Controller`."""
+        return self.tracker.mark()
+
+    def rollback(self, mark: SignalMark, rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        self.tracker.rollback(mark, rows)
 
 
 class NativeController:
@@ -106,53 +151,75 @@ class NativeController:
 
     Args:
         policy: The policy.
-        profile: The one that it was trained with.
+        profile: The profile that it was trained with.
         embedding: `[vocab, d]` input embeddings.
         depths: `[U]` relative depth of each unit, 0 to 1.
         unit_weights: `[U]` weights in each unit.
+        num_rows: R.
     """
 
     def __init__(
         self,
-        policy: BitWidthPolicy,
+        policy: Policy,
         profile: Profile,
         embedding: Tensor,
         depths: Sequence[float],
         unit_weights: Tensor,
+        *,
+        num_rows: int = 1,
     ) -> None:
         schema = SignalSchema(len(depths), profile.bit_widths)
         weights = unit_weights.float()
         self._policy = None if isinstance(policy, LearnedPolicy) else policy
-        self._native = NativeControl(
-            ControlWeights(
-                net=_net_weights(policy) if isinstance(policy, LearnedPolicy) else None,
-                bit_widths=schema.bit_widths,
-                embedding=project_embedding(embedding, schema.num_embedding_dims),
-                unit_constants=unit_constants(profile, schema),
-                depth=torch.tensor(depths),
-                weight_share=weights / weights.sum(),
-            )
+        control = ControlWeights(
+            net=_net_weights(policy) if isinstance(policy, LearnedPolicy) else None,
+            bit_widths=schema.bit_widths,
+            embedding=project_embedding(embedding, schema.num_embedding_dims),
+            unit_constants=unit_constants(profile, schema),
+            depth=torch.tensor(depths),
+            weight_share=weights / weights.sum(),
         )
-        assert (SIGNAL_VERSION, self._native.dim) == (SIGNAL_SCHEMA_VERSION, schema.dim), "signals changed in one place"
+        self._rows = [NativeControl(control) for _ in range(num_rows)]
+        assert self._rows[0].dim == schema.dim, "signals changed in one place"
 
-    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: float) -> None:
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
-        token = int(next_token_ids[0])
-        self._native.reset(output.logits[0], output.residual_update[0], output.crest[0], token, kl_weight)
+        tokens, dials = next_token_ids.tolist(), kl_weight.tolist()
+        for index, row in enumerate(self._chosen(rows)):
+            parts = (output.logits[index], output.residual_update[index], output.crest[index])
+            row.reset(*parts, tokens[index], dials[index])
 
-    def signals(self) -> Tensor:
-        """`[dim]`: what the policy sees."""
-        return self._native.signals()
+    def signals(self, rows: Tensor | None = None) -> Tensor:
+        """What the policy sees, `[R', dim]` float32."""
+        return torch.stack([row.signals() for row in self._chosen(rows)])
 
-    def bit_widths(self) -> Tensor:
+    def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
-        signals = self._native.signals()
-        return self._native.choose(signals) if self._policy is None else self._policy(signals[None])[0]
+        if self._policy is not None:
+            return self._policy(self.signals(rows))
+        widths = [row.choose(row.signals()) for row in self._chosen(rows)]
+        return Decision(widths[0][None] if len(widths) == 1 else torch.stack(widths))
 
-    def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor) -> None:
+    def update(
+        self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
+    ) -> None:
         """See `Controller`."""
-        token = int(next_token_ids[0])
-        self._native.update(output.logits[0], output.residual_update[0], output.crest[0], bit_widths, token)
+        tokens = next_token_ids.tolist()
+        for index, row in enumerate(self._chosen(rows)):
+            parts = (output.logits[index], output.residual_update[index], output.crest[index])
+            row.update(*parts, bit_widths[index], tokens[index])
+
+    def mark(self) -> list[ControlMark]:
+        """See `Controller`."""
+        return [row.mark() for row in self._rows]
+
+    def rollback(self, mark: list[ControlMark], rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        for index in range(len(self._rows)) if rows is None else rows.tolist():
+            self._rows[index].rollback(mark[index])
+
+    def _chosen(self, rows: Tensor | None) -> list[NativeControl]:
+        return self._rows if rows is None else [self._rows[index] for index in rows.tolist()]
 
 
 def _net_weights(policy: LearnedPolicy) -> PolicyNetWeights:

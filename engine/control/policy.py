@@ -27,8 +27,22 @@ WEIGHTS_FILE = "policy.safetensors"
 _HIDDEN = 64
 
 
-class BitWidthPolicy(Protocol):
-    """Maps signals to bit-widths.
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decides before a step, for each of B rows.
+
+    Attributes:
+        bit_widths: `[B, U]` int64, widths of the pass.
+        verify: Whether the pass settles its token. It always does as long as nothing is drafted: every step is then
+            one ordinary pass.
+    """
+
+    bit_widths: Tensor
+    verify: bool = True
+
+
+class Policy(Protocol):
+    """Maps signals to decisions.
 
     A policy keeps no state between calls: whatever it may remember (position, last widths, moving averages) is in the
     signals, so that rows can be batched, restarted and replayed freely.
@@ -38,8 +52,8 @@ class BitWidthPolicy(Protocol):
     def name(self) -> str:
         """As it appears in tables, e.g. `knapsack:4.5`."""
 
-    def __call__(self, signals: Tensor) -> Tensor:
-        """`[B, dim]` float32 -> `[B, U]` int64 bit-widths."""
+    def __call__(self, signals: Tensor) -> Decision:
+        """`[B, dim]` float32 signals to a decision for B rows."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +68,9 @@ class StaticAllocation:
     name: str
     bit_widths: Tensor
 
-    def __call__(self, signals: Tensor) -> Tensor:
-        """`[B, dim]` -> `[B, U]`."""
-        return self.bit_widths.to(signals.device).expand(len(signals), -1)
+    def __call__(self, signals: Tensor) -> Decision:
+        """See `Policy`."""
+        return Decision(self.bit_widths.to(signals.device).expand(len(signals), -1))
 
 
 class PrecisionNet(nn.Module):
@@ -217,11 +231,11 @@ class LearnedPolicy:
         self._device = net.mean.device
         self._widths = torch.tensor(card.schema.bit_widths, device=self._device)
 
-    def __call__(self, signals: Tensor) -> Tensor:
-        """`[B, dim]` -> `[B, U]` int64, on the signals' device."""
+    def __call__(self, signals: Tensor) -> Decision:
+        """See `Policy`; the widths are on the signals' device."""
         with torch.inference_mode():
             choice = self._logits(signals.to(self._device)).argmax(-1)
-            return self._widths.index_select(0, choice).view(len(signals), -1).to(signals.device)
+            return Decision(self._widths.index_select(0, choice).view(len(signals), -1).to(signals.device))
 
     def kl_weight_for_speed(self, speedup: float) -> float:
         """The dial setting whose validation speedup is nearest to the one asked for.

@@ -15,20 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flexquant_rl.kernels import signal_constants as constants
+
 if TYPE_CHECKING:  # a deployed policy imports this module, and must not pull in transformers with it
     from flexquant_rl.engine.control.profile import Profile
     from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
 
-SIGNAL_SCHEMA_VERSION = 1
-"""Raised with every change of a signal's meaning; policies of another version are refused."""
-
-SIGNAL_LIMIT = 10.0
-_EMA_DECAY = 0.9
-_RECENT_TOKENS = 16
-_KL_FLOOR_NATS = 1e-6
-_LOG_PROBABILITY_FLOOR = -110.0  # below it float32 probabilities are 0: a finite stand-in keeps 0 * -inf out of sums
+SIGNAL_SCHEMA_VERSION = constants.SIGNAL_SCHEMA_VERSION
+SIGNAL_LIMIT = constants.SIGNAL_LIMIT
 _PROJECTION_SEED = 20_250_612  # fixed: the projection is part of the schema
-_TOKENS_SINCE_PROBE_LIMIT = 256.0
 _ROW_SCALARS = ("entropy", "entropy_ema", "surprisal", "step_kl", "probe_kl", "since_probe", "position", "dial")
 
 
@@ -108,7 +103,7 @@ class SignalSchema:
     def last_widths(self, signals: Tensor) -> Tensor:
         """Widths of the previous step, `[B, U]` int64, as the signals carry them."""
         _, per_unit = self.split(signals)
-        return (per_unit[..., self.index_in_unit("last_width")] * 8).round().long()
+        return (per_unit[..., self.index_in_unit("last_width")] * constants.WIDTH_SCALE).round().long()
 
     def is_first_step(self, signals: Tensor) -> Tensor:
         """`[B]` bool: whether nothing has been decoded since the prompt."""
@@ -116,7 +111,7 @@ class SignalSchema:
 
     def token_entropy_nats(self, signals: Tensor) -> Tensor:
         """`[B]` entropy of the last output distribution."""
-        return signals[:, self.index("token_entropy")] * 4
+        return signals[:, self.index("token_entropy")] * constants.NATS_SCALE
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the version."""
@@ -131,6 +126,13 @@ class SignalSchema:
     def from_dict(data: dict[str, Any]) -> SignalSchema:
         """Reads the JSON form; the caller checks `version`."""
         return SignalSchema(int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]))
+
+
+@dataclass(frozen=True)
+class SignalMark:
+    """The state of all rows of a `SignalTracker` at one moment, by name; every tensor is `[R, ...]`."""
+
+    rows: dict[str, Tensor]
 
 
 class SignalTracker:
@@ -156,98 +158,139 @@ class SignalTracker:
         self._rows: dict[str, Tensor] = {
             "log_probs": torch.zeros(num_rows, len(embedding), device=device),
             "embedding": torch.zeros(num_rows, schema.num_embedding_dims, device=device),
-            "recent_widths": torch.full((num_rows, _RECENT_TOKENS), float(max(schema.bit_widths)), device=device),
+            "recent_widths": torch.full(
+                (num_rows, constants.RECENT_TOKENS), float(max(schema.bit_widths)), device=device
+            ),
             "last_widths": torch.full((num_rows, schema.num_units), float(max(schema.bit_widths)), device=device),
             "residual_update": torch.zeros(num_rows, schema.num_units, device=device),
             "crest": torch.zeros(num_rows, schema.num_units, device=device),
             **{name: torch.zeros(num_rows, device=device) for name in _ROW_SCALARS},
         }
 
-    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor) -> None:
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """Starts rows after their prompts.
 
         Args:
-            output: Of the prefill, `[R', ...]`.
+            output: Output of the prefill, `[R', ...]`.
             next_token_ids: `[R']` int64, the token that the first step will read.
             kl_weight: `[R']` the dial: weight of a nat of output KL in units of speedup.
-            rows: `[R']` int64.
+            rows: `[R']` int64; default all.
         """
-        state = self._rows
         top = float(max(self.schema.bit_widths))
-        state["recent_widths"][rows] = top
-        state["last_widths"][rows] = top
-        for name in ("position", "step_kl"):
-            state[name][rows] = 0.0
-        state["probe_kl"][rows] = _KL_FLOOR_NATS
-        state["since_probe"][rows] = _TOKENS_SINCE_PROBE_LIMIT
-        state["dial"][rows] = kl_weight.to(state["dial"].device, torch.float32).log10()
+        for name in ("recent_widths", "last_widths"):
+            self._put(name, rows, torch.full_like(self._rows[name], top) if rows is None else top)
+        for name, value in (
+            ("position", 0.0),
+            ("step_kl", 0.0),
+            ("probe_kl", constants.KL_FLOOR_NATS),
+            ("since_probe", constants.TOKENS_SINCE_PROBE_LIMIT),
+        ):
+            self._put(name, rows, torch.full_like(self._rows[name], value) if rows is None else value)
+        self._put("dial", rows, kl_weight.to(self._rows["dial"].device, torch.float32).log10())
         self._observe(output, next_token_ids, rows, first=True)
 
-    def update(self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, mean_width: Tensor) -> None:
-        """Moves every row on by one token.
+    def update(
+        self,
+        output: StepOutput,
+        bit_widths: Tensor,
+        next_token_ids: Tensor,
+        mean_width: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Moves rows on by one token.
 
         Args:
-            output: Of the step, `[R, ...]`.
-            bit_widths: `[R, U]` int64 that the step ran at.
-            next_token_ids: `[R]` int64, the token that the next step will read.
-            mean_width: `[R]` parameter-weighted mean of `bit_widths`.
+            output: Output of the step, `[R', ...]`.
+            bit_widths: `[R', U]` int64 that the step ran at.
+            next_token_ids: `[R']` int64, the token that the next step will read.
+            mean_width: `[R']` parameter-weighted mean of `bit_widths`.
+            rows: `[R']` int64; default all.
         """
-        state = self._rows
-        state["recent_widths"] = torch.cat([state["recent_widths"][:, 1:], mean_width[:, None].float()], dim=1)
-        state["last_widths"] = bit_widths.to(state["last_widths"].device, torch.float32)
-        state["position"] += 1
-        state["since_probe"] += 1
-        self._observe(output, next_token_ids, torch.arange(len(bit_widths)), first=False)
+        device = self._rows["recent_widths"].device
+        recent = self._of("recent_widths", rows)
+        mean_width = mean_width.to(device, torch.float32)
+        self._put("recent_widths", rows, torch.cat([recent[:, 1:], mean_width[:, None]], dim=1))
+        self._put("last_widths", rows, bit_widths.to(device, torch.float32))
+        for name in ("position", "since_probe"):
+            self._put(name, rows, self._of(name, rows) + 1)
+        self._observe(output, next_token_ids, rows, first=False)
 
     def observe_probe(self, output_kl_nats: Tensor, rows: Tensor) -> None:
         """Tells rows the output KL `[R']` that a probe has just measured."""
-        self._rows["probe_kl"][rows] = output_kl_nats.float().clamp_min(_KL_FLOOR_NATS)
-        self._rows["since_probe"][rows] = 0.0
+        self._put("probe_kl", rows, output_kl_nats.float().clamp_min(constants.KL_FLOOR_NATS))
+        self._put("since_probe", rows, 0.0)
 
-    def _observe(self, output: StepOutput, next_token_ids: Tensor, rows: Tensor, *, first: bool) -> None:
-        state = self._rows
-        log_probs = output.logits.float().log_softmax(-1).clamp_min(_LOG_PROBABILITY_FLOOR)
+    def mark(self) -> SignalMark:
+        """Remembers the state of all rows; costs nothing, since every change makes a new tensor."""
+        return SignalMark(dict(self._rows))
+
+    def rollback(self, mark: SignalMark, rows: Tensor | None = None) -> None:
+        """Returns rows to a mark, as if what they saw since had never happened.
+
+        Args:
+            mark: What `mark` of this tracker returned.
+            rows: `[R']` int64; default all.
+        """
+        for name, held in mark.rows.items():
+            self._put(name, rows, held if rows is None else held[rows])
+
+    def _of(self, name: str, rows: Tensor | None) -> Tensor:
+        return self._rows[name] if rows is None else self._rows[name][rows]
+
+    def _put(self, name: str, rows: Tensor | None, value: Tensor | float) -> None:
+        """Replaces the state of rows, never in place: marks keep the old tensor."""
+        if rows is None:
+            assert isinstance(value, Tensor)
+            self._rows[name] = value
+            return
+        changed = self._rows[name].clone()
+        changed[rows] = value
+        self._rows[name] = changed
+
+    def _observe(self, output: StepOutput, next_token_ids: Tensor, rows: Tensor | None, *, first: bool) -> None:
+        log_probs = output.logits.float().log_softmax(-1).clamp_min(constants.LOG_PROBABILITY_FLOOR)
         probs = log_probs.exp()
         entropy = -(probs * log_probs).sum(-1)
         if first:
-            state["entropy_ema"][rows] = entropy
+            self._put("entropy_ema", rows, entropy)
         else:
-            state["step_kl"][rows] = (probs * (log_probs - state["log_probs"][rows])).sum(-1).clamp_min(0)
-            state["entropy_ema"][rows] = _EMA_DECAY * state["entropy_ema"][rows] + (1 - _EMA_DECAY) * entropy
-        state["entropy"][rows] = entropy
-        state["log_probs"][rows] = log_probs
+            self._put("step_kl", rows, (probs * (log_probs - self._of("log_probs", rows))).sum(-1).clamp_min(0))
+            average = constants.EMA_DECAY * self._of("entropy_ema", rows) + (1 - constants.EMA_DECAY) * entropy
+            self._put("entropy_ema", rows, average)
         tokens = next_token_ids.to(log_probs.device)
-        state["surprisal"][rows] = -log_probs.gather(1, tokens[:, None])[:, 0]
-        state["embedding"][rows] = self._projected[tokens]
-        state["residual_update"][rows] = output.residual_update
-        state["crest"][rows] = output.crest
+        self._put("entropy", rows, entropy)
+        self._put("log_probs", rows, log_probs)
+        self._put("surprisal", rows, -log_probs.gather(1, tokens[:, None])[:, 0])
+        self._put("embedding", rows, self._projected[tokens])
+        self._put("residual_update", rows, output.residual_update)
+        self._put("crest", rows, output.crest)
 
-    def signals(self) -> Tensor:
-        """The signal vectors, `[R, dim]` float32, within ±`SIGNAL_LIMIT`."""
-        state = self._rows
+    def signals(self, rows: Tensor | None = None) -> Tensor:
+        """The signal vectors of all rows or of some, `[R', dim]` float32, within ±`SIGNAL_LIMIT`."""
+        state = self._rows if rows is None else {name: held[rows] for name, held in self._rows.items()}
+        longest = math.log1p(constants.TOKENS_SINCE_PROBE_LIMIT)
         top2 = state["log_probs"].topk(2, dim=-1).values.exp()
         columns = [
-            state["entropy"] / 4,
-            state["entropy_ema"] / 4,
-            torch.log1p(state["entropy_ema"].exp()) / 4,
+            state["entropy"] / constants.NATS_SCALE,
+            state["entropy_ema"] / constants.NATS_SCALE,
+            torch.log1p(state["entropy_ema"].exp()) / constants.NATS_SCALE,
             top2[:, 0],
             top2[:, 0] - top2[:, 1],
-            state["surprisal"] / 4,
-            state["step_kl"].clamp_min(_KL_FLOOR_NATS).log10() / 2,
-            state["probe_kl"].clamp_min(_KL_FLOOR_NATS).log10() / 2,
-            torch.log1p(state["since_probe"]).clamp_max(math.log1p(_TOKENS_SINCE_PROBE_LIMIT))
-            / math.log1p(_TOKENS_SINCE_PROBE_LIMIT),
-            state["recent_widths"].mean(-1) / 8,
-            torch.log1p(state["position"]) / 4,
+            state["surprisal"] / constants.NATS_SCALE,
+            state["step_kl"].clamp_min(constants.KL_FLOOR_NATS).log10() / constants.DECADES_SCALE,
+            state["probe_kl"].clamp_min(constants.KL_FLOOR_NATS).log10() / constants.DECADES_SCALE,
+            torch.log1p(state["since_probe"]).clamp_max(longest) / longest,
+            state["recent_widths"].mean(-1) / constants.WIDTH_SCALE,
+            torch.log1p(state["position"]) / constants.POSITION_SCALE,
             state["dial"],
         ]
         per_unit = torch.cat(
             [
-                self._static,
-                state["residual_update"].clamp_min(1e-6).log10()[..., None],
-                state["crest"].clamp_min(1e-6).log10()[..., None],
-                state["last_widths"][..., None] / 8,
-                self._depth,
+                self._static if rows is None else self._static[rows],
+                state["residual_update"].clamp_min(constants.STATISTIC_FLOOR).log10()[..., None],
+                state["crest"].clamp_min(constants.STATISTIC_FLOOR).log10()[..., None],
+                state["last_widths"][..., None] / constants.WIDTH_SCALE,
+                self._depth if rows is None else self._depth[rows],
             ],
             dim=-1,
         )
@@ -257,11 +300,11 @@ class SignalTracker:
 
 def unit_constants(profile: Profile, schema: SignalSchema) -> Tensor:
     """Signals of the units that no step changes: log sensitivities and times saved, `[U, 2 W]` float32."""
-    sensitivity = profile.sensitivity.clamp_min(_KL_FLOOR_NATS).log10()
+    sensitivity = profile.sensitivity.clamp_min(constants.KL_FLOOR_NATS).log10()
     unit_ms = profile.cost.unit_ms
     saved = (unit_ms[:, -1:] - unit_ms) / profile.cost.latency_ms(profile.cost.full_width())
     # Time saved is a share of a step; times U makes it of order one for any depth.
-    return torch.cat([sensitivity / 2, saved * schema.num_units], dim=1).float()
+    return torch.cat([sensitivity / constants.DECADES_SCALE, saved * schema.num_units], dim=1).float()
 
 
 def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:

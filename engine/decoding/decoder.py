@@ -106,6 +106,10 @@ class Decoder(Protocol):
     def lengths(self) -> Tensor:
         """`[R]` int64 tokens held per row."""
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row can hold."""
+
     def prefill(
         self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
     ) -> StepOutput:

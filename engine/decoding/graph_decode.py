@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import BitWidthPolicy
+from flexquant_rl.engine.control.policy import Policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.decoder import check_max_length
 from flexquant_rl.engine.decoding.graph_loop import FIRST_BUCKET, DecodeLoop
@@ -33,7 +33,7 @@ STEPS_PER_READ = 8
 """Steps between two looks at the tokens: an end-of-text token is noticed this late, or twice as late, at no cost."""
 
 
-def why_not_graph(model: NestedCausalLM, policy: BitWidthPolicy) -> str | None:
+def why_not_graph(model: NestedCausalLM, policy: Policy) -> str | None:
     """Returns why `GraphDecoder` cannot run a model with a policy where the model is, in a few words, or None."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}, the captured graph is for a CUDA device"
@@ -103,7 +103,7 @@ class GraphDecoder:
     def __init__(
         self,
         model: NestedCausalLM,
-        policy: BitWidthPolicy,
+        policy: Policy,
         profile: Profile,
         *,
         max_length: int | None = None,

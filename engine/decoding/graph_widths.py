@@ -11,10 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import BitWidthPolicy, LearnedPolicy, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
-    SIGNAL_SCHEMA_VERSION,
     SignalSchema,
     project_embedding,
     unit_constants,
@@ -24,7 +23,7 @@ from flexquant_rl.engine.decoding.decoder import check_bit_widths
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels.policy_net import PolicyWeights, choose_widths
-from flexquant_rl.kernels.token_signals import SIGNAL_VERSION, SignalConstants, SignalState
+from flexquant_rl.kernels.token_signals import SignalConstants, SignalState
 
 
 class WidthSource(Protocol):
@@ -101,7 +100,7 @@ class LearnedWidths:
         choose_widths(self._weights, signals.signals, num_units=self._num_units, out=bit_widths[None])
 
 
-def why_not_on_device(policy: BitWidthPolicy) -> str | None:
+def why_not_on_device(policy: Policy) -> str | None:
     """Returns why a policy cannot run on the device, in a few words, or None if it can."""
     if not isinstance(policy, StaticAllocation | LearnedPolicy):
         return f"policy {policy.name!r} is neither learned nor static, so it runs on the host"
@@ -110,7 +109,7 @@ def why_not_on_device(policy: BitWidthPolicy) -> str | None:
     return None
 
 
-def width_source(model: NestedCausalLM, policy: BitWidthPolicy, profile: Profile) -> WidthSource:
+def width_source(model: NestedCausalLM, policy: Policy, profile: Profile) -> WidthSource:
     """Puts a policy on the model's device.
 
     Args:
@@ -143,5 +142,5 @@ def signal_constants(model: NestedCausalLM, profile: Profile) -> SignalConstants
         weight_share=(share / share.sum()).to(model.device),
         layer_of_unit=torch.tensor([unit.layer_idx for unit in model.units], dtype=torch.int32, device=model.device),
     )
-    assert (SIGNAL_VERSION, constants.dim) == (SIGNAL_SCHEMA_VERSION, schema.dim), "signals changed in one place"
+    assert constants.dim == schema.dim, "signals changed in one place"
     return constants

@@ -118,6 +118,11 @@ class LeanSession:
         """`[R]` int64 tokens held per row."""
         return torch.tensor([row.length for row in self._open()])
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row can hold."""
+        return self._decoder.max_length
+
     def prefill(
         self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
     ) -> StepOutput:

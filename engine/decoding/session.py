@@ -53,6 +53,11 @@ class DecodeSession:
         """`[R]` int64 tokens held per row."""
         return self._open_cache().lengths
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row can hold."""
+        return self._max_length
+
     def prefill(
         self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
     ) -> StepOutput:

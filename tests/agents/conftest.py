@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexquant_rl.agents.policies.static import static_front
-from flexquant_rl.agents.runs.training import Prepared
+from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.profile import Profile, profile_model
@@ -45,5 +45,5 @@ def tiny_prepared(tiny_nested: NestedCausalLM, tiny_profile: Profile, tiny_windo
     front = static_front(tiny_profile, tiny_nested.unit_weights).measured_on(
         DecodeSession(tiny_nested), tiny_windows[:, :-1], TINY_CONFIG.prompt_tokens
     )
-    windows = PromptWindows(tiny_windows, tiny_windows, tiny_windows, "random letters")
+    windows = PromptWindows(lambda split: tiny_windows, "random letters")
     return Prepared(tiny_nested, windows, tiny_profile, tiny_profile.cost, front, TINY_CONFIG)

@@ -342,7 +342,7 @@ def test_full_disk_at_the_start_of_a_run(inputs: Inputs, monkeypatch: pytest.Mon
 
 def test_bug_keeps_its_traceback(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the user can mend is said in one line."""
-    monkeypatch.setattr("flexquant_rl.agents.runs.training.roofline_cost", lambda model: 1 / 0)
+    monkeypatch.setattr("flexquant_rl.agents.preparation.roofline_cost", lambda model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(train.main, *training(inputs))
 

@@ -304,3 +304,15 @@ class TestRefusals:
         hf_model = random_model(MixtralConfig(**GROUPED, num_local_experts=2))
         with pytest.raises(InputError, match="fuses the weights of 2 experts"):
             nest(hf_model, tiny_tokenizer, QuantizationConfig())
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, (2,)), (2, (2,)), ([9, 2, 7], (2, 7, 9)), (9, (2, 9))])
+def test_every_configured_token_ends_a_text(
+    nested_model: NestedCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    configured: int | list[int] | None,
+    expected: tuple[int, ...],
+) -> None:
+    assert nested_model.tokenizer.eos_token_id == 2
+    monkeypatch.setattr(nested_model.hf_model.generation_config, "eos_token_id", configured)
+    assert nested_model.eos_token_ids == expected

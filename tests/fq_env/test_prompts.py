@@ -173,3 +173,26 @@ def test_too_little_text_says_which_split(tiny_tokenizer: PreTrainedTokenizerFas
 def test_windows_longer_than_the_text_are_refused(tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
     with pytest.raises(InputError, match="no window of 9999 tokens"):
         load_windows(tiny_tokenizer, 9999, [text_file])
+
+
+def test_a_split_is_opened_when_it_is_asked_for(text_file: Path) -> None:
+    class Spy:
+        bos_token_id = None
+        seen: list[str]
+
+        def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+            self.seen.append(text)
+            return {"input_ids": [*range(len(text))]}
+
+    spy = Spy()
+    spy.seen = []
+    windows = load_windows(spy, LENGTH, [text_file])  # type: ignore[arg-type]
+    assert windows.opened == frozenset()
+    assert not spy.seen
+    documents = file_documents([text_file])
+    assert windows.train is windows.train
+    assert spy.seen == documents["train"]
+    assert windows.opened == {"train"}
+    _ = windows.validation
+    assert windows.opened == {"train", "validation"}
+    assert not set(documents["test"]) & set(spy.seen)

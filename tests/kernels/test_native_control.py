@@ -1,12 +1,21 @@
-"""What native control refuses; that it computes the right thing is in tests/engine/control/test_controller.py."""
+"""Marks of native control, and what it refuses.
+
+That it computes the right thing is tested against the engine's controllers.
+"""
 
 from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from flexquant_rl.kernels.native import supported_isas
-from flexquant_rl.kernels.native_control import ControlWeights, NativeControl, PolicyNetWeights
+from flexquant_rl.kernels.native import Isa, supported_isas
+from flexquant_rl.kernels.native_control import ControlMark, ControlWeights, NativeControl, PolicyNetWeights
+
+Operation = Callable[[NativeControl], None]
 
 NUM_UNITS, VOCAB, WIDTHS, HIDDEN = 3, 29, (3, 4, 8), 32
 NUM_GLOBAL, NUM_PER_UNIT = 12 + 4, 2 * len(WIDTHS) + 4
@@ -28,11 +37,11 @@ def make_net(hidden: int = HIDDEN) -> PolicyNetWeights:
     )
 
 
-def make_weights(net: PolicyNetWeights | None = None, num_dims: int = 4) -> ControlWeights:
+def make_weights(net: PolicyNetWeights | None = None, num_dims: int = 4, vocab: int = VOCAB) -> ControlWeights:
     return ControlWeights(
         net=net,
         bit_widths=WIDTHS,
-        embedding=torch.randn(VOCAB, num_dims),
+        embedding=torch.randn(vocab, num_dims),
         unit_constants=torch.randn(NUM_UNITS, 2 * len(WIDTHS)),
         depth=torch.tensor([0.0, 0.5, 1.0]),
         weight_share=torch.tensor([0.25, 0.25, 0.5]),
@@ -96,3 +105,115 @@ def test_bad_weights() -> None:
         NativeControl(make_weights(make_net(hidden=24)))
     with pytest.raises(ValueError, match="a tensor is"):
         NativeControl(make_weights(make_net(), num_dims=5))
+
+
+@pytest.fixture
+def fresh() -> random.Random:
+    """Other inputs in every run, which the name of a failing run tells."""
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def random_update(fresh: random.Random, vocab: int = VOCAB) -> Operation:
+    generator = torch.Generator().manual_seed(fresh.randrange(2**31))
+    logits = fresh.choice([0.1, 3.0, 80.0]) * torch.randn(vocab, generator=generator)
+    update, crest = torch.rand(2, NUM_UNITS, generator=generator)
+    widths = torch.tensor([fresh.choice(WIDTHS) for _ in range(NUM_UNITS)])
+    token = fresh.randrange(vocab)
+    return lambda control: control.update(logits, update, crest, widths, token)
+
+
+def random_reset(fresh: random.Random, vocab: int = VOCAB) -> Operation:
+    generator = torch.Generator().manual_seed(fresh.randrange(2**31))
+    logits, token, dial = torch.randn(vocab, generator=generator), fresh.randrange(vocab), 10 ** fresh.uniform(-2, 2)
+    update, crest = torch.rand(2, NUM_UNITS, generator=generator)
+    return lambda control: control.reset(logits, update, crest, token, dial)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("max_marks", [1, 5])
+def test_rolled_back_updates_never_happened(isa: Isa, max_marks: int, fresh: random.Random) -> None:
+    """Any order of updates, resets, marks, rollbacks and dropped marks equals a control that saw what was kept."""
+    weights = make_weights(make_net())
+    control, kept = NativeControl(weights, isa=isa), []
+    marks: list[tuple[ControlMark, list[Operation]]] = []
+    for _ in range(250):
+        action = fresh.choices(("update", "mark", "rollback", "drop", "reset"), (8, 3, 3, 2, 1))[0]
+        if action == "mark" and len(marks) < max_marks:
+            marks.append((control.mark(), list(kept)))
+        elif action == "rollback" and marks:
+            index = fresh.randrange(len(marks))
+            control.rollback(marks[index][0])  # under no name, which would keep it alive
+            kept = list(marks[index][1])
+        elif action == "drop" and marks:
+            marks.pop(fresh.randrange(len(marks)))
+        elif action in ("update", "reset"):
+            operation = random_update(fresh) if action == "update" else random_reset(fresh)
+            operation(control)
+            kept = [*kept, operation] if action == "update" else [operation]
+        twin = NativeControl(weights, isa=isa)
+        for operation in kept:
+            operation(twin)
+        assert torch.equal(control.signals(), twin.signals())
+        assert torch.equal(control.choose(control.signals()), twin.choose(twin.signals()))
+        assert len(control._slots) <= max_marks + 1
+
+
+def test_updates_after_a_mark_share_one_place(fresh: random.Random) -> None:
+    control = started()
+    for _ in range(20):
+        mark = control.mark()
+        assert control.mark()._lease is mark._lease
+        for _ in range(16):
+            random_update(fresh)(control)
+        control.rollback(mark)
+    del mark
+    random_update(fresh)(control)
+    assert len(control._slots) == 2
+
+
+def test_a_mark_outlives_a_refused_update(fresh: random.Random) -> None:
+    control = started()
+    before, mark = control.signals(), control.mark()
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        control.update(torch.randn(VOCAB), torch.rand(3), torch.rand(3), torch.full((3,), 4), VOCAB)
+    assert torch.equal(control.signals(), before)
+    random_update(fresh)(control)
+    control.rollback(mark)
+    assert torch.equal(control.signals(), before)
+
+
+def test_a_mark_of_another_control(fresh: random.Random) -> None:
+    control, other = started(), started()
+    before, mark = control.signals(), other.mark()
+    random_update(fresh)(other)
+    with pytest.raises(ValueError, match="another NativeControl"):
+        control.rollback(mark)
+    assert torch.equal(control.signals(), before)
+
+
+def test_another_thread_sees_no_half_made_step(fresh: random.Random) -> None:
+    weights = make_weights(vocab=20_000)
+    control, twin = NativeControl(weights), NativeControl(weights)
+    operations = [random_reset(fresh, 20_000), *(random_update(fresh, 20_000) for _ in range(200))]
+    states = []
+    for operation in operations:
+        operation(twin)
+        states.append(twin.signals())
+    operations[0](control)
+    seen, is_done = [], threading.Event()
+
+    def look() -> None:
+        while not is_done.is_set():
+            seen.append(control.signals())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for operation in operations[1:]:
+        operation(control)
+    is_done.set()
+    thread.join(timeout=60)
+    possible = {tuple(state.tolist()) for state in states}
+    assert seen
+    assert {tuple(state.tolist()) for state in seen} <= possible

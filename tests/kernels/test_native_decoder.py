@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -116,17 +119,17 @@ def random_widths(seed: int = 0, *, reference: bool = True) -> Tensor:
 
 
 def read(decoder: NativeDecoder, tokens: Tensor, widths: Tensor, chunks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of every token and the statistics of the last, reading `chunks` tokens at a time."""
-    cache, position, logits = decoder.new_cache(), 0, []
+    """Logits of every token and the statistics of every layer, reading `chunks` tokens at a time."""
+    cache, position, results = decoder.new_cache(), 0, []
     for chunk in tokens.split(chunks):
-        part, residual_update, crest = decoder(cache, chunk, position, widths, num_logits=len(chunk))
-        logits.append(part)
+        results.append(decoder(cache, chunk, position, widths, num_logits=len(chunk)))
         position += len(chunk)
+    logits, residual_update, crest = (torch.cat(parts) for parts in zip(*results, strict=True))
     for statistic in (residual_update, crest):
-        assert statistic.shape == (1, NUM_UNITS)
-        assert not statistic[0, -1].any()  # the head
+        assert statistic.shape == (len(tokens), NUM_UNITS)
+        assert not statistic[:, -1].any()  # the head
         assert torch.equal(statistic[:, 0:-1:2], statistic[:, 1::2])  # attention and MLP of one layer
-    return torch.cat(logits), residual_update[0, 0:-1:2], crest[0, 0:-1:2]
+    return logits, residual_update[:, 0:-1:2], crest[:, 0:-1:2]
 
 
 def test_results_are_new_tensors() -> None:
@@ -223,12 +226,83 @@ def test_a_copy_holds_what_it_was_asked_for_and_no_more() -> None:
         assert not twin.blocks[:, :, blocks:].any()
 
 
-def test_logits_of_the_last_tokens_only() -> None:
+def test_results_of_the_last_tokens_only() -> None:
     decoder = NativeDecoder(make_weights())
     widths, tokens = random_widths(), random_tokens(7)
-    every = decoder(decoder.new_cache(), tokens, 0, widths, num_logits=7)[0]
-    last = decoder(decoder.new_cache(), tokens, 0, widths, num_logits=2)[0]
-    assert torch.equal(every[-2:], last)
+    every = decoder(decoder.new_cache(), tokens, 0, widths, num_logits=7)
+    for count in (1, 2, 6):
+        last = decoder(decoder.new_cache(), tokens, 0, widths, num_logits=count)
+        assert all(torch.equal(some[-count:], few) for some, few in zip(every, last, strict=True))
+
+
+@pytest.fixture(scope="module")
+def fresh() -> random.Random:
+    """Other inputs in every run, which the name of a failing run tells."""
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["int8", "float32"])
+@each_isa
+def test_a_row_is_what_its_token_alone_gives(
+    isa: Isa, mode: native.Mode, num_threads: int, fresh: random.Random
+) -> None:
+    """Bit for bit, logits and statistics, after any history, for any number of tokens, at every width."""
+    # Short rows are not worth a second thread.
+    shape = SHAPES["long-rows" if num_threads > 1 else fresh.choice(list(SHAPES))]
+    decoder = NativeDecoder(
+        make_weights(**shape, seed=fresh.randrange(2**31)),  # type: ignore[arg-type]  # a dict of mixed options
+        mode=mode,
+        isa=isa,
+        num_threads=num_threads,
+    )
+    alone = NativeDecoder(decoder.weights, mode=mode, isa=isa)
+    for width in (*[[width] * NUM_UNITS for width in (0, *STORED_WIDTHS)], None):
+        widths = random_widths(fresh.randrange(2**31)) if width is None else torch.tensor(width)
+        held, count = fresh.randrange(MAX_LENGTH - 16), fresh.randint(1, 16)
+        tokens = random_tokens(held + count, fresh.randrange(2**31))
+        cache, twin = decoder.new_cache(), alone.new_cache()
+        for position in range(held):
+            for each, blocks in ((decoder, cache), (alone, twin)):
+                each(blocks, tokens[position : position + 1], position, widths)
+        wanted = fresh.randint(1, count)
+        rows = decoder(cache, tokens[held:], held, widths, num_logits=wanted)
+        steps = [alone(twin, tokens[i : i + 1], i, widths) for i in range(held, held + count)]
+        for got, parts in zip(rows, zip(*steps[-wanted:], strict=True), strict=True):
+            assert got.shape[0] == wanted
+            assert torch.equal(got, torch.cat(parts)), f"{shape}, {held} held, {count} tokens, {wanted} rows"
+        assert torch.equal(cache.blocks, twin.blocks)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_threads_share_a_decoder(num_threads: int, fresh: random.Random) -> None:
+    """Four threads with caches of their own get what they get one after the other."""
+    decoder = NativeDecoder(make_weights(**SHAPES["long-rows"]), num_threads=num_threads)  # type: ignore[arg-type]
+    chunks = [[random_tokens(fresh.randint(1, 3), fresh.randrange(2**31)) for _ in range(12)] for _ in range(4)]
+    widths = [[random_widths(fresh.randrange(2**31)) for _ in range(12)] for _ in range(4)]
+    barrier = threading.Barrier(4)
+
+    def generate(index: int, *, waits: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+        cache, position, results = decoder.new_cache(), 0, []
+        if waits:
+            barrier.wait(timeout=60)
+        for tokens, bit_widths in zip(chunks[index], widths[index], strict=True):
+            results.append(decoder(cache, tokens, position, bit_widths, num_logits=len(tokens)))
+            position += len(tokens)
+            results.append(decoder(cache, tokens[:1], position - 1, bit_widths))  # as made ahead
+        return results
+
+    expected = [generate(index, waits=False) for index in range(4)]
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            actual = list(pool.map(lambda index: generate(index, waits=True), range(4)))
+        for got, want in zip(actual, expected, strict=True):
+            for some, others in zip(got, want, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+    addresses = [tensor.data_ptr() for results in actual for result in results for tensor in result]
+    assert len(set(addresses)) == len(addresses)
 
 
 def test_stale_cache_entries_behind_the_position_do_not_matter() -> None:

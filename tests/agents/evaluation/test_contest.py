@@ -13,7 +13,8 @@ from flexquant_rl.agents.evaluation import contest
 from flexquant_rl.agents.evaluation.contest import Contestant, compete, headroom, heuristics, oracle_row, showcase
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.agents.runs.training import Prepared, SeedResult, policy_card
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.runs.training import SeedResult, policy_card
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, StaticAllocation
 
 

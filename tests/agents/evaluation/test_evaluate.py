@@ -6,8 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from flexquant_rl.agents.evaluation import evaluate
 from flexquant_rl.agents.evaluation.contest import policy_context
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, bootstrap_interval, measured_speedups, summarise
 from flexquant_rl.agents.policies.baselines import RandomWidths, entropy_threshold, make_policy
-from flexquant_rl.agents.runs.training import Prepared
-from flexquant_rl.engine.control.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import kl_nats
 from flexquant_rl.engine.decoding.session import DecodeSession
 
@@ -96,7 +95,7 @@ def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None
     assert row.mean_bit_width == pytest.approx(float(model.mean_bit_width(allocation)))
 
 
-def policies(prepared: Prepared) -> dict[str, Callable[[], BitWidthPolicy]]:
+def policies(prepared: Prepared) -> dict[str, Callable[[], Policy]]:
     context = policy_context(prepared)
     return {
         "fixed:4": lambda: make_policy("fixed:4", context),
@@ -125,9 +124,9 @@ def test_policies_see_their_dial(tiny_prepared: Prepared) -> None:
     class Spy:
         name = "spy"
 
-        def __call__(self, signals: Tensor) -> Tensor:
+        def __call__(self, signals: Tensor) -> Decision:
             seen.append(signals.clone())
-            return torch.full((len(signals), 3), 8)
+            return Decision(torch.full((len(signals), 3), 8))
 
     dials = torch.linspace(1, 80, len(tiny_prepared.windows.test))
     evaluator = evaluator_of(tiny_prepared)
@@ -186,10 +185,10 @@ class FakeClock:
         self._turns, self._tokens, self._slow, self._step_ms = turns, tokens, slow, step_ms
         monkeypatch.setattr(evaluate, "clock_ms", self)
 
-    def __call__(self, run: partial[None], device: torch.device) -> float:
+    def __call__(self, run: MethodType, device: torch.device) -> float:
         run()
         turn, token = divmod(len(self.widths), self._tokens)
-        self.widths.append(float(run.args[1].bit_widths().double().mean()))
+        self.widths.append(float(run.__self__.controller.decide().bit_widths.double().mean()))
         return 1000.0 if token in self._slow else self._step_ms(self.widths[-1], turn // self._turns)
 
 
@@ -203,7 +202,7 @@ def test_measured_speedups_are_ratios_within_a_round(tiny_prepared: Prepared, mo
 
     clock = FakeClock(monkeypatch, turns=4, tokens=tokens, slow=slow, step_ms=step_ms)
     context = policy_context(tiny_prepared)
-    entries: list[tuple[BitWidthPolicy, float]] = [(make_policy(f"fixed:{b}", context), 1.0) for b in (4, 8, 5)]
+    entries: list[tuple[Policy, float]] = [(make_policy(f"fixed:{b}", context), 1.0) for b in (4, 8, 5)]
     window = tiny_prepared.windows.test[0]
     speedups = measured_speedups(
         tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, entries, rounds=3

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flexquant_rl.agents.evaluation.evaluate import Evaluator
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, _best_mask, _MaskScorer, token_oracle
-from flexquant_rl.agents.runs.training import Prepared
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.engine.control.policy import Decision
 from flexquant_rl.fq_env.task import EnvConfig
 
 
@@ -131,8 +132,8 @@ def test_beats_random_halves_on_a_model(tiny_prepared: Prepared) -> None:
         def __init__(self, widths: Tensor) -> None:
             self._steps = iter(widths.unbind(1))
 
-        def __call__(self, signals: Tensor) -> Tensor:
-            return next(self._steps)
+        def __call__(self, signals: Tensor) -> Decision:
+            return Decision(next(self._steps))
 
     generator = torch.Generator().manual_seed(0)
     by_chance = []

@@ -19,7 +19,7 @@ from flexquant_rl.agents.policies.baselines import (
     make_policy,
 )
 from flexquant_rl.agents.policies.static import static_front
-from flexquant_rl.engine.control.policy import BitWidthPolicy, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.batch import DecodeBatch
@@ -45,31 +45,31 @@ def signals_of(entropy_nats: Tensor, *, last_widths: Tensor | None = None, posit
 @pytest.mark.parametrize("name", NAMES)
 def test_protocol(name: str) -> None:
     """On a real batch of episodes: `[B, U]` int64 of stored widths, whatever the number of rows."""
-    policy: BitWidthPolicy = make_policy(name, CONTEXT)
+    policy: Policy = make_policy(name, CONTEXT)
     assert policy.name == name
     config = EnvConfig(prompt_tokens=3, max_new_tokens=6)
     batch = DecodeBatch(FakeSession(MODEL, num_rows=5), PROFILE, config, num_rows=5)
     rows = torch.arange(5)
     batch.reset(rows, fake_windows(5, config.window_tokens), torch.full((5,), 4.0), torch.zeros_like(rows))
     for _ in range(6):
-        widths = policy(batch.signals())
+        widths = policy(batch.signals()).bit_widths
         assert widths.shape == (5, 4)
         assert widths.dtype == torch.int64
         assert set(widths.flatten().tolist()) <= set(MODEL.bit_widths)
         batch.step(widths)
-    assert policy(batch.signals()[:1]).shape == (1, 4)
+    assert policy(batch.signals()[:1]).bit_widths.shape == (1, 4)
 
 
 def test_fixed_and_knapsack_ignore_the_signals() -> None:
     signals = torch.randn(7, SCHEMA.dim)
-    assert (make_policy("fixed:5", CONTEXT)(signals) == 5).all()
-    widths = make_policy("knapsack:5", CONTEXT)(signals)
+    assert (make_policy("fixed:5", CONTEXT)(signals).bit_widths == 5).all()
+    widths = make_policy("knapsack:5", CONTEXT)(signals).bit_widths
     assert (widths == CONTEXT.front.nearest(5.0)).all()
 
 
 @pytest.mark.parametrize(("mean", "allowed"), [(3.5, {3, 4}), (4.0, {4}), (7.0, {6, 8}), (6.5, {6, 8}), (8.0, {8})])
 def test_random_mean_is_reached_by_neighbouring_widths(mean: float, allowed: set[int]) -> None:
-    widths = RandomWidths(PROFILE, mean)(torch.zeros(5000, SCHEMA.dim))
+    widths = RandomWidths(PROFILE, mean)(torch.zeros(5000, SCHEMA.dim)).bit_widths
     assert set(widths.flatten().tolist()) == allowed
     assert float(widths.double().mean()) == pytest.approx(mean, abs=0.03)
     per_unit = widths.double().mean(0)
@@ -79,10 +79,10 @@ def test_random_mean_is_reached_by_neighbouring_widths(mean: float, allowed: set
 def test_random_is_seeded_and_draws_anew() -> None:
     signals = torch.zeros(16, SCHEMA.dim)
     first, again, other = (RandomWidths(PROFILE, 3.5, seed=seed) for seed in (1, 1, 2))
-    draws = [first(signals) for _ in range(3)]
-    assert all(torch.equal(draw, again(signals)) for draw in draws)
+    draws = [first(signals).bit_widths for _ in range(3)]
+    assert all(torch.equal(draw, again(signals).bit_widths) for draw in draws)
     assert not torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], other(signals))
+    assert not torch.equal(draws[0], other(signals).bit_widths)
     state = torch.get_rng_state()
     first(signals)
     assert torch.equal(state, torch.get_rng_state())  # training's generator is left alone
@@ -101,23 +101,23 @@ def num_low(widths: Tensor) -> Tensor:
 def test_entropy_ranks_units_and_is_monotone() -> None:
     policy = entropy_threshold(CONTEXT, 1.5)
     entropy = torch.linspace(0, 4, 41)
-    low = num_low(policy(signals_of(entropy)))
+    low = num_low(policy(signals_of(entropy)).bit_widths)
     assert (low.diff() <= 0).all()  # the surer, the lower
     assert int(low[0]) == 4
     assert int(low[-1]) == 0
-    assert int(num_low(policy(signals_of(torch.tensor([1.5]))))) == 2
+    assert int(num_low(policy(signals_of(torch.tensor([1.5]))).bit_widths)) == 2
     # Those that go low first are the ones whose low width costs least.
     order = PROFILE.sensitivity[:, MODEL.bit_widths.index(4)].argsort(stable=True)
-    widths = policy(signals_of(torch.tensor([1.5])))[0]
+    widths = policy(signals_of(torch.tensor([1.5]))).bit_widths[0]
     assert widths[order[:2]].tolist() == [4, 4]
     assert widths[order[2:]].tolist() == [8, 8]
 
 
 def test_entropy_threshold_shifts_the_range() -> None:
     entropy = torch.tensor([2.5])
-    assert int(num_low(entropy_threshold(CONTEXT, 0.5)(signals_of(entropy)))) == 0
-    assert int(num_low(entropy_threshold(CONTEXT, 2.5)(signals_of(entropy)))) == 2
-    assert int(num_low(entropy_threshold(CONTEXT, 4.5)(signals_of(entropy)))) == 4
+    assert int(num_low(entropy_threshold(CONTEXT, 0.5)(signals_of(entropy)).bit_widths)) == 0
+    assert int(num_low(entropy_threshold(CONTEXT, 2.5)(signals_of(entropy)).bit_widths)) == 2
+    assert int(num_low(entropy_threshold(CONTEXT, 4.5)(signals_of(entropy)).bit_widths)) == 4
 
 
 def widths_with(count: int) -> Tensor:
@@ -132,11 +132,11 @@ def test_hysteresis_ignores_small_changes() -> None:
         for wanted in range(5):
             signals = signals_of(at[wanted], last_widths=widths_with(before), position=0.3)
             expected = wanted if abs(wanted - before) > 1 else before
-            assert int(num_low(policy(signals))) == expected
+            assert int(num_low(policy(signals).bit_widths)) == expected
     fresh = signals_of(at[1], last_widths=widths_with(0))
-    assert int(num_low(policy(fresh))) == 1  # nothing to hold on to at an episode's first step
+    assert int(num_low(policy(fresh).bit_widths)) == 1  # nothing to hold on to at an episode's first step
     lively = replace(policy, hysteresis_units=0)
-    assert int(num_low(lively(signals_of(at[3], last_widths=widths_with(2), position=0.3)))) == 3
+    assert int(num_low(lively(signals_of(at[3], last_widths=widths_with(2), position=0.3)).bit_widths)) == 3
 
 
 def episode(policy: EntropyThreshold, entropies: list[float]) -> Iterator[int]:
@@ -144,7 +144,7 @@ def episode(policy: EntropyThreshold, entropies: list[float]) -> Iterator[int]:
     last = torch.full((1, 4), 8)
     for position, entropy in enumerate(entropies):
         signals = signals_of(torch.tensor([entropy]), last_widths=last, position=float(position))
-        last = policy(signals)
+        last = policy(signals).bit_widths
         yield int(num_low(last))
 
 
@@ -156,7 +156,7 @@ def test_one_way_never_returns_within_an_episode() -> None:
     assert list(episode(one_way, entropies)) == [0, 2, 2, 4, 4, 4]
     assert list(episode(one_way, [4.0])) == [0]
     # A restarted row: the position is zero again and the last widths are full.
-    assert int(num_low(one_way(signals_of(torch.tensor([4.0]), position=0.0)))) == 0
+    assert int(num_low(one_way(signals_of(torch.tensor([4.0]), position=0.0)).bit_widths)) == 0
 
 
 def test_entropy_takes_stored_widths() -> None:
@@ -165,8 +165,8 @@ def test_entropy_takes_stored_widths() -> None:
     schema = SignalSchema(4, model.bit_widths)
     context = PolicyContext(profile, static_front(profile, model.unit_weights), schema, "fake")
     signals = torch.zeros(2, schema.dim)
-    assert set(make_policy("entropy:99", context)(signals).flatten().tolist()) == {3}
-    assert set(make_policy("entropy:-99", context)(signals).flatten().tolist()) == {8}
+    assert set(make_policy("entropy:99", context)(signals).bit_widths.flatten().tolist()) == {3}
+    assert set(make_policy("entropy:-99", context)(signals).bit_widths.flatten().tolist()) == {8}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def export(path: Path) -> Path:
 def test_directory_of_an_exported_policy(tmp_path: Path) -> None:
     path = export(tmp_path / "exported")
     policy = make_policy(str(path), CONTEXT)
-    assert policy(torch.zeros(3, SCHEMA.dim)).shape == (3, 4)
+    assert policy(torch.zeros(3, SCHEMA.dim)).bit_widths.shape == (3, 4)
     with pytest.raises(InputError, match="trained for model fake"):
         make_policy(str(path), replace(CONTEXT, model_fingerprint="another"))
 

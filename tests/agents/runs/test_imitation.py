@@ -69,7 +69,7 @@ def test_clone_reproduces_the_allocation_on_fresh_dials(clone_and_agreement: tup
     dials = torch.linspace(DIALS[0], DIALS[1], len(fresh)).log10()
     fresh[:, net.schema.index("dial")] = dials
     expected = FRONT.allocate(10**dials)
-    widths = toy_policy(net, MODEL)(fresh)
+    widths = toy_policy(net, MODEL)(fresh).bit_widths
     assert float((widths == expected).float().mean()) >= 0.98
     assert len(expected.unique(dim=0)) > 5  # the dial has to be read
 
@@ -117,4 +117,4 @@ def test_one_dial_is_enough() -> None:
     assert agreement >= 0.98
     signals = collect()
     signals[:, net.schema.index("dial")] = torch.tensor(5.0).log10()
-    assert (toy_policy(net, MODEL)(signals) == FRONT.allocate(torch.tensor([5.0]))).float().mean() >= 0.98
+    assert (toy_policy(net, MODEL)(signals).bit_widths == FRONT.allocate(torch.tensor([5.0]))).float().mean() >= 0.98

@@ -28,13 +28,14 @@ from toy_training import (
     toy_windows,
 )
 
+from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.baselines import RandomWidths
 from flexquant_rl.agents.runs.imitation import collect_signals
-from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_tensors, write_tensors
+from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.engine.control.policy import PrecisionNet, StaticAllocation
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -94,7 +95,7 @@ def test_ppo_reads_the_token(tmp_path: Path) -> None:
     batch = DecodeBatch(toy_env(model).batch.session, fake_profile(model), TOY_CONFIG, num_rows=64)
     windows = toy_windows()
     batch.reset(torch.arange(64), windows, torch.full((64,), TOY_CONFIG.kl_weight), torch.zeros(64, dtype=torch.int64))
-    widths = policy(batch.signals())
+    widths = policy(batch.signals()).bit_widths
     needed = token_class(windows[:, TOY_CONFIG.prompt_tokens]) % model.num_units
     own = widths.gather(1, needed[:, None])[:, 0]
     others = (widths.sum(1) - own) / (model.num_units - 1)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from flexquant_rl.agents.runs import training
-from flexquant_rl.agents.runs.ppo import PPOConfig, TrainingCallback
-from flexquant_rl.agents.runs.run import check_config
-from flexquant_rl.agents.runs.training import Prepared, TrainConfig, Validation, prepare, train_seed, with_dial_table
+from flexquant_rl.agents import preparation
+from flexquant_rl.agents.config import PPOConfig, TrainConfig, check_config
+from flexquant_rl.agents.preparation import Prepared, prepare
+from flexquant_rl.agents.runs import phases, training
+from flexquant_rl.agents.runs.ppo import TrainingCallback
+from flexquant_rl.agents.runs.training import Validation, train_seed, with_dial_table
+from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, PrecisionNet, load_policy
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -50,7 +53,7 @@ def test_a_resume_reads_profile_and_front(
 ) -> None:
     first = prepare_tiny(tiny_model_dir, text_file, tmp_path)
     for name in ("profile_model", "static_front"):
-        monkeypatch.setattr(training, name, lambda *_, **__: pytest.fail("done already"))
+        monkeypatch.setattr(preparation, name, lambda *_, **__: pytest.fail("done already"))
     again = prepare_tiny(tiny_model_dir, text_file, tmp_path)
     assert torch.equal(first.profile.sensitivity, again.profile.sensitivity)
     for name, tensor in vars(first.front).items():
@@ -87,9 +90,9 @@ def test_static_scores_zero_on_validation(tiny_prepared: Prepared, monkeypatch: 
     validation = Validation(tiny_prepared, 8)
     net = PrecisionNet(training.policy_card(tiny_prepared).schema)
     allocation = tiny_prepared.front.allocate(validation._dials)
-    monkeypatch.setattr(LearnedPolicy, "__call__", lambda self, signals: allocation)
+    monkeypatch.setattr(LearnedPolicy, "__call__", lambda self, signals: Decision(allocation))
     assert validation(net) == 0
-    monkeypatch.setattr(LearnedPolicy, "__call__", lambda self, signals: torch.full_like(allocation, 3))
+    monkeypatch.setattr(LearnedPolicy, "__call__", lambda self, signals: Decision(torch.full_like(allocation, 3)))
     assert validation(net) < 0
 
 
@@ -178,3 +181,25 @@ def test_an_oracle_needs_pairs_of_masks(masks: int) -> None:
     with pytest.raises(InputError, match=f"oracle_masks={masks} must be at least 2"):
         check_config(TrainConfig(oracle_masks=masks))
     check_config(TrainConfig(oracle_masks=0))
+
+
+def test_training_never_opens_test_text(
+    tiny_model_dir: Path, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training profiles, solves, learns and exports; the evaluation alone opens the test split, and only then."""
+    monkeypatch.setattr(phases, "compete", lambda prepared, *_: pytest.fail(str(sorted(prepared.windows.opened))))
+    config = replace(
+        CONFIG,
+        model=str(tiny_model_dir),
+        text=(text_file,),
+        seeds=1,
+        num_dials=2,
+        quantization=QuantizationConfig(group_size=32),
+        env=EnvConfig(prompt_tokens=4, max_new_tokens=8),
+    )
+    trained = phases.train_run(config, tmp_path / "run")
+    assert trained.policy_dir.is_dir()
+    assert trained.prepared.windows.opened == {"train", "validation"}
+    with pytest.raises(pytest.fail.Exception, match=r"\['train', 'validation'\]"):
+        phases.evaluate_run(config, trained, tmp_path / "run")
+    assert len(trained.prepared.windows.test)

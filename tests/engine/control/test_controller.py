@@ -14,7 +14,7 @@ from flexquant_rl.engine.control.controller import (
     make_controller,
 )
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, PolicyCard, PrecisionNet, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.decoder import StepOutput
@@ -78,13 +78,13 @@ def test_native_equals_torch(
     for episode in range(6):
         output, token = random_output(nested_model, generator, 1.0), random_token(nested_model, generator)
         for controller in (native, reference):
-            controller.reset(output, token, kl_weight=2.0 + 10 * episode)
+            controller.reset(output, token, torch.tensor([2.0 + 10 * episode]))
         for step in range(40):
             torch.testing.assert_close(native.signals(), reference.signals(), atol=2e-5, rtol=2e-5)
-            widths = reference.bit_widths()
-            agreeing += int((native.bit_widths() == widths).sum())
-            chosen += len(widths)
-            seen |= set(widths.tolist())
+            widths = reference.decide().bit_widths
+            agreeing += int((native.decide().bit_widths == widths).sum())
+            chosen += widths.numel()
+            seen |= set(widths.flatten().tolist())
             output = random_output(nested_model, generator, [0.0, 0.1, 3.0, 60.0][step % 4])
             token = random_token(nested_model, generator)
             for controller in (native, reference):
@@ -100,18 +100,18 @@ def test_any_policy_sees_native_signals(
     class Recorder:
         name = "recorder"
 
-        def __call__(self, signals: Tensor) -> Tensor:
+        def __call__(self, signals: Tensor) -> Decision:
             self.seen = signals
-            return torch.full((len(signals), 3), 5)
+            return Decision(torch.full((len(signals), 3), 5))
 
     recorder = Recorder()
     controller = make_controller(nested_model, recorder, profile)
     reference = TorchController(nested_model, recorder, profile)
     output, token = random_output(nested_model, generator, 2.0), random_token(nested_model, generator)
-    controller.reset(output, token, 3.0)
-    reference.reset(output, token, 3.0)
-    assert controller.bit_widths().tolist() == [5, 5, 5]
-    torch.testing.assert_close(recorder.seen[0], reference.signals(), atol=2e-5, rtol=2e-5)
+    controller.reset(output, token, torch.tensor([3.0]))
+    reference.reset(output, token, torch.tensor([3.0]))
+    assert controller.decide().bit_widths.tolist() == [[5, 5, 5]]
+    torch.testing.assert_close(recorder.seen, reference.signals(), atol=2e-5, rtol=2e-5)
 
 
 @needs_library
@@ -120,16 +120,16 @@ def test_native_refuses_a_token_beyond_the_vocabulary(
 ) -> None:
     native = make_native(nested_model, policy, profile)
     with pytest.raises(ValueError, match="token 128 is not in the vocabulary of 128"):
-        native.reset(random_output(nested_model, generator, 1.0), torch.tensor([128]), 3.0)
+        native.reset(random_output(nested_model, generator, 1.0), torch.tensor([128]), torch.tensor([3.0]))
     output = StepOutput(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"logits is torch.float32 \[3\]"):
-        native.reset(output, torch.tensor([1]), 3.0)
+        native.reset(output, torch.tensor([1]), torch.tensor([3.0]))
 
 
 def test_static_allocations_look_at_nothing(nested_model: NestedCausalLM, profile: Profile) -> None:
     static = make_controller(nested_model, StaticAllocation("static", torch.tensor([3, 4, 8])), profile)
     assert isinstance(static, StaticController)
-    assert static.bit_widths().tolist() == [3, 4, 8]
+    assert static.decide().bit_widths.tolist() == [[3, 4, 8]]
 
 
 def test_choice(
@@ -138,8 +138,8 @@ def test_choice(
     class Other:
         name = "other"
 
-        def __call__(self, signals: Tensor) -> Tensor:
-            return torch.full((len(signals), 3), 4)
+        def __call__(self, signals: Tensor) -> Decision:
+            return Decision(torch.full((len(signals), 3), 4))
 
     def kind(policy: LearnedPolicy | Other) -> type[Controller]:
         return type(make_controller(nested_model, policy, profile))

@@ -71,12 +71,12 @@ class TestActions:
     def test_static_allocation_is_the_same_at_every_token(self) -> None:
         policy = StaticAllocation("knapsack:4.5", torch.tensor([3, 4, 8]))
         assert policy.name == "knapsack:4.5"
-        assert policy(random_signals(4)).tolist() == [[3, 4, 8]] * 4
+        assert policy(random_signals(4)).bit_widths.tolist() == [[3, 4, 8]] * 4
 
     def test_learned_policy_takes_the_best_width(self) -> None:
         policy = make_policy()
         signals = random_signals(200)
-        widths = policy(signals)
+        widths = policy(signals).bit_widths
         assert widths.shape == (200, 3)
         assert widths.dtype == torch.int64
         assert set(widths.flatten().tolist()) == set(WIDTHS), "every width is chosen somewhere"
@@ -92,17 +92,17 @@ class TestActions:
             signals = random_signals(batch, schema, seed)
             logits = policy._logits(signals).view(batch, num_units, len(WIDTHS))
             assert torch.equal(logits, policy.net.logits(signals))
-            assert torch.equal(policy(signals), torch.tensor(WIDTHS)[logits.argmax(-1)])
+            assert torch.equal(policy(signals).bit_widths, torch.tensor(WIDTHS)[logits.argmax(-1)])
 
     def test_training_on_leaves_the_policy_as_it_is(self) -> None:
         live = make_policy().net.train()
         policy = LearnedPolicy(live, make_policy().card)
         signals = random_signals(20)
-        before, logits = policy(signals), policy.net.logits(signals)
+        before, logits = policy(signals).bit_widths, policy.net.logits(signals)
         with torch.no_grad():
             for tensor in live.state_dict().values():
                 tensor.add_(1.0)
-        assert torch.equal(policy(signals), before)
+        assert torch.equal(policy(signals).bit_widths, before)
         assert torch.equal(policy.net.logits(signals), logits), "what is saved is what was served"
         assert live.training, "the caller's network is left alone"
 
@@ -110,7 +110,7 @@ class TestActions:
     def test_device_is_the_signals_one(self, device: torch.device) -> None:
         policy, signals = make_policy(), random_signals(20)
         on_gpu = LearnedPolicy(policy.net.to(device), policy.card)
-        expected = make_policy()(signals)
+        expected = make_policy()(signals).bit_widths
         for chooser in (make_policy(), on_gpu):
             for given in (signals, signals.to(device)):
                 widths = chooser(given)
@@ -183,7 +183,7 @@ class TestFiles:
         assert loaded.name == "policy"
         assert load_policy(saved, name="mine").name == "mine"
         signals = random_signals(1000)
-        assert torch.equal(loaded(signals), original(signals))
+        assert torch.equal(loaded(signals).bit_widths, original(signals).bit_widths)
         assert torch.equal(loaded.net.logits(signals), original.net.logits(signals))
         assert torch.equal(loaded.net.values(signals), original.net.values(signals))
         assert not loaded.net.training
@@ -306,7 +306,7 @@ from flexquant_rl.engine.control.policy import load_policy
 
 policy = load_policy(Path(sys.argv[1]))
 signals = torch.tensor(json.loads(Path(sys.argv[2]).read_text()))
-print(json.dumps(policy(signals).tolist()))
+print(json.dumps(policy(signals).bit_widths.tolist()))
 """
 
 
@@ -316,4 +316,4 @@ def test_serving_needs_no_learning_library(saved: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", IN_A_PLAIN_PROCESS, str(saved), str(tmp_path / "signals.json")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout.splitlines()[-1]) == make_policy()(signals).tolist()
+    assert json.loads(process.stdout.splitlines()[-1]) == make_policy()(signals).bit_widths.tolist()

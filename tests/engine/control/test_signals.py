@@ -329,3 +329,44 @@ def test_certain_distribution_has_no_entropy() -> None:
     assert values["token_entropy"] == 0.0
     assert values["surprisal"] == 0.0
     assert values["top1_probability"] == values["top_margin"] == 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), data=st.data())
+def test_what_is_rolled_back_had_never_been_seen(seed: int, data: st.DataObject) -> None:
+    """Random updates of random rows, with marks and rollbacks between them, against one that saw what was kept."""
+    rows = 3
+    tracker, kept = make_tracker(rows), make_tracker(rows)
+    first = random_output(seed, rows)
+    for each in (tracker, kept):
+        reset(each, first)
+    for step in range(6):
+        chosen = torch.tensor(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1))))
+        before = tracker.mark()
+        for wasted in range(data.draw(st.integers(0, 3))):
+            move(tracker, random_output(seed + 100 * step + wasted, rows), None)
+        undone = torch.tensor(sorted(data.draw(st.permutations(range(rows)))))
+        tracker.rollback(before, data.draw(st.sampled_from([None, undone])))
+        output = random_output(seed + 1000 + step, len(chosen))
+        for each in (tracker, kept):
+            move(each, output, chosen)
+        assert torch.equal(tracker.signals(), kept.signals())
+        assert torch.equal(tracker.signals(chosen), kept.signals()[chosen])
+
+
+def test_rows_are_rolled_back_one_by_one() -> None:
+    tracker = make_tracker(2)
+    reset(tracker, random_output(0, 2))
+    before, mark = tracker.signals(), tracker.mark()
+    move(tracker, random_output(1, 2), None)
+    after = tracker.signals()
+    tracker.rollback(mark, torch.tensor([1]))
+    assert torch.equal(tracker.signals()[0], after[0])
+    assert torch.equal(tracker.signals()[1], before[1])
+    assert not torch.equal(after[1], before[1])
+
+
+def move(tracker: SignalTracker, output: StepOutput, rows: Tensor | None) -> None:
+    count = len(output.logits)
+    widths = torch.full((count, NUM_UNITS), 3)
+    tracker.update(output, widths, torch.full((count,), 2), torch.full((count,), 3.0), rows)

@@ -23,8 +23,16 @@ from transformers import (
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import Controller, NativeController, TorchController
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import BitWidthPolicy, LearnedPolicy, PolicyCard, PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.policy import (
+    Decision,
+    LearnedPolicy,
+    Policy,
+    PolicyCard,
+    PrecisionNet,
+    StaticAllocation,
+)
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.signals import SignalSchema, unit_depths
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.graph_decode import GraphDecoder, LogReader, why_not_graph
@@ -33,9 +41,9 @@ from flexquant_rl.engine.decoding.graph_widths import WidthTable
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.generate import GeneratedToken, generate
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.serving import generate
 from flexquant_rl.kernels import reference_ops
 from flexquant_rl.kernels.activations import PackedActivations
 from flexquant_rl.kernels.bitplane import NestedWeight
@@ -114,7 +122,7 @@ class Recording:
         assert int(loop.book.position) == loop.held == len(prompt) + count - 1
 
 
-def decoder_of(model: NestedCausalLM, policy: BitWidthPolicy, **options: Any) -> GraphDecoder:
+def decoder_of(model: NestedCausalLM, policy: Policy, **options: Any) -> GraphDecoder:
     options = {"mode": "float", "cache_dtype": torch.float32, "first_bucket": 8} | options
     return GraphDecoder(model, policy, make_profile(model), **options)
 
@@ -143,14 +151,15 @@ def assert_controlled(record: Recording, controller: Controller, policy: Learned
     for step, (output, token) in enumerate(zip(record.outputs, record.token_ids, strict=True)):
         tokens = torch.tensor([token])
         if step == 0:
-            controller.reset(output, tokens, KL_WEIGHT)
+            controller.reset(output, tokens, torch.tensor([KL_WEIGHT]))
         else:
-            controller.update(output, record.widths[step], tokens)
-        torch.testing.assert_close(record.signals[step][0], controller.signals(), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
+            controller.update(output, record.widths[step][None], tokens)
+        torch.testing.assert_close(record.signals[step], controller.signals(), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
         if step + 1 < len(record.widths):
             scores = policy.net.logits(record.signals[step])[0]
             best = scores.topk(2).values
-            for unit, (width, chosen) in enumerate(zip(record.widths[step + 1], controller.bit_widths(), strict=True)):
+            chosen_widths = controller.decide().bit_widths[0]
+            for unit, (width, chosen) in enumerate(zip(record.widths[step + 1], chosen_widths, strict=True)):
                 if width != chosen:
                     assert float(best[unit, 0] - best[unit, 1]) < NEAR_TIE
                     ties += 1
@@ -265,9 +274,11 @@ class TestGenerate:
 
     @pytest.fixture
     def model(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> NestedCausalLM:
-        monkeypatch.setattr("flexquant_rl.engine.generate.why_not_graph", lambda model, policy: None)
+        monkeypatch.setattr("flexquant_rl.engine.serving.why_not_graph", lambda model, policy: None)
         model = build("llama", unit="layer")
-        monkeypatch.setattr(model, "tokenizer", SimpleNamespace(eos_token_id=None))
+        tokenizer = SimpleNamespace(eos_token_id=None, decode=lambda ids, skip_special_tokens: "")
+        monkeypatch.setattr(model, "tokenizer", tokenizer)
+        monkeypatch.setattr(model.hf_model.generation_config, "eos_token_id", None)
         return model
 
     @staticmethod
@@ -313,7 +324,7 @@ class TestGenerate:
             next(generate(model, policy, profile, prompt_of(model), num_threads=1, **options))
 
     def test_the_context_is_the_limit(self, model: NestedCausalLM) -> None:
-        with pytest.raises(InputError, match="context holds 96"):
+        with pytest.raises(InputError, match="do not fit into a row of 96"):
             self.tokens_of(model, 96)
 
 
@@ -328,8 +339,8 @@ class TestChoice:
         class Other:
             name = "other"
 
-            def __call__(self, signals: Tensor) -> Tensor:
-                return torch.full((len(signals), 3), 4)
+            def __call__(self, signals: Tensor) -> Decision:
+                return Decision(torch.full((len(signals), 3), 4))
 
         with pytest.raises(InputError, match="policy 'other' is neither learned nor static"):
             decoder_of(build("llama"), Other())

@@ -1,4 +1,4 @@
-// The exported functions: argument checks, choice of the body, division into chunks of rows.
+// The product's exported functions: argument checks, choice of the body, division into chunks of rows.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -10,22 +10,6 @@
 namespace fq {
 namespace {
 
-constexpr int32_t kAbiVersion = 1;
-bool is_supported(int32_t isa) {
-    if (isa == kFqPortable) return true;
-#if FQ_X86
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (isa == kFqAvx2) return has_avx2;
-    if (isa == kFqAvx512) {
-        return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni");
-    }
-#endif
-    return false;
-}
-
 bool is_shape_valid(int64_t num_inputs, int64_t num_words, int32_t group_size, int32_t mode, int64_t tokens) {
     return (group_size == 32 || group_size == 64 || group_size == 128) && num_words > 0 && num_words % 4 == 0 &&
            num_inputs > 0 && num_inputs <= 32 * num_words && tokens >= 1 && tokens <= kMaxTokens &&
@@ -34,7 +18,7 @@ bool is_shape_valid(int64_t num_inputs, int64_t num_words, int32_t group_size, i
 
 bool is_weight_valid(const FqWeight& weight) {
     return weight.planes != nullptr && weight.scale != nullptr && weight.offset != nullptr && weight.num_outputs > 0 &&
-           weight.bit_width >= 1 && weight.bit_width <= 8 &&
+           weight.bit_width >= 1 && weight.bit_width <= kNumPlanes &&
            (weight.bit_width == 1 || weight.plane_stride >= weight.num_outputs * weight.num_words);
 }
 
@@ -86,7 +70,7 @@ void* scratch(int64_t num_bytes) {
 }  // namespace
 
 const Body* body_of(int32_t isa) {
-    if (!is_supported(isa)) return nullptr;
+    if (!fq_isa_supported(isa)) return nullptr;
 #if FQ_X86
     if (isa == kFqAvx512) return &avx512_body();
     if (isa == kFqAvx2) return &avx2_body();
@@ -101,15 +85,6 @@ using namespace fq;
 extern "C" {
 
 int32_t fq_abi_version(void) { return kAbiVersion; }
-
-int32_t fq_isa_supported(int32_t isa) { return is_supported(isa) ? 1 : 0; }
-
-int32_t fq_best_isa(void) {
-    for (int32_t isa : {kFqAvx512, kFqAvx2}) {
-        if (is_supported(isa)) return isa;
-    }
-    return kFqPortable;
-}
 
 int64_t fq_activation_bytes(int64_t num_words, int64_t tokens, int32_t mode) {
     return tokens * token_bytes(num_words, mode);

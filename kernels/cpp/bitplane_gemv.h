@@ -1,5 +1,7 @@
 // C ABI of the CPU matrix-vector product over bitplanes, and the types its parts share.
 //
+// kernels/native_structs.py has the same structs and constants and compares them (mirror.cpp).
+//
 // kernels/bitplane.py is the one description of the stored layout; in short: plane 0 is the most significant, a plane
 // is row-major [outputs, words] int32, and bit 8c+t (byte c = 0..3, t = 0..7) of word w is input 32w + 4t + c.
 //
@@ -14,7 +16,7 @@
 
 extern "C" {
 
-// One width of a nested weight. Mirrored field by field by `WeightStruct` in kernels/native.py.
+// One width of a nested weight.
 struct FqWeight {
     const int32_t* planes;   // plane p, row n, word w at planes[p * plane_stride + n * num_words + w]
     const uint16_t* scale;   // fp16 [num_outputs, groups]
@@ -33,11 +35,33 @@ struct FqWeight {
 
 enum FqIsa { kFqPortable = 0, kFqAvx2 = 1, kFqAvx512 = 2 };
 enum FqMode { kFqInt8 = 0, kFqFloat32 = 1 };  // kFqInt8: activations rounded to int8, one scale per 32 inputs
+enum FqCpuFeature {
+    kFqCpuAvx2 = 1,
+    kFqCpuFma = 2,
+    kFqCpuF16c = 4,
+    kFqCpuAvx512f = 8,
+    kFqCpuAvx512bw = 16,
+    kFqCpuAvx512vl = 32,
+    kFqCpuAvx512dq = 64,
+    kFqCpuAvx512vnni = 128,
+};
 enum FqStatus { kFqOk = 0, kFqBadArgument = 1, kFqUnsupportedIsa = 2, kFqOutOfMemory = 3 };
 
+// Raised with every change of a struct, a constant or a signature of the C ABI.
 FQ_EXPORT int32_t fq_abi_version(void);
+
+// What a caller in another language repeats of these headers, by name: constants, and size and place of every field of
+// the structs that it fills in. Null behind the last name.
+FQ_EXPORT const char* fq_mirror_name(int32_t index);
+FQ_EXPORT double fq_mirror_value(int32_t index);
+
 FQ_EXPORT int32_t fq_best_isa(void);
 FQ_EXPORT int32_t fq_isa_supported(int32_t isa);
+
+// The extensions of this machine that a body may need, FqCpuFeature bits, and whether a body runs where there are
+// just these.
+FQ_EXPORT uint32_t fq_cpu_features(void);
+FQ_EXPORT int32_t fq_isa_runs_with(int32_t isa, uint32_t features);
 
 // y[m, n] = sum_k x[m, k] * W[n, k] for m in 0..tokens-1; strides in floats. Bit for bit the same for any num_threads
 // and any number of tokens.

@@ -2,10 +2,19 @@
 //
 // The signals are those of engine/control/signals.py and the network that of engine/control/policy.py, both of which are the reference;
 // torch's overhead on vectors this small would cost more than a decode step of a small model.
-// kernels/native_control.py mirrors the structs field by field.
 #pragma once
 
 #include "bitplane_gemv.h"
+
+namespace fq {
+
+// Limits of the policy network.
+constexpr int64_t kPaddedWidths = 16;     // scores of a unit, those beyond its widths included
+constexpr int64_t kHiddenAlignment = 16;  // hidden units are a multiple of it
+constexpr int64_t kMaxHidden = 256;
+constexpr int64_t kMaxInputs = 64;  // signals of the token, and signals of a unit
+
+}  // namespace fq
 
 extern "C" {
 
@@ -29,7 +38,7 @@ struct FqControl {
     const float* depth;             // [num_units]
     const float* weight_share;      // [num_units], share of all weights
     int64_t vocab_size, num_units, num_widths, num_embedding_dims;
-    // State of the sequence.
+    // State of the sequence: these arrays and, with everything behind it, `entropy`.
     float* log_probs;               // [vocab_size]
     float* recent_widths;           // [16]
     float *residual_update, *crest, *last_widths;  // [num_units]
@@ -38,13 +47,16 @@ struct FqControl {
 };
 
 // Starts a sequence after its prompt: logits [vocab_size], statistics [num_units]. `token_id` is what the first step
-// will read.
+// will read. The new distribution is written to `log_probs` [vocab_size], which becomes the control's. It may be the
+// control's own of before, or another place if that one is still needed.
 FQ_EXPORT int32_t fq_control_reset(FqControl* control, const float* logits, const float* residual_update,
-                                   const float* crest, int64_t token_id, float kl_weight, int32_t isa);
+                                   const float* crest, int64_t token_id, float kl_weight, float* log_probs,
+                                   int32_t isa);
 
 // Moves on by a step that ran at `bit_widths` [num_units].
 FQ_EXPORT int32_t fq_control_update(FqControl* control, const float* logits, const float* residual_update,
-                                    const float* crest, const int64_t* bit_widths, int64_t token_id, int32_t isa);
+                                    const float* crest, const int64_t* bit_widths, int64_t token_id, float* log_probs,
+                                    int32_t isa);
 
 // Writes the signals, [num_global + num_units * num_per_unit].
 FQ_EXPORT int32_t fq_control_signals(const FqControl* control, float* signals);

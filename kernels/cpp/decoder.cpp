@@ -20,9 +20,9 @@ int64_t largest_input(const FqDecoder& model) {
     return largest;
 }
 
-int64_t num_words(int64_t num_inputs) { return round_up(num_inputs, 128) / 32; }
+int64_t num_words(int64_t num_inputs) { return round_up(num_inputs, kInputAlignment) / 32; }
 
-// Where the intermediate results of a call lie; every part begins at a multiple of 64 bytes.
+// Where the intermediate results of a call lie; every part begins at a multiple of kWorkspaceAlignment bytes.
 struct Workspace {
     float *hidden, *normed, *before, *queries, *mixed, *gate, *up, *projected, *scores;
     void* prepared;
@@ -36,12 +36,12 @@ Workspace lay_out(const FqDecoder& model, int32_t mode, void* base) {
     char* next = static_cast<char*>(base);
     const auto take = [&](int64_t num_floats) {
         char* begin = next;
-        next += round_up(num_floats * 4, 64);
+        next += round_up(num_floats * 4, kWorkspaceAlignment);
         return reinterpret_cast<float*>(begin);
     };
     space.hidden = take(kMaxTokens * model.hidden_size);
     space.normed = take(kMaxTokens * model.hidden_size);
-    space.before = take(model.hidden_size);
+    space.before = take(kMaxTokens * model.hidden_size);
     space.queries = take(kMaxTokens * attention);
     space.mixed = take(kMaxTokens * attention);
     space.gate = take(kMaxTokens * width);
@@ -136,15 +136,23 @@ class Step {
         }
     }
 
-    void run_layer(const FqLayer& layer, float* cache, const int64_t* bit_widths, float* residual_update, float* crest) {
-        const float* last = space_.hidden + (num_tokens_ - 1) * model_.hidden_size;
-        std::memcpy(space_.before, last, static_cast<size_t>(model_.hidden_size) * 4);
+    // residual_update, crest: [num_observed, num_units], of the last tokens.
+    void run_layer(const FqLayer& layer, float* cache, const int64_t* bit_widths, int64_t num_observed,
+                   float* residual_update, float* crest) {
+        const int64_t size = model_.hidden_size;
+        const float* after = space_.hidden + (num_tokens_ - num_observed) * size;
+        std::memcpy(space_.before, after, static_cast<size_t>(num_observed * size) * 4);
         attention(layer, cache, static_cast<int32_t>(bit_widths[layer.attention_unit]));
         mlp(layer, static_cast<int32_t>(bit_widths[layer.mlp_unit]));
         const int32_t first = layer.attention_unit, second = layer.mlp_unit;
-        math_.observe(space_.before, last, model_.hidden_size, residual_update + first, crest + first);
-        residual_update[second] = residual_update[first];
-        crest[second] = crest[first];
+        for (int64_t i = 0; i < num_observed; ++i) {
+            float* update_of_unit = residual_update + i * model_.num_units;
+            float* crest_of_unit = crest + i * model_.num_units;
+            math_.observe(space_.before + i * size, after + i * size, size, update_of_unit + first,
+                          crest_of_unit + first);
+            update_of_unit[second] = update_of_unit[first];
+            crest_of_unit[second] = crest_of_unit[first];
+        }
     }
 
     void head(int64_t num_logits, int32_t bit_width, float* logits) {
@@ -269,7 +277,8 @@ class Step {
 
 bool is_readable(const FqLinear& linear, int64_t bit_width) {
     if (bit_width == 0) return linear.dense != nullptr;
-    return bit_width >= 1 && bit_width <= 8 && linear.widths != nullptr && linear.widths[bit_width].planes != nullptr;
+    return bit_width >= 1 && bit_width <= kNumPlanes && linear.widths != nullptr &&
+           linear.widths[bit_width].planes != nullptr;
 }
 
 // Whether every linear holds the width that its unit asks for.
@@ -321,13 +330,13 @@ int32_t fq_decode(const FqDecoder* decoder, float* cache, const int64_t* token_i
     const DecoderMath* math = decoder_math_of(isa);
     if (body == nullptr || math == nullptr) return kFqUnsupportedIsa;
     const Workspace space = lay_out(*decoder, mode, workspace);
-    std::fill(residual_update, residual_update + decoder->num_units, 0.0f);
-    std::fill(crest, crest + decoder->num_units, 0.0f);
+    std::fill_n(residual_update, num_logits * decoder->num_units, 0.0f);
+    std::fill_n(crest, num_logits * decoder->num_units, 0.0f);
     Step step(*decoder, space, *body, *math, num_tokens, position, mode, num_threads);
     step.embed(token_ids);
     const int64_t layer_size = decoder->num_key_value_heads * decoder->cache_length * 2 * decoder->head_dim;
     for (int64_t i = 0; i < decoder->num_layers; ++i) {
-        step.run_layer(decoder->layers[i], cache + i * layer_size, bit_widths, residual_update, crest);
+        step.run_layer(decoder->layers[i], cache + i * layer_size, bit_widths, num_logits, residual_update, crest);
     }
     step.head(num_logits, static_cast<int32_t>(decoder->head_unit < 0 ? 0 : bit_widths[decoder->head_unit]), logits);
     return kFqOk;

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import BitWidthPolicy, StaticAllocation
+from flexquant_rl.engine.control.policy import (
+    Decision,
+    LearnedPolicy,
+    Policy,
+    PolicyCard,
+    PrecisionNet,
+    StaticAllocation,
+)
 from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.request import GeneratedToken, Request
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.decoding.choice import DecoderName
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.generate import GeneratedToken, StreamedText, generate
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.serving import Engine, encode, generate
 from flexquant_rl.fq_env.batch import DecodeBatch
 from flexquant_rl.fq_env.task import EnvConfig
 
@@ -31,9 +41,14 @@ def profile(nested_model: NestedCausalLM) -> Profile:
 
 
 @pytest.fixture(autouse=True)
-def endless(nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights choose EOS soon; here it is a token like the others."""
-    monkeypatch.setattr(nested_model, "tokenizer", SimpleNamespace(eos_token_id=None))
+    end_at(monkeypatch)
+
+
+def end_at(monkeypatch: pytest.MonkeyPatch, *eos: int) -> None:
+    """Makes these tokens end a text, and no others."""
+    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", eos)
 
 
 class Alternating:
@@ -44,16 +59,16 @@ class Alternating:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def __call__(self, signals: Tensor) -> Tensor:
+    def __call__(self, signals: Tensor) -> Decision:
         self.seen.append(signals.clone())
-        low = (signals[:, 0] < signals[:, 1])[:, None]
-        return torch.where(low | (len(self.seen) % 3 == 0), torch.tensor([3, 4, 4]), torch.tensor([6, 5, 8]))
+        low = (signals[:, 0] < signals[:, 1])[:, None] | (len(self.seen) % 3 == 0)
+        return Decision(torch.where(low, torch.tensor([3, 4, 4]), torch.tensor([6, 5, 8])))
 
 
 def tokens_of(
     model: NestedCausalLM,
     profile: Profile,
-    policy: BitWidthPolicy | None = None,
+    policy: Policy | None = None,
     *,
     count: int = 10,
     kl_weight: float = 7.0,
@@ -98,9 +113,9 @@ def test_widths_and_latencies(nested_model: NestedCausalLM, profile: Profile) ->
     class Slow:
         name = "slow"
 
-        def __call__(self, signals: Tensor) -> Tensor:
+        def __call__(self, signals: Tensor) -> Decision:
             time.sleep(0.02)
-            return WIDTHS.expand(len(signals), -1)
+            return Decision(WIDTHS.expand(len(signals), -1))
 
     tokens = tokens_of(nested_model, profile, Slow(), count=4)
     assert tokens[0].bit_widths.tolist() == [8, 8, 8]  # sampled from the prefill
@@ -116,11 +131,13 @@ def test_session_is_closed_however_it_ends(
     class Broken:
         name = "broken"
 
-        def __call__(self, signals: Tensor) -> Tensor:
+        def __call__(self, signals: Tensor) -> Decision:
             raise RuntimeError("no widths")
 
     closed: list[DecodeSession] = []
-    monkeypatch.setattr("flexquant_rl.engine.generate.open_session", lambda model, **_: DecodeSession(model))
+    monkeypatch.setattr(
+        "flexquant_rl.engine.serving.session_opener", lambda model, **_: lambda num_rows: DecodeSession(model)
+    )
     monkeypatch.setattr(DecodeSession, "close", lambda self: closed.append(self))
     policy = Broken() if end == "failed" else StaticAllocation("static", WIDTHS)
     stream = generate(nested_model, policy, profile, PROMPT, max_new_tokens=2, kl_weight=1.0)
@@ -157,7 +174,7 @@ def test_policy_sees_what_the_environment_shows(nested_model: NestedCausalLM, pr
     batch.reset(torch.tensor([0]), window, torch.tensor([7.0]), torch.tensor([0]))
     in_training, widths = Alternating(), []
     for _ in range(9):
-        widths.append(in_training(batch.signals()))
+        widths.append(in_training(batch.signals()).bit_widths)
         batch.step(widths[-1])
     served = Alternating()
     # The lean decoder rounds activations to int8: close to training, not equal to it.
@@ -173,8 +190,9 @@ def test_eos_ends_the_text(nested_model: NestedCausalLM, profile: Profile, monke
     free = ids(tokens_of(nested_model, profile))
     eos = free[4]
     first = free.index(eos)
-    monkeypatch.setattr(nested_model, "tokenizer", SimpleNamespace(eos_token_id=eos))
-    assert ids(tokens_of(nested_model, profile)) == free[: first + 1]
+    for configured in ((eos,), (127, eos)):
+        end_at(monkeypatch, *configured)
+        assert ids(tokens_of(nested_model, profile)) == free[: first + 1]
 
 
 def test_sampling_is_seeded(nested_model: NestedCausalLM, profile: Profile) -> None:
@@ -191,7 +209,9 @@ def test_sampling_is_seeded(nested_model: NestedCausalLM, profile: Profile) -> N
 
 def test_sampling_follows_the_distribution(nested_model: NestedCausalLM, profile: Profile) -> None:
     probs = DecodeSession(nested_model).prefill(PROMPT[None]).logits.softmax(-1)[0]
-    firsts = [ids(tokens_of(nested_model, profile, count=1, temperature=1.0, seed=seed))[0] for seed in range(300)]
+    engine = Engine(nested_model, StaticAllocation("static", WIDTHS), profile)
+    requests = [Request(PROMPT, 1, temperature=1.0, seed=seed) for seed in range(300)]
+    firsts = [next(engine.generate(request)).token_id for request in requests]
     top = int(probs.argmax())
     share = sum(token == top for token in firsts) / len(firsts)
     assert share == pytest.approx(float(probs[top]), abs=0.1)
@@ -207,8 +227,8 @@ def test_one_token_needs_no_policy(nested_model: NestedCausalLM, profile: Profil
     ("prompt", "changes", "message"),
     [
         (torch.zeros(0, dtype=torch.int64), {}, "the prompt is empty"),
-        (torch.full((120,), 97), {"max_new_tokens": 9}, "context holds 128"),
-        (torch.full((200,), 97), {}, "context holds 128"),
+        (torch.full((120,), 97), {"max_new_tokens": 9}, "do not fit into a row of 128"),
+        (torch.full((200,), 97), {}, "do not fit into a row of 128"),
         (PROMPT, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         (PROMPT, {"max_new_tokens": -3}, "max_new_tokens=-3"),
         (PROMPT, {"temperature": -1.0}, "temperature=-1"),
@@ -229,6 +249,83 @@ def test_the_context_can_be_filled(nested_model: NestedCausalLM, profile: Profil
     policy = StaticAllocation("static", WIDTHS)
     tokens = list(generate(nested_model, policy, profile, prompt, max_new_tokens=8, kl_weight=1.0))
     assert len(tokens) == 8
+
+
+def requests_of(count: int) -> list[Request]:
+    """Requests that differ in everything."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Request(
+            torch.randint(97, 123, (1 + index % 7,), generator=generator),
+            3 + index % 5,
+            kl_weight=2.0 + index,
+            temperature=(0.0, 0.9)[index % 2],
+            seed=index,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("decoder", "count"), [("auto", 100), ("hf", 16)])
+def test_four_threads_equal_one(
+    nested_model: NestedCausalLM, profile: Profile, decoder: DecoderName, count: int
+) -> None:
+    """Threads that share an engine take turns token by token, and each gets what it would have got alone."""
+    engine = Engine(nested_model, learned(nested_model), profile, decoder=decoder)
+    requests = requests_of(count)
+
+    def run(request: Request) -> tuple[list[int], list[list[int]]]:
+        tokens = list(engine.generate(request))
+        return ids(tokens), [token.bit_widths.tolist() for token in tokens]
+
+    serial = [run(request) for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, requests)) == serial
+    assert len({tuple(widths) for _, steps in serial for widths in steps}) > 3, "the policy hardly switches"
+    engine.close()
+
+
+def test_likelihoods_wait_for_their_turn(nested_model: NestedCausalLM, profile: Profile) -> None:
+    engine = Engine(nested_model, learned(nested_model), profile)
+    pairs = [([1, 104], [101, 108, 108]), ([1], [111]), ([1, 50, 60, 70], [80, 90])]
+    alone = engine.loglikelihood(pairs, kl_weight=3.0, num_rows=2)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: engine.loglikelihood(pairs, kl_weight=3.0, num_rows=2), range(8)):
+            assert found == alone
+    engine.close()
+
+
+def test_closing_ends_what_runs_and_refuses_the_rest(nested_model: NestedCausalLM, profile: Profile) -> None:
+    engine = Engine(nested_model, StaticAllocation("static", WIDTHS), profile)
+    stream = engine.generate(Request(PROMPT, 50))
+    next(stream)
+    engine.close()
+    engine.close()
+    rest = list(stream)
+    assert [token.finish_reason for token in rest] == ["cancelled"]
+    with pytest.raises(RuntimeError, match="Engine is closed"):
+        next(engine.generate(Request(PROMPT, 5)))
+    with pytest.raises(RuntimeError, match="Engine is closed"):
+        engine.loglikelihood([([1], [2])], kl_weight=1.0)
+
+
+def test_a_prompt_may_be_text(nested_model: NestedCausalLM, profile: Profile) -> None:
+    policy = StaticAllocation("static", WIDTHS)
+    from_text = list(generate(nested_model, policy, profile, "hello", max_new_tokens=6))
+    from_ids = list(generate(nested_model, policy, profile, encode(nested_model, "hello"), max_new_tokens=6))
+    assert ids(from_text) == ids(from_ids)
+    assert "".join(token.text for token in from_text) == nested_model.tokenizer.decode(ids(from_text))
+
+
+def learned(model: NestedCausalLM) -> LearnedPolicy:
+    """A random network, sharp enough that it switches."""
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    net = PrecisionNet(schema)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return LearnedPolicy(net, PolicyCard(schema, model.fingerprint, tuple(unit.name for unit in model.units)))
 
 
 class ByteTokenizer:

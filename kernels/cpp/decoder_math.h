@@ -32,8 +32,9 @@ struct DecoderMath {
     void (*add)(const float* x, int64_t size, float* y);
     // See residual_update and crest of fq_decode.
     void (*observe)(const float* before, const float* after, int64_t size, float* residual_update, float* crest);
-    // Log-probabilities of logits, not below `floor`; they replace the previous ones in `log_probs`.
-    void (*distribution)(const float* logits, int64_t size, float floor, float* log_probs,
+    // Log-probabilities of logits, not below `floor`, and how far they moved from the previous ones, whose place they
+    // may take.
+    void (*distribution)(const float* logits, int64_t size, float floor, const float* previous, float* log_probs,
                          DistributionStatistics* statistics);
     void (*tanh)(float* x, int64_t size);
 };

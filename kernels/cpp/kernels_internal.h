@@ -19,6 +19,9 @@ namespace fq {
 constexpr int64_t kWordsPerChunk = 16;  // one 64-byte vector of one plane: 512 inputs
 constexpr int64_t kChunkInputs = 512;
 constexpr int64_t kMaxTokens = 16;
+constexpr int64_t kNumPlanes = 8;
+constexpr int64_t kInputAlignment = 128;  // a row is padded to a multiple of it
+constexpr int32_t kAbiVersion = 2;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -73,7 +76,7 @@ using PrepareKernel = void (*)(const float* x, int64_t x_stride, int64_t tokens,
 using ReadKernel = uint64_t (*)(const void* data, int64_t num_bytes);
 
 struct Body {
-    RowsKernel rows[2][9];  // [mode][bit_width]
+    RowsKernel rows[2][kNumPlanes + 1];  // [mode][bit_width]
     PrepareKernel prepare[2];
     ReadKernel read;
 };

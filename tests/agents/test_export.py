@@ -17,11 +17,12 @@ from stable_baselines3 import PPO
 from torch import Tensor
 from toy_training import toy_env, toy_front, toy_policy
 
-from flexquant_rl.agents.runs.export import check_parity, export_run
+from flexquant_rl.agents.config import PPOConfig
+from flexquant_rl.agents.export import check_parity, export_run
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
-from flexquant_rl.agents.runs.ppo import PPOConfig, build_ppo, precision_net
-from flexquant_rl.engine.errors import InputError
+from flexquant_rl.agents.runs.ppo import build_ppo, precision_net
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
+from flexquant_rl.engine.errors import InputError
 
 MODEL = FakeModel(carry=0.5)
 
@@ -41,7 +42,7 @@ from flexquant_rl.engine.control.policy import load_policy
 
 directory, observations, out = map(Path, sys.argv[1:])
 policy = load_policy(directory)
-save_file({"bit_widths": policy(load_file(observations)["observations"])}, out)
+save_file({"bit_widths": policy(load_file(observations)["observations"]).bit_widths}, out)
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
 
@@ -82,7 +83,7 @@ def test_export_of_a_run_equals_sb3(run_dir: Path, tmp_path: Path, trained: tupl
     assert sorted(file.name for file in out.iterdir()) == ["policy.json", "policy.safetensors", "profile.json"]
     check_parity(out, observations, lambda signals: predict(ppo, signals))
     widths = torch.tensor(MODEL.bit_widths)[torch.as_tensor(predict(ppo, observations.numpy()))]
-    assert torch.equal(policy(observations), widths)
+    assert torch.equal(policy(observations).bit_widths, widths)
     assert len(widths.unique(dim=0)) > 5  # a policy that always chooses the same would prove little
     for file in out.iterdir():
         assert file.read_bytes() == (run_dir / "policy" / file.name).read_bytes()
@@ -151,7 +152,7 @@ def test_export_that_is_copied_badly_never_gets_its_name(
         content[-30] ^= 1
         target.write_bytes(content)
 
-    monkeypatch.setattr("flexquant_rl.agents.runs.export.shutil.copyfile", flip)
+    monkeypatch.setattr("flexquant_rl.agents.export.shutil.copyfile", flip)
     with pytest.raises(RuntimeError, match="does not hold what was copied"):
         export_run(run_dir, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -220,5 +221,5 @@ def test_served_without_the_training_libraries(
 def test_rows_do_not_influence_each_other(run_dir: Path, trained: tuple[PPO, Tensor]) -> None:
     policy = load_policy(run_dir / "policy")
     observations = trained[1]
-    together = policy(observations[:64])
-    assert torch.equal(together, torch.cat([policy(observations[row : row + 1]) for row in range(64)]))
+    together = policy(observations[:64]).bit_widths
+    assert torch.equal(together, torch.cat([policy(observations[row : row + 1]).bit_widths for row in range(64)]))

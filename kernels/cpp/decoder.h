@@ -1,10 +1,16 @@
 // C ABI of the decode step: one call reads one to sixteen tokens of one sequence through a whole Llama-family model.
 //
 // Every pointer is borrowed from the caller, matrices are float32 and row-major, and nothing is allocated: what a call
-// needs beyond its arguments lies in `workspace`. kernels/native_decoder.py mirrors the structs field by field.
+// needs beyond its arguments lies in `workspace`.
 #pragma once
 
 #include "bitplane_gemv.h"
+
+namespace fq {
+
+constexpr int64_t kWorkspaceAlignment = 64;
+
+}  // namespace fq
 
 extern "C" {
 
@@ -46,15 +52,15 @@ struct FqDecoder {
 
 FQ_EXPORT int64_t fq_decoder_workspace_bytes(const FqDecoder* decoder, int32_t mode);
 
-// Appends `num_tokens` tokens at `position` to the cache and computes the logits of the last `num_logits` of them.
-// Bit for bit the same for any num_threads.
+// Appends `num_tokens` tokens at `position` to the cache and computes logits and statistics of the last `num_logits` of
+// them. Bit for bit the same for any num_threads, and for the same tokens in several calls.
 //   cache            [num_layers, num_key_value_heads, cache_length / 16, 2, 16 * head_dim]: the keys of 16 positions,
 //                    [head_dim, 16], then their values, [16, head_dim], so that one head is one run of memory
 //   bit_widths       [num_units]
 //   workspace        fq_decoder_workspace_bytes() bytes aligned to 64
 //   logits           [num_logits, vocab_size]
-//   residual_update  [num_units] |layer output - layer input| / |layer input| of the unit's layer, last token; 0: head
-//   crest            [num_units] largest magnitude over root mean square of that layer's input, last token; 0: head
+//   residual_update  [num_logits, num_units] |layer output - layer input| / |layer input| of the unit's layer; 0: head
+//   crest            [num_logits, num_units] largest magnitude over root mean square of that layer's input; 0: head
 FQ_EXPORT int32_t fq_decode(const FqDecoder* decoder, float* cache, const int64_t* token_ids, int64_t num_tokens,
                             int64_t position, const int64_t* bit_widths, int32_t mode, int32_t isa, int32_t num_threads,
                             void* workspace, float* logits, int64_t num_logits, float* residual_update, float* crest);

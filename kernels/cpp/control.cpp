@@ -5,27 +5,19 @@
 
 #include "decoder_math.h"
 #include "kernels_internal.h"
+#include "signal_constants.h"
 
 namespace fq {
 namespace {
 
-constexpr int64_t kRecentTokens = 16;
-constexpr int64_t kRowSignals = 12;
-constexpr int64_t kMaxHidden = 256;
-constexpr int64_t kMaxInputs = 64;
-constexpr float kEmaDecay = 0.9f;
-constexpr float kKlFloor = 1e-6f;
-constexpr float kLogProbabilityFloor = -110.0f;
-constexpr float kStatisticFloor = 1e-6f;
-constexpr float kSignalLimit = 10.0f;
-
-int64_t num_global(const FqControl& control) { return kRowSignals + control.num_embedding_dims; }
-int64_t num_per_unit(const FqControl& control) { return 2 * control.num_widths + 4; }
+int64_t num_global(const FqControl& control) { return kNumTokenSignals + control.num_embedding_dims; }
+int64_t num_per_unit(const FqControl& control) { return 2 * control.num_widths + kNumStepSignals; }
 
 void observe(FqControl* control, const DecoderMath& math, const float* logits, const float* residual_update,
-             const float* crest, int64_t token_id, bool is_first) {
+             const float* crest, int64_t token_id, float* log_probs, bool is_first) {
     DistributionStatistics statistics;
-    math.distribution(logits, control->vocab_size, kLogProbabilityFloor, control->log_probs, &statistics);
+    math.distribution(logits, control->vocab_size, kLogProbabilityFloor, control->log_probs, log_probs, &statistics);
+    control->log_probs = log_probs;
     control->entropy = statistics.entropy;
     control->top1 = statistics.top1;
     control->top2 = statistics.top2;
@@ -54,8 +46,8 @@ using namespace fq;
 extern "C" {
 
 int32_t fq_control_reset(FqControl* control, const float* logits, const float* residual_update, const float* crest,
-                         int64_t token_id, float kl_weight, int32_t isa) {
-    if (!is_valid(*control, token_id)) return kFqBadArgument;
+                         int64_t token_id, float kl_weight, float* log_probs, int32_t isa) {
+    if (log_probs == nullptr || !is_valid(*control, token_id)) return kFqBadArgument;
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;
     const float top = static_cast<float>(control->bit_widths[control->num_widths - 1]);
@@ -63,13 +55,13 @@ int32_t fq_control_reset(FqControl* control, const float* logits, const float* r
     std::fill_n(control->last_widths, control->num_units, top);
     control->position = 0;
     control->dial = std::log10(kl_weight);
-    observe(control, *math, logits, residual_update, crest, token_id, true);
+    observe(control, *math, logits, residual_update, crest, token_id, log_probs, true);
     return kFqOk;
 }
 
 int32_t fq_control_update(FqControl* control, const float* logits, const float* residual_update, const float* crest,
-                          const int64_t* bit_widths, int64_t token_id, int32_t isa) {
-    if (!is_valid(*control, token_id)) return kFqBadArgument;
+                          const int64_t* bit_widths, int64_t token_id, float* log_probs, int32_t isa) {
+    if (log_probs == nullptr || !is_valid(*control, token_id)) return kFqBadArgument;
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;
     float mean_width = 0.0f;
@@ -79,7 +71,7 @@ int32_t fq_control_update(FqControl* control, const float* logits, const float* 
     }
     control->recent_widths[control->position % kRecentTokens] = mean_width;
     ++control->position;
-    observe(control, *math, logits, residual_update, crest, token_id, false);
+    observe(control, *math, logits, residual_update, crest, token_id, log_probs, false);
     return kFqOk;
 }
 
@@ -87,18 +79,18 @@ int32_t fq_control_signals(const FqControl* control, float* signals) {
     const FqControl& c = *control;
     float recent = 0.0f;
     for (int64_t i = 0; i < kRecentTokens; ++i) recent += c.recent_widths[i];
-    const float row[kRowSignals] = {
-        c.entropy / 4,
-        c.entropy_ema / 4,
-        std::log1p(std::exp(c.entropy_ema)) / 4,
+    const float row[kNumTokenSignals] = {
+        c.entropy / kNatsScale,
+        c.entropy_ema / kNatsScale,
+        std::log1p(std::exp(c.entropy_ema)) / kNatsScale,
         c.top1,
         c.top1 - c.top2,
-        c.surprisal / 4,
-        std::log10(std::max(c.step_kl, kKlFloor)) / 2,
-        std::log10(kKlFloor) / 2,  // no probe is taken at run time,
-        1.0f,                      // so the last one is as long ago as can be said
-        recent / kRecentTokens / 8,
-        std::log1p(static_cast<float>(c.position)) / 4,
+        c.surprisal / kNatsScale,
+        std::log10(std::max(c.step_kl, kKlFloorNats)) / kDecadesScale,
+        std::log10(kKlFloorNats) / kDecadesScale,  // no probe is taken at run time,
+        1.0f,                                      // so the last one is as long ago as can be said
+        recent / kRecentTokens / kWidthScale,
+        std::log1p(static_cast<float>(c.position)) / kPositionScale,
         c.dial,
     };
     for (float value : row) *signals++ = clamped(value);
@@ -109,7 +101,7 @@ int32_t fq_control_signals(const FqControl* control, float* signals) {
         for (int64_t i = 0; i < 2 * c.num_widths; ++i) *signals++ = clamped(constants[i]);
         *signals++ = clamped(std::log10(std::max(c.residual_update[unit], kStatisticFloor)));
         *signals++ = clamped(std::log10(std::max(c.crest[unit], kStatisticFloor)));
-        *signals++ = c.last_widths[unit] / 8;
+        *signals++ = c.last_widths[unit] / kWidthScale;
         *signals++ = c.depth[unit];
     }
     return kFqOk;
@@ -121,8 +113,8 @@ int32_t fq_control_choose(const FqControl* control, const float* signals, int64_
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;
     const int64_t globals = num_global(*control), own = num_per_unit(*control), hidden = net.hidden;
-    if (hidden > kMaxHidden || hidden % 16 != 0 || globals > kMaxInputs || own > kMaxInputs ||
-        control->num_widths > 16) {
+    if (hidden > kMaxHidden || hidden % kHiddenAlignment != 0 || globals > kMaxInputs || own > kMaxInputs ||
+        control->num_widths > kPaddedWidths) {
         return kFqBadArgument;
     }
     float inputs[kMaxInputs], context[kMaxHidden], shared[kMaxHidden], first[kMaxHidden], second[kMaxHidden];
@@ -144,9 +136,9 @@ int32_t fq_control_choose(const FqControl* control, const float* signals, int64_
         math->dense(first, net.second_weight, hidden, hidden, 0, hidden, second);
         math->add(net.second_bias, hidden, second);
         math->tanh(second, hidden);
-        float scores[16];
-        math->dense(second, net.width_weight, hidden, 16, 0, 16, scores);
-        math->add(net.width_bias, 16, scores);
+        float scores[kPaddedWidths];
+        math->dense(second, net.width_weight, hidden, kPaddedWidths, 0, kPaddedWidths, scores);
+        math->add(net.width_bias, kPaddedWidths, scores);
         const float* best = std::max_element(scores, scores + control->num_widths);
         bit_widths[unit] = control->bit_widths[best - scores];
     }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "signal_constants.h"
 #include "vector_math.h"
 
 namespace fq {
@@ -149,7 +150,7 @@ FQ_INLINE void observe_body(const float* before, const float* after, int64_t siz
         squares += static_cast<double>(before[i]) * before[i];
         difference += static_cast<double>(delta) * delta;
     }
-    const double norm = std::max(std::sqrt(squares), 1e-12);
+    const double norm = std::max(std::sqrt(squares), static_cast<double>(kNormFloor));
     *residual_update = static_cast<float>(std::sqrt(difference) / norm);
     *crest = static_cast<float>(largest * std::sqrt(static_cast<double>(size)) / norm);
 }
@@ -157,8 +158,8 @@ FQ_INLINE void observe_body(const float* before, const float* after, int64_t siz
 // One exponential per token: with weights w = e^(logit - largest), the entropy and the divergence from the distribution
 // before are sums of w times a difference of logits.
 template <class Vector>
-FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor, float* log_probs,
-                                 DistributionStatistics* statistics) {
+FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor, const float* previous,
+                                 float* log_probs, DistributionStatistics* statistics) {
     Vector first = Vector::all(-INFINITY), second = first;  // the two largest of each lane
     for (int64_t i = 0; i < size; i += kLanes) {
         const Vector value = Vector::load(logits + i, size - i, -INFINITY);
@@ -173,14 +174,14 @@ FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor,
         largest = std::max(largest, firsts[lane]);
     }
     // Any constant does; one token's keeps the terms small, so that little is lost when it is taken away again.
-    const float anchor = std::max(logits[0] - largest, floor) - log_probs[0];
+    const float anchor = std::max(logits[0] - largest, floor) - previous[0];
     Vector sum = Vector::all(0.0f), below = sum, moved = sum;
     for (int64_t i = 0; i < size; i += kLanes) {
         const Vector distance = larger(Vector::load(logits + i, size - i, -INFINITY) - largest, Vector::all(floor));
         const Vector weight = exponential(distance);
         sum += weight;
         below += weight * distance;
-        moved += weight * (distance - Vector::load(log_probs + i, size - i, 0.0f) - anchor);
+        moved += weight * (distance - Vector::load(previous + i, size - i, 0.0f) - anchor);
     }
     const float total = sum.sum(), log_total = std::log(total);
     for (int64_t i = 0; i < size; i += kLanes) {
@@ -222,9 +223,9 @@ FQ_INLINE void tanh_body(float* x, int64_t size) {
     target void observe(const float* before, const float* after, int64_t size, float* residual_update, float* crest) { \
         observe_body(before, after, size, residual_update, crest);                                                     \
     }                                                                                                                  \
-    target void distribution(const float* logits, int64_t size, float floor, float* log_probs,                         \
+    target void distribution(const float* logits, int64_t size, float floor, const float* previous, float* log_probs,  \
                              DistributionStatistics* statistics) {                                                     \
-        distribution_body<Lanes<part_bytes>>(logits, size, floor, log_probs, statistics);                              \
+        distribution_body<Lanes<part_bytes>>(logits, size, floor, previous, log_probs, statistics);                    \
     }                                                                                                                  \
     target void tanh(float* x, int64_t size) { tanh_body<Lanes<part_bytes>>(x, size); }                                \
     const DecoderMath table = {rms_norm, rotate,  attend,       swiglu, dense,                                         \

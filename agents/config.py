@@ -1,0 +1,119 @@
+"""Everything that decides a run's result: one configuration, its defaults and the values that make no run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from flexquant_rl.engine.decoding.choice import check_num_threads
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.fq_env.task import EnvConfig
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Hyper-parameters; saved with every run."""
+
+    num_envs: int = 96
+    """Episodes in lockstep."""
+    learning_rate: float = 1e-3
+    """Falls linearly: of K updates, the last one is made at 1/K of it."""
+    batch_size: int = 1024
+    """Transitions per gradient step."""
+    num_epochs: int = 4
+    """Passes over each rollout."""
+    gamma: float = 0.8
+    """Discount per token: keys and values written at few bits cost later tokens, so it must not be small."""
+    gae_lambda: float = 0.7
+    """Bias and variance of the advantage."""
+    clip_range: float = 0.2
+    """PPO's trust region."""
+    entropy_coefficient: float = 1e-4
+    """Bonus for policy entropy."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss."""
+
+    def validate(self) -> None:
+        """Raises InputError on values that PPO cannot learn with."""
+        # Advantages are normalised over a batch, which one transition does not allow.
+        bounds: dict[str, tuple[float, float]] = {"num_envs": (1, math.inf), "batch_size": (2, math.inf)}
+        bounds |= {"num_epochs": (1, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+        bounds |= {name: (0, math.inf) for name in ("entropy_coefficient", "value_coefficient")}
+        bounds |= {name: (1e-12, math.inf) for name in ("learning_rate", "clip_range")}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high or math.isinf(value):
+                limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
+                raise InputError(f"ppo.{name}={value:g} must be {limit}; change --ppo.{name.replace('_', '-')}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result; saved as `config.json`."""
+
+    model: str | None = None
+    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
+    text: tuple[str, ...] = ()
+    """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
+    seeds: int = 2
+    """Policies trained, each with its own seed."""
+    env_steps: int = 36_864
+    """Environment steps per seed; rounded up to whole rollouts."""
+    seed: int = 0
+    """First seed."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    profile: str | None = None
+    """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: one
+    made here, its latencies modelled by the bytes read."""
+    threads: int | None = None
+    """Threads of the decode steps that are timed, and of those that the profile was measured on; default: 1 with the
+    lean decoder, else torch's number."""
+    validation_sequences: int = 48
+    """Sequences on which the best checkpoint is chosen."""
+    test_sequences: int = 32
+    """Sequences of the final table."""
+    oracle_masks: int = 96
+    """Random choices of tokens per sequence from which the oracle learns their influence; 0 leaves it out."""
+    num_dials: int = 6
+    """Settings of the dial in the final table."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """How the weights are nested."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Episodes and reward."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Learning."""
+
+
+def check_device(device: str) -> None:
+    """Raises InputError unless a model can be put there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda, but torch sees no CUDA device; use --device cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device={device!r} is unknown; use cpu or cuda")
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raises InputError on numbers that make no run."""
+    for name in ("seeds", "env_steps", "validation_sequences", "test_sequences", "num_dials"):
+        value = getattr(config, name)
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
+    if not 0 <= config.seed <= 2**32 - config.seeds:
+        raise InputError(f"seed={config.seed} is not one that NumPy takes; use 0 to {2**32 - config.seeds}")
+    if config.oracle_masks < 0 or config.oracle_masks == 1:
+        raise InputError(f"oracle_masks={config.oracle_masks} must be at least 2; 0 leaves the oracle out")
+    if config.env.source != "replay" or config.env.action != "bit_widths":
+        raise InputError(
+            f"env.source={config.env.source} with env.action={config.env.action} is for agents of your own; "
+            "train.py needs env.source=replay and env.action=bit_widths"
+        )
+    check_device(config.device)
+    if config.threads is not None:
+        check_num_threads(config.threads)
+    config.quantization.validate()
+    config.env.validate()
+    config.ppo.validate()

@@ -1,0 +1,153 @@
+"""The two phases of a run: training, which never opens test text, and the evaluation, which opens it once.
+
+model -> profile.json -> static_front.safetensors -> seeds/<k>/policy -> policy   |   -> eval.jsonl, report.md, PNGs
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexquant_rl.agents.config import TrainConfig, check_config
+from flexquant_rl.agents.evaluation.comparison import compare_at_equal_speed
+from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, learned, oracle_row, showcase
+from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
+from flexquant_rl.agents.evaluation.oracle import OracleConfig
+from flexquant_rl.agents.evaluation.report import write_report
+from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
+from flexquant_rl.agents.preparation import Prepared, prepare
+from flexquant_rl.agents.progress import say
+from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
+from flexquant_rl.engine.control.profile import reference_name
+from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What training leaves for the evaluation.
+
+    Attributes:
+        prepared: Model, text, profile and front.
+        results: The policy of every seed.
+        policy_dir: The exported policy of the seed that validation chose.
+    """
+
+    prepared: Prepared
+    results: tuple[SeedResult, ...]
+    policy_dir: Path
+
+    @property
+    def best(self) -> SeedResult:
+        """The seed that validation chose."""
+        return max(self.results, key=lambda result: result.best_score)
+
+
+def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
+    """Trains every seed, or continues, and exports the best policy with its dial's table.
+
+    Raises:
+        InputError: On bad input, before anything is trained.
+    """
+    check_config(config)
+    prepared = prepare(config, run_dir)
+    results = [
+        train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index))
+        for index in range(config.seeds)
+    ]
+    trained = TrainedRun(prepared, tuple(results), run_dir / "policy")
+    if not trained.policy_dir.exists():
+        policy = with_dial_table(trained.best.policy, prepared, config.validation_sequences, config.num_dials)
+        policy.save(trained.policy_dir, prepared.profile)
+    return trained
+
+
+def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dict[str, Any]:
+    """Compares every policy on test text, writes rows, pictures and report, and returns the command's JSON."""
+    prepared, results = trained.prepared, trained.results
+    contestants = [*heuristics(prepared), *learned(prepared, results, config.num_dials, trained.best)]
+    rows = compete(prepared, contestants, config.test_sequences)
+    if config.oracle_masks:
+        rows.append(oracle_row(prepared, config.test_sequences, OracleConfig(num_masks=config.oracle_masks)))
+    share = headroom(rows)
+    sentences = _publish(config, trained, rows, share, run_dir)
+    rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
+    return {
+        "run_dir": str(run_dir),
+        "policy_dir": str(trained.policy_dir),
+        "env_steps": config.env_steps * config.seeds,
+        "env_steps_per_s": sum(rates) / len(rates) if rates else None,
+        "validation_reward_over_static": {
+            "cloned": [result.cloned_score for result in results],
+            "trained": [result.best_score for result in results],
+        },
+        "latency_source": prepared.cost.source,
+        "reference": reference_name(prepared.model),
+        "findings": sentences,
+        "rows": [public_dict(row) for row in rows],
+        "captured_headroom": share,
+    }
+
+
+def _publish(
+    config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None, run_dir: Path
+) -> list[str]:
+    """Writes rows, pictures and report; returns the findings in words."""
+    prepared = trained.prepared
+    write_rows(run_dir / "eval.jsonl", rows)
+    sentences = _findings(trained, rows, share)
+    is_embedded = config.model is None or config.model == DEFAULT_MODEL
+    name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
+    conditions = (
+        f"{name}, {prepared.windows.source}; {rows[0].num_sequences} test sequences of "
+        f"{prepared.env.max_new_tokens} tokens, {config.seeds} training seeds of {config.env_steps} env steps; "
+        f"KL against the {reference_name(prepared.model)} model."
+    )
+    source = prepared.cost.source
+    plot_pareto(rows, run_dir / "pareto.png", title="Output KL against speed", caption=conditions, source=source)
+    _picture_bits(trained, run_dir / "bits.png")
+    facts = {
+        "model": name,
+        "text": prepared.windows.source,
+        "profile source": source,
+        "training seeds": config.seeds,
+        "env steps per seed": config.env_steps,
+        "machine": f"{platform.machine()}, {prepared.model.device.type}",
+        "threads": torch.get_num_threads(),
+    }
+    write_report(run_dir, rows=rows, sentences=sentences, facts=facts)
+    say(f"report: {run_dir / 'report.md'}")
+    return sentences
+
+
+def _findings(trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
+    comparisons = [compare_at_equal_speed(rows, "ppo", other) for other in ("knapsack", "fixed", "random", "entropy")]
+    sentences = [comparison.sentence() for comparison in comparisons if comparison is not None]
+    before = ", ".join(f"{result.cloned_score:+.4f}" for result in trained.results)
+    after = ", ".join(f"{result.best_score:+.4f}" for result in trained.results)
+    sentences.append(
+        f"validation reward per token over the static allocation: {before} cloned, {after} after PPO, by seed"
+    )
+    if share is not None:
+        sentences.append(f"captured headroom at the oracle's speed: {share:.0%} of the way from static to oracle")
+    return sentences
+
+
+def _picture_bits(trained: TrainedRun, path: Path) -> None:
+    """The widths of one test sequence, token by token and unit by unit, at the middle of the dial."""
+    prepared = trained.prepared
+    dials = prepared.dials(3)
+    dial = float(dials[len(dials) // 2])
+    trace, tokens = showcase(prepared, trained.best.policy, dial)
+    plot_bits(
+        trace.bit_widths[0].numpy(),
+        tokens,
+        [unit.name for unit in prepared.model.units],
+        path,
+        title=f"Bit-widths chosen for one test sequence (KL weight {dial:.3g}, {trace.speedup:.2f}x modelled)",
+        output_kl_nats=trace.output_kl_nats[0].numpy(),
+        bit_widths=prepared.model.bit_widths,
+    )

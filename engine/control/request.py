@@ -1,0 +1,122 @@
+"""One request to continue a prompt: what is asked for, the tokens it gets, and why it ends."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flexquant_rl.engine.control.streamed_text import StopStrings, StreamedText
+from flexquant_rl.engine.decoding.next_token import check_sampling
+from flexquant_rl.engine.errors import InputError
+
+FinishReason = Literal["eos", "stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and how far.
+
+    Attributes:
+        prompt_ids: `[T]` int64, read at the largest width.
+        max_new_tokens: Tokens at most.
+        kl_weight: The dial.
+        temperature: 0 is greedy.
+        top_p: Only the likeliest tokens whose probabilities reach this sum are sampled.
+        seed: Seed of the sampling.
+        eos_token_ids: Each of these ends the text.
+        stop: Each of these strings ends the text and is not part of it.
+        cancel: Once it is set, the next token is the last one.
+    """
+
+    prompt_ids: Tensor
+    max_new_tokens: int
+    kl_weight: float = 1.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    cancel: threading.Event = field(default_factory=threading.Event, compare=False)
+
+    def check(self, max_length: int) -> None:
+        """Raises InputError unless a row of `max_length` tokens can serve the request."""
+        if not len(self.prompt_ids):
+            raise InputError("the prompt is empty; give at least one token of text")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1; ask for a token or more")
+        if not 0 < self.kl_weight < math.inf:
+            raise InputError(f"kl_weight={self.kl_weight:g} must be positive and finite; small means fast")
+        check_sampling(self.temperature, self.top_p)
+        if "" in self.stop:
+            raise InputError("a stop string is empty, which every text begins with; leave it out")
+        if len(self.prompt_ids) + self.max_new_tokens > max_length:
+            raise InputError(
+                f"{len(self.prompt_ids)} tokens of prompt and {self.max_new_tokens} new ones do not fit into a row of "
+                f"{max_length}; shorten the prompt or the continuation"
+            )
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token of a continuation.
+
+    Attributes:
+        request: Index of the request that it belongs to.
+        token_id: The token.
+        text: What it adds to the text, once that is whole and cannot be part of a stop string; "" without a tokenizer.
+        bit_widths: `[U]` int64 of the step whose output it was chosen from; the largest width for the first token.
+        latency_ms: Wall clock of that step, policy included; of the prompt for the first token. On a GPU the mean over
+            the few steps that are read at once.
+        finish_reason: Why the request ends with this token; None if it goes on.
+    """
+
+    request: int
+    token_id: int
+    text: str
+    bit_widths: Tensor
+    latency_ms: float
+    finish_reason: FinishReason | None = None
+
+
+class RunningRequest:
+    """Follows one request from token to token.
+
+    Args:
+        index: Index of the request, as its tokens carry it.
+        request: What is asked for.
+        tokenizer: Turns tokens into text; None leaves the text out.
+    """
+
+    def __init__(self, index: int, request: Request, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if request.stop and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer; pass the model's")
+        self._index = index
+        self._request = request
+        self._text = None if tokenizer is None else StreamedText(tokenizer, request.prompt_ids.tolist())
+        self._stop = StopStrings(request.stop)
+        self._num_tokens = 0
+        self.is_finished = False
+
+    def add(self, token_id: int, bit_widths: Tensor, latency_ms: float) -> GeneratedToken:
+        """Takes the next token and says what it adds."""
+        self._num_tokens += 1
+        is_eos = token_id in self._request.eos_token_ids
+        text = "" if self._text is None or is_eos else self._stop.add(self._text.add(token_id))
+        reason: FinishReason | None = None
+        if is_eos:
+            reason = "eos"
+        elif self._stop.is_found:
+            reason = "stop"
+        elif self._num_tokens == self._request.max_new_tokens:
+            reason = "length"
+        elif self._request.cancel.is_set():
+            reason = "cancelled"
+        if reason is not None:
+            self.is_finished = True
+            text += self._stop.finish()
+        return GeneratedToken(self._index, token_id, text, bit_widths, latency_ms, reason)

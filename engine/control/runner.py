@@ -1,0 +1,249 @@
+"""The one loop over tokens: a decision, a pass at its widths, the next token, the signals.
+
+The environment, the evaluation, generation and timing all go through `PolicyRunner.step`; they differ in who decides
+(a controller or an action), in what the next token is (sampled or a given text) and in what they make of the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flexquant_rl.engine.control.controller import Controller
+from flexquant_rl.engine.control.cost import clock_ms
+from flexquant_rl.engine.control.policy import Decision
+from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
+from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
+from flexquant_rl.engine.decoding.next_token import Greedy, NextTokens, Replay, Sampler
+from flexquant_rl.engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenStep:
+    """One step of R' rows.
+
+    Attributes:
+        token_ids: `[R']` int64, the tokens that were read.
+        decision: How they were read.
+        output: What the pass put out.
+        next_token_ids: `[R']` int64, what the next step reads.
+        pass_ms: Wall-clock milliseconds of the pass alone; None unless the runner was told to time it.
+    """
+
+    token_ids: Tensor
+    decision: Decision
+    output: StepOutput
+    next_token_ids: Tensor
+    pass_ms: float | None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a continuation is under a policy.
+
+    Attributes:
+        log_prob_nats: Sum of the log-probabilities of its tokens.
+        is_greedy: Whether each of them was the likeliest one.
+    """
+
+    log_prob_nats: float
+    is_greedy: bool
+
+
+class PolicyRunner:
+    """Runs a decoder's rows under a controller.
+
+    Args:
+        decoder: Holds R rows.
+        controller: Decides for R rows.
+        next_tokens: Chooses what each step reads next; default: the likeliest token.
+        timed: Whether to time every pass, with the device's queue drained before and after.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        controller: Controller,
+        next_tokens: NextTokens | None = None,
+        *,
+        timed: bool = False,
+    ) -> None:
+        self.decoder = decoder
+        self.controller = controller
+        self.next_tokens: NextTokens = next_tokens or Greedy()
+        self._timed = timed
+        self._upcoming = torch.zeros(len(decoder.lengths), dtype=torch.int64)
+
+    @property
+    def upcoming_token_ids(self) -> Tensor:
+        """`[R]` int64: the tokens that the next step reads."""
+        return self._upcoming
+
+    def start(self, prompt_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> StepOutput:
+        """Restarts rows with prompts, which are read at the largest width.
+
+        Args:
+            prompt_ids: `[R', T]` int64.
+            kl_weight: `[R']` the dials.
+            rows: `[R']` int64; default all.
+
+        Returns:
+            What the prompts' last tokens put out; `upcoming_token_ids` holds what was chosen from it.
+        """
+        output = self.decoder.prefill(prompt_ids, rows=rows)
+        self.begin(output, kl_weight, rows)
+        return output
+
+    def begin(self, output: StepOutput, kl_weight: Tensor, rows: Tensor | None = None) -> None:
+        """Starts rows that hold prompts already, as those of a forked decoder do.
+
+        Args:
+            output: What the prompts' last tokens put out, `[R', ...]`.
+            kl_weight: `[R']` the dials.
+            rows: `[R']` int64; default all.
+        """
+        upcoming = self.next_tokens(output.logits, rows)
+        self._remember(upcoming, rows)
+        self.controller.reset(output, upcoming, kl_weight, rows)
+
+    def step(self, decision: Decision | None = None, rows: Tensor | None = None) -> TokenStep:
+        """Moves rows on by one token.
+
+        Args:
+            decision: How to read it; default: as the controller decides.
+            rows: `[R']` int64; default all.
+        """
+        if decision is None:
+            decision = self.controller.decide(rows)
+        token_ids = self._upcoming if rows is None else self._upcoming[rows]
+        output, pass_ms = self._read(token_ids, decision.bit_widths, rows)
+        upcoming = self.next_tokens(output.logits, rows)
+        self.controller.update(output, decision.bit_widths, upcoming, rows)
+        self._remember(upcoming, rows)
+        return TokenStep(token_ids, decision, output, upcoming, pass_ms)
+
+    def generate(
+        self, requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Iterator[GeneratedToken]:
+        """Continues prompts of any lengths, as many at a time as there are rows; a row that ends takes the next one.
+
+        Args:
+            requests: What to generate.
+            tokenizer: Gives the tokens' text; needed for stop strings.
+
+        Yields:
+            The tokens as they come; those of one request in order. The last one of each says why it ended.
+
+        Raises:
+            InputError: If a request has an empty prompt, a number out of its domain or no room in a row.
+        """
+        for request in requests:
+            request.check(self.decoder.max_length)
+        sampler = Sampler(len(self._upcoming))
+        self.next_tokens = sampler
+        waiting = list(enumerate(requests))[::-1]
+        running: dict[int, RunningRequest] = {}
+        while waiting or running:
+            for row in range(len(self._upcoming)):
+                if row not in running and waiting:
+                    index, request = waiting.pop()
+                    running[row] = RunningRequest(index, request, tokenizer)
+                    yield self._first_token(row, request, running[row], sampler)
+            running = {row: request for row, request in running.items() if not request.is_finished}
+            if running:
+                yield from self._next_tokens_of(running)
+
+    def _first_token(self, row: int, request: Request, running: RunningRequest, sampler: Sampler) -> GeneratedToken:
+        began = time.perf_counter()
+        sampler.start(row, temperature=request.temperature, top_p=request.top_p, seed=request.seed)
+        self.start(request.prompt_ids[None], torch.tensor([request.kl_weight]), torch.tensor([row]))
+        model = self.decoder.model
+        widths = torch.full((model.num_units,), max(model.bit_widths))
+        return running.add(int(self._upcoming[row]), widths, (time.perf_counter() - began) * 1e3)
+
+    def _next_tokens_of(self, running: dict[int, RunningRequest]) -> Iterator[GeneratedToken]:
+        began = time.perf_counter()
+        rows = sorted(running)
+        step = self.step(rows=None if len(rows) == len(self._upcoming) else torch.tensor(rows))
+        elapsed_ms = (time.perf_counter() - began) * 1e3
+        for row, token_id, widths in zip(rows, step.next_token_ids.tolist(), step.decision.bit_widths, strict=True):
+            yield running[row].add(token_id, widths, elapsed_ms)
+
+    def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float) -> list[Likelihood]:
+        """How likely continuations are when the policy reads them, token by token.
+
+        A context is read at the largest width, as every prompt; the policy decides from the continuation's first token
+        on. Pairs of different lengths share passes.
+
+        Args:
+            pairs: Token ids of (context, continuation), neither empty.
+            kl_weight: The dial.
+
+        Raises:
+            InputError: If a context or continuation is empty, or both together do not fit into a row.
+        """
+        for context, continuation in pairs:
+            if not context or not continuation:
+                raise InputError("a context or continuation is empty; give at least one token of each")
+            if len(context) + len(continuation) - 1 > self.decoder.max_length:
+                raise InputError(
+                    f"{len(context)} and {len(continuation)} tokens do not fit into a row of "
+                    f"{self.decoder.max_length}; shorten the context"
+                )
+        found: list[Likelihood | None] = [None] * len(pairs)
+        # Continuations of like length end together, so that few passes run with few rows.
+        order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
+        num_rows = len(self._upcoming)
+        for begin in range(0, len(order), num_rows):
+            chosen = order[begin : begin + num_rows]
+            for index, likelihood in zip(chosen, self._likelihoods([pairs[i] for i in chosen], kl_weight), strict=True):
+                found[index] = likelihood
+        return [likelihood for likelihood in found if likelihood is not None]
+
+    def _likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float) -> list[Likelihood]:
+        """Of at most R pairs, longest continuation first."""
+        longest = len(pairs[0][1])
+        text = torch.zeros(len(pairs), longest, dtype=torch.int64)
+        for row, (_, continuation) in enumerate(pairs):
+            text[row, : len(continuation)] = torch.tensor(continuation)
+        self.next_tokens = Replay(text)
+        dial = torch.tensor([kl_weight])
+        nats = torch.zeros(len(pairs), dtype=torch.float64)
+        greedy = torch.ones(len(pairs), dtype=torch.bool)
+        for row, (context, _) in enumerate(pairs):
+            output = self.start(torch.tensor([context]), dial, torch.tensor([row]))
+            self._judge(output, text[row : row + 1, 0], torch.tensor([row]), nats, greedy)
+        lengths = torch.tensor([len(continuation) for _, continuation in pairs])
+        for position in range(1, longest):
+            rows = (lengths > position).nonzero()[:, 0]
+            step = self.step(rows=rows)
+            self._judge(step.output, text[rows, position], rows, nats, greedy)
+        return [Likelihood(float(value), bool(is_greedy)) for value, is_greedy in zip(nats, greedy, strict=True)]
+
+    @staticmethod
+    def _judge(output: StepOutput, token_ids: Tensor, rows: Tensor, nats: Tensor, greedy: Tensor) -> None:
+        """Adds what an output gives the tokens that follow it."""
+        log_probs = output.logits.log_softmax(-1).cpu()
+        nats[rows] += log_probs.gather(1, token_ids[:, None])[:, 0].double()
+        greedy[rows] &= log_probs.argmax(-1) == token_ids
+
+    def _read(self, token_ids: Tensor, bit_widths: Tensor, rows: Tensor | None) -> tuple[StepOutput, float | None]:
+        if not self._timed:
+            return self.decoder.step(token_ids, bit_widths, rows=rows), None
+        outputs: list[StepOutput] = []
+        elapsed_ms = clock_ms(
+            lambda: outputs.append(self.decoder.step(token_ids, bit_widths, rows=rows)), self.decoder.model.device
+        )
+        return outputs[0], elapsed_ms
+
+    def _remember(self, upcoming: Tensor, rows: Tensor | None) -> None:
+        if rows is None:
+            self._upcoming = upcoming
+        else:
+            self._upcoming = self._upcoming.clone()
+            self._upcoming[rows] = upcoming

@@ -1,0 +1,107 @@
+"""What comes after an output distribution: the likeliest token, a sampled one, or the next one of a given text."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.decoding.decoder import greedy_tokens
+from flexquant_rl.engine.errors import InputError
+
+
+class NextTokens(Protocol):
+    """Chooses the next token of each row."""
+
+    def __call__(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """`[R', vocab]` logits of rows `[R']` (default all) to tokens, `[R']` int64 on the CPU."""
+
+
+class Greedy:
+    """The likeliest token."""
+
+    def __call__(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """See `NextTokens`."""
+        return greedy_tokens(logits)
+
+
+class Sampler:
+    """Samples each row with a temperature, a nucleus and a seed of its own; temperature 0 is greedy.
+
+    Args:
+        num_rows: R; every row is greedy until `start` says otherwise.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._temperature = [0.0] * num_rows
+        self._top_p = [1.0] * num_rows
+        self._generators = [torch.Generator() for _ in range(num_rows)]
+
+    def start(self, row: int, *, temperature: float, top_p: float = 1.0, seed: int = 0) -> None:
+        """Sets how a row is sampled from now on.
+
+        Args:
+            row: Index of the row.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            top_p: Only the likeliest tokens whose probabilities reach this sum are sampled, 0 < top_p <= 1.
+            seed: Seed of the row's own generator, so that rows do not disturb each other.
+        """
+        self._temperature[row] = temperature
+        self._top_p[row] = top_p
+        self._generators[row].manual_seed(seed)
+
+    def __call__(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """See `NextTokens`."""
+        indices = range(len(logits)) if rows is None else rows.tolist()
+        if not any(self._temperature[index] for index in indices):
+            return greedy_tokens(logits)
+        return torch.cat([self._sample(row, index) for row, index in zip(logits, indices, strict=True)])
+
+    def _sample(self, logits: Tensor, index: int) -> Tensor:
+        temperature, top_p = self._temperature[index], self._top_p[index]
+        if temperature == 0:
+            return greedy_tokens(logits[None])
+        probs = (logits / temperature).softmax(-1).cpu()
+        if top_p < 1:
+            probs = nucleus(probs, top_p)
+        return torch.multinomial(probs, 1, generator=self._generators[index])
+
+
+class Replay:
+    """The tokens of a given text, one after the other.
+
+    Args:
+        token_ids: `[R, T]` int64.
+    """
+
+    def __init__(self, token_ids: Tensor) -> None:
+        self._token_ids = token_ids
+        self._position = torch.zeros(len(token_ids), dtype=torch.int64)
+
+    def rewind(self, position: int = 0) -> None:
+        """Continues every row from a position of the text."""
+        self._position.fill_(position)
+
+    def __call__(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """See `NextTokens`; the logits are not looked at."""
+        rows = torch.arange(len(self._token_ids)) if rows is None else rows
+        tokens = self._token_ids[rows, self._position[rows]]
+        self._position[rows] += 1
+        return tokens
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Sets to 0 all but the likeliest tokens of `[vocab]` probabilities whose sum reaches `top_p`; not normalised."""
+    ordered, order = probs.sort(descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p  # the token that reaches the sum stays
+    return probs.scatter(-1, order[outside], 0.0)
+
+
+def check_sampling(temperature: float, top_p: float = 1.0) -> None:
+    """Raises InputError on a temperature or nucleus that describes no distribution."""
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p={top_p:g} must be above 0 and at most 1; 1 samples from all tokens")

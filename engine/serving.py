@@ -1,0 +1,240 @@
+"""Serving: a model under a policy, asked by any number of threads.
+
+An `Engine` describes the model to its decoder once. Every request has rows of its own, and the engine's lock is held
+for one token at a time, so that requests take turns and none sees another's state.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+
+from torch import Tensor
+
+from flexquant_rl.engine.control.controller import make_controller
+from flexquant_rl.engine.control.policy import Policy
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
+from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner
+from flexquant_rl.engine.decoding.choice import DecoderName, SessionOpener, session_opener
+from flexquant_rl.engine.decoding.graph_decode import GraphDecoder, why_not_graph
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+
+
+class Engine:
+    """A model, a policy, one decoder and a lock.
+
+    Args:
+        model: The model.
+        policy: Decides the widths of every token of every request.
+        profile: The profile that the policy was trained with.
+        max_length: Tokens that a request may hold, prompt included; default: the model's context.
+        decoder: As for `open_session`. On a CUDA device the lean one is `GraphDecoder`, which reads tokens a few at a
+            time and serves one request after the other; "auto" takes it where it can run model and policy.
+        num_threads: Threads of a step, as for `open_session`; not with `GraphDecoder`, which has none.
+        graph: A `GraphDecoder` of this model and policy that exists already; default: one is made where it is taken.
+
+    Raises:
+        InputError: If `max_length` exceeds the context, or decoder or threads cannot be had.
+        ValueError: If `graph` is of another model or policy.
+    """
+
+    def __init__(
+        self,
+        model: NestedCausalLM,
+        policy: Policy,
+        profile: Profile,
+        *,
+        max_length: int | None = None,
+        decoder: DecoderName = "auto",
+        num_threads: int | None = None,
+        graph: GraphDecoder | None = None,
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.profile = profile
+        self._lock = threading.Lock()
+        self._running: dict[int, Request] = {}
+        if graph is None and _takes_graph(model, policy, decoder):
+            graph = GraphDecoder(model, policy, profile, max_length=max_length or model.max_context)
+        if graph is not None:
+            _check_graph(graph, model, policy, num_threads)
+        self._graph = graph
+        self._open: SessionOpener | None = None
+        if graph is None:
+            self._open = session_opener(model, max_length=max_length, decoder=decoder, num_threads=num_threads)
+
+    def generate(self, request: Request) -> Iterator[GeneratedToken]:
+        """Continues a prompt. Any thread may call this at any time; abandon the iterator to stop.
+
+        Args:
+            request: What to continue, and how far.
+
+        Yields:
+            The tokens as they come; the last one says why it ended.
+
+        Raises:
+            InputError: If the prompt is empty or does not fit with its continuation, or a number is out of its domain.
+            RuntimeError: If the engine is closed.
+        """
+        with self._registered(request):
+            if self._graph is not None:
+                yield from self._generate_by_graph(self._graph, request)
+                return
+            with self._lock:
+                runner = self._runner(1)
+            with closing(runner.decoder):
+                yield from self._in_turns(runner.generate([request], self.model.tokenizer))
+
+    def loglikelihood(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, kl_weight: float, num_rows: int = 8
+    ) -> list[Likelihood]:
+        """`PolicyRunner.loglikelihood` of (context, continuation) pairs, `num_rows` of them in a pass.
+
+        Raises:
+            InputError: As `PolicyRunner.loglikelihood`.
+            RuntimeError: If the engine is closed.
+        """
+        with self._lock:
+            runner = self._runner(min(num_rows, len(pairs)) or 1)
+            with closing(runner.decoder):
+                return runner.loglikelihood(pairs, kl_weight)
+
+    def close(self) -> None:
+        """Cancels what is running and takes no more requests. Closing twice is fine."""
+        with self._lock:
+            for request in self._running.values():
+                request.cancel.set()
+            self._open = self._graph = None
+
+    def _runner(self, num_rows: int) -> PolicyRunner:
+        """Opens rows of a request's own."""
+        if self._open is None:
+            raise RuntimeError("this Engine is closed, or its model is decoded by a captured graph")
+        controller = make_controller(self.model, self.policy, self.profile, num_rows=num_rows)
+        return PolicyRunner(self._open(num_rows), controller)
+
+    @contextmanager
+    def _registered(self, request: Request) -> Iterator[None]:
+        with self._lock:
+            if self._open is None and self._graph is None:
+                raise RuntimeError("this Engine is closed")
+            self._running[id(request)] = request
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.pop(id(request), None)
+
+    def _in_turns(self, tokens: Iterator[GeneratedToken]) -> Iterator[GeneratedToken]:
+        """Holds the lock while a token is made, and not while the caller looks at it."""
+        while True:
+            with self._lock:
+                token = next(tokens, None)
+            if token is None:
+                return
+            yield token
+
+    def _generate_by_graph(self, graph: GraphDecoder, request: Request) -> Iterator[GeneratedToken]:
+        request.check(graph.loop.weights.max_length)
+        if request.top_p < 1:
+            raise InputError(f"top_p={request.top_p:g}: the captured graph samples from all tokens; use decoder='hf'")
+        running = RunningRequest(0, request, self.model.tokenizer)
+        prompt_ids, count = request.prompt_ids, request.max_new_tokens
+        with self._lock:  # a graph has one row
+            # Compiling is no part of the first token's latency.
+            graph.loop.prepare(len(prompt_ids), len(prompt_ids) + count)
+            began = time.perf_counter()
+            graph.start(
+                prompt_ids, count, kl_weight=request.kl_weight, temperature=request.temperature, seed=request.seed
+            )
+            for index, batch in enumerate(graph.stream(count)):
+                latency_ms = batch.step_ms if index else (time.perf_counter() - began) * 1e3
+                for token_id, bit_widths in zip(batch.token_ids, batch.bit_widths, strict=True):
+                    yield running.add(token_id, bit_widths, latency_ms)
+                    if running.is_finished:
+                        return
+
+
+def generate(
+    model: NestedCausalLM,
+    policy: Policy,
+    profile: Profile,
+    prompt: str | Tensor,
+    *,
+    max_new_tokens: int,
+    kl_weight: float = 1.0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    decoder: DecoderName = "auto",
+    num_threads: int | None = None,
+    graph: GraphDecoder | None = None,
+) -> Iterator[GeneratedToken]:
+    """Continues one prompt with an engine of its own; keep an `Engine` for several.
+
+    Args:
+        model: The model.
+        policy: The policy.
+        profile: The profile that the policy was trained with.
+        prompt: Text, or `[T]` int64 token ids; read at the largest width.
+        max_new_tokens: Tokens at most; each of the model's EOS tokens ends earlier.
+        kl_weight: The dial.
+        temperature: 0 is greedy.
+        top_p: Only the likeliest tokens whose probabilities reach this sum are sampled.
+        seed: Seed of the sampling.
+        stop: Each of these strings ends the text.
+        decoder: As for `Engine`.
+        num_threads: As for `Engine`.
+        graph: As for `Engine`. Keep one for several prompts: compiling, fusing and capturing take their time.
+
+    Raises:
+        InputError: If the prompt is empty or does not fit the context with its continuation, or a number is out of
+            its domain.
+        ValueError: If `graph` is of another model or policy.
+    """
+    prompt_ids = encode(model, prompt) if isinstance(prompt, str) else prompt
+    request = Request(
+        prompt_ids,
+        max_new_tokens,
+        kl_weight=kl_weight,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        eos_token_ids=model.eos_token_ids,
+        stop=tuple(stop),
+    )
+    request.check(model.max_context)
+    max_length = len(prompt_ids) + max_new_tokens
+    engine = Engine(
+        model, policy, profile, max_length=max_length, decoder=decoder, num_threads=num_threads, graph=graph
+    )
+    with closing(engine):
+        yield from engine.generate(request)
+
+
+def encode(model: NestedCausalLM, text: str) -> Tensor:
+    """The tokens of a prompt, `[T]` int64, special ones included."""
+    ids: Tensor = model.tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
+    return ids.long()
+
+
+def _check_graph(graph: GraphDecoder, model: NestedCausalLM, policy: Policy, num_threads: int | None) -> None:
+    if graph.model is not model or graph.policy is not policy:
+        raise ValueError("graph is of another model or policy; pass a GraphDecoder made with these two")
+    if num_threads is not None:
+        raise InputError(f"threads={num_threads}: the captured graph of a GPU has no threads; leave the option out")
+
+
+def _takes_graph(model: NestedCausalLM, policy: Policy, decoder: DecoderName) -> bool:
+    """Whether the GPU's lean decoder runs; InputError if it was asked for by name there and cannot."""
+    if decoder == "hf":
+        return False
+    reason = why_not_graph(model, policy)
+    if reason is not None and decoder == "lean" and model.device.type == "cuda":
+        raise InputError(f"the lean decoder of the GPU cannot run this ({reason}); use decoder='hf'")
+    return reason is None
