@@ -39,6 +39,7 @@ from flexquant_rl.engine.control.controller import StaticController
 from flexquant_rl.engine.control.policy import StaticAllocation
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import check_num_threads
+from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
@@ -232,7 +233,7 @@ def _lean_providers(task: _Task, model: NestedCausalLM, num_threads: int) -> lis
     return [_lean_provider(task, model, LeanSession(decoder), width) for width in task.config.bit_widths]
 
 
-def _lean_provider(task: _Task, model: NestedCausalLM, session: LeanSession, width: int) -> Provider:
+def _lean_provider(task: _Task, model: NestedCausalLM, session: Decoder, width: int) -> Provider:
     widths = torch.full((model.num_units,), width)
     runner = PolicyRunner(session, StaticController(StaticAllocation(f"fixed:{width}", widths)))
 
