@@ -16,6 +16,8 @@ from flexquant_rl.agents.preparation import prepare
 from flexquant_rl.engine.benches.harness import BenchConfig
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 
@@ -53,7 +55,8 @@ def bench_env(config: EnvBench, track: Callable[[Iterable[int]], Iterable[int]] 
     """
     prepared = prepare(TrainConfig(model=config.model, text=config.text), None)
     session = DecodeSession(prepared.model, num_rows=config.num_envs, max_length=prepared.env.window_tokens - 1)
-    env = DecodeVecEnv(session, prepared.profile, prepared.windows.train, prepared.env, num_envs=config.num_envs)
+    episodes = Episodes(session, prepared.profile, prepared.windows.train, prepared.env)
+    env = DecodeVecEnv(episodes, LossyTask(prepared.model, prepared.profile, prepared.env))
     generator = np.random.default_rng(0)
     size = (prepared.env.max_new_tokens, config.num_envs, prepared.model.num_units)
     env.reset()
