@@ -53,7 +53,9 @@ class Shelf(Generic[T]):
             self._entries.clear()
 
 
-_MODELS: Shelf[NestedCausalLM] = Shelf(2)  # a nested model with its reference takes 5 to 6 bytes per weight and more
+_MODELS: Shelf[NestedCausalLM] = Shelf(
+    2
+)  # about 5 bytes per weight with the reference, and up to 2 GiB of decoded matrices
 _WINDOWS: Shelf[PromptWindows] = Shelf(4)  # up to 20 MB each
 _PROFILES: Shelf[Profile] = Shelf(8)  # a few kilobytes each
 
