@@ -14,6 +14,8 @@ from flexquant_rl.engine.benches.clocks import WALL
 from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, interleave, quartiles, rows
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 
@@ -51,7 +53,8 @@ def bench_env(config: EnvBench, track: Track = iter) -> list[Row]:
     """
     prepared = prepare(TrainConfig(model=config.model, text=config.text), None)
     session = DecodeSession(prepared.model, num_rows=config.num_envs, max_length=prepared.env.window_tokens - 1)
-    env = DecodeVecEnv(session, prepared.profile, prepared.windows.train, prepared.env, num_envs=config.num_envs)
+    episodes = Episodes(session, prepared.profile, prepared.windows.train, prepared.env)
+    env = DecodeVecEnv(episodes, LossyTask(prepared.model, prepared.profile, prepared.env))
     generator = np.random.default_rng(0)
     size = (prepared.env.max_new_tokens, config.num_envs, prepared.model.num_units)
     env.reset()
