@@ -34,7 +34,7 @@ from flexquant_rl.agents.runs.bench_env import EnvBench, bench_env
 from flexquant_rl.agents.runs.run import load_run
 from flexquant_rl.engine.benches.decode import DecodeBench, bench_decode
 from flexquant_rl.engine.benches.gemv import GemvBench, bench_gemv
-from flexquant_rl.engine.benches.harness import BenchRefusedError, machine_facts, run_tests
+from flexquant_rl.engine.benches.harness import BenchRefusedError, Row, run_bench, run_tests
 from flexquant_rl.engine.benches.harness import table as bench_table
 from flexquant_rl.engine.benches.policy import PolicyBench, bench_policy
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
@@ -46,7 +46,7 @@ from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer
 from flexquant_rl.engine.decoding.choice import DecoderName, check_num_threads, open_session
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import check_new_directory, write_json
+from flexquant_rl.engine.files import check_new_directory
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
@@ -394,23 +394,21 @@ def bench(
     def rounds(items: Iterable[int]) -> Iterable[int]:
         return track(items, f"timing {what.name}")
 
-    try:
-        facts = machine_facts() | {"tests": run_tests(what.tests, say)}
+    def measure() -> list[Row]:
         if isinstance(what, GemvBench):
-            rows = bench_gemv(what, rounds)
-        elif isinstance(what, DecodeBench):
-            rows = bench_decode(what, rounds, say)
-        elif isinstance(what, PolicyBench):
-            rows = bench_policy(what, rounds)
-        else:
-            rows = bench_env(what, rounds)
+            return bench_gemv(what, rounds)
+        if isinstance(what, DecodeBench):
+            return bench_decode(what, rounds, say)
+        if isinstance(what, PolicyBench):
+            return bench_policy(what, rounds)
+        return bench_env(what, rounds)
+
+    try:
+        result = run_bench(what.name, what.tests, measure, path=what.json, progress=say, gate=run_tests)
     except BenchRefusedError as error:  # neither bad input nor a bug that its traceback would explain
         say(f"error: {error}")
         sys.exit(FAILURE)
-    result = {"bench": what.name, "rows": [row | facts for row in rows]}
-    if what.json is not None:
-        write_json(what.json, result)
-    print(bench_table(rows))
+    print(bench_table(result["rows"]))
     print_result(result)
 
 

@@ -38,6 +38,18 @@ def legend(stored: Sequence[int]) -> str:
     return "bits: " + "".join(coloured(f" {width} ", width, stored) for width in stored)
 
 
+def coloured_text(pieces: Sequence[str], bit_widths: Sequence[float], stored: Sequence[int]) -> str:
+    """A whole text, each piece on the colour of its width, and the legend on a line below.
+
+    Args:
+        pieces: What each token adds to the text.
+        bit_widths: Mean width of each, bits.
+        stored: The widths of the model, ascending.
+    """
+    text = "".join(coloured(piece, bits, stored) for piece, bits in zip(pieces, bit_widths, strict=True))
+    return f"{text}\n{legend(stored)}"
+
+
 def numbers(bit_widths: Sequence[float]) -> str:
     """One number for each token."""
     return "bits: " + " ".join(f"{bits:.1f}" for bits in bit_widths)

@@ -1,20 +1,35 @@
-"""The task, apart from any model: episode shape, reward terms and how a flat action becomes bit-widths."""
+"""The task: what an action means, what a step earns and what is seen; and the configuration of the environments.
+
+A task knows nothing of how tokens are decoded. It turns actions into decisions, the facts of a step into its reward,
+and signals into observations, so all of it is tested without a model.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.control.policy import Decision
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SIGNAL_LIMIT, SignalSchema
+from flexquant_rl.engine.decoding.decoder import DecoderModel
 from flexquant_rl.engine.errors import InputError
+
+if TYPE_CHECKING:  # episodes take their shape from the configuration that is defined here
+    from flexquant_rl.fq_env.episodes import Episodes, StepFacts
 
 Source = Literal["replay", "free"]
 ActionForm = Literal["bit_widths", "num_low_units"]
+
+StaticAllocator = Callable[[Tensor], Tensor]
+"""KL weights `[R]` -> bit-widths `[R, U]` of the best static allocation at each."""
 
 
 @dataclass(frozen=True)
@@ -80,69 +95,167 @@ def check_kl_weight(kl_weight: float) -> None:
 
 
 @dataclass(frozen=True)
-class RewardTerms:
-    """Reward of one step per row, and its parts; every tensor is `[R]` float32.
+class Reward:
+    """What one step earns; every tensor is `[R]` float32.
 
     Attributes:
-        total: `latency - quality`.
-        latency: `speedup - 1`.
-        quality: `kl_weight * output_kl_nats`, a cost.
+        total: What the agent is given.
+        terms: Its parts, and what explains them, by their names in `info`.
     """
 
     total: Tensor
-    latency: Tensor
-    quality: Tensor
+    terms: dict[str, Tensor]
 
 
-def reward_terms(speedup: Tensor, output_kl_nats: Tensor, kl_weight: Tensor) -> RewardTerms:
-    """`speedup - 1 - kl_weight * output_kl_nats`, a pure function; 0 at the largest width without any loss."""
-    latency = (speedup - 1).float()
-    quality = (kl_weight * output_kl_nats).float()
-    return RewardTerms(latency - quality, latency, quality)
-
-
-class ActionMap:
-    """Turns actions into bit-widths.
-
-    Args:
-        profile: Gives the stored widths and, for `num_low_units`, the order of the units.
-        config: Which form.
-
-    Raises:
-        InputError: If `low_width` or `high_width` is not stored.
-    """
-
-    def __init__(self, profile: Profile, config: EnvConfig) -> None:
-        self.config = config
-        self.bit_widths = torch.tensor(profile.bit_widths)
-        self.num_units = len(profile.sensitivity)
-        if config.action == "num_low_units":
-            for name, width in (("low_width", config.low_width), ("high_width", config.high_width)):
-                if width not in profile.bit_widths:
-                    raise InputError(f"{name}={width} is not stored; choose one of {profile.bit_widths}")
-            column = profile.bit_widths.index(config.low_width)
-            rank = torch.empty(self.num_units, dtype=torch.int64)
-            rank[profile.sensitivity[:, column].argsort(stable=True)] = torch.arange(self.num_units)
-            self._rank = rank
+class Task(Protocol):
+    """What an action means, what a step earns and what is seen, for R episodes at once."""
 
     @property
-    def choices(self) -> list[int]:
-        """Sizes of the discrete action: `[W] * U`, or `[U + 1]`."""
-        if self.config.action == "num_low_units":
-            return [self.num_units + 1]
-        return [len(self.bit_widths)] * self.num_units
+    def action_space(self) -> gym.Space[Any]:
+        """Actions of one episode."""
 
-    def to_bit_widths(self, actions: Tensor) -> Tensor:
-        """`[R, len(choices)]` int64 -> `[R, U]` int64 bit-widths."""
-        if self.config.action == "num_low_units":
-            return torch.where(self._rank < actions.view(-1, 1), self.config.low_width, self.config.high_width)
-        return self.bit_widths[actions]
+    @property
+    def observation_space(self) -> gym.spaces.Box:
+        """Observations of one episode."""
 
-    def from_bit_widths(self, bit_widths: Tensor) -> Tensor:
-        """Inverse of `to_bit_widths`, for imitation: `[R, U]` -> actions."""
-        if self.config.action == "num_low_units":
-            return (bit_widths == self.config.low_width).sum(-1, keepdim=True)
-        return torch.searchsorted(self.bit_widths, bit_widths.contiguous())
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the elements of an observation, in order."""
+
+    def start(self, episodes: Episodes, rows: Tensor) -> None:
+        """Learns that rows `[R']` have just started."""
+
+    def to_decision(self, actions: Tensor) -> Decision:
+        """Actions `[R, ...]` int64 to the decision of a step."""
+
+    def to_actions(self, decision: Decision) -> Tensor:
+        """The inverse of `to_decision`, for imitation."""
+
+    def reward(self, facts: StepFacts) -> Reward:
+        """What a step earns."""
+
+    def observation(self, signals: Tensor) -> Tensor:
+        """Signals `[R, dim]` to observations, `[R, ...]` float32 within the space."""
+
+
+def info_columns(facts: StepFacts, reward: Reward) -> dict[str, Tensor]:
+    """What `info` says of a step: the terms of the reward, the facts that they come from, the dial; each `[R]`."""
+    return {
+        **reward.terms,
+        "output_kl_nats": facts.output_kl_nats,
+        "latency_ms": facts.latency_ms.float(),
+        "mean_bit_width": facts.mean_bit_width,
+        "kl_weight": facts.kl_weight,
+    }
+
+
+class LossyTask:
+    """The token of every step is kept, whatever its widths: time saved is weighed against output KL.
+
+    With a `static` allocator the reward is the *advantage over the best static allocation at the row's dial* on the
+    same token. What is subtracted depends on no action, so the best policy is the same, and the noise of easy and hard
+    text is gone.
+
+    Args:
+        model: The model that is decoded with.
+        profile: Profile of the model; gives the order of the units for `num_low_units`.
+        config: Form of the action, dial.
+        static: Gives the control variate's allocation; None for no control variate. With `source="replay"` only. A task
+            with one belongs to one batch of episodes.
+
+    Raises:
+        InputError: If `low_width` or `high_width` is not stored, or a control variate is asked for in free text.
+    """
+
+    def __init__(
+        self, model: DecoderModel, profile: Profile, config: EnvConfig, *, static: StaticAllocator | None = None
+    ) -> None:
+        if static is not None and config.source == "free":
+            raise InputError("a control variate needs source=replay: with source=free the text depends on the actions")
+        self._config = config
+        self._static = static
+        self._static_reward: Tensor | None = None  # [R, max_new_tokens]
+        self._bit_widths = torch.tensor(model.bit_widths)
+        self._schema = SignalSchema(model.num_units, model.bit_widths)
+        self._unit_names = tuple(unit.name for unit in model.units)
+        self._rank = torch.empty(model.num_units, dtype=torch.int64)
+        if config.action == "num_low_units":
+            for name, width in (("low_width", config.low_width), ("high_width", config.high_width)):
+                if width not in model.bit_widths:
+                    raise InputError(f"{name}={width} is not stored; choose one of {model.bit_widths}")
+            sensitivity = profile.sensitivity[:, model.bit_widths.index(config.low_width)]
+            self._rank[sensitivity.argsort(stable=True)] = torch.arange(model.num_units)
+
+    @property
+    def action_space(self) -> gym.Space[Any]:
+        """The index of a stored width for every unit, or how many units run low."""
+        if self._config.action == "num_low_units":
+            return gym.spaces.Discrete(self._schema.num_units + 1)
+        return gym.spaces.MultiDiscrete([len(self._bit_widths)] * self._schema.num_units)
+
+    @property
+    def observation_space(self) -> gym.spaces.Box:
+        """The signals."""
+        return gym.spaces.Box(-SIGNAL_LIMIT, SIGNAL_LIMIT, (self._schema.dim,), dtype=np.float32)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Signals of the token, then `<unit>/<signal>` for every unit."""
+        of_units = (f"{unit}/{signal}" for unit in self._unit_names for signal in self._schema.unit_names)
+        return (*self._schema.global_names, *of_units)
+
+    def start(self, episodes: Episodes, rows: Tensor) -> None:
+        """Computes what the static allocation earns at every token of the rows' text."""
+        if self._static is None:
+            return
+        if self._static_reward is None:
+            self._static_reward = torch.zeros(episodes.num_rows, self._config.max_new_tokens)
+        kl_weight = episodes.kl_weight[rows]
+        widths = self._static(kl_weight)
+        kl = episodes.text_kl_nats(rows, widths)
+        speedup = episodes.cost.speedup(widths)[:, None]
+        self._static_reward[rows] = lossy_reward(speedup, kl, kl_weight[:, None]).total
+
+    def to_decision(self, actions: Tensor) -> Decision:
+        """Actions `[R, U]`, or `[R]` with `num_low_units`, to bit-widths."""
+        if self._config.action == "num_low_units":
+            low = self._rank < actions.view(-1, 1)
+            return Decision(torch.where(low, self._config.low_width, self._config.high_width))
+        return Decision(self._bit_widths[actions])
+
+    def to_actions(self, decision: Decision) -> Tensor:
+        """See `Task.to_actions`."""
+        if self._config.action == "num_low_units":
+            return (decision.bit_widths == self._config.low_width).sum(-1)
+        return torch.searchsorted(self._bit_widths, decision.bit_widths.contiguous())
+
+    def reward(self, facts: StepFacts) -> Reward:
+        """`speedup - 1 - kl_weight * output_kl_nats`, less what the static allocation earns at the same token."""
+        speedup = (facts.full_latency_ms / facts.latency_ms).float()
+        plain = lossy_reward(speedup, facts.output_kl_nats, facts.kl_weight)
+        if self._static_reward is None:
+            return plain
+        rows = torch.arange(len(facts.position))
+        return Reward(plain.total - self._static_reward[rows, facts.position], plain.terms)
+
+    def observation(self, signals: Tensor) -> Tensor:
+        """The signals as they are."""
+        return signals
+
+
+def lossy_reward(speedup: Tensor, output_kl_nats: Tensor, kl_weight: Tensor) -> Reward:
+    """`speedup - 1 - kl_weight * output_kl_nats`, a pure function; 0 at the largest width without any loss.
+
+    Its terms are `reward_plain`, the total; `reward_latency`, `speedup - 1`; `reward_quality`, the KL's cost; and
+    `speedup`.
+    """
+    latency = (speedup - 1).float()
+    quality = (kl_weight * output_kl_nats).float()
+    total = latency - quality
+    return Reward(
+        total,
+        {"reward_plain": total, "reward_latency": latency, "reward_quality": quality, "speedup": speedup.float()},
+    )
 
 
 def draw_kl_weight(generator: np.random.Generator, config: EnvConfig) -> float:

@@ -1,11 +1,10 @@
-"""The batched environment for stable-baselines3: N episodes through one model pass per step."""
+"""The vector environment with stable-baselines3's interface, restartable bit for bit: what training runs on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,58 +12,31 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 from torch import Tensor
 
-from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.control.signals import SIGNAL_LIMIT
-from flexquant_rl.engine.decoding.decoder import Decoder
-from flexquant_rl.fq_env.batch import BatchStep, DecodeBatch, StaticAllocator
-from flexquant_rl.fq_env.task import ActionMap, EnvConfig, draw_kl_weight
+from flexquant_rl.fq_env.episodes import Episodes, StepFacts
+from flexquant_rl.fq_env.task import Reward, Task, draw_kl_weight, info_columns
 
 
 class DecodeVecEnv(VecEnv):
-    """N `FlexQuant/Decode-v0` episodes in lockstep, with automatic restart.
-
-    With a `static` allocator the reward is the *advantage over the best static allocation at the row's dial* on the
-    same token; `info` always carries the plain reward and its terms. What is subtracted does not depend on any action,
-    so the best policy is the same and the noise of easy and hard text is gone.
+    """R episodes in lockstep, with automatic restart. One generator draws for all rows.
 
     Args:
-        session: N rows of `config.window_tokens - 1` tokens.
-        profile: Of the model.
-        windows: `[n, window_tokens]` int64 to draw prompts from.
-        config: Shape of the episodes.
-        num_envs: N.
-        seed: Of prompts, dials and sampling.
-        eos_token_id: Ends an episode.
-        static: Control variate.
+        episodes: R rows.
+        task: What actions mean, what steps earn, what is seen.
+        seed: Seed of prompts, dials and sampling.
     """
 
-    def __init__(
-        self,
-        session: Decoder,
-        profile: Profile,
-        windows: Tensor,
-        config: EnvConfig,
-        *,
-        num_envs: int,
-        seed: int = 0,
-        eos_token_id: int | None = None,
-        static: StaticAllocator | None = None,
-    ) -> None:
-        self.batch = DecodeBatch(session, profile, config, num_rows=num_envs, eos_token_id=eos_token_id, static=static)
-        self.actions_map = ActionMap(profile, config)
-        self.last_step: BatchStep | None = None
-        self._windows = windows
-        self._config = config
+    def __init__(self, episodes: Episodes, task: Task, *, seed: int = 0) -> None:
+        self.episodes = episodes
+        self.task = task
+        self.feature_names = task.feature_names
+        self.last_facts: StepFacts | None = None
+        self.last_reward: Reward | None = None
+        self.render_mode = None
         self._rng = np.random.default_rng(seed)
         self._restart_state: dict[str, Any] = {}
         self._aligned = False
         self._pending: Tensor | None = None
-        self.render_mode = None
-        super().__init__(
-            num_envs,
-            gym.spaces.Box(-SIGNAL_LIMIT, SIGNAL_LIMIT, (self.batch.schema.dim,), dtype=np.float32),
-            gym.spaces.MultiDiscrete(self.actions_map.choices),
-        )
+        super().__init__(episodes.num_rows, task.observation_space, task.action_space)
 
     @property
     def aligned(self) -> bool:
@@ -89,44 +61,45 @@ class DecodeVecEnv(VecEnv):
 
     def _start(self, rows: Tensor) -> None:
         count = len(rows)
-        picks = self._rng.integers(len(self._windows), size=count)
-        dials = [draw_kl_weight(self._rng, self._config) for _ in range(count)]
+        windows = self._rng.integers(len(self.episodes.windows), size=count)
+        dials = [draw_kl_weight(self._rng, self.episodes.config) for _ in range(count)]
         seeds = self._rng.integers(1 << 62, size=count)
-        self.batch.reset(rows, self._windows[torch.from_numpy(picks)], torch.tensor(dials), torch.from_numpy(seeds))
+        self.episodes.start(rows, torch.from_numpy(windows), torch.tensor(dials), torch.from_numpy(seeds))
+        self.task.start(self.episodes, rows)
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Takes the actions `[N, len(action)]`."""
-        self._pending = torch.as_tensor(actions, dtype=torch.int64).view(self.num_envs, -1)
+        """Takes the actions of all rows."""
+        self._pending = torch.as_tensor(actions, dtype=torch.int64)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Decodes one token in every row."""
+        """Decodes one token in every row and restarts the rows that end with it."""
         assert self._pending is not None, "step_async() first"
-        result = self.batch.step(self.actions_map.to_bit_widths(self._pending))
+        facts = self.episodes.step(self.task.to_decision(self._pending))
+        reward = self.task.reward(facts)
         self._pending = None
         self._aligned = False
-        self.last_step = result
-        rewards = (result.reward.total - result.static_reward).numpy()
-        dones = (result.terminated | result.truncated).numpy()
-        infos: list[dict[str, Any]] = [*result.infos(self.batch.kl_weight)]
+        self.last_facts, self.last_reward = facts, reward
+        infos = _rows(info_columns(facts, reward))
         observations = self._observations()
-        if dones.any():
-            for row in dones.nonzero()[0]:
+        ended = (facts.terminated | facts.truncated).numpy()
+        if ended.any():
+            for row in ended.nonzero()[0]:
                 infos[row]["terminal_observation"] = observations[row].copy()
-                infos[row]["TimeLimit.truncated"] = bool(result.truncated[row])
-            if dones.all():
+                infos[row]["TimeLimit.truncated"] = bool(facts.truncated[row])
+            if ended.all():
                 observations = self.reset()
             else:
-                self._start(torch.from_numpy(dones.nonzero()[0]))
+                self._start(torch.from_numpy(ended.nonzero()[0]))
                 observations = self._observations()
-        return observations, rewards, dones, infos
+        return observations, reward.total.numpy(), ended, infos
 
     def _observations(self) -> NDArray[np.float32]:
-        observations: NDArray[np.float32] = self.batch.signals().cpu().numpy()
+        observations: NDArray[np.float32] = self.task.observation(self.episodes.signals()).cpu().numpy()
         return observations
 
     def close(self) -> None:
-        """Frees the sessions."""
-        self.batch.close()
+        """Frees the decoders."""
+        self.episodes.close()
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds prompts, dials and sampling from the next reset on."""
@@ -150,3 +123,9 @@ class DecodeVecEnv(VecEnv):
     def env_is_wrapped(self, wrapper_class: Any, indices: VecEnvIndices = None) -> list[bool]:
         """Rows are never wrapped."""
         return [False] * len(list(self._get_indices(indices)))
+
+
+def _rows(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Columns `[R]` as one dictionary for each row."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]

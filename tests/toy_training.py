@@ -15,8 +15,8 @@ from flexquant_rl.agents.policies.static import StaticFront, static_front
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo
 from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
-from flexquant_rl.fq_env.batch import DecodeBatch
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.fq_env.task import EnvConfig, LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 TOY_CONFIG = EnvConfig(prompt_tokens=4, max_new_tokens=16, kl_weight=4.0)
@@ -44,16 +44,14 @@ def toy_env(
     num_envs: int = TOY_PPO.num_envs,
     seed: int = 0,
     static: StaticFront | None = None,
+    eos_token_ids: tuple[int, ...] = (),
 ) -> DecodeVecEnv:
     """A batch of episodes on random text; `static` is the control variate."""
+    profile, windows = fake_profile(model), fake_windows(256, config.window_tokens)
     return DecodeVecEnv(
-        FakeSession(model, num_rows=num_envs),
-        fake_profile(model),
-        fake_windows(256, config.window_tokens),
-        config,
-        num_envs=num_envs,
+        Episodes(FakeSession(model, num_rows=num_envs), profile, windows, config, eos_token_ids=eos_token_ids),
+        LossyTask(model, profile, config, static=None if static is None else static.allocate),
         seed=seed,
-        static=None if static is None else static.allocate,
     )
 
 
@@ -71,12 +69,13 @@ def toy_policy(net: PrecisionNet, model: FakeModel) -> LearnedPolicy:
 def mean_reward(policy: Policy, model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFIG) -> float:
     """Mean reward per token on windows `[n, window_tokens]` at the config's dial."""
     assert config.kl_weight is not None
-    count = len(windows)
-    batch = DecodeBatch(FakeSession(model, num_rows=count), fake_profile(model), config, num_rows=count)
-    rows = torch.arange(count)
-    batch.reset(rows, windows, torch.full((count,), config.kl_weight), torch.zeros_like(rows))
-    steps = [batch.step(policy(batch.signals()).bit_widths) for _ in range(config.max_new_tokens)]
-    return float(torch.stack([step.reward.total for step in steps]).double().mean())
+    profile, rows = fake_profile(model), torch.arange(len(windows))
+    episodes = Episodes(FakeSession(model, num_rows=len(rows)), profile, windows, config)
+    task = LossyTask(model, profile, config)
+    episodes.controller.policy = policy
+    episodes.start(rows, rows, torch.full((len(rows),), config.kl_weight), torch.zeros_like(rows))
+    rewards = [task.reward(episodes.step()).total for _ in range(config.max_new_tokens)]
+    return float(torch.stack(rewards).double().mean())
 
 
 def best_reward(model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFIG) -> float:

@@ -21,8 +21,8 @@ from flexquant_rl.engine.decoding.choice import open_session
 from flexquant_rl.engine.decoding.next_token import Replay
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.fq_env.batch import DecodeBatch
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.episodes import Episodes, StepFacts
+from flexquant_rl.fq_env.task import EnvConfig, LossyTask
 
 _BOOTSTRAP_RESAMPLES = 1000
 _TIMING_WARMUP = 4
@@ -83,38 +83,34 @@ class Evaluator:
         self.model = model
         self.windows = windows
         session = DecodeSession(model, num_rows=len(windows), max_length=config.window_tokens - 1)
-        self._batch = DecodeBatch(session, profile, config, num_rows=len(windows), cost=cost)
+        self._episodes = Episodes(session, profile, windows, config, cost=cost)
+        self._task = LossyTask(model, profile, config)
 
     def run(self, policy: Policy, kl_weight: Tensor | float = 1.0) -> Trace:
         """Plays every sequence to its end; `kl_weight` is the dial, one for all or `[S]`."""
-        count = len(self.windows)
-        dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(count)
-        self._batch.reset(torch.arange(count), self.windows, dials, torch.zeros(count, dtype=torch.int64))
-        widths, steps = [], []
-        for _ in range(self._batch.config.max_new_tokens):
-            chosen = policy(self._batch.signals()).bit_widths.cpu()
-            widths.append(chosen)
-            steps.append(self._batch.step(chosen))
+        episodes, rows = self._episodes, torch.arange(len(self.windows))
+        dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(len(rows))
+        episodes.controller.policy = policy
+        episodes.start(rows, windows=rows, kl_weight=dials, seeds=torch.zeros_like(rows))
+        steps = [episodes.step() for _ in range(episodes.config.max_new_tokens)]
 
-        cost = self._batch.cost
-
-        def column(get: Callable[[Any], Tensor]) -> Tensor:
-            return torch.stack([get(step) for step in steps], dim=1)
+        def column(get: Callable[[StepFacts], Tensor]) -> Tensor:
+            return torch.stack([get(facts) for facts in steps], dim=1)
 
         return Trace(
-            bit_widths=torch.stack(widths, dim=1),
-            output_kl_nats=column(lambda step: step.output_kl_nats),
-            token_nll_nats=column(lambda step: step.token_nll_nats),
-            top1_agreement=column(lambda step: step.top1_agreement),
-            latency_ms=column(lambda step: step.latency_ms),
-            mean_bit_width=column(lambda step: step.mean_bit_width),
-            full_latency_ms=float(cost.latency_ms(cost.full_width())),
-            reward=column(lambda step: step.reward.total),
+            bit_widths=column(lambda facts: facts.decision.bit_widths),
+            output_kl_nats=column(lambda facts: facts.output_kl_nats),
+            token_nll_nats=column(lambda facts: facts.token_nll_nats),
+            top1_agreement=column(lambda facts: facts.top1_agreement),
+            latency_ms=column(lambda facts: facts.latency_ms.float()),
+            mean_bit_width=column(lambda facts: facts.mean_bit_width),
+            full_latency_ms=steps[0].full_latency_ms,
+            reward=column(lambda facts: self._task.reward(facts).total),
         )
 
     def close(self) -> None:
         """Frees the session."""
-        self._batch.session.close()
+        self._episodes.close()
 
 
 def summarise(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexquant_rl.agents.policies.static import StaticFront
-from flexquant_rl.engine.control.policy import PrecisionNet
+from flexquant_rl.engine.control.policy import Decision, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
@@ -27,12 +27,12 @@ def collect_signals(env: DecodeVecEnv, front: StaticFront, generator: torch.Gene
     """
     signals = []
     observations = torch.as_tensor(env.reset())
-    for _ in range(env.batch.config.max_new_tokens):
+    for _ in range(env.episodes.config.max_new_tokens):
         signals.append(observations)
-        columns = torch.searchsorted(env.actions_map.bit_widths, front.allocate(env.batch.kl_weight))
+        columns = env.task.to_actions(Decision(front.allocate(env.episodes.kl_weight)))
         shift = torch.randint(-1, 2, columns.shape, generator=generator)
         moved = torch.rand(columns.shape, generator=generator) < 0.2
-        columns = (columns + shift * moved).clamp(0, len(env.actions_map.bit_widths) - 1)
+        columns = (columns + shift * moved).clamp(0, len(env.episodes.model.bit_widths) - 1)
         observations = torch.as_tensor(env.step(columns.numpy())[0])
     return torch.cat(signals)
 

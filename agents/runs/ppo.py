@@ -82,7 +82,7 @@ def build_ppo(env: DecodeVecEnv, config: PPOConfig, *, seed: int, device: str = 
         UnitSharedPolicy,
         env,
         learning_rate=lambda remaining: config.learning_rate * remaining,
-        n_steps=env.batch.config.max_new_tokens,
+        n_steps=env.episodes.config.max_new_tokens,
         batch_size=config.batch_size,
         n_epochs=config.num_epochs,
         gamma=config.gamma,
@@ -90,7 +90,7 @@ def build_ppo(env: DecodeVecEnv, config: PPOConfig, *, seed: int, device: str = 
         clip_range=config.clip_range,
         ent_coef=config.entropy_coefficient,
         vf_coef=config.value_coefficient,
-        policy_kwargs={"schema": env.batch.schema},
+        policy_kwargs={"schema": env.episodes.schema},
         seed=seed,
         device=device,
     )
@@ -166,19 +166,18 @@ class TrainingCallback(BaseCallback):
             self.best_state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
     def _on_step(self) -> bool:
-        step = self._env.last_step
-        assert step is not None
+        facts, reward = self._env.last_facts, self._env.last_reward
+        assert facts is not None and reward is not None
         values = {
-            "reward/total": step.reward.total,
-            "reward/quality": -step.reward.quality,
-            "reward/latency": step.reward.latency,
-            "reward/over_static": step.reward.total - step.static_reward,
-            "bits/mean": step.mean_bit_width,
-            "quality/output_kl_nats": step.output_kl_nats,
-            "latency/modelled_ms": step.latency_ms,
+            "reward/total": reward.terms["reward_plain"],
+            "reward/quality": -reward.terms["reward_quality"],
+            "reward/latency": reward.terms["reward_latency"],
+            "reward/over_static": reward.total,
+            "bits/mean": facts.mean_bit_width,
+            "quality/output_kl_nats": facts.output_kl_nats,
+            "latency/modelled_ms": facts.latency_ms,
         }
-        widths = self._env.actions_map.to_bit_widths(torch.as_tensor(self.locals["actions"], dtype=torch.int64))
-        for unit, column in enumerate(widths.float().mean(0).tolist()):
+        for unit, column in enumerate(facts.decision.bit_widths.float().mean(0).tolist()):
             self._add(f"bits/unit_{unit}", column)
         for tag, tensor in values.items():
             self._add(tag, float(tensor.mean()))

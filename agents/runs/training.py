@@ -31,7 +31,9 @@ from flexquant_rl.engine.control.policy import (
 )
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.prompts import spread
+from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 
@@ -104,14 +106,11 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
         return SeedResult(seed, policy, scores["cloned"], scores["best"], scores["env_steps_per_s"])
     validation = Validation(prepared, config.validation_sequences)
     session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
+    static = prepared.front.allocate if prepared.env.source == "replay" else None
     env = DecodeVecEnv(
-        session,
-        prepared.profile,
-        prepared.windows.train,
-        prepared.env,
-        num_envs=config.ppo.num_envs,
+        Episodes(session, prepared.profile, prepared.windows.train, prepared.env),
+        LossyTask(prepared.model, prepared.profile, prepared.env, static=static),
         seed=seed,
-        static=prepared.front.allocate if prepared.env.source == "replay" else None,
     )
     ppo = build_ppo(env, config.ppo, seed=seed, device=config.device)
     bar = StepBar(f"PPO seed {seed}", config.env_steps)
@@ -135,14 +134,14 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     bar.close()
     env.close()
     precision_net(ppo).load_state_dict(callback.best_state)
-    exported = PrecisionNet(env.batch.schema)
+    exported = PrecisionNet(env.episodes.schema)
     exported.load_state_dict({name: tensor.cpu() for name, tensor in callback.best_state.items()})
     policy = LearnedPolicy(exported, _trained_card(config, prepared, callback, rate), f"ppo seed {seed}")
     # A resume takes `policy` for finished, so it gets its name only when it has been checked.
     unchecked = directory / "policy.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
     policy.save(unchecked, prepared.profile)
-    recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, env.batch.schema.dim)
+    recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, exported.schema.dim)
     check_parity(unchecked, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0])
     unchecked.rename(policy_dir)
     scores = f"{callback.first_score:+.4f} cloned, {callback.best_score:+.4f} best"

@@ -105,14 +105,15 @@ class TorchController:
 
     Args:
         model: The model.
-        policy: The policy; None where decisions come from elsewhere, as an environment's actions do.
+        policy: The policy; None where decisions come from elsewhere, as an environment's actions do. It may be
+            exchanged between steps: policies keep no state.
         profile: The profile that the policy was trained with.
         num_rows: R.
     """
 
     def __init__(self, model: DecoderModel, policy: Policy | None, profile: Profile, num_rows: int = 1) -> None:
         self._model = model
-        self._policy = policy
+        self.policy = policy
         self.schema = SignalSchema(model.num_units, model.bit_widths)
         self.tracker = SignalTracker(self.schema, profile, model.embedding_matrix(), unit_depths(model), num_rows)
 
@@ -126,8 +127,8 @@ class TorchController:
 
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
-        assert self._policy is not None, "without a policy every step is given its decision"
-        decision = self._policy(self.tracker.signals(rows))
+        assert self.policy is not None, "without a policy every step is given its decision"
+        decision = self.policy(self.tracker.signals(rows))
         return Decision(decision.bit_widths.cpu(), decision.verify)
 
     def update(

@@ -57,7 +57,7 @@ def trained() -> tuple[PPO, Tensor]:
     signals = collect_signals(env, front, generator)[:1000]
     dials = front.dial_range()
     clone(precision_net(ppo), signals, front, fake_profile(MODEL), dials, num_steps=60, generator=generator)
-    names = env.batch.schema
+    names = env.episodes.schema
     low, high = torch.tensor(dials).log10().tolist()
     signals[:, names.index("dial")] = low + (high - low) * torch.rand(len(signals), generator=generator)
     return ppo, signals

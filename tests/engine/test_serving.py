@@ -27,7 +27,7 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.serving import Engine, encode, generate
-from flexquant_rl.fq_env.batch import DecodeBatch
+from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import EnvConfig
 
 PROMPT = torch.tensor([1, 104, 101, 108, 108, 111])
@@ -168,21 +168,21 @@ def test_time_between_tokens_is_the_readers(nested_model: NestedCausalLM, profil
 def test_policy_sees_what_the_environment_shows(nested_model: NestedCausalLM, profile: Profile) -> None:
     """The same prompt, dial and policy in training's environment: the same signals, widths and tokens."""
     config = EnvConfig(prompt_tokens=len(PROMPT), max_new_tokens=9, source="free")
-    batch = DecodeBatch(DecodeSession(nested_model, max_length=config.window_tokens), profile, config, num_rows=1)
     window = torch.zeros(1, config.window_tokens, dtype=torch.int64)
     window[0, : len(PROMPT)] = PROMPT
-    batch.reset(torch.tensor([0]), window, torch.tensor([7.0]), torch.tensor([0]))
-    in_training, widths = Alternating(), []
-    for _ in range(9):
-        widths.append(in_training(batch.signals()).bit_widths)
-        batch.step(widths[-1])
+    session = DecodeSession(nested_model, max_length=config.window_tokens)
+    episodes = Episodes(session, profile, window, config)
+    in_training, zero = Alternating(), torch.tensor([0])
+    episodes.controller.policy = in_training
+    episodes.start(zero, zero, torch.tensor([7.0]), zero)
+    widths = [episodes.step().decision.bit_widths for _ in range(9)]
     served = Alternating()
     # The lean decoder rounds activations to int8: close to training, not equal to it.
     tokens = tokens_of(nested_model, profile, served, count=10, decoder="hf")
     torch.testing.assert_close(torch.cat(served.seen), torch.cat(in_training.seen), atol=1e-5, rtol=1e-5)
     assert [token.bit_widths.tolist() for token in tokens[1:]] == torch.cat(widths).tolist()
     assert len({tuple(token.bit_widths.tolist()) for token in tokens[1:]}) == 2
-    read = batch._tokens[0, len(PROMPT) : len(PROMPT) + 10].tolist()
+    read = episodes._tokens[0, len(PROMPT) : len(PROMPT) + 10].tolist()
     assert ids(tokens) == read
 
 

@@ -7,26 +7,88 @@ import itertools
 import math
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from fake_session import FakeModel, fake_profile
+from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 
+from flexquant_rl.engine.control.policy import Decision
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.fq_env.task import ActionMap, EnvConfig, draw_kl_weight, reward_terms
+from flexquant_rl.fq_env.episodes import Episodes, StepFacts
+from flexquant_rl.fq_env.task import EnvConfig, LossyTask, draw_kl_weight, info_columns
 
 
-def test_reward_is_speedup_minus_one_minus_weighted_kl() -> None:
-    terms = reward_terms(
-        torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64),
-        torch.tensor([0.0, 0.01, 0.2]),
-        torch.tensor([100.0, 20.0, 3.0]),
+def facts_of(latency_ms: list[float], output_kl_nats: list[float], kl_weight: list[float]) -> StepFacts:
+    """Facts of a first step, a full-width step taking 6 ms."""
+    count = len(latency_ms)
+    return StepFacts(
+        decision=Decision(torch.full((count, 4), 4)),
+        position=torch.zeros(count, dtype=torch.int64),
+        kl_weight=torch.tensor(kl_weight),
+        output_kl_nats=torch.tensor(output_kl_nats),
+        token_nll_nats=torch.zeros(count),
+        top1_agreement=torch.ones(count, dtype=torch.bool),
+        latency_ms=torch.tensor(latency_ms, dtype=torch.float64),
+        full_latency_ms=6.0,
+        mean_bit_width=torch.full((count,), 4.0),
+        terminated=torch.zeros(count, dtype=torch.bool),
+        truncated=torch.zeros(count, dtype=torch.bool),
     )
-    torch.testing.assert_close(terms.latency, torch.tensor([0.0, 0.5, 1.0]))
-    torch.testing.assert_close(terms.quality, torch.tensor([0.0, 0.2, 0.6]))
-    torch.testing.assert_close(terms.total, torch.tensor([0.0, 0.3, 0.4]))
-    assert {term.dtype for term in (terms.total, terms.latency, terms.quality)} == {torch.float32}
+
+
+def test_reward_is_speedup_minus_one_minus_weighted_kl(fake_model: FakeModel, fake_model_profile: Profile) -> None:
+    facts = facts_of([6.0, 4.0, 3.0], [0.0, 0.01, 0.2], [100.0, 20.0, 3.0])
+    reward = LossyTask(fake_model, fake_model_profile, EnvConfig()).reward(facts)
+    torch.testing.assert_close(reward.total, torch.tensor([0.0, 0.3, 0.4]))
+    torch.testing.assert_close(reward.terms["reward_latency"], torch.tensor([0.0, 0.5, 1.0]))
+    torch.testing.assert_close(reward.terms["reward_quality"], torch.tensor([0.0, 0.2, 0.6]))
+    torch.testing.assert_close(reward.terms["speedup"], torch.tensor([1.0, 1.5, 2.0]))
+    assert torch.equal(reward.terms["reward_plain"], reward.total)
+    assert {term.dtype for term in (reward.total, *reward.terms.values())} == {torch.float32}
+
+
+def test_info_holds_the_terms_the_facts_and_the_dial(fake_model: FakeModel, fake_model_profile: Profile) -> None:
+    facts = facts_of([3.0], [0.2], [5.0])
+    reward = LossyTask(fake_model, fake_model_profile, EnvConfig()).reward(facts)
+    info = {name: column.tolist() for name, column in info_columns(facts, reward).items()}
+    assert info == {
+        "reward_plain": [0.0],
+        "reward_latency": [1.0],
+        "reward_quality": [1.0],
+        "speedup": [2.0],
+        "output_kl_nats": [pytest.approx(0.2)],
+        "latency_ms": [3.0],
+        "mean_bit_width": [4.0],
+        "kl_weight": [5.0],
+    }
+
+
+def test_control_variate_needs_a_fixed_text(fake_model: FakeModel, fake_model_profile: Profile) -> None:
+    with pytest.raises(InputError, match="a control variate needs source=replay"):
+        LossyTask(fake_model, fake_model_profile, EnvConfig(source="free"), static=lambda dials: dials)
+
+
+def test_every_feature_has_a_name(fake_model: FakeModel, fake_model_profile: Profile) -> None:
+    task = LossyTask(fake_model, fake_model_profile, EnvConfig())
+    names = task.feature_names
+    assert (len(names),) == task.observation_space.shape
+    assert len(set(names)) == len(names)
+    assert names[0] == "token_entropy"
+    assert names[-1] == "head/depth"
+    config = EnvConfig(prompt_tokens=3, max_new_tokens=4)
+    episodes = Episodes(FakeSession(fake_model), fake_model_profile, fake_windows(1, config.window_tokens), config)
+    zero = torch.tensor([0])
+    episodes.start(zero, zero, torch.tensor([50.0]), zero)
+    episodes.step(Decision(torch.tensor([[3, 4, 5, 8]])))
+    named = dict(zip(names, task.observation(episodes.signals())[0].tolist(), strict=True))
+    assert named["dial"] == pytest.approx(math.log10(50))
+    assert named["position"] == pytest.approx(math.log1p(1) / 4)
+    assert [named[f"{unit.name}/last_width"] * 8 for unit in fake_model.units] == [3, 4, 5, 8]
+    sensitivity = fake_model_profile.sensitivity.clamp_min(1e-6).log10() / 2
+    for index, unit in enumerate(fake_model.units):
+        assert named[f"{unit.name}/log_sensitivity_4"] == pytest.approx(float(sensitivity[index, 1]))
 
 
 def test_window_holds_prompt_continuation_and_last_target() -> None:
@@ -73,15 +135,17 @@ def test_dial_is_fixed_or_drawn_log_uniformly() -> None:
 
 
 def test_bit_width_actions_cover_all_allocations(fake_model: FakeModel, fake_model_profile: Profile) -> None:
-    actions = ActionMap(fake_model_profile, EnvConfig())
-    assert actions.choices == [5, 5, 5, 5]
+    task = LossyTask(fake_model, fake_model_profile, EnvConfig())
+    assert task.action_space == gym.spaces.MultiDiscrete([5, 5, 5, 5])
     every = torch.tensor(list(itertools.product(range(5), repeat=4)))
-    widths = actions.to_bit_widths(every)
+    decision = task.to_decision(every)
+    widths = decision.bit_widths
     assert sorted(set(widths.flatten().tolist())) == list(fake_model.bit_widths)
     assert len(widths.unique(dim=0)) == 5**4
     assert torch.equal(widths[0], torch.tensor([3, 3, 3, 3]))
     assert torch.equal(widths[-1], torch.tensor([8, 8, 8, 8]))
-    assert torch.equal(actions.from_bit_widths(widths), every)
+    assert decision.verify
+    assert torch.equal(task.to_actions(decision), every)
 
 
 def test_num_low_units_takes_the_least_sensitive_first(fake_model: FakeModel) -> None:
@@ -89,22 +153,24 @@ def test_num_low_units_takes_the_least_sensitive_first(fake_model: FakeModel) ->
         fake_profile(fake_model), sensitivity=torch.tensor([0.3, 0.1, 0.4, 0.2])[:, None].expand(-1, 5)
     )
     config = EnvConfig(action="num_low_units", low_width=4, high_width=6)
-    actions = ActionMap(profile, config)
-    assert actions.choices == [5]
-    counts = torch.arange(5)[:, None]
-    widths = actions.to_bit_widths(counts)
-    assert widths.tolist() == [[6, 6, 6, 6], [6, 4, 6, 6], [6, 4, 6, 4], [4, 4, 6, 4], [4, 4, 4, 4]]
-    assert torch.equal(actions.from_bit_widths(widths), counts)
+    task = LossyTask(fake_model, profile, config)
+    assert task.action_space == gym.spaces.Discrete(5)
+    counts = torch.arange(5)
+    decision = task.to_decision(counts)
+    assert decision.bit_widths.tolist() == [[6, 6, 6, 6], [6, 4, 6, 6], [6, 4, 6, 4], [4, 4, 6, 4], [4, 4, 4, 4]]
+    assert torch.equal(task.to_actions(decision), counts)
 
 
 def test_equal_sensitivities_keep_the_order_of_the_units(fake_model: FakeModel) -> None:
     profile = dataclasses.replace(fake_profile(fake_model), sensitivity=torch.ones(4, 5))
-    widths = ActionMap(profile, EnvConfig(action="num_low_units")).to_bit_widths(torch.tensor([[2]]))
-    assert widths.tolist() == [[4, 4, 8, 8]]
+    task = LossyTask(fake_model, profile, EnvConfig(action="num_low_units"))
+    assert task.to_decision(torch.tensor([2])).bit_widths.tolist() == [[4, 4, 8, 8]]
 
 
 @pytest.mark.parametrize("fields", [{"low_width": 2}, {"high_width": 7}])
-def test_widths_that_are_not_stored_are_refused(fake_model_profile: Profile, fields: dict[str, int]) -> None:
+def test_widths_that_are_not_stored_are_refused(
+    fake_model: FakeModel, fake_model_profile: Profile, fields: dict[str, Any]
+) -> None:
     (name,) = fields
     with pytest.raises(InputError, match=rf"{name}={fields[name]} is not stored; choose one of \(3, 4, 5, 6, 8\)"):
-        ActionMap(fake_model_profile, EnvConfig(action="num_low_units", **fields))  # type: ignore[arg-type]
+        LossyTask(fake_model, fake_model_profile, EnvConfig(action="num_low_units", **fields))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
-from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.decoding.session import DecodeSession
-from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.fq_env.precision_env import PrecisionEnv
-from flexquant_rl.fq_env.prompts import load_windows
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.fq_env.making import make_environment, make_episodes
+from flexquant_rl.fq_env.task import EnvConfig, LossyTask, StaticAllocator
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 PROMPT, STEPS = 4, 5
@@ -32,12 +30,20 @@ def static_six(kl_weight: Tensor) -> Tensor:
 
 
 def fake_env(
-    num_envs: int = 3, *, config: EnvConfig = CONFIG, windows: Tensor | None = None, **options: Any
+    num_envs: int = 3,
+    *,
+    config: EnvConfig = CONFIG,
+    windows: Tensor | None = None,
+    static: StaticAllocator | None = None,
+    eos_token_ids: tuple[int, ...] = (),
+    seed: int = 0,
 ) -> DecodeVecEnv:
     model = FakeModel(carry=0.5)
+    profile = fake_profile(model)
     windows = fake_windows(8, config.window_tokens) if windows is None else windows
     session = FakeSession(model, num_rows=num_envs)
-    return DecodeVecEnv(session, fake_profile(model), windows, config, num_envs=num_envs, **options)
+    episodes = Episodes(session, profile, windows, config, eos_token_ids=eos_token_ids)
+    return DecodeVecEnv(episodes, LossyTask(model, profile, config, static=static), seed=seed)
 
 
 def random_actions(num_steps: int, num_envs: int, num_units: int = 4, *, seed: int = 0) -> np.ndarray:
@@ -47,7 +53,7 @@ def random_actions(num_steps: int, num_envs: int, num_units: int = 4, *, seed: i
 def test_episodes_restart_by_themselves() -> None:
     env = fake_env(static=static_six)
     actions = random_actions(3 * STEPS, 3)
-    first_step = env.batch.schema.index("position")
+    first_step = env.episodes.schema.index("position")
     observations = env.reset()
     for number, action in enumerate(actions, 1):
         before = observations
@@ -65,7 +71,9 @@ def test_episodes_restart_by_themselves() -> None:
                 assert info["TimeLimit.truncated"] is True
                 assert info["terminal_observation"][first_step] == pytest.approx(np.log1p(STEPS) / 4)
                 assert info["terminal_observation"].shape == observations[row].shape
-                assert info["kl_weight"] == pytest.approx(10 ** before[row, env.batch.schema.index("dial")], rel=1e-4)
+                assert info["kl_weight"] == pytest.approx(
+                    10 ** before[row, env.episodes.schema.index("dial")], rel=1e-4
+                )
     assert number == 3 * STEPS
 
 
@@ -87,10 +95,10 @@ def test_the_last_observation_is_that_of_a_longer_episode() -> None:
 def test_eos_ends_a_row_and_restarts_it_alone() -> None:
     windows = fake_windows(2, CONFIG.window_tokens)
     windows[0, PROMPT + 2] = EOS_TOKEN_ID
-    env = fake_env(6, windows=windows, eos_token_id=EOS_TOKEN_ID, seed=3)
-    position = env.batch.schema.index("position")
+    env = fake_env(6, windows=windows, eos_token_ids=(EOS_TOKEN_ID,), seed=3)
+    position = env.episodes.schema.index("position")
     env.reset()
-    short = (env.batch._tokens[:, PROMPT + 2] == EOS_TOKEN_ID).numpy()
+    short = (env.episodes._tokens[:, PROMPT + 2] == EOS_TOKEN_ID).numpy()
     assert 0 < short.sum() < 6, "the seed must give both kinds of row"
     actions = random_actions(2, 6)
     _, _, dones, _ = env.step(actions[0])
@@ -105,21 +113,23 @@ def test_eos_ends_a_row_and_restarts_it_alone() -> None:
     env.close()
 
 
-def test_rows_equal_single_environments(
-    tiny_model_dir: Path, text_file: Path, profile_path: Path, tiny_nested: NestedCausalLM, tiny_profile: Profile
-) -> None:
-    single = PrecisionEnv(
-        str(tiny_model_dir), [str(text_file)], profile=str(profile_path), prompt_tokens=PROMPT, max_new_tokens=STEPS
-    )
-    windows = load_windows(tiny_nested.tokenizer, CONFIG.window_tokens, [text_file]).train
-    session = DecodeSession(tiny_nested, num_rows=3, max_length=CONFIG.window_tokens - 1)
-    env = DecodeVecEnv(session, tiny_profile, windows, CONFIG, num_envs=3)
+def test_rows_equal_single_environments(tiny_model_dir: Path, text_file: Path, profile_path: Path) -> None:
+    options: dict[str, Any] = {
+        "model": str(tiny_model_dir),
+        "texts": [str(text_file)],
+        "profile": str(profile_path),
+        "prompt_tokens": PROMPT,
+        "max_new_tokens": STEPS,
+    }
+    single = make_environment(**options)
+    env = DecodeVecEnv(*make_episodes(3, **options))
     assert env.observation_space == single.observation_space
     assert env.action_space == single.action_space
 
     indices, dials = [4, 40, 400], [3.0, 30.0, 150.0]
     env.reset()
-    env.batch.reset(torch.arange(3), windows[indices], torch.tensor(dials), torch.zeros(3, dtype=torch.int64))
+    rows = torch.arange(3)
+    env.episodes.start(rows, torch.tensor(indices), torch.tensor(dials), torch.zeros_like(rows))
     actions = random_actions(STEPS, 3, 3)
     results = [env.step(action) for action in actions]
     for row in range(3):
@@ -147,7 +157,7 @@ def test_restart_repeats_the_episodes_bitwise(source: str) -> None:
         env.step(action)
     assert env.aligned
     state = json.loads(json.dumps(env.restart_state()))
-    expected = [env.batch.signals().numpy(), *(env.step(action)[0] for action in actions[STEPS:])]
+    expected = [env.episodes.signals().numpy(), *(env.step(action)[0] for action in actions[STEPS:])]
     for other in (env, fake_env(config=config, seed=99)):  # also in another process, after an interruption
         observations = [other.restart(state), *(other.step(action)[0] for action in actions[STEPS:])]
         for mine, theirs in zip(observations, expected, strict=True):
@@ -175,7 +185,7 @@ def test_seed_decides_prompts_and_dials() -> None:
 def test_dials_are_drawn_per_row_and_in_range() -> None:
     env = fake_env(64, config=EnvConfig(prompt_tokens=PROMPT, max_new_tokens=STEPS, kl_weight_min=5, kl_weight_max=50))
     env.reset()
-    dials = env.batch.kl_weight
+    dials = env.episodes.kl_weight
     assert len(dials.unique()) > 32
     assert dials.min() >= 5 - 1e-4
     assert dials.max() <= 50 + 1e-4
@@ -188,8 +198,8 @@ def test_reward_is_the_advantage_over_static() -> None:
     env = fake_env(2, windows=windows, static=static_six, seed=2)
     plain = fake_env(2, windows=windows, seed=2)
     env.reset(), plain.reset()
-    np.testing.assert_array_equal(env.batch.kl_weight, plain.batch.kl_weight)
-    dials = env.batch.kl_weight.numpy().copy()
+    np.testing.assert_array_equal(env.episodes.kl_weight, plain.episodes.kl_weight)
+    dials = env.episodes.kl_weight.numpy().copy()
     six, past = torch.full((4,), 6), 0.0
     for token in windows[0, :PROMPT]:
         past = float(model.own_kl_nats(token, torch.full((4,), 8))) + 0.5 * past
@@ -207,9 +217,10 @@ def test_reward_is_the_advantage_over_static() -> None:
 def test_flexquant_action_form() -> None:
     env = fake_env(2, config=EnvConfig(PROMPT, STEPS, action="num_low_units", low_width=3))
     env.reset()
-    env.step(np.array([[0], [4]]))
-    assert env.last_step is not None
-    assert env.last_step.mean_bit_width.tolist() == [8.0, 3.0]
+    assert env.action_space == gym.spaces.Discrete(5)
+    env.step(np.array([0, 4]))
+    assert env.last_facts is not None
+    assert env.last_facts.mean_bit_width.tolist() == [8.0, 3.0]
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["plain", "VecMonitor"])
@@ -231,6 +242,7 @@ def test_rows_share_one_configuration() -> None:
     env = fake_env(3)
     assert env.get_attr("aligned", [0, 2]) == [False, False]
     assert env.get_attr("render_mode") == [None] * 3
+    assert env.get_attr("feature_names", [1]) == [env.task.feature_names]
     assert env.env_is_wrapped(VecMonitor) == [False] * 3
     with pytest.raises(AttributeError, match="share one configuration"):
         env.set_attr("aligned", True)

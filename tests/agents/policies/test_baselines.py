@@ -22,7 +22,7 @@ from flexquant_rl.agents.policies.static import static_front
 from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.fq_env.batch import DecodeBatch
+from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import EnvConfig
 
 MODEL = FakeModel()
@@ -48,16 +48,16 @@ def test_protocol(name: str) -> None:
     policy: Policy = make_policy(name, CONTEXT)
     assert policy.name == name
     config = EnvConfig(prompt_tokens=3, max_new_tokens=6)
-    batch = DecodeBatch(FakeSession(MODEL, num_rows=5), PROFILE, config, num_rows=5)
+    episodes = Episodes(FakeSession(MODEL, num_rows=5), PROFILE, fake_windows(5, config.window_tokens), config)
+    episodes.controller.policy = policy
     rows = torch.arange(5)
-    batch.reset(rows, fake_windows(5, config.window_tokens), torch.full((5,), 4.0), torch.zeros_like(rows))
+    episodes.start(rows, rows, torch.full((5,), 4.0), torch.zeros_like(rows))
     for _ in range(6):
-        widths = policy(batch.signals()).bit_widths
+        widths = episodes.step().decision.bit_widths
         assert widths.shape == (5, 4)
         assert widths.dtype == torch.int64
         assert set(widths.flatten().tolist()) <= set(MODEL.bit_widths)
-        batch.step(widths)
-    assert policy(batch.signals()[:1]).bit_widths.shape == (1, 4)
+    assert policy(episodes.signals()[:1]).bit_widths.shape == (1, 4)
 
 
 def test_fixed_and_knapsack_ignore_the_signals() -> None:

@@ -25,7 +25,7 @@ def collect(seed: int = 0, num_envs: int = 32) -> torch.Tensor:
 
 def cloned(num_steps: int, dials: tuple[float, float] = DIALS) -> tuple[PrecisionNet, float]:
     torch.manual_seed(0)
-    net = PrecisionNet(toy_env(MODEL, num_envs=1).batch.schema)
+    net = PrecisionNet(toy_env(MODEL, num_envs=1).episodes.schema)
     generator = torch.Generator().manual_seed(0)
     return net, clone(net, collect(), FRONT, fake_profile(MODEL), dials, num_steps=num_steps, generator=generator)
 
@@ -37,7 +37,7 @@ def clone_and_agreement() -> tuple[PrecisionNet, float]:
 
 def test_signals_are_whole_episodes_at_many_dials() -> None:
     env = toy_env(MODEL, config=CONFIG, num_envs=32)
-    schema = env.batch.schema
+    schema = env.episodes.schema
     signals = collect_signals(env, FRONT, torch.Generator().manual_seed(0))
     assert signals.shape == (32 * CONFIG.max_new_tokens, schema.dim)
     assert bool(signals.isfinite().all())
@@ -76,7 +76,7 @@ def test_clone_reproduces_the_allocation_on_fresh_dials(clone_and_agreement: tup
 
 @pytest.mark.gpu
 def test_clone_on_a_gpu(device: torch.device) -> None:
-    net = PrecisionNet(toy_env(MODEL, num_envs=1).batch.schema).to(device)
+    net = PrecisionNet(toy_env(MODEL, num_envs=1).episodes.schema).to(device)
     generator = torch.Generator().manual_seed(0)
     agreement = clone(net, collect(), FRONT, fake_profile(MODEL), DIALS, num_steps=200, generator=generator)
     assert agreement > 0.8

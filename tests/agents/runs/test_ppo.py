@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_session import NUM_CLASSES, FakeModel, fake_profile, optimal_bit_widths, token_class
+from fake_session import NUM_CLASSES, FakeModel, FakeSession, fake_profile, optimal_bit_widths, token_class
 from safetensors.torch import load_file, save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import KVWriter
@@ -32,11 +32,11 @@ from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.baselines import RandomWidths
 from flexquant_rl.agents.runs.imitation import collect_signals
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.engine.control.policy import PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.policy import Decision, PrecisionNet, StaticAllocation
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
-from flexquant_rl.fq_env.batch import DecodeBatch
+from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import EnvConfig
 
 ROLLOUT = TOY_PPO.num_envs * TOY_CONFIG.max_new_tokens
@@ -92,10 +92,10 @@ def test_ppo_reads_the_token(tmp_path: Path) -> None:
     assert random_reward(model) < static
     assert 0.95 * best <= learned <= 1.0001 * best
     # And it is the token that decides: the unit that the class needs runs higher than the others.
-    batch = DecodeBatch(toy_env(model).batch.session, fake_profile(model), TOY_CONFIG, num_rows=64)
-    windows = toy_windows()
-    batch.reset(torch.arange(64), windows, torch.full((64,), TOY_CONFIG.kl_weight), torch.zeros(64, dtype=torch.int64))
-    widths = policy(batch.signals()).bit_widths
+    windows, rows = toy_windows(), torch.arange(64)
+    episodes = Episodes(FakeSession(model, num_rows=64), fake_profile(model), windows, TOY_CONFIG)
+    episodes.start(rows, rows, torch.full((64,), TOY_CONFIG.kl_weight), torch.zeros_like(rows))
+    widths = policy(episodes.signals()).bit_widths
     needed = token_class(windows[:, TOY_CONFIG.prompt_tokens]) % model.num_units
     own = widths.gather(1, needed[:, None])[:, 0]
     others = (widths.sum(1) - own) / (model.num_units - 1)
@@ -164,7 +164,7 @@ def test_returns_cross_no_episode_and_bootstrap_the_truncated_end(tmp_path: Path
 
     class Stop(TrainingCallback):
         def _on_rollout_end(self) -> None:
-            net = PrecisionNet(env.batch.schema)
+            net = PrecisionNet(env.episodes.schema)
             net.load_state_dict(precision_net(self.ppo).state_dict())
             before.append(net)
             raise KeyboardInterrupt
@@ -195,8 +195,8 @@ def test_the_control_variate_takes_away_what_static_gets(tmp_path: Path) -> None
     env = toy_env(model, config=config, num_envs=8, static=front)
     env.reset()
     for _ in range(2 * config.max_new_tokens):
-        widths = front.allocate(env.batch.kl_weight)
-        _, rewards, _, infos = env.step(env.actions_map.from_bit_widths(widths).numpy())
+        widths = front.allocate(env.episodes.kl_weight)
+        _, rewards, _, infos = env.step(env.task.to_actions(Decision(widths)).numpy())
         np.testing.assert_allclose(rewards, 0, atol=1e-5)
         assert min(abs(info["reward_plain"]) for info in infos) > 1e-3
 
@@ -432,9 +432,8 @@ def test_free_running_text_trains_too(tmp_path: Path) -> None:
     """Without replay there is no control variate, and EOS ends rows at different times: rollouts still line up."""
     model = FakeModel()
     config = EnvConfig(prompt_tokens=4, max_new_tokens=16, kl_weight=4.0, source="free", temperature=1.0)
-    env = toy_env(model, config=config, num_envs=8)
+    env = toy_env(model, config=config, num_envs=8, eos_token_ids=(7,))
     ppo, callback = toy_training(env, model, tmp_path / "checkpoint.safetensors", ppo_config=SMALL)
-    env.batch._eos_token_id = 7
     learn(ppo, callback, 2 * SMALL_ROLLOUT, tmp_path / "tensorboard")
     assert ppo.num_timesteps == 2 * SMALL_ROLLOUT
     assert all(bool(tensor.isfinite().all()) for tensor in ppo.policy.state_dict().values())

@@ -1,7 +1,8 @@
-"""The Gymnasium environment: both checkers, determinism, pickling, bounds, and what it refuses."""
+"""The registered environments: both checkers, determinism, pickling, bounds, and what they refuse."""
 
 from __future__ import annotations
 
+import math
 import pickle  # noqa: TID251  # what a process pool does with an environment
 import re
 import warnings
@@ -12,17 +13,21 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
+from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from flexquant_rl.engine import embedded
+from flexquant_rl.engine.bits_display import legend
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.fq_env import precision_env, prompts
-from flexquant_rl.fq_env.precision_env import PrecisionEnv
+from flexquant_rl.fq_env import prompts
+from flexquant_rl.fq_env.environment import Environment
+from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.fq_env.making import DecodeEnvironment, make_environment
+from flexquant_rl.fq_env.shared import forget_shared
 from flexquant_rl.fq_env.stdlib_text import StdlibSplit, stdlib_text
+from flexquant_rl.fq_env.task import EnvConfig, LossyTask
 
 IDS = ("FlexQuant/Decode-v0", "FlexQuant/MeasuredDecode-v0")
 CARD = (
@@ -48,23 +53,6 @@ def keywords(tiny_model_dir: Path, text_file: Path, profile_path: Path) -> dict[
         "prompt_tokens": 4,
         "max_new_tokens": STEPS,
     }
-
-
-def test_own_profile_sees_all_of_the_text(keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    class ProfiledError(Exception):
-        pass
-
-    def profile_model(model: object, windows: torch.Tensor, cost: object) -> None:
-        seen.append(windows)
-        raise ProfiledError
-
-    seen: list[torch.Tensor] = []
-    train = PrecisionEnv(**keywords)._windows[:, :-1]
-    monkeypatch.setattr(precision_env, "profile_model", profile_model)
-    with pytest.raises(ProfiledError):
-        PrecisionEnv(**{**keywords, "profile": None})
-    assert len(seen[0]) == 8 < len(train)
-    assert torch.equal(seen[0][[0, -1]], train[[0, -1]])
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +113,19 @@ def test_checkers_have_nothing_to_say(make: Callable[..., gym.Env[Any, Any]], na
 
 def test_flexquant_action_form_passes_the_checkers(make: Callable[..., gym.Env[Any, Any]]) -> None:
     env = make(action="num_low_units", source="free", temperature=1.0, probe_every=2).unwrapped
-    assert env.action_space == gym.spaces.MultiDiscrete([4])
+    assert env.action_space == gym.spaces.Discrete(4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gymnasium_check_env(env, skip_close_check=True)
         sb3_check_env(env)
+
+
+def test_flexquant_action_is_a_number(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    env = make(action="num_low_units", low_width=3)
+    env.reset(seed=0)
+    widths = [env.step(count)[-1]["mean_bit_width"] for count in (0, np.int64(3), np.array(1))]
+    assert widths[:2] == [8.0, 3.0]
+    assert 3 < widths[2] < 8
 
 
 @pytest.mark.parametrize("options", [{}, {"source": "free", "temperature": 1.0}], ids=["replay", "free"])
@@ -152,8 +148,8 @@ def test_unseeded_resets_go_on_in_the_same_stream(env: gym.Env[Any, Any]) -> Non
 def test_pickle_builds_the_same_environment(make: Callable[..., gym.Env[Any, Any]]) -> None:
     env = make(split="validation").unwrapped
     twin = pickle.loads(pickle.dumps(env))
-    assert isinstance(twin, PrecisionEnv)
-    assert twin.config == env.config
+    assert isinstance(twin, DecodeEnvironment)
+    assert twin.episodes.config == env.episodes.config  # type: ignore[attr-defined]
     assert_same(rollout(env, seed=1), rollout(twin, seed=1))
     twin.close()
 
@@ -207,6 +203,47 @@ def test_a_fixed_dial_is_kept(make: Callable[..., gym.Env[Any, Any]]) -> None:
     assert [env.reset(seed=seed)[1]["kl_weight"] for seed in range(3)] == [12.0] * 3
 
 
+def test_features_have_names(env: gym.Env[Any, Any]) -> None:
+    names = env.unwrapped.feature_names  # type: ignore[attr-defined]
+    observation, _ = env.reset(seed=0, options={"kl_weight": 42.0})
+    assert (len(names),) == observation.shape == env.observation_space.shape
+    assert observation[names.index("dial")] == pytest.approx(math.log10(42))
+    env.step(np.array([0, 2, 4]))
+    observation = env.step(np.array([1, 2, 4]))[0]
+    last = [observation[names.index(f"{unit}/last_width")] * 8 for unit in ("layer.0", "layer.1", "head")]
+    assert last == [4, 5, 8]
+
+
+def test_rendering_shows_the_continuation(make: Callable[..., gym.Env[Any, Any]]) -> None:
+    env = make(render_mode="ansi")
+    env.reset(seed=0, options={"window": 3})
+    for _ in range(STEPS):
+        env.step(env.action_space.sample())
+    shown = env.render()
+    assert isinstance(shown, str)
+    text, bits = shown.rsplit("\n", 1)
+    assert bits == legend((3, 4, 5, 6, 8))
+    episodes = env.unwrapped.episodes  # type: ignore[attr-defined]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", text) == "".join(map(chr, episodes.windows[3, -STEPS - 1 :].tolist()))
+
+
+def test_without_a_render_mode_nothing_is_rendered(keywords: dict[str, Any]) -> None:
+    env = make_environment(**keywords)
+    env.reset(seed=0)
+    assert env.render() is None
+    with pytest.raises(ValueError, match="render_mode='human' is not known"):
+        make_environment(**keywords, render_mode="human")
+
+
+def test_one_environment_plays_one_row() -> None:
+    model = FakeModel()
+    config = EnvConfig(prompt_tokens=3, max_new_tokens=4)
+    profile, session = fake_profile(model), FakeSession(model, num_rows=2)
+    episodes = Episodes(session, profile, fake_windows(1, config.window_tokens), config)
+    with pytest.raises(ValueError, match="2 rows; an Environment plays one"):
+        Environment(episodes, LossyTask(model, profile, config))
+
+
 def test_splits_have_text_of_their_own(make: Callable[..., gym.Env[Any, Any]]) -> None:
     observations = [
         make(split=split).reset(seed=0, options={"window": 0, "kl_weight": 1.0})[0]
@@ -218,7 +255,7 @@ def test_splits_have_text_of_their_own(make: Callable[..., gym.Env[Any, Any]]) -
 
 def test_without_a_profile_one_is_measured(make: Callable[..., gym.Env[Any, Any]]) -> None:
     env = make(profile=None)
-    profile = env.unwrapped.batch.profile  # type: ignore[attr-defined]
+    profile = env.unwrapped.episodes.profile  # type: ignore[attr-defined]
     assert profile.cost.source == "roofline"
     assert (profile.sensitivity[:, :-1] > profile.sensitivity[:, 1:]).all()
     env.reset(seed=0)
@@ -235,13 +272,13 @@ def test_closing_twice_is_fine(make: Callable[..., gym.Env[Any, Any]]) -> None:
 
 
 def test_an_environment_that_failed_to_start_can_be_closed() -> None:
-    env = PrecisionEnv.__new__(PrecisionEnv)
+    env = DecodeEnvironment.__new__(DecodeEnvironment)
     env.close()
 
 
 def test_docstring_is_gymnasium_s_card() -> None:
-    assert PrecisionEnv.__doc__ is not None
-    headings = [line.strip().removeprefix("## ") for line in PrecisionEnv.__doc__.splitlines() if "## " in line]
+    assert DecodeEnvironment.__doc__ is not None
+    headings = [line.strip().removeprefix("## ") for line in DecodeEnvironment.__doc__.splitlines() if "## " in line]
     assert headings == list(CARD)
 
 
@@ -259,7 +296,7 @@ def test_docstring_is_gymnasium_s_card() -> None:
 )
 def test_mistakes_are_named_in_one_line(keywords: dict[str, Any], options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError) as error:
-        PrecisionEnv(**{**keywords, **options})
+        make_environment(**{**keywords, **options})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -269,7 +306,7 @@ def test_a_profile_of_another_model_is_refused(keywords: dict[str, Any], tiny_pr
     tiny_profile.save(path)
     path.write_text(path.read_text(encoding="utf-8").replace(tiny_profile.fingerprint, "0" * 64), encoding="utf-8")
     with pytest.raises(InputError, match="the profile is of model 000000000000"):
-        PrecisionEnv(**{**keywords, "profile": str(path)})
+        make_environment(**{**keywords, "profile": str(path)})
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, -1.0, float("nan")])
@@ -281,18 +318,9 @@ def test_a_dial_that_prices_nothing_is_refused(env: gym.Env[Any, Any], kl_weight
 def test_default_model_and_text(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
     monkeypatch.setattr("flexquant_rl.engine.embedded.embedded_model_path", lambda: tiny_model_dir)
     monkeypatch.setattr(prompts, "stdlib_text", some_stdlib_text)
-    env = PrecisionEnv(prompt_tokens=4, max_new_tokens=3, split="test")
+    forget_shared()
+    env = make_environment(prompt_tokens=4, max_new_tokens=3, split="test")
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
     env.close()
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["gym.make", "DecodeVecEnv"])
-def test_documented_code_runs(
-    repo_root: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, number: int
-) -> None:
-    document = (repo_root / "docs" / "environment.md").read_text(encoding="utf-8")
-    block = re.findall(r"^```python\n(.*?)^```", document, flags=re.DOTALL | re.MULTILINE)[number]
-    monkeypatch.setattr(embedded, "embedded_model_path", lambda: tiny_model_dir)
-    monkeypatch.setattr(prompts, "stdlib_text", some_stdlib_text)
-    exec(compile(block, "docs/environment.md", "exec"), {})
+    forget_shared()  # of this part of the text

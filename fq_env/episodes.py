@@ -1,0 +1,245 @@
+"""R episodes in lockstep through one model: their text, its end, and the facts of every step, without any reward."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flexquant_rl.engine.bits_display import coloured_text
+from flexquant_rl.engine.control.controller import StaticController, TorchController
+from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.policy import Decision, StaticAllocation
+from flexquant_rl.engine.control.profile import Profile, kl_nats
+from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.streamed_text import StreamedText
+from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
+from flexquant_rl.engine.decoding.next_token import Sampler
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.reference import Reference, SteppingReference, TextReference
+from flexquant_rl.fq_env.task import EnvConfig
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What one step of R episodes was like; tensors are `[R]` unless stated.
+
+    Attributes:
+        decision: How the token was read.
+        position: Steps that the episode had made before this one, int64.
+        kl_weight: The dial of the episode, float32.
+        output_kl_nats: KL(reference || quantised) at this token, float32.
+        token_nll_nats: Negative log-likelihood of the text's next token; NaN when the model continues freely.
+        top1_agreement: Whether quantised and reference agree on the most likely token.
+        latency_ms: Latency of the step, probe included, float64.
+        full_latency_ms: Latency of a step at the largest width everywhere.
+        mean_bit_width: Parameter-weighted mean of the bit-widths.
+        terminated: The text ended.
+        truncated: The text did not end, but `max_new_tokens` is reached.
+    """
+
+    decision: Decision
+    position: Tensor
+    kl_weight: Tensor
+    output_kl_nats: Tensor
+    token_nll_nats: Tensor
+    top1_agreement: Tensor
+    latency_ms: Tensor
+    full_latency_ms: float
+    mean_bit_width: Tensor
+    terminated: Tensor
+    truncated: Tensor
+
+
+class Episodes:
+    """R episodes, one for each row of a decoder; each can be restarted on its own.
+
+    Args:
+        decoder: Has R rows of `config.window_tokens - 1` tokens.
+        profile: Profile of the model; what the signals say of the units.
+        windows: `[n, window_tokens]` int64, the text; with `source="free"` only the prompts are used.
+        config: Shape of the episodes.
+        cost: What the steps cost; default: the profile's table.
+        eos_token_ids: Each of these ends an episode.
+        measured: Take latencies from the clock instead of the table. One row only.
+        tokenizer: Tokenizer of the model, for `coloured` only.
+
+    Raises:
+        InputError: If the configuration makes no episode, or several rows are to be timed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        profile: Profile,
+        windows: Tensor,
+        config: EnvConfig,
+        *,
+        cost: CostTable | None = None,
+        eos_token_ids: Sequence[int] = (),
+        measured: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        config.validate()
+        self.num_rows = num_rows = len(decoder.lengths)
+        if measured and num_rows > 1:
+            raise InputError(
+                f"num_envs={num_rows}: a pass over several rows takes the time of none of them, so latency is measured "
+                'with one row; make_vec(..., vectorization_mode="sync") times rows one by one'
+            )
+        self.model = decoder.model
+        self.profile = profile
+        self.windows = windows
+        self.config = config
+        self.cost = cost or profile.cost
+        self.controller = TorchController(decoder.model, None, profile, num_rows)
+        self.schema = self.controller.schema
+        self._decoder = decoder
+        self._runner = PolicyRunner(decoder, self.controller, self._choose_next, timed=measured)
+        self._sampler = Sampler(num_rows) if config.source == "free" else None
+        self._reference: Reference = (
+            TextReference(decoder, num_rows, config.prompt_tokens)
+            if self._sampler is None
+            else SteppingReference(decoder, num_rows, config.prompt_tokens, self._current)
+        )
+        self._eos = torch.tensor(eos_token_ids, dtype=torch.int64)
+        self._measured = measured
+        self._tokenizer = tokenizer
+        self._full_ms = float(self.cost.latency_ms(self.cost.full_width()))
+        self._tokens = torch.zeros(num_rows, config.window_tokens, dtype=torch.int64)
+        self._position = torch.full((num_rows,), -1)  # steps made; -1: no episode has started
+        self._kl_weight = torch.ones(num_rows)
+        self._mean_widths = torch.zeros(num_rows, config.max_new_tokens)
+
+    @property
+    def kl_weight(self) -> Tensor:
+        """`[R]` float32, the dial of each row."""
+        return self._kl_weight
+
+    def signals(self) -> Tensor:
+        """What is known before the next step, `[R, dim]` float32."""
+        return self.controller.signals()
+
+    def start(self, rows: Tensor, windows: Tensor, kl_weight: Tensor, seeds: Tensor) -> None:
+        """Starts episodes.
+
+        Args:
+            rows: `[R']` int64, rows to restart.
+            windows: `[R']` int64, indices into the text.
+            kl_weight: `[R']`, the dials.
+            seeds: `[R']` int64, seeds of the sampling with `source="free"`.
+        """
+        self._tokens[rows] = self.windows[windows]
+        self._position[rows] = -1
+        self._kl_weight[rows] = kl_weight.float()
+        if self._sampler is not None:
+            for row, seed in zip(rows.tolist(), seeds.tolist(), strict=True):
+                self._sampler.start(row, temperature=self.config.temperature, seed=seed)
+        prompts = self._tokens[rows, : self.config.prompt_tokens]
+        is_whole = torch.equal(rows, torch.arange(self.num_rows))
+        output = self._runner.start(prompts, kl_weight, None if is_whole else rows)
+        self._reference.start(self._tokens[rows], rows, windows)
+        if self._measured:
+            self._full_ms = self._time_full_step(output, kl_weight)
+
+    def step(self, decision: Decision | None = None) -> StepFacts:
+        """Decodes one token in every row.
+
+        Args:
+            decision: How to read it, `[R, U]` widths; default: as the controller's policy decides.
+        """
+        rows, position = torch.arange(self.num_rows), self._position.clone()
+        token = self._runner.step(decision)
+        log_probs = token.output.logits.log_softmax(-1)
+        reference = self._reference.log_probs(position)
+        kl = kl_nats(reference, log_probs).cpu()
+        mean_width = self.model.mean_bit_width(token.decision.bit_widths).cpu()
+        self._mean_widths[rows, position] = mean_width
+        latency_ms = self._latency_ms(token.decision, token.pass_ms)
+        if self.config.probe_every:
+            latency_ms = latency_ms + self._probe(kl)
+        nll = torch.full((self.num_rows,), float("nan"))
+        if self._sampler is None:
+            nll = -log_probs.cpu()[rows, token.next_token_ids]
+        terminated = torch.isin(token.next_token_ids, self._eos)
+        return StepFacts(
+            decision=token.decision,
+            position=position,
+            kl_weight=self._kl_weight.clone(),
+            output_kl_nats=kl,
+            token_nll_nats=nll,
+            top1_agreement=(reference.argmax(-1) == log_probs.argmax(-1)).cpu(),
+            latency_ms=latency_ms,
+            full_latency_ms=self._full_ms,
+            mean_bit_width=mean_width,
+            terminated=terminated,
+            truncated=(self._position >= self.config.max_new_tokens) & ~terminated,
+        )
+
+    def text_kl_nats(self, rows: Tensor, bit_widths: Tensor) -> Tensor:
+        """Output KL at every token of the text of rows `[R']` that is read at widths `[R', U]`; replay only.
+
+        The prompts are read at the largest width, as they are in the episodes. The episodes themselves do not move.
+
+        Returns:
+            `[R', max_new_tokens]` float32.
+        """
+        assert isinstance(self._reference, TextReference), "a free continuation has no text"
+        return self._reference.kl_nats(self._tokens[rows], rows, bit_widths)
+
+    def coloured(self, row: int) -> str:
+        """A row's continuation so far, each token on the colour of its mean width, as `fq generate --show-bits`."""
+        if self._tokenizer is None:
+            raise ValueError("without a tokenizer tokens have no text; pass the model's")
+        first, num_steps = self.config.prompt_tokens, int(self._position[row])
+        prompt, continuation = self._tokens[row, :first], self._tokens[row, first : first + num_steps + 1]
+        # The first token was chosen from the prompt, which is read at the largest width.
+        widths = [float(max(self.model.bit_widths)), *self._mean_widths[row, : max(num_steps, 0)].tolist()]
+        text = StreamedText(self._tokenizer, prompt.tolist())
+        pieces = [text.add(token_id) for token_id in continuation.tolist()]
+        return coloured_text(pieces, widths[: len(pieces)], self.model.bit_widths)
+
+    def close(self) -> None:
+        """Frees the decoders; closing twice is fine."""
+        self._decoder.close()
+        self._reference.close()
+
+    def _choose_next(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What the next step reads (a `NextTokens`): the text's next token, or a sampled one that becomes the text."""
+        chosen = torch.arange(self.num_rows) if rows is None else rows
+        self._position[chosen] += 1
+        if self._sampler is not None:
+            self._tokens[chosen, self.config.prompt_tokens + self._position[chosen]] = self._sampler(logits, rows)
+        return self._current(logits, rows)
+
+    def _current(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What the next step reads, already chosen (a `NextTokens`): the reference decoder reads the same."""
+        chosen = torch.arange(self.num_rows) if rows is None else rows
+        return self._tokens[chosen, self.config.prompt_tokens + self._position[chosen]]
+
+    def _latency_ms(self, decision: Decision, pass_ms: float | None) -> Tensor:
+        if pass_ms is not None:
+            return torch.full((self.num_rows,), pass_ms, dtype=torch.float64)
+        return self.cost.latency_ms(decision.bit_widths)
+
+    def _probe(self, kl: Tensor) -> Tensor:
+        """Shows the output KL to the rows whose turn it is and returns what that costs, `[R]` ms."""
+        due = (self._position % self.config.probe_every == 0).nonzero()[:, 0]
+        if len(due):
+            self.controller.tracker.observe_probe(kl[due].to(self.model.device), due)
+        cost = torch.zeros(self.num_rows, dtype=torch.float64)
+        cost[due] = self._full_ms
+        return cost
+
+    def _time_full_step(self, output: StepOutput, kl_weight: Tensor, num_steps: int = 5) -> float:
+        """Times steps at the largest width on a copy of the decoder: the baseline of measured speedups."""
+        controller = StaticController(StaticAllocation("full", self.cost.full_width()))
+        twin = PolicyRunner(self._decoder.fork(), controller, timed=True)
+        twin.begin(output, kl_weight)
+        times = [twin.step().pass_ms for _ in range(min(num_steps, self.config.max_new_tokens))]
+        twin.decoder.close()
+        return statistics.median(ms for ms in times if ms is not None)
