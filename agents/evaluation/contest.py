@@ -15,7 +15,8 @@ from flexquant_rl.agents.policies.baselines import PolicyContext, make_policy
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import SeedResult
-from flexquant_rl.engine.control.policy import LearnedPolicy, Policy
+from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.prompts import spread

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.policies.static import StaticFront
-from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation, load_policy
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.policy import load_policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError

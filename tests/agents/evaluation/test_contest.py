@@ -15,7 +15,8 @@ from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.runs.training import SeedResult, policy_card
-from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
 
 
 def row(family: str, speedup: float, kl: float, *, seed: int | None = None) -> EvalRow:

@@ -17,7 +17,7 @@ from flexquant_rl.agents.evaluation.contest import policy_context
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, bootstrap_interval, measured_speedups, summarise
 from flexquant_rl.agents.policies.baselines import RandomWidths, entropy_threshold, make_policy
 from flexquant_rl.agents.preparation import Prepared
-from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import kl_nats
 from flexquant_rl.engine.decoding.session import DecodeSession
 

@@ -19,7 +19,8 @@ from flexquant_rl.agents.policies.baselines import (
     make_policy,
 )
 from flexquant_rl.agents.policies.static import static_front
-from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.batch import DecodeBatch

@@ -32,7 +32,8 @@ from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.baselines import RandomWidths
 from flexquant_rl.agents.runs.imitation import collect_signals
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.engine.control.policy import PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
