@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.policies.static import StaticFront
+from flexquant_rl.agents.policies.static_front import StaticFront
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.policy import load_policy
 from flexquant_rl.engine.control.profile import Profile

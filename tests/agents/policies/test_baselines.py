@@ -18,7 +18,7 @@ from flexquant_rl.agents.policies.baselines import (
     entropy_threshold,
     make_policy,
 )
-from flexquant_rl.agents.policies.static import static_front
+from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
