@@ -11,7 +11,7 @@ from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.engine.control.signals import SignalSchema
-from flexquant_rl.fq_env.batch import DecodeBatch
+from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import EnvConfig
 
 
@@ -42,13 +42,15 @@ def check_protocol(unbound: UnboundPolicy) -> None:
     policy = bind_policy(unbound, context)
     assert policy.name == policy_name(unbound)
     config = EnvConfig(prompt_tokens=3, max_new_tokens=6)
-    batch = DecodeBatch(FakeSession(model, num_rows=5), context.profile, config, num_rows=5)
+    windows = fake_windows(5, config.window_tokens)
+    episodes = Episodes(FakeSession(model, num_rows=5), context.profile, windows, config)
     rows = torch.arange(5)
-    batch.reset(rows, fake_windows(5, config.window_tokens), torch.full((5,), 4.0), torch.zeros_like(rows))
+    episodes.start(rows, rows, torch.full((5,), 4.0), torch.zeros_like(rows))
     for _ in range(6):
-        widths = policy(batch.signals()).bit_widths
+        decision = policy(episodes.signals())
+        widths = decision.bit_widths
         assert widths.shape == (5, 4)
         assert widths.dtype == torch.int64
         assert set(widths.flatten().tolist()) <= set(model.bit_widths)
-        batch.step(widths)
-    assert policy(batch.signals()[:1]).bit_widths.shape == (1, 4)
+        episodes.step(decision)
+    assert policy(episodes.signals()[:1]).bit_widths.shape == (1, 4)
