@@ -12,6 +12,7 @@ import sys
 import traceback
 from dataclasses import dataclass, is_dataclass, replace
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ def load_own_class(module: str, kind: str, name: str) -> type[UnboundPolicy] | N
             f"policy {name!r}: {kind} has a family, as the policies of agents/policies have; leave it out, or list "
             "the class in agents/policies/families.py"
         )
-    check_parameters(found, name)
-    return found
+    kind_of_policy = cast(type[UnboundPolicy], found)
+    check_parameters(kind_of_policy, name)
+    return kind_of_policy
 
 
 def _import(module: str, name: str) -> ModuleType | None:

@@ -196,7 +196,9 @@ def generation(inputs: Inputs, *options: object, policy: Path | None = None, pro
 
 @case
 def prompt_too_long(inputs: Inputs) -> Mistake:
-    return Mistake(cli.main, generation(inputs, prompt="a" * 120), "tokens (prompt and continuation)", "shorten the")
+    return Mistake(
+        cli.main, generation(inputs, prompt="a" * 120), "120 tokens of prompt and 64 new ones", "shorten the"
+    )
 
 
 @case
