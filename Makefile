@@ -45,15 +45,14 @@ wheel-check: $(DEV)  ## Builds the source archive and from it the wheel, then te
 	$(BIN)/python -m build --quiet --no-isolation --outdir dist
 	FLEXQUANT_WHEEL="$$(ls dist/*.whl)" $(BIN)/python -m pytest tests/test_packaging.py
 
-bench-env: $(RUNTIME)  ## Measures environment steps per second on the embedded model.
+# The benchmarks' own gate needs pytest.
+bench-env: $(DEV)  ## Measures environment steps per second on the embedded model.
 	$(BIN)/fq bench env
 
-GPU_BENCHMARKS := activations attention dequantize gemv graph_decode layer_statistics next_token policy_net rms_norm rotary \
-	swiglu token_signals
-bench-gpu: $(RUNTIME)  ## Times the Triton kernels; writes benchmarks/results/gpu-*.json. Needs an NVIDIA GPU.
+bench-gpu: $(DEV)  ## Times the Triton kernels; writes benchmarks/results/gpu-*.json. Needs an NVIDIA GPU.
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "error: make bench-gpu \
 	needs a CUDA device and this machine has none; run it on a machine with an NVIDIA GPU" >&2; exit 1; }
-	for name in $(GPU_BENCHMARKS); do $(BIN)/python benchmarks/bench_$$name.py; done
+	for file in benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
 
 clean:  ## Removes what builds and tools wrote; keeps .venv and runs.
 	rm -rf build dist *.egg-info kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,23 +3,33 @@
 What is compared: every static width; widths that change at every token against a fixed mix of the same bytes; a learned
 policy (random network) against a table of the very widths that it chose, which leaves the cost of signals and network;
 float16 products of torch in the same loop. No checkpoint is needed: planes and scales are drawn on the device, so the
-text means nothing. A turn is `--steps` replays between two events; turns of the loops are interleaved.
+text means nothing. A turn is `--steps` replays between two events, and its one sample the mean time of a token.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import RESULTS, environment, measure, quantile, random_weight, require_gpu
+from _command import run
 from torch import Tensor
 from torch.nn import functional
 
+from flexquant_rl.engine.benches.ceilings import copy_provider
+from flexquant_rl.engine.benches.clocks import Clock, CudaClock
+from flexquant_rl.engine.benches.harness import (
+    BenchOptions,
+    Provider,
+    Row,
+    Track,
+    Turn,
+    add_tokens_per_s,
+    interleave,
+    rows,
+)
+from flexquant_rl.engine.benches.random_weights import random_weight
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.graph_decode import LogReader
@@ -33,6 +43,23 @@ from flexquant_rl.kernels.rotary import rotary
 from flexquant_rl.kernels.token_signals import SignalConstants
 
 BIT_WIDTHS = (3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphDecodeBench(BenchOptions):
+    """Times whole tokens of a Llama-3.1-8B of random weights on the GPU."""
+
+    rounds: int = 12
+    """Turns of every loop; in every second round their order is reversed."""
+    steps: int = 128
+    """Tokens of a turn."""
+    context: int = 512
+    """Tokens in the cache before a turn."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain."""
+        super().validate()
+        self._check_positive("steps", "context")
 
 
 @dataclass(frozen=True)
@@ -64,7 +91,7 @@ def nested_weights(shape: Shape, device: torch.device) -> StepWeights:
     """Random planes and scales; units are the layers and the head."""
 
     def linear(size: tuple[int, int]) -> StepLinear:
-        return StepLinear(random_weight(*size, device))
+        return StepLinear(random_weight(*size, bit_widths=BIT_WIDTHS, device=device))
 
     ones = torch.ones(shape.hidden, device=device)
     layers = tuple(
@@ -154,8 +181,9 @@ class DenseLoop(DecodeLoop):
 
 @dataclass
 class Contestant:
-    """A loop that is timed, and what tells its rows apart."""
+    """A loop that is timed, under its name in the rows, and what tells it apart from others of that name."""
 
+    name: str
     loop: DecodeLoop
     facts: dict[str, Any]
     bytes_per_token: float
@@ -163,11 +191,12 @@ class Contestant:
 
 def weight_bytes(weights: StepWeights, width: int) -> Tensor:
     """`[U]` bytes that each unit's weights are read at a width."""
-    layers = [
-        sum(linear.weight.bytes_read(width) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
-        for layer in weights.layers
-    ]
-    return torch.tensor([*layers, weights.head.weight.bytes_read(width)], dtype=torch.float64)
+
+    def read(*linears: StepLinear) -> int:
+        return sum(linear.weight.bytes_read(width) for linear in linears if linear.weight is not None)
+
+    layers = [read(layer.qkv, layer.output, layer.gate_up, layer.down) for layer in weights.layers]
+    return torch.tensor([*layers, read(weights.head)], dtype=torch.float64)
 
 
 def mean_bytes(weights: StepWeights, table: Tensor) -> float:
@@ -211,101 +240,79 @@ def make_contestants(shape: Shape, device: torch.device, context: int, steps: in
 
     def table_loop(table: Tensor, **facts: Any) -> Contestant:
         loop = DecodeLoop(weights, WidthTable(table, device=device))
-        return Contestant(loop, facts, mean_bytes(weights, table))
+        return Contestant("nested", loop, facts, mean_bytes(weights, table))
 
-    found = [
-        table_loop(torch.full((1, num_units), width), provider="nested", widths=f"static {width}")
-        for width in BIT_WIDTHS
-    ]
+    found = [table_loop(torch.full((1, num_units), width), widths=f"static {width}") for width in BIT_WIDTHS]
     generator = torch.Generator().manual_seed(1)
     mix = torch.tensor(BIT_WIDTHS)[torch.arange(num_units) % len(BIT_WIDTHS)]
     # Layers are alike and the head keeps its width: every row reads the same bytes.
-    rows = [torch.cat([mix[:-1][torch.randperm(num_units - 1, generator=generator)], mix[-1:]]) for _ in range(64)]
-    found.append(table_loop(mix[None], provider="nested", widths="a mix, fixed"))
-    found.append(table_loop(torch.stack(rows), provider="nested", widths="the mix, permuted at every token"))
+    mixes = [torch.cat([mix[:-1][torch.randperm(num_units - 1, generator=generator)], mix[-1:]]) for _ in range(64)]
+    found.append(table_loop(mix[None], widths="a mix, fixed"))
+    found.append(table_loop(torch.stack(mixes), widths="the mix, permuted at every token"))
     learned = DecodeLoop(weights, learned_widths(weights, device))
     start(learned, context, steps)
     learned.advance(steps)
     chosen = learned.book.width_log[1 : steps + 1].long().cpu()
     num_bytes = mean_bytes(weights, chosen)
-    facts = {"provider": "nested", "mean_width": round(float(chosen.float().mean()), 3)}
-    found.append(Contestant(learned, facts | {"widths": "learned policy on the device"}, num_bytes))
-    found.append(table_loop(chosen, **facts, widths="what the policy chose, as a table"))
+    mean_width = round(float(chosen.float().mean()), 3)
+    facts = {"widths": "learned policy on the device", "mean_width": mean_width}
+    found.append(Contestant("nested", learned, facts, num_bytes))
+    found.append(table_loop(chosen, widths="what the policy chose, as a table", mean_width=mean_width))
     dense = DenseLoop(weights, WidthTable(torch.full((1, num_units), 8), device=device), shape)
-    found.append(Contestant(dense, {"provider": "torch", "widths": "float16"}, dense.num_bytes))
+    found.append(Contestant("torch", dense, {"widths": "float16"}, dense.num_bytes))
     return found
 
 
-def turn_ms(contestant: Contestant, context: int, steps: int) -> float:
-    """Milliseconds of a token, the mean over one sequence's steps."""
-    start(contestant.loop, context, steps)
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    contestant.loop.advance(steps)
-    ended.record()
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / steps
+def turn_of(loop: DecodeLoop, clock: Clock, context: int, steps: int) -> Turn:
+    """A turn that decodes one sequence; its one sample is the mean time of a step."""
+
+    def turn() -> list[float]:
+        start(loop, context, steps)
+        return [clock.seconds(lambda: loop.advance(steps)) / steps]
+
+    return turn
 
 
-def count_syncs(contestant: Contestant, context: int, steps: int) -> int:
+def count_syncs(loop: DecodeLoop, context: int, steps: int) -> int:
     """Host synchronisations during the steps and the copies of their tokens."""
-    start(contestant.loop, context, steps)
-    reader = LogReader(contestant.loop)
+    start(loop, context, steps)
+    reader = LogReader(loop)
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for entry in range(1, steps + 1):
-                contestant.loop.advance(1)
+                loop.advance(1)
                 reader.request(entry, 1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def main() -> None:
-    """Rows to standard output and to `--json`."""
-    parser = argparse.ArgumentParser(description="Times whole tokens of a Llama-3.1-8B of random weights on the GPU.")
-    parser.add_argument("--rounds", type=int, default=12, help="turns of every loop (default 12)")
-    parser.add_argument("--steps", type=int, default=128, help="tokens of a turn (default 128)")
-    parser.add_argument("--context", type=int, default=512, help="tokens in the cache before a turn (default 512)")
-    parser.add_argument("--json", type=Path, default=RESULTS / "gpu-graph_decode.json", help="where rows are written")
-    args = parser.parse_args()
-    device = require_gpu("bench_graph_decode")
-    copy_gb_s = measure([], args.rounds)[0]["gb_per_s"]
-    contestants = make_contestants(Shape(), device, args.context, args.steps)
-    times_ms: list[list[float]] = [[] for _ in contestants]
-    order = list(range(len(contestants)))
-    for round_idx in range(args.rounds + 1):
-        for index in order:
-            elapsed = turn_ms(contestants[index], args.context, args.steps)
-            if round_idx:  # the first round warms up
-                times_ms[index].append(elapsed)
-        order.reverse()
-    rows = []
-    for contestant, times in zip(contestants, times_ms, strict=True):
-        median = quantile(times, 0.5)
-        rows.append(
-            {
-                "op": "graph_decode",
-                **contestant.facts,
-                "context": args.context,
-                "tokens_per_s": round(1e3 / median, 1),
-                "p20_ms": round(quantile(times, 0.2), 4),
-                "p50_ms": round(median, 4),
-                "p80_ms": round(quantile(times, 0.8), 4),
-                "weight_bytes": round(contestant.bytes_per_token),
-                "roofline_ms": round(contestant.bytes_per_token / copy_gb_s / 1e6, 4),
-                "host_syncs": count_syncs(contestant, args.context, args.steps),
-            }
+def measure(options: GraphDecodeBench, device: torch.device, track: Track) -> list[Row]:
+    """Times every loop."""
+    clock = CudaClock(device)
+    torch.manual_seed(0)
+    contestants = make_contestants(Shape(), device, options.context, options.steps)
+    loops = [
+        Provider(
+            contestant.name,
+            turn_of(contestant.loop, clock, options.context, options.steps),
+            round(contestant.bytes_per_token),
+            contestant.facts,
         )
-    report = {"benchmark": "graph_decode", "environment": environment(), "copy_gb_per_s": copy_gb_s, "rows": rows}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for row in rows:
-        print(json.dumps(row))
+        for contestant in contestants
+    ]
+    providers = [copy_provider(clock, device), *loops]
+    interleave(providers, options.rounds, track)
+    for provider, contestant in zip(loops, contestants, strict=True):
+        provider.facts["host_syncs"] = count_syncs(contestant.loop, options.context, options.steps)
+    common = {"op": "graph_decode", "context": options.context, "steps": options.steps, "clock": clock.name, "seed": 0}
+    found = rows(providers, common)
+    add_tokens_per_s(found)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    run("graph_decode", ("tests/engine/decoding/test_graph_decode.py",), GraphDecodeBench, measure)

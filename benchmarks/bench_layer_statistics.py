@@ -1,30 +1,33 @@
 """Times the statistics of the residual stream, all layers at once, beside torch's operations."""
 
-import torch
-from _harness import Case, main
+from functools import partial
 
+import torch
+from _command import main
+
+from flexquant_rl.engine.benches.clocks import Clock
+from flexquant_rl.engine.benches.harness import Provider, calls
 from flexquant_rl.kernels.layer_statistics import layer_statistics
 
+SIZES = ((16, 2048), (32, 4096), (80, 8192))
 
-def make_cases(device: torch.device) -> list[Case]:
-    """What to time."""
-    cases = []
-    for num_layers, num_inputs in ((16, 2048), (32, 4096), (80, 8192)):
-        hidden = torch.randn(num_layers + 1, num_inputs, device=device)
-        out = torch.empty(2, num_layers + 1, device=device)
-        facts = {"op": "layer_statistics", "layers": num_layers, "inputs": num_inputs}
 
-        def fused(hidden=hidden, out=out):
-            layer_statistics(hidden, out=out)
+def providers(device: torch.device, clock: Clock, num_layers: int, num_inputs: int) -> list[Provider]:
+    """What is timed at one size."""
+    hidden = torch.randn(num_layers + 1, num_inputs, device=device)
+    out = torch.empty(2, num_layers + 1, device=device)
 
-        def plain(hidden=hidden):
-            norm = hidden[:-1].norm(dim=1).clamp_min(1e-12)
-            hidden.diff(dim=0).norm(dim=1).div(norm)
-            hidden[:-1].abs().amax(1).div(norm)
+    def plain() -> None:
+        norm = hidden[:-1].norm(dim=1).clamp_min(1e-12)
+        hidden.diff(dim=0).norm(dim=1).div(norm)
+        hidden[:-1].abs().amax(1).div(norm)
 
-        cases += [Case("triton", fused, hidden.nbytes, facts), Case("torch", plain, hidden.nbytes, facts)]
-    return cases
+    facts = {"layers": num_layers, "inputs": num_inputs}
+    return [
+        Provider("triton", calls(clock, [partial(layer_statistics, hidden, out=out)]), hidden.nbytes, facts),
+        Provider("torch", calls(clock, [plain]), hidden.nbytes, facts),
+    ]
 
 
 if __name__ == "__main__":
-    main("layer_statistics", make_cases)
+    main("layer_statistics", providers, SIZES)

@@ -1,37 +1,37 @@
 """Times the choice of the next token, greedy and sampled, books included, beside torch's operations."""
 
-import torch
-from _harness import Case, main
+from functools import partial
 
+import torch
+from _command import main
+
+from flexquant_rl.engine.benches.clocks import Clock
+from flexquant_rl.engine.benches.harness import Provider, calls
 from flexquant_rl.kernels.next_token import TokenBook, choose_token
 
+NUM_UNITS, CAPACITY = 33, 4096
+SIZES = tuple((vocab_size, temperature) for vocab_size in (32_000, 128_256, 151_936) for temperature in (0.0, 1.0))
 
-def make_cases(device: torch.device) -> list[Case]:
-    """What to time."""
-    cases = []
-    for vocab_size in (32_000, 128_256, 151_936):
-        logits = torch.randn(vocab_size, device=device)
-        widths = torch.full((33,), 4, dtype=torch.int32, device=device)
-        for temperature in (0.0, 1.0):
-            book = TokenBook.allocate(vocab_size, 33, 4096, device=device)
-            book.temperature.fill_(temperature)
-            facts = {"op": "next_token", "vocab": vocab_size, "temperature": temperature}
 
-            def fused(logits=logits, widths=widths, book=book):
-                choose_token(logits, widths, book)
+def providers(device: torch.device, clock: Clock, vocab_size: int, temperature: float) -> list[Provider]:
+    """What is timed with one vocabulary and temperature."""
+    logits = torch.randn(vocab_size, device=device)
+    widths = torch.full((NUM_UNITS,), 4, dtype=torch.int32, device=device)
+    book = TokenBook.allocate(vocab_size, NUM_UNITS, CAPACITY, device=device)
+    book.temperature.fill_(temperature)
 
-            def plain(logits=logits, temperature=temperature):
-                if temperature:
-                    (logits / temperature).softmax(-1).multinomial(1)
-                else:
-                    logits.argmax(-1)
+    def plain() -> None:
+        if temperature:
+            (logits / temperature).softmax(-1).multinomial(1)
+        else:
+            logits.argmax(-1)
 
-            cases += [
-                Case("triton", fused, logits.nbytes, facts),
-                Case("torch", plain, logits.nbytes, facts | {"what": "choice only"}),
-            ]
-    return cases
+    facts = {"vocab": vocab_size, "temperature": temperature}
+    return [
+        Provider("triton", calls(clock, [partial(choose_token, logits, widths, book)]), logits.nbytes, facts),
+        Provider("torch", calls(clock, [plain]), logits.nbytes, facts | {"what": "choice only"}),
+    ]
 
 
 if __name__ == "__main__":
-    main("next_token", make_cases)
+    main("next_token", providers, SIZES)

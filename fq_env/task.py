@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import Decision
+from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SIGNAL_LIMIT, SignalSchema
 from flexquant_rl.engine.decoding.decoder import DecoderModel

@@ -34,6 +34,32 @@ def tracked_files() -> list[Path]:
     return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
 
 
+MAX_PROSE_COLUMNS = 100
+
+
+def wide_lines(text: str) -> list[int]:
+    """Numbers of the lines of prose that are too wide. Tables, code, headings with links and single words are none."""
+    found, is_code = [], False
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            is_code = not is_code
+        cannot_wrap = is_code or line.startswith("|") or (line.startswith("#") and "](" in line) or " " not in line
+        if len(line) > MAX_PROSE_COLUMNS and not cannot_wrap:
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=identifier)
+def test_prose_is_wrapped(document: Path) -> None:
+    found = wide_lines(document.read_text(encoding="utf-8"))
+    assert not found, f"{identifier(document)}: wrap at {MAX_PROSE_COLUMNS} columns the lines {found}"
+
+
+def test_wide_prose_is_recognised() -> None:
+    words = "word " * 30
+    assert wide_lines(f"| {words} |\n# [{words}](x)\n```text\n{words}\n```\n{'x' * 200}\n- {words}\n") == [7]
+
+
 def without_code(text: str) -> str:
     """Removes fenced blocks and inline code."""
     return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))

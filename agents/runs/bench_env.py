@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.preparation import prepare
-from flexquant_rl.engine.benches.harness import BenchConfig
+from flexquant_rl.engine.benches.clocks import WALL
+from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, interleave, quartiles, rows
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.fq_env.episodes import Episodes
@@ -43,7 +41,7 @@ class EnvBench(BenchConfig):
         self._check_positive("num_envs")
 
 
-def bench_env(config: EnvBench, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> list[dict[str, Any]]:
+def bench_env(config: EnvBench, track: Track = iter) -> list[Row]:
     """Times whole rollouts at random widths: every unit of every row draws anew at every token, the hardest case.
 
     Args:
@@ -51,7 +49,7 @@ def bench_env(config: EnvBench, track: Callable[[Iterable[int]], Iterable[int]] 
         track: Wraps the loop over rollouts.
 
     Returns:
-        One JSON-able row with median and quartiles.
+        One row: median and quartiles of env steps per second, and of the time of a step of the whole batch.
     """
     prepared = prepare(TrainConfig(model=config.model, text=config.text), None)
     session = DecodeSession(prepared.model, num_rows=config.num_envs, max_length=prepared.env.window_tokens - 1)
@@ -60,28 +58,30 @@ def bench_env(config: EnvBench, track: Callable[[Iterable[int]], Iterable[int]] 
     generator = np.random.default_rng(0)
     size = (prepared.env.max_new_tokens, config.num_envs, prepared.model.num_units)
     env.reset()
-    rates = []
-    for round_idx in track(range(config.rounds + 1)):
+
+    def turn() -> list[float]:
         actions = generator.integers(len(prepared.model.bit_widths), size=size)
-        began = time.perf_counter()
-        for action in actions:
-            env.step(action)
-        if round_idx:
-            rates.append(size[0] * size[1] / (time.perf_counter() - began))
+
+        def rollout() -> None:
+            for action in actions:
+                env.step(action)
+
+        return [WALL.seconds(rollout) / len(actions)]
+
+    provider = Provider("batched_env", turn)
+    interleave([provider], config.rounds, track)
     env.close()
-    quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
-    row = {
-        "provider": "batched_env",
+    lower, median, upper = quartiles([config.num_envs / seconds for seconds in provider.times_s])
+    common = {
         "op": "env",
-        "env_steps_per_s": round(statistics.median(rates), 1),
-        "env_steps_per_s_p25": round(quartiles[0], 1),
-        "env_steps_per_s_p75": round(quartiles[2], 1),
+        "env_steps_per_s": round(median, 1),
+        "env_steps_per_s_p25": round(lower, 1),
+        "env_steps_per_s_p75": round(upper, 1),
         "num_envs": config.num_envs,
-        "num_samples": len(rates),
-        "clock": "wall",
+        "clock": WALL.name,
         "reference": reference_name(prepared.model),
         "model_fingerprint": prepared.model.fingerprint,
         "device": prepared.model.device.type,
         "num_threads": torch.get_num_threads(),
     }
-    return [row]
+    return rows([provider], common)

@@ -21,22 +21,22 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from flexquant_rl.engine.benches.ceilings import memory_ring, read_provider
+from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.harness import (
-    READ,
     BenchConfig,
-    Clock,
     Provider,
+    Row,
+    Track,
     Turn,
     add_ratios,
-    clock_for,
+    add_tokens_per_s,
     interleave,
-    memory_ring,
-    read_provider,
     rows,
 )
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
 from flexquant_rl.engine.control.controller import StaticController
-from flexquant_rl.engine.control.policy import StaticAllocation
+from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import check_num_threads
 from flexquant_rl.engine.decoding.decoder import Decoder
@@ -102,6 +102,21 @@ class DecodeBench(BenchConfig):
 
 
 @dataclass(frozen=True)
+class _Task:
+    """What every provider does.
+
+    Attributes:
+        config: What to time.
+        prompt: `[1, T]` token ids that decoding starts after.
+        clock: One for all rows, or they could not be compared.
+    """
+
+    config: DecodeBench
+    prompt: Tensor
+    clock: HostClock
+
+
+@dataclass(frozen=True)
 class _Group:
     """What is timed with one number of threads: the plain read, our own decoder, and the peers."""
 
@@ -116,10 +131,8 @@ class _Group:
 
 
 def bench_decode(
-    config: DecodeBench,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-    progress: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
+    config: DecodeBench, track: Track = iter, progress: Callable[[str], None] = lambda line: None
+) -> list[Row]:
     """Times all providers.
 
     Args:
@@ -128,23 +141,23 @@ def bench_decode(
         progress: Takes one line about what happens.
 
     Returns:
-        One JSON-able row per provider and number of threads.
+        One row per provider and number of threads.
     """
     torch.manual_seed(config.seed)
     torch.set_num_threads(max(config.threads))
-    clock_name, clock = clock_for(max(config.threads))  # one for all rows, or they could not be compared
+    clock = host_clock(max(config.threads))
     hf_model = random_llama(config)
-    prompt = torch.randint(config.vocab, (1, config.prompt_tokens))
+    task = _Task(config, torch.randint(config.vocab, (1, config.prompt_tokens)), clock)
     progress("nesting the weights")
     nested = nest(copy.deepcopy(hf_model), _no_tokenizer(), _quantization(config), keep_reference=False)
     with ExitStack() as stack, torch.inference_mode():
-        peers = _peers(config, hf_model, prompt, stack, progress) if config.peers else {}
+        peers = _peers(task, hf_model, stack, progress) if config.peers else {}
         ring = memory_ring(_READ_RING_BYTES)
         groups = [
             _Group(
                 num_threads,
-                read_provider(ring, num_threads, _READS_PER_TURN),
-                _lean_providers(config, nested, prompt, num_threads),
+                read_provider(clock, ring, num_threads, _READS_PER_TURN),
+                _lean_providers(task, nested, num_threads),
                 peers.get(num_threads, []),
             )
             for num_threads in config.threads
@@ -152,22 +165,20 @@ def bench_decode(
         for group in groups:
             for provider in group.providers:
                 provider.turn = _with_torch_threads(provider.turn, group.num_threads)
-        interleave([provider for group in groups for provider in group.providers], config.rounds, clock, track)
+        interleave([provider for group in groups for provider in group.providers], config.rounds, track)
     common = {
         "op": "decode",
         "model": {"hidden": config.hidden_size, "layers": config.num_layers, "heads": config.num_heads}
         | {"ffn": config.ffn_size, "vocab": config.vocab},
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": config.new_tokens,
-        "clock": clock_name,
+        "clock": clock.name,
         "seed": config.seed,
     }
     found = []
     for group in groups:
         own = rows(group.providers, common | {"num_threads": group.num_threads})
-        for row in own:
-            if row["provider"] != READ:
-                row["tokens_per_s"] = round(1e6 / row["p50_us"], 1)
+        add_tokens_per_s(own)
         add_ratios(own, _LEAN, [peer.name for peer in group.peers])
         found += own
     return found
@@ -176,9 +187,9 @@ def bench_decode(
 def _with_torch_threads(turn: Turn, num_threads: int) -> Turn:
     """A turn with torch's number of threads, which belongs to the whole process, set before it."""
 
-    def with_threads(clock: Clock) -> Iterable[float]:
+    def with_threads() -> Iterable[float]:
         torch.set_num_threads(num_threads)
-        return turn(clock)
+        return turn()
 
     return with_threads
 
@@ -217,25 +228,18 @@ def _no_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
 
 
-def _lean_providers(config: DecodeBench, model: NestedCausalLM, prompt: Tensor, num_threads: int) -> list[Provider]:
-    decoder = LeanDecoder(model, max_length=_max_length(config), num_threads=num_threads)
-    return [_lean_provider(config, model, LeanSession(decoder), prompt, width) for width in config.bit_widths]
+def _lean_providers(task: _Task, model: NestedCausalLM, num_threads: int) -> list[Provider]:
+    decoder = LeanDecoder(model, max_length=_max_length(task.config), num_threads=num_threads)
+    return [_lean_provider(task, model, LeanSession(decoder), width) for width in task.config.bit_widths]
 
 
-def _lean_provider(
-    config: DecodeBench, model: NestedCausalLM, session: Decoder, prompt: Tensor, width: int
-) -> Provider:
+def _lean_provider(task: _Task, model: NestedCausalLM, session: Decoder, width: int) -> Provider:
     widths = torch.full((model.num_units,), width)
     runner = PolicyRunner(session, StaticController(StaticAllocation(f"fixed:{width}", widths)))
 
-    def turn(clock: Clock) -> list[float]:
-        runner.start(prompt, torch.ones(1))
-        times = []
-        for _ in range(config.new_tokens):
-            start = clock()
-            runner.step()
-            times.append(clock() - start)
-        return times
+    def turn() -> list[float]:
+        runner.start(task.prompt, torch.ones(1))
+        return [task.clock.seconds(runner.step) for _ in range(task.config.new_tokens)]
 
     num_bytes = sum(model.weight_bytes(unit, width) for unit in range(model.num_units))
     return Provider(_LEAN, turn, num_bytes, {"bit_width": width})
@@ -244,46 +248,41 @@ def _lean_provider(
 class _TokenTimes(BaseStreamer):
     """Notes when `generate` hands over each token."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self.moments: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self.moments.append(self._clock())
+        self.moments.append(self._now())
 
     def end(self) -> None:
         pass
 
 
 def _peers(
-    config: DecodeBench,
-    hf_model: LlamaForCausalLM,
-    prompt: Tensor,
-    stack: ExitStack,
-    progress: Callable[[str], None],
+    task: _Task, hf_model: LlamaForCausalLM, stack: ExitStack, progress: Callable[[str], None]
 ) -> dict[int, list[Provider]]:
     """Hugging Face in two dtypes and, where it is installed, llama.cpp, by number of threads."""
     in_bf16: Any = copy.deepcopy(hf_model)
     hf_models = (hf_model, in_bf16.to(torch.bfloat16))
-    peers = {n: [_hf_provider(config, model, prompt) for model in hf_models] for n in config.threads}
+    peers = {n: [_hf_provider(task, model) for model in hf_models] for n in task.config.threads}
     if not has_llama_cpp():
         progress("llama.cpp is not installed and left out; pip install 'flexquant-rl[bench]' adds it")
         return peers
     progress("writing the same weights as GGUF")
-    for num_threads, provider in _llama_cpp_providers(config, hf_model, prompt, stack):
+    for num_threads, provider in _llama_cpp_providers(task, hf_model, stack):
         peers[num_threads].append(provider)
     return peers
 
 
-def _hf_provider(config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor) -> Provider:
+def _hf_provider(task: _Task, hf_model: LlamaForCausalLM) -> Provider:
     model: Any = hf_model
-    mask = torch.ones_like(prompt)
+    mask = torch.ones_like(task.prompt)
 
-    def turn(clock: Clock) -> list[float]:
-        streamer = _TokenTimes(clock)
-        model.generate(
-            prompt, attention_mask=mask, max_new_tokens=config.new_tokens, do_sample=False, streamer=streamer
-        )
+    def turn() -> list[float]:
+        streamer = _TokenTimes(task.clock.now)
+        options = {"max_new_tokens": task.config.new_tokens, "do_sample": False, "streamer": streamer}
+        model.generate(task.prompt, attention_mask=mask, **options)
         tokens = streamer.moments[1:]  # the first moment is the prompt's, the first token comes from the prompt's pass
         return [later - earlier for earlier, later in itertools.pairwise(tokens)]
 
@@ -292,10 +291,9 @@ def _hf_provider(config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor
     return Provider(f"hf_generate_{'fp32' if bits == 32 else 'bf16'}", turn, num_bytes, {"bit_width": bits})
 
 
-def _llama_cpp_providers(
-    config: DecodeBench, hf_model: LlamaForCausalLM, prompt: Tensor, stack: ExitStack
-) -> Iterator[tuple[int, Provider]]:
+def _llama_cpp_providers(task: _Task, hf_model: LlamaForCausalLM, stack: ExitStack) -> Iterator[tuple[int, Provider]]:
     """Numbers of threads with a provider each; a file serves all of them."""
+    config = task.config
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     for gguf_type, bits in GGUF_BITS.items():
         path = directory / f"{gguf_type}.gguf"
@@ -303,23 +301,21 @@ def _llama_cpp_providers(
         for num_threads in config.threads:
             session = LlamaCppSession(path, max_length=_max_length(config), num_threads=num_threads)
             stack.callback(session.close)
-            turn = _llama_cpp_turn(session, prompt[0].tolist(), config.new_tokens)
-            name = f"llama_cpp_{gguf_type.lower()}"
-            yield (
-                num_threads,
-                Provider(name, turn, int(_num_weights(hf_model) * bits / 8), {"bit_width": bits}),
-            )
+            name, num_bytes = f"llama_cpp_{gguf_type.lower()}", int(_num_weights(hf_model) * bits / 8)
+            yield num_threads, Provider(name, _llama_cpp_turn(task, session), num_bytes, {"bit_width": bits})
 
 
-def _llama_cpp_turn(session: LlamaCppSession, prompt: list[int], new_tokens: int) -> Callable[[Clock], list[float]]:
-    def turn(clock: Clock) -> list[float]:
+def _llama_cpp_turn(task: _Task, session: LlamaCppSession) -> Turn:
+    prompt = task.prompt[0].tolist()
+
+    def turn() -> list[float]:
         token = int(session.prefill(prompt).argmax())
-        times = []
-        for _ in range(new_tokens):
-            start = clock()
+
+        def step() -> None:
+            nonlocal token
             token = int(session.step(token).argmax())
-            times.append(clock() - start)
-        return times
+
+        return [task.clock.seconds(step) for _ in range(task.config.new_tokens)]
 
     return turn
 

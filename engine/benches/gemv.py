@@ -6,25 +6,28 @@ Every provider cycles through its own ring of distinct weights, larger than any 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flexquant_rl.engine.benches.ceilings import read_provider
+from flexquant_rl.engine.benches.clocks import Clock, host_clock
 from flexquant_rl.engine.benches.harness import (
     BenchConfig,
     BenchRefusedError,
     Provider,
+    Row,
+    Track,
     add_ratios,
     calls,
-    clock_for,
     interleave,
-    read_provider,
     rows,
 )
+from flexquant_rl.engine.benches.random_weights import random_weight
 from flexquant_rl.engine.decoding.choice import check_num_threads
 from flexquant_rl.engine.decoding.weight_block import place, placed_bytes
 from flexquant_rl.engine.errors import InputError
@@ -83,7 +86,7 @@ class GemvBench(BenchConfig):
             raise InputError("there are no native kernels to time; install g++ or clang++")
 
 
-def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> list[dict[str, Any]]:
+def bench_gemv(config: GemvBench, track: Track = iter) -> list[Row]:
     """Times all providers.
 
     Args:
@@ -91,7 +94,7 @@ def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]
         track: Wraps the loop over rounds.
 
     Returns:
-        One JSON-able row per provider.
+        One row per provider.
 
     Raises:
         BenchRefusedError: If a product is wrong.
@@ -99,16 +102,16 @@ def bench_gemv(config: GemvBench, track: Callable[[Iterable[int]], Iterable[int]
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
     x = torch.randn(config.num_tokens, config.shape[1])
-    clock_name, clock = clock_for(config.threads)
+    clock = host_clock(config.threads)
     with torch.inference_mode():
-        ours = _native_providers(config, x)
-        peers = _torch_providers(config, x) if config.peers else []
-        interleave([*ours, *peers], config.rounds, clock, track)
+        ours = _native_providers(config, clock, x)
+        peers = _torch_providers(config, clock, x) if config.peers else []
+        interleave([*ours, *peers], config.rounds, track)
     common = {
         "op": "bitplane_gemv",
         "shape": [config.num_tokens, *config.shape],
         "num_threads": config.threads,
-        "clock": clock_name,
+        "clock": clock.name,
         "ring_mb": config.ring_mb,
         "seed": config.seed,
     }
@@ -130,18 +133,10 @@ def _ring(first: Tensor, ring_mb: int) -> list[Tensor]:
     return [huge_pages.copied(first, block, index * size) for index in range(num_copies)]
 
 
-def _random_weight(config: GemvBench, bit_widths: tuple[int, ...]) -> NestedWeight:
-    num_outputs, num_inputs = config.shape
-    planes = torch.randint(-(2**31), 2**31 - 1, (8, num_outputs, num_inputs // 32), dtype=torch.int32)
-    scale = torch.rand(len(bit_widths), num_outputs, num_inputs // config.group_size).mul_(0.01).add_(0.01).half()
-    offset = scale.float().mul_(-3.5).half()
-    return NestedWeight(planes, scale, offset, bit_widths, config.group_size, num_inputs)
-
-
-def _native_providers(config: GemvBench, x: Tensor) -> list[Provider]:
+def _native_providers(config: GemvBench, clock: Clock, x: Tensor) -> list[Provider]:
     """The read and one provider per width, all on one ring: width b reads the first b planes of each weight."""
     bit_widths = tuple(sorted({*config.bit_widths, 8}))
-    weight = _random_weight(config, bit_widths)
+    weight = random_weight(*config.shape, bit_widths=bit_widths, group_size=config.group_size)
     size = placed_bytes(weight)
     num_copies = _ring_size(size, config.ring_mb)
     block = huge_pages.empty(num_copies * size)
@@ -150,10 +145,11 @@ def _native_providers(config: GemvBench, x: Tensor) -> list[Provider]:
     out = torch.empty(len(x), config.shape[0])
     facts = {"isa": gemvs[0].isa, "group_size": config.group_size, "mode": config.mode}
     # The read takes a weight's bytes as they lie, gaps and all.
-    providers = [read_provider(block[: num_copies * size].split(size), config.threads, _CALLS_PER_TURN)]
+    providers = [read_provider(clock, block[: num_copies * size].split(size), config.threads, _CALLS_PER_TURN)]
     for width in config.bit_widths:
         _check_product(gemvs[0], x, width)
-        turn = calls([functools.partial(gemv, x, bit_width=width, out=out) for gemv in gemvs], _CALLS_PER_TURN)
+        ring = [functools.partial(gemv, x, bit_width=width, out=out) for gemv in gemvs]
+        turn = calls(clock, ring, _CALLS_PER_TURN)
         providers.append(Provider(_NATIVE, turn, weights[0].bytes_read(width), {"bit_width": width, **facts}))
     return providers
 
@@ -176,7 +172,7 @@ def _check_product(gemv: NativeGemv, x: Tensor, bit_width: int) -> None:
         raise BenchRefusedError(f"the product at {bit_width} bits is wrong by {error:.2g}, more than {limit:g}")
 
 
-def _torch_providers(config: GemvBench, x: Tensor) -> list[Provider]:
+def _torch_providers(config: GemvBench, clock: Clock, x: Tensor) -> list[Provider]:
     """The products of torch: dense float32 and bfloat16, and the two low-bit ones at their best setting (bfloat16)."""
     num_outputs, num_inputs = config.shape
     x_half = x.bfloat16()
@@ -190,7 +186,7 @@ def _torch_providers(config: GemvBench, x: Tensor) -> list[Provider]:
 
     def peer(name: str, bits: int, weight: Tensor, product: Callable[[Tensor], Tensor]) -> Provider:
         ring = [functools.partial(product, copy) for copy in _ring(weight, config.ring_mb)]
-        return Provider(name, calls(ring, _CALLS_PER_TURN), weight.nbytes, {"bit_width": bits})
+        return Provider(name, calls(clock, ring, _CALLS_PER_TURN), weight.nbytes, {"bit_width": bits})
 
     return [
         peer("torch_fp32", 32, dense, lambda w: functional.linear(x, w)),

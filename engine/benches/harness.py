@@ -1,43 +1,52 @@
-"""What all benchmarks share: tests as a gate, interleaved rounds, quartiles, and the facts that a row is judged by.
+"""What all benchmarks share: tests as a gate, interleaved rounds, quartiles, rows, one JSON result.
 
 Rounds are interleaved (A, B, C, C, B, A): what disturbs the machine disturbs all providers. Reported are medians and
-quartiles. With one thread the clock is the thread's CPU time, because a busy machine takes wall time away; with more it
-is wall time. Each provider has its own memory, so none finds what another has left in the cache.
+quartiles. What is particular to a device is in `clocks.py`, the plain read or copy to compare with in `ceilings.py`.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
 import importlib.util
 import itertools
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from flexquant_rl.engine.benches.clocks import Call, Clock
+from flexquant_rl.engine.benches.machine import ROOT, machine_facts
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.kernels import huge_pages
-from flexquant_rl.kernels.native import read_bytes
+from flexquant_rl.engine.files import write_json
 
 READ = "read"
-"""Name of the provider that only reads memory: the ceiling that the others are compared with."""
+"""Name of the provider that only reads memory, on the CPU."""
+COPY = "copy"
+"""Name of the provider that only copies memory, on the GPU."""
+CEILINGS = (READ, COPY)
+"""Providers whose bandwidth the others are compared with; a run has one of them at most."""
 
-Clock = Callable[[], float]
-Turn = Callable[[Clock], Iterable[float]]
+Row = dict[str, Any]
+"""JSON-able: provider, what tells it apart, times, bandwidth, then what all rows of a run share."""
+Turn = Callable[[], Iterable[float]]
 """Works for a moment and gives the seconds that each of its calls took."""
+Track = Callable[[Iterable[int]], Iterable[int]]
+"""Wraps the loop over rounds, to show how far it is."""
+GateState = Literal["passed", "not run"]
 
-_ROOT = Path(__file__).resolve().parents[2]
-_READ_CHUNK_BYTES = 16 << 20
+# Columns of the table, after what tells the rows apart.
+_MEASURED = (
+    "p25_us",
+    "p50_us",
+    "p75_us",
+    "gb_per_s",
+    *(f"share_of_{name}" for name in CEILINGS),
+    "tokens_per_s",
+    "env_steps_per_s",
+)
+_LEFT_OUT = {"num_samples", "bytes", "roofline_us", "env_steps_per_s_p25", "env_steps_per_s_p75"}
 
 
 class BenchRefusedError(Exception):
@@ -45,13 +54,8 @@ class BenchRefusedError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchOptions:
     """Options of every benchmark."""
-
-    name: ClassVar[str]
-    """As in `fq bench NAME`."""
-    tests: ClassVar[tuple[str, ...]]
-    """Test files that must pass before a number counts, relative to the checkout."""
 
     rounds: int = 16
     """Turns of every provider; in every second round their order is reversed."""
@@ -69,6 +73,16 @@ class BenchConfig:
                 raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(BenchOptions):
+    """A benchmark of `fq bench` with its options."""
+
+    name: ClassVar[str]
+    """As in `fq bench NAME`."""
+    tests: ClassVar[tuple[str, ...]]
+    """Test files that must pass before a number counts, relative to the checkout."""
+
+
 @dataclass
 class Provider:
     """One way to do what is timed.
@@ -76,8 +90,8 @@ class Provider:
     Attributes:
         name: As in the rows.
         turn: Does it a few times.
-        num_bytes: Read from memory by one call; None where that is not the point.
-        facts: More about the provider, for its row.
+        num_bytes: Read from and written to memory by one call; None where that is not the point.
+        facts: What tells it apart from others of the same name, for its row.
         times_s: Seconds of the calls so far.
     """
 
@@ -88,12 +102,13 @@ class Provider:
     times_s: list[float] = field(default_factory=list)
 
 
-def run_tests(files: Sequence[str], progress: Callable[[str], None]) -> Literal["passed", "not run"]:
+def run_tests(files: Sequence[str], progress: Callable[[str], None], root: Path = ROOT) -> GateState:
     """Runs the tests of what is about to be timed.
 
     Args:
         files: Relative to the checkout.
         progress: Takes one line about what happens.
+        root: The checkout.
 
     Returns:
         "not run" outside a checkout, where there are no tests, or without pytest.
@@ -101,7 +116,7 @@ def run_tests(files: Sequence[str], progress: Callable[[str], None]) -> Literal[
     Raises:
         BenchRefusedError: If a test fails.
     """
-    if not (_ROOT / "tests").is_dir():
+    if not (root / "tests").is_dir():
         progress('not a checkout, so there are no tests to run first; the rows say "tests": "not run"')
         return "not run"
     if importlib.util.find_spec("pytest") is None:
@@ -109,7 +124,7 @@ def run_tests(files: Sequence[str], progress: Callable[[str], None]) -> Literal[
         return "not run"
     progress(f"testing first: {' '.join(files)}")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last = (result.stdout.strip() or result.stderr.strip() or "no output").splitlines()[-1]
         raise BenchRefusedError(
@@ -118,90 +133,107 @@ def run_tests(files: Sequence[str], progress: Callable[[str], None]) -> Literal[
     return "passed"
 
 
-def calls(ring: Iterable[Callable[[], object]], per_turn: int) -> Turn:
+def run_bench(
+    name: str,
+    tests: Sequence[str],
+    measure: Callable[[], list[Row]],
+    *,
+    path: Path | None,
+    progress: Callable[[str], None],
+    gate: Callable[[Sequence[str], Callable[[str], None]], GateState] = run_tests,
+) -> dict[str, Any]:
+    """Runs a benchmark from the gate to the file.
+
+    Args:
+        name: Of the benchmark.
+        tests: Test files that must pass, relative to the checkout.
+        measure: Times everything and returns a row per provider; called after the tests.
+        path: File to write the result to, as JSON; None writes none.
+        progress: Takes one line about what happens.
+        gate: Runs the tests.
+
+    Returns:
+        `{"bench": name, "rows": [...]}`, every row with the facts of the machine and the state of the tests.
+
+    Raises:
+        BenchRefusedError: If a test fails or `measure` finds a wrong result.
+    """
+    facts = machine_facts() | {"tests": gate(tests, progress)}
+    result = {"bench": name, "rows": [row | facts for row in measure()]}
+    if path is not None:
+        write_json(path, result)
+    return result
+
+
+def calls(clock: Clock, ring: Iterable[Call], per_turn: int = 1) -> Turn:
     """A turn that makes the next `per_turn` calls of a ring and times each."""
     cycle = itertools.cycle(ring)
-
-    def turn(clock: Clock) -> list[float]:
-        times = []
-        for call in itertools.islice(cycle, per_turn):
-            start = clock()
-            call()
-            times.append(clock() - start)
-        return times
-
-    return turn
+    return lambda: [clock.seconds(call) for call in itertools.islice(cycle, per_turn)]
 
 
-def read_provider(ring: Iterable[Tensor], num_threads: int, per_turn: int) -> Provider:
-    """Reads whole tensors of one size with a plain vector loop."""
-    tensors = list(ring)
-    reads = [functools.partial(read_bytes, tensor, num_threads=num_threads) for tensor in tensors]
-    return Provider(READ, calls(reads, per_turn), tensors[0].nbytes)
-
-
-def memory_ring(num_bytes: int) -> list[Tensor]:
-    """Memory of `num_bytes` in huge pages, written once, in chunks of 16 MiB to read."""
-    num_chunks = max(2, num_bytes // _READ_CHUNK_BYTES)
-    return list(huge_pages.empty(num_chunks * _READ_CHUNK_BYTES).fill_(1).view(torch.int8).split(_READ_CHUNK_BYTES))
-
-
-def clock_for(num_threads: int) -> tuple[str, Clock]:
-    """Name and function of the clock."""
-    return ("thread_cpu", time.thread_time) if num_threads == 1 else ("wall", time.perf_counter)
-
-
-def interleave(
-    providers: Sequence[Provider],
-    rounds: int,
-    clock: Clock,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> None:
+def interleave(providers: Sequence[Provider], rounds: int, track: Track = iter) -> None:
     """Gives every provider one turn that does not count and then `rounds` turns.
 
     Args:
         providers: Their `times_s` are extended.
         rounds: Turns each.
-        clock: Seconds.
         track: Wraps the loop over rounds.
     """
     for provider in providers:
-        for _ in provider.turn(clock):
+        for _ in provider.turn():
             pass
     for index in track(range(rounds)):
         for provider in providers if index % 2 == 0 else reversed(providers):
-            provider.times_s.extend(provider.turn(clock))
+            provider.times_s.extend(provider.turn())
 
 
-def rows(providers: Sequence[Provider], common: dict[str, Any]) -> list[dict[str, Any]]:
-    """One JSON-able row per provider: quartiles, bandwidth, and its share of the provider that only reads.
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile; of a single value three times that value."""
+    first, median, third = statistics.quantiles(values, n=4) if len(values) > 1 else (*values,) * 3
+    return first, median, third
+
+
+def rows(providers: Sequence[Provider], common: dict[str, Any]) -> list[Row]:
+    """One row per provider: quartiles, bandwidth, and how near it is to the plain read or copy.
+
+    `share_of_read` (on the GPU `share_of_copy`) is a provider's bandwidth over the ceiling's, `roofline_us` the time
+    that the ceiling would need for the provider's bytes.
 
     Args:
         providers: After `interleave`.
         common: For every row.
     """
-    read_gb_per_s = next((_gb_per_s(provider) for provider in providers if provider.name == READ), None)
-    found = []
-    for provider in providers:
-        quartiles = statistics.quantiles(provider.times_s, n=4) if len(provider.times_s) > 1 else provider.times_s * 3
-        row: dict[str, Any] = {"provider": provider.name, **provider.facts}
-        row |= {f"p{25 * (i + 1)}_us": round(value * 1e6, 1) for i, value in enumerate(quartiles)}
-        row["num_samples"] = len(provider.times_s)
+    ceiling = next((provider for provider in providers if provider.name in CEILINGS), None)
+    return [_row(provider, ceiling) | common for provider in providers]
+
+
+def _row(provider: Provider, ceiling: Provider | None) -> Row:
+    row: Row = {"provider": provider.name, **provider.facts}
+    for share, value in zip((25, 50, 75), quartiles(provider.times_s), strict=True):
+        row[f"p{share}_us"] = round(value * 1e6, 2)
+    row["num_samples"] = len(provider.times_s)
+    if provider.num_bytes is not None:
         gb_per_s = _gb_per_s(provider)
-        if gb_per_s is not None:
-            row |= {"bytes": provider.num_bytes, "gb_per_s": round(gb_per_s, 2)}
-            row["share_of_read"] = round(gb_per_s / read_gb_per_s, 3) if read_gb_per_s else None
-        found.append(row | common)
-    return found
+        row |= {"bytes": provider.num_bytes, "gb_per_s": round(gb_per_s, 2)}
+        if ceiling is not None:
+            row[f"share_of_{ceiling.name}"] = round(gb_per_s / _gb_per_s(ceiling), 3)
+            row["roofline_us"] = round(provider.num_bytes / _gb_per_s(ceiling) / 1e3, 2)
+    return row
 
 
-def _gb_per_s(provider: Provider) -> float | None:
-    if provider.num_bytes is None:
-        return None
-    return provider.num_bytes / statistics.median(provider.times_s) / 1e9
+def _gb_per_s(provider: Provider) -> float:
+    assert provider.num_bytes is not None, "a ceiling has bytes"
+    return provider.num_bytes / quartiles(provider.times_s)[1] / 1e9
 
 
-def add_ratios(found: Sequence[dict[str, Any]], ours: str, peers: Iterable[str]) -> None:
+def add_tokens_per_s(found: Sequence[Row]) -> None:
+    """Notes in each row of a provider whose call is a token how many tokens that makes in a second."""
+    for row in found:
+        if row["provider"] not in CEILINGS:
+            row["tokens_per_s"] = round(1e6 / row["p50_us"], 1)
+
+
+def add_ratios(found: Sequence[Row], ours: str, peers: Iterable[str]) -> None:
     """Notes in each of our rows how many times faster than each peer it is."""
     medians = {row["provider"]: row["p50_us"] for row in found}
     for row in found:
@@ -209,21 +241,13 @@ def add_ratios(found: Sequence[dict[str, Any]], ours: str, peers: Iterable[str])
             row["times_faster_than"] = {peer: round(medians[peer] / row["p50_us"], 2) for peer in peers}
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """The main columns as plain text; threads only where rows differ in them."""
-    columns: tuple[str, ...] = (
-        "provider",
-        "bit_width",
-        "p25_us",
-        "p50_us",
-        "p75_us",
-        "gb_per_s",
-        "share_of_read",
-        "env_steps_per_s",
-    )
-    if len({row.get("num_threads") for row in found}) > 1:
-        columns = (columns[0], "num_threads", *columns[1:])
-    kept = [column for column in columns if any(row.get(column) is not None for row in found)]
+def table(found: Sequence[Row]) -> str:
+    """Plain text: provider, the facts in which rows differ, and the main figures."""
+    facts = dict.fromkeys(key for row in found for key in row if key not in {"provider", *_MEASURED, *_LEFT_OUT})
+    differing = [key for key in facts if any(row.get(key) != found[0].get(key) for row in found)]
+    scalars = [key for key in differing if not any(isinstance(row.get(key), dict | list) for row in found)]
+    measured = [key for key in _MEASURED if any(row.get(key) is not None for row in found)]
+    kept = ["provider", *scalars, *measured]
     lines = [kept, *([_cell(row.get(column)) for column in kept] for row in found)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
@@ -232,37 +256,3 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def _cell(value: object) -> str:
     return "" if value is None else str(value)
-
-
-def machine_facts() -> dict[str, Any]:
-    """What a reader needs to know about the machine and the code; take it before anything else adds to the load."""
-    is_checkout = (_ROOT / ".git").exists()
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD") if is_checkout else None,
-        "dirty": bool(_git("status", "--porcelain")) if is_checkout else None,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints, or None where it cannot be asked."""
-    try:
-        result = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.benches.harness import BenchConfig, Provider, calls, clock_for, interleave, rows
+from flexquant_rl.engine.benches.clocks import Call, host_clock
+from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, calls, interleave, rows
 from flexquant_rl.engine.control.controller import NativeController
 from flexquant_rl.engine.control.cost import CostTable
-from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema, SignalTracker
 from flexquant_rl.engine.decoding.decoder import StepOutput
@@ -48,7 +50,7 @@ class PolicyBench(BenchConfig):
         self._check_positive("units", "vocab")
 
 
-def bench_policy(config: PolicyBench, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> list[dict[str, Any]]:
+def bench_policy(config: PolicyBench, track: Track = iter) -> list[Row]:
     """Times the policy, the signals, and both as a decode loop calls them.
 
     Args:
@@ -56,10 +58,11 @@ def bench_policy(config: PolicyBench, track: Callable[[Iterable[int]], Iterable[
         track: Wraps the loop over rounds.
 
     Returns:
-        One JSON-able row per provider.
+        One row per provider.
     """
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)
+    clock = host_clock(1)
     schema = SignalSchema(config.units, _BIT_WIDTHS)
     card = PolicyCard(schema, "random", tuple(f"unit.{index}" for index in range(config.units)))
     policy = LearnedPolicy(PrecisionNet(schema), card)
@@ -80,8 +83,8 @@ def bench_policy(config: PolicyBench, track: Callable[[Iterable[int]], Iterable[
     def decide(output: StepOutput) -> Decision:
         return policy(observe(output))
 
-    def provider(name: str, ring: Iterable[Callable[[], object]]) -> Provider:
-        return Provider(name, calls(ring, _CALLS_PER_TURN))
+    def provider(name: str, ring: Iterable[Call]) -> Provider:
+        return Provider(name, calls(clock, ring, _CALLS_PER_TURN))
 
     providers = []
     if load_library() is not None:
@@ -101,9 +104,8 @@ def bench_policy(config: PolicyBench, track: Callable[[Iterable[int]], Iterable[
         provider("signals", [partial(observe, output) for output in outputs]),
         provider("signals_and_policy", [partial(decide, output) for output in outputs]),
     ]
-    clock_name, clock = clock_for(1)
-    interleave(providers, config.rounds, clock, track)
-    common = {"op": "policy", "units": config.units, "vocab": config.vocab, "num_threads": 1, "clock": clock_name}
+    interleave(providers, config.rounds, track)
+    common = {"op": "policy", "units": config.units, "vocab": config.vocab, "num_threads": 1, "clock": clock.name}
     return rows(providers, common | {"seed": config.seed})
 
 

@@ -1,8 +1,7 @@
-"""The benchmark harness counts what it says it counts; every benchmark runs on a tiny size. No time is asserted."""
+"""Every benchmark of `fq bench` runs on a tiny size. No time is asserted."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,23 +10,10 @@ import pytest
 import torch
 
 from flexquant_rl.engine.benches import gemv as bench_gemv
-from flexquant_rl.engine.benches import harness as bench
 from flexquant_rl.engine.benches import llama_cpp as bench_llama_cpp
 from flexquant_rl.engine.benches.decode import DecodeBench, bench_decode, random_llama
 from flexquant_rl.engine.benches.gemv import GemvBench
-from flexquant_rl.engine.benches.harness import (
-    READ,
-    BenchRefusedError,
-    Clock,
-    Provider,
-    add_ratios,
-    calls,
-    interleave,
-    machine_facts,
-    rows,
-    run_tests,
-    table,
-)
+from flexquant_rl.engine.benches.harness import READ, BenchConfig, BenchRefusedError, table
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
 from flexquant_rl.engine.benches.policy import PolicyBench, bench_policy
 from flexquant_rl.engine.errors import InputError
@@ -53,96 +39,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class TestHarness:
-    def test_rounds_are_interleaved_and_the_first_does_not_count(self) -> None:
-        order: list[str] = []
-
-        def provider(name: str) -> Provider:
-            def turn(clock: Clock) -> list[float]:
-                order.append(name)
-                return [clock()]
-
-            return Provider(name, turn)
-
-        providers = [provider(name) for name in "ABC"]
-        ticks = itertools.count()
-        interleave(providers, 3, lambda: float(next(ticks)))
-        assert "".join(order) == "ABC" + "ABC" + "CBA" + "ABC"
-        assert [item.times_s for item in providers] == [[3, 8, 9], [4, 7, 10], [5, 6, 11]]
-
-    def test_calls_walk_the_ring_on_and_on(self) -> None:
-        seen: list[int] = []
-        turn = calls([lambda i=i: seen.append(i) for i in range(3)], per_turn=2)
-        ticks = itertools.count()
-        assert list(turn(lambda: float(next(ticks)))) == [1, 1]
-        list(turn(lambda: 0.0))
-        assert seen == [0, 1, 2, 0]
-
-    def test_rows_by_hand(self) -> None:
-        read = Provider(READ, lambda clock: [], 2000, times_s=[1e-6])
-        ours = Provider("ours", lambda clock: [], 1000, {"bit_width": 4}, times_s=[1e-6, 2e-6, 3e-6, 4e-6, 5e-6])
-        peer = Provider("peer", lambda clock: [], None, times_s=[6e-6])
-        found = rows([read, ours, peer], {"op": "x"})
-        add_ratios(found, "ours", ["peer"])
-        assert found[1] == {
-            **{"provider": "ours", "bit_width": 4, "op": "x", "num_samples": 5, "bytes": 1000},
-            **{"p25_us": 1.5, "p50_us": 3.0, "p75_us": 4.5, "gb_per_s": 0.33, "share_of_read": 0.167},
-            "times_faster_than": {"peer": 2.0},
-        }
-        assert found[0]["share_of_read"] == 1.0
-        assert found[2] == {
-            **{"provider": "peer", "p25_us": 6.0, "p50_us": 6.0, "p75_us": 6.0, "num_samples": 1, "op": "x"}
-        }
-
-    def test_table_shows_what_there_is(self) -> None:
-        found = [{"provider": "a", "p50_us": 1.5}, {"provider": "longer", "p50_us": 10.0, "bit_width": 4}]
-        assert table(found).splitlines() == [
-            "provider  bit_width  p50_us",
-            "a                       1.5",
-            "longer            4    10.0",
-        ]
-
-    def test_facts_of_a_checkout_and_of_an_installation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert machine_facts()["cpu"]
-        monkeypatch.setattr(bench, "_ROOT", tmp_path)
-        facts = machine_facts()
-        assert facts["commit"] is None
-        assert facts["dirty"] is None
-
-
-class TestGate:
-    @pytest.fixture
-    def checkout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A checkout with one test that passes and one that fails."""
-        monkeypatch.setattr(bench, "_ROOT", tmp_path)
-        (tmp_path / "tests").mkdir()
-        (tmp_path / "tests" / "test_green.py").write_text("def test(): pass\n")
-        (tmp_path / "tests" / "test_red.py").write_text("def test(): assert False\n")
-        return tmp_path
-
-    @pytest.mark.usefixtures("checkout")
-    def test_green(self) -> None:
-        lines: list[str] = []
-        assert run_tests(["tests/test_green.py"], lines.append) == "passed"
-        assert lines == ["testing first: tests/test_green.py"]
-
-    @pytest.mark.usefixtures("checkout")
-    @pytest.mark.parametrize("name", ["tests/test_red.py", "tests/test_missing.py"])
-    def test_red_and_missing_refuse(self, name: str) -> None:
-        with pytest.raises(BenchRefusedError, match=f"python -m pytest tests/test_green.py {name}"):
-            run_tests(["tests/test_green.py", name], lambda line: None)
-
-    def test_outside_a_checkout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench, "_ROOT", tmp_path)
-        lines: list[str] = []
-        assert run_tests(["tests/test_green.py"], lines.append) == "not run"
-        assert len(lines) == 1
-        assert '"tests": "not run"' in lines[0]
-
-    @pytest.mark.parametrize("config", [GemvBench, DecodeBench, PolicyBench], ids=lambda config: config.name)
-    def test_test_files_exist(self, config: type[bench.BenchConfig], repo_root: Path) -> None:
-        assert config.tests
-        assert all((repo_root / name).is_file() for name in config.tests)
+@pytest.mark.parametrize("config", [GemvBench, DecodeBench, PolicyBench], ids=lambda config: config.name)
+def test_test_files_exist(config: type[BenchConfig], repo_root: Path) -> None:
+    assert config.tests
+    assert all((repo_root / name).is_file() for name in config.tests)
 
 
 @needs_library
@@ -197,8 +97,8 @@ def test_decode_rows_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         own = {peer["provider"]: peer["p50_us"] for peer in found if peer["num_threads"] == row["num_threads"]}
         ratios = {name: round(own[name] / row["p50_us"], 2) for name in providers[2:]}
         assert row["times_faster_than"] == ratios, "against peers with as many threads"
-    assert bench.table(found).splitlines()[0].split()[:2] == ["provider", "num_threads"]
-    assert "num_threads" not in bench.table(found[:4])
+    assert table(found).splitlines()[0].split()[:2] == ["provider", "num_threads"]
+    assert "num_threads" not in table(found[:4])
 
 
 @pytest.mark.parametrize(
