@@ -115,8 +115,8 @@ class Task(Protocol):
         """Actions of one episode."""
 
     @property
-    def observation_space(self) -> gym.spaces.Box:
-        """Observations of one episode."""
+    def observation_space(self) -> gym.Space[Any]:
+        """Observations of one episode, a `Box` of float32."""
 
     @property
     def feature_names(self) -> tuple[str, ...]:
