@@ -23,11 +23,12 @@ from tyro.conf import Positional
 
 from flexquant_rl.agents.command import FAILURE, command, print_result
 from flexquant_rl.agents.config import TrainConfig, check_config, check_device
-from flexquant_rl.agents.evaluation.contest import Contestant, compete, policy_context
+from flexquant_rl.agents.evaluation.contest import Contestant, compete, contestant, policy_context
 from flexquant_rl.agents.evaluation.report import console_table
 from flexquant_rl.agents.evaluation.rows import public_dict
 from flexquant_rl.agents.export import export_run, load_exported, load_exported_together
-from flexquant_rl.agents.policies.baselines import check_policy_name, make_policy
+from flexquant_rl.agents.policies.families import PPO, parse_policy
+from flexquant_rl.agents.policies.unbound import UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.bench_env import EnvBench, bench_env
@@ -211,7 +212,9 @@ def evaluate(
 
     Args:
         model: Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model.
-        policy: Names (fixed:4, knapsack:4.5, random:4.5, entropy:1.5) or directories of exported policies.
+        policy: Names (fixed:4, knapsack:4.5, random:4.5, entropy:1.5), with more parameters as key=value
+            (entropy:1.5,one_way=true); directories of exported policies; classes of your own, as module:Class or
+            module:Class:key=value,..., found from the current directory (docs/extending.md).
         text: Text files; default: the held-out standard library.
         dials: Settings of the dial at which learned policies are run.
         sequences: Test sequences.
@@ -236,14 +239,13 @@ def evaluate(
     check_config(config)
     if not policy:
         raise InputError("--policy names no policy; name one or more, e.g. fixed:4 knapsack:4.5")
-    for name in policy:
-        check_policy_name(name)
-    # Before the model: a damaged one should not be found out after minutes.
+    # Before the model: a wrong name or a damaged policy should not be found out after minutes.
+    unbound = {name: parse_policy(name) for name in policy if not Path(name).is_dir()}
     exported = load_exported_together([Path(name) for name in policy if Path(name).is_dir()])
     if exported:
         config = replace(config, quantization=exported[0].quantization)
     prepared = prepare(config, None, exported)
-    rows = compete(prepared, _contestants(prepared, policy, dials), sequences)
+    rows = compete(prepared, _contestants(prepared, policy, unbound, dials), sequences)
     print(console_table(rows))
     print_result(
         {
@@ -254,15 +256,19 @@ def evaluate(
     )
 
 
-def _contestants(prepared: Prepared, names: tuple[str, ...], dials: int) -> list[Contestant]:
+def _contestants(
+    prepared: Prepared, names: tuple[str, ...], unbound: dict[str, UnboundPolicy], dials: int
+) -> list[Contestant]:
+    """Policies in the order of their names; those in directories at every setting of the dial."""
     context = policy_context(prepared)
     found = []
     for name in names:
-        if Path(name).is_dir():
-            learned = load_policy(Path(name), model_fingerprint=prepared.model.fingerprint)
-            found += [Contestant(learned.name, learned, dial) for dial in prepared.dials(dials).tolist()]
+        if name in unbound:
+            found.append(contestant(unbound[name], context))
         else:
-            found.append(Contestant(name.split(":")[0], make_policy(name, context)))
+            learned = load_policy(Path(name), model_fingerprint=prepared.model.fingerprint)
+            family = f"{PPO.name}:{learned.name}"  # a front of its own, whatever the directory's name
+            found += [Contestant(family, learned, dial) for dial in prepared.dials(dials).tolist()]
     return found
 
 

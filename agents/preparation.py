@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.export import ExportedPolicy
-from flexquant_rl.agents.policies.static import StaticFront, static_front
+from flexquant_rl.agents.policies.static_front import StaticFront, static_front
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost

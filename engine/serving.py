@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
-from flexquant_rl.engine.control.policy import Policy
+from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from flexquant_rl.engine.control.request import Request
     from flexquant_rl.engine.model import nest
     from flexquant_rl.engine.serving import Engine, generate
+    from flexquant_rl.fq_env.making import make_environment
 
 __version__ = "0.2.0"
 
-__all__ = ["Engine", "Request", "__version__", "generate", "load_model", "load_policy", "nest"]
+__all__ = ["Engine", "Request", "__version__", "generate", "load_model", "load_policy", "make_environment", "nest"]
 
 _HOMES = {
     "Engine": "flexquant_rl.engine.serving",
@@ -28,6 +29,7 @@ _HOMES = {
     "generate": "flexquant_rl.engine.serving",
     "load_model": "flexquant_rl.engine.checkpoint",
     "load_policy": "flexquant_rl.engine.control.policy",
+    "make_environment": "flexquant_rl.fq_env.making",
     "nest": "flexquant_rl.engine.model",
 }
 

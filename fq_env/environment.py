@@ -64,7 +64,7 @@ class Environment(gym.Env[Observation, Any]):
         info = {name: column.item() for name, column in info_columns(facts, reward).items()}
         return self._observation(), reward.total.item(), bool(facts.terminated), bool(facts.truncated), info
 
-    def render(self) -> str | None:  # type: ignore[override]  # Gymnasium declares what image modes return
+    def render(self) -> str | None:
         """With `render_mode="ansi"`: the continuation so far, each token on the colour of its mean width."""
         return None if self.render_mode is None else self.episodes.coloured(0)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import Decision
+from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SIGNAL_LIMIT, SignalSchema
 from flexquant_rl.engine.decoding.decoder import DecoderModel
@@ -115,8 +115,8 @@ class Task(Protocol):
         """Actions of one episode."""
 
     @property
-    def observation_space(self) -> gym.spaces.Box:
-        """Observations of one episode."""
+    def observation_space(self) -> gym.Space[Any]:
+        """Observations of one episode, a `Box` of float32."""
 
     @property
     def feature_names(self) -> tuple[str, ...]:

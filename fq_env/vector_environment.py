@@ -70,7 +70,7 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
             raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} rows; give one for each")
         restarted = self._reset_mask(options or {})
         if seeds is not None:
-            for row in restarted.nonzero()[0]:
+            for row in restarted.nonzero()[0].tolist():
                 if seeds[row] is not None:
                     self._generators[row], _ = seeding.np_random(seeds[row])
         infos: dict[str, Any] = {}
@@ -108,7 +108,7 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
             infos,
         )
 
-    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]  # Gymnasium declares images
+    def render(self) -> tuple[str, ...] | None:
         """With `render_mode="ansi"`: the continuation of each row, each token on the colour of its mean width."""
         return None if self.render_mode is None else tuple(map(self.episodes.coloured, range(self.num_envs)))
 
@@ -119,13 +119,12 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
 
     def _start(self, restarted: Flags, options: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Starts rows and returns what `reset` tells of them, `[R]` each."""
-        fixed = {
-            name: np.broadcast_to(options[name], self.num_envs) for name in ("window", "kl_weight") if name in options
-        }
+        given = [name for name in ("window", "kl_weight") if name in options]
+        fixed = {name: np.broadcast_to(options[name], self.num_envs) for name in given}
         windows, dials = np.zeros(self.num_envs, dtype=np.int64), np.zeros(self.num_envs)
         seeds = np.zeros(self.num_envs, dtype=np.int64)
-        for row in restarted.nonzero()[0]:
-            of_row = {name: column[row] for name, column in fixed.items()}
+        for row in restarted.nonzero()[0].tolist():
+            of_row: dict[str, Any] = {name: column[row] for name, column in fixed.items()}
             draw = draw_episode(self._generators[row], self.episodes, of_row)
             windows[row], dials[row], seeds[row] = draw.window, draw.kl_weight, draw.seed
         rows = torch.from_numpy(restarted.nonzero()[0])

@@ -7,11 +7,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from runpy import run_path
+from unittest import mock
 
 import pytest
+from cli_runner import run
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -139,13 +141,13 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
 
 
 @cache
-def help_text(*arguments: str) -> str:
-    """What a command prints for `--help`."""
-    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", *arguments, "--help"]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
-    return re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+def help_text(script: str, *arguments: str) -> str:
+    """What a script prints for `--help`, started as `python SCRIPT` does but in this process."""
+    start = partial(run_path, str(ROOT / script), run_name="__main__")
+    with mock.patch.dict(os.environ, COLUMNS="200", NO_COLOR="1"):
+        finished = run(start, *arguments, "--help")
+    assert finished.code == 0, f"{script} {' '.join(arguments)} --help: {finished.err}"
+    return re.sub(r"\x1b\[[0-9;]*m", "", finished.out)
 
 
 def test_make_targets_exist() -> None:
@@ -158,23 +160,23 @@ def test_fq_commands_exist() -> None:
     assert any(options for _, options in commands("fq"))
     for name, options in commands("fq"):
         if name:
-            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("flexquant_rl.cli")), f"fq {name}"
+            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("cli.py")), f"fq {name}"
             if name != "bench":
-                check_options(f"fq {name}", options, help_text("flexquant_rl.cli", name))
+                check_options(f"fq {name}", options, help_text("cli.py", name))
 
 
 def test_benchmarks_exist() -> None:
     for name, options in commands("fq bench"):
         if name:
-            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("flexquant_rl.cli", "bench")), name
-            check_options(f"fq bench {name}", options, help_text("flexquant_rl.cli", "bench", name))
+            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", help_text("cli.py", "bench")), name
+            check_options(f"fq bench {name}", options, help_text("cli.py", "bench", name))
 
 
 def test_train_options_exist() -> None:
     calls = [options for _, options in commands(r"(?:(?:python )?train\.py|fq-train)") if options]
     assert calls
     for options in calls:
-        check_options("train.py", options, help_text("flexquant_rl.train"))
+        check_options("train.py", options, help_text("train.py"))
 
 
 def check_options(command: str, options: list[str], text: str) -> None:

@@ -210,19 +210,19 @@ def interrupt() -> None:
 # is replaced on disk: configuration, profile, front, then a checkpoint before each rollout.
 PHASES = {
     "quantising": ("engine.model:quantize_rtn", 4),
-    "profiling": ("engine.profile:output_kl_nats", 5),
-    "front": ("agents.static:kl_nats", 3),
-    "cloning": ("agents.imitation:_targets", 5),
-    "seed 0, rollout": ("agents.ppo:TrainingCallback._on_step", 7),
-    "seed 0, update": ("agents.ppo:UnitSharedPolicy.evaluate_actions", 7),
+    "profiling": ("engine.control.profile:output_kl_nats", 5),
+    "front": ("agents.policies.static:kl_nats", 3),
+    "cloning": ("agents.runs.imitation:_targets", 5),
+    "seed 0, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 7),
+    "seed 0, update": ("agents.runs.ppo:UnitSharedPolicy.evaluate_actions", 7),
     "seed 0, checkpoint": ("engine.files:os.replace", 5),
-    "seed 0, validation": ("agents.training:Validation.__call__", 2),
-    "seed 0, export": ("agents.training:check_parity", 1),
-    "seed 1, rollout": ("agents.ppo:TrainingCallback._on_step", 22),
-    "dial table": ("agents.training:DialPoint", 2),
-    "evaluation": ("agents.contest:summarise", 3),
-    "oracle": ("agents.oracle:_best_mask", 2),
-    "report": ("agents.run:write_report", 1),
+    "seed 0, validation": ("agents.runs.training:Validation.__call__", 2),
+    "seed 0, export": ("agents.runs.training:check_parity", 1),
+    "seed 1, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 22),
+    "dial table": ("agents.runs.training:DialPoint", 2),
+    "evaluation": ("agents.evaluation.contest:summarise", 3),
+    "oracle": ("agents.evaluation.oracle:_best_mask", 2),
+    "report": ("agents.runs.phases:write_report", 1),
 }
 # Seven steps are a rollout more than a checkpoint keeps: the third of these interruptions is in the second seed.
 AGAIN_AND_AGAIN = ["quantising", "front", "cloning", *["seed 0, rollout"] * 3, "evaluation", "report"]
@@ -256,7 +256,7 @@ def test_full_disk_while_training(start: tuple[object, ...], uninterrupted: Path
         raise OSError(errno.ENOSPC, "No space left on device", "checkpoint.safetensors")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        stopping_at("agents.ppo:write_tensors", 2, full_disk, monkeypatch)
+        stopping_at("agents.runs.ppo:write_tensors", 2, full_disk, monkeypatch)
         stopped = run(train.main, *start, "--run", tmp_path / "run")
     assert stopped.error == "checkpoint.safetensors: No space left on device; free some space and run the command again"
     assert run(train.main, "--resume", tmp_path / "run").code == 0

@@ -11,9 +11,10 @@ from stable_baselines3 import PPO
 from torch import Tensor
 
 from flexquant_rl.agents.config import PPOConfig
-from flexquant_rl.agents.policies.static import StaticFront, static_front
+from flexquant_rl.agents.policies.static_front import StaticFront, static_front
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo
-from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import EnvConfig, LossyTask

@@ -14,12 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.families import family_facts, static_families
+from flexquant_rl.agents.policies.unbound import Family
 
-STATIC_FAMILIES = ("fixed", "knapsack")
-_FAMILY_ORDER = (
-    *("fixed", "random", "schedule", "entropy", "relative-error", "regressor"),
-    *("knapsack", "untrained", "cloned", "ppo"),
-)
 # Resamples of a front's point may be exactly zero where whole sequences are; their logarithm must stay finite.
 _SMALLEST_KL_NATS = 1e-12
 
@@ -73,16 +70,9 @@ class SeedGroup:
         return [value for row in self.rows if (value := getattr(row, field)) is not None]
 
 
-def families(rows: Iterable[EvalRow]) -> list[str]:
-    """The families present, in the order of tables and legends: simple ones first, oracles last."""
-    present = {row.family for row in rows}
-
-    def rank(family: str) -> tuple[int, str]:
-        if family.startswith("oracle"):
-            return len(_FAMILY_ORDER) + 1, family
-        return (_FAMILY_ORDER.index(family) if family in _FAMILY_ORDER else len(_FAMILY_ORDER)), family
-
-    return sorted(present, key=rank)
+def families(rows: Iterable[EvalRow]) -> dict[str, Family]:
+    """The families of some rows by name, in the order of tables and legends."""
+    return family_facts(row.family for row in rows)
 
 
 def seed_groups(rows: Iterable[EvalRow], family: str) -> list[SeedGroup]:
@@ -157,7 +147,7 @@ def best_static_front(rows: Iterable[EvalRow], speedup: float) -> list[EvalRow]:
     baseline must never get worse because more of it was evaluated.
     """
     rows = list(rows)
-    fronts = [pareto_front(row for row in rows if row.family == family) for family in STATIC_FAMILIES]
+    fronts = [pareto_front(row for row in rows if row.family == family) for family in static_families()]
     reached = [(kl, index) for index, front in enumerate(fronts) if (kl := interpolated_kl(front, speedup)) is not None]
     return fronts[min(reached)[1]] if reached else []
 

@@ -11,11 +11,17 @@ from flexquant_rl.agents.evaluation.comparison import captured_headroom, interpo
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, measured_speedups, summarise
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.agents.policies.baselines import PolicyContext, make_policy
+from flexquant_rl.agents.policies.entropy import EntropyThreshold
+from flexquant_rl.agents.policies.families import ORACLE, PPO, bind_policy, family_name
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.knapsack import Knapsack
+from flexquant_rl.agents.policies.random_widths import RandomWidths
+from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import SeedResult
-from flexquant_rl.engine.control.policy import LearnedPolicy, Policy
+from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.prompts import spread
@@ -43,7 +49,7 @@ class Contestant:
 
 
 def policy_context(prepared: Prepared) -> PolicyContext:
-    """What named policies are built from, for this run's model."""
+    """What policies may know of this run's model."""
     model = prepared.model
     schema = SignalSchema(model.num_units, model.bit_widths)
     return PolicyContext(prepared.profile, prepared.front, schema, model.fingerprint)
@@ -53,19 +59,27 @@ def heuristics(prepared: Prepared) -> list[Contestant]:
     """The policies that learn nothing: fixed widths, the static knapsack along its front, random mixes, entropy."""
     context = policy_context(prepared)
     widths = prepared.model.bit_widths
-    front = prepared.front
-    means = spread(front.mean_bit_width, _KNAPSACK_POINTS).tolist()
-    names = [f"fixed:{width}" for width in widths]
-    names += [f"knapsack:{mean:.3g}" for mean in dict.fromkeys(means)]
-    names += [f"random:{mean:g}" for mean in RANDOM_MEANS if widths[0] <= mean <= widths[-1]]
-    names += [f"entropy:{threshold:g}" for threshold in ENTROPY_THRESHOLDS_NATS]
-    return [Contestant(name.split(":")[0], make_policy(name, context)) for name in names]
+    low_width = EntropyThreshold.low_width if EntropyThreshold.low_width in widths else widths[0]
+    # Rounded, as the names of the rows give them.
+    means = dict.fromkeys(float(f"{mean:.3g}") for mean in spread(prepared.front.mean_bit_width, _KNAPSACK_POINTS))
+    policies: list[UnboundPolicy] = [
+        *(Fixed(width) for width in widths),
+        *(Knapsack(mean) for mean in means),
+        *(RandomWidths(mean) for mean in RANDOM_MEANS if widths[0] <= mean <= widths[-1]),
+        *(EntropyThreshold(threshold, low_width=low_width) for threshold in ENTROPY_THRESHOLDS_NATS),
+    ]
+    return [contestant(policy, context) for policy in policies]
+
+
+def contestant(policy: UnboundPolicy, context: PolicyContext) -> Contestant:
+    """A policy that learns nothing, bound to the model."""
+    return Contestant(family_name(policy), bind_policy(policy, context))
 
 
 def learned(prepared: Prepared, results: Sequence[SeedResult], num_dials: int, best: SeedResult) -> list[Contestant]:
     """Every trained policy at every setting of the dial; only the best one's steps are timed."""
     return [
-        Contestant("ppo", result.policy, dial, result.seed, timed=result is best)
+        Contestant(PPO.name, result.policy, dial, result.seed, timed=result is best)
         for result in results
         for dial in prepared.dials(num_dials).tolist()
     ]
@@ -132,7 +146,7 @@ def oracle_row(prepared: Prepared, num_sequences: int, config: OracleConfig) -> 
         config,
         progress=lambda sequences: track(sequences, "oracle"),
     )
-    return summarise(trace, policy="oracle:token", family="oracle", reference=reference_name(prepared.model))
+    return summarise(trace, policy=f"{ORACLE.name}:token", family=ORACLE.name, reference=reference_name(prepared.model))
 
 
 def headroom(rows: Sequence[EvalRow]) -> float | None:
@@ -140,16 +154,16 @@ def headroom(rows: Sequence[EvalRow]) -> float | None:
 
     The mean over training seeds; None without an oracle or where a front does not reach its speed.
     """
-    oracles = [row for row in rows if row.family == "oracle"]
+    oracles = [row for row in rows if row.family == ORACLE.name]
     if not oracles or oracles[0].speedup_modelled is None:
         return None
     speed = oracles[0].speedup_modelled
-    static = interpolated_kl([row for row in rows if row.family == "knapsack"], speed)
-    seeds = sorted({row.seed for row in rows if row.family == "ppo" and row.seed is not None})
+    static = interpolated_kl([row for row in rows if row.family == Knapsack.family.name], speed)
+    seeds = sorted({row.seed for row in rows if row.family == PPO.name and row.seed is not None})
     shares = [
         captured_headroom(
             static,
-            interpolated_kl([row for row in rows if row.family == "ppo" and row.seed == seed], speed),
+            interpolated_kl([row for row in rows if row.family == PPO.name and row.seed == seed], speed),
             oracles[0].output_kl_nats,
         )
         for seed in seeds

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
-from flexquant_rl.engine.control.policy import Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import open_session

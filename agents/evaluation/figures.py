@@ -10,8 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import ArrayLike, NDArray
 
 from flexquant_rl.agents.evaluation.comparison import (
-    STATIC_FAMILIES,
     Array,
     SeedGroup,
     drawable_rows,
@@ -37,6 +35,9 @@ from flexquant_rl.agents.evaluation.comparison import (
     seed_groups,
 )
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.knapsack import Knapsack
+from flexquant_rl.agents.policies.unbound import Family
 from flexquant_rl.engine.files import replacing
 
 DPI = 150
@@ -48,6 +49,7 @@ _KL_DECADES = 5
 _MAX_RATIO_PERCENT = 60.0
 _PAIRED = "; in the lower panel paired with the best static front, and over training seeds."
 _GREY = "#5b5b5b"
+_LOWEST_ZORDER = 3  # above the grid and the line at zero; each family lies above those before it
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -64,37 +66,11 @@ _RC: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class _Style:
-    colour: str
-    marker: str
-    label: str
-    zorder: float = 3.0
-
-
-# Okabe and Ito's palette and darker relatives: told apart with any colour vision, and the marker says it again.
-_STYLES = {
-    "fixed": _Style("#333333", "D", "fixed (static)"),
-    "knapsack": _Style("#0072B2", "s", "knapsack (static)", 4),
-    "random": _Style("#8c8c8c", "x", "random"),
-    "entropy": _Style("#E69F00", "^", "entropy"),
-    "schedule": _Style("#CC79A7", "P", "schedule"),
-    "relative-error": _Style("#882255", "X", "relative error"),
-    "regressor": _Style("#8a8a2b", "h", "regressor"),
-    "untrained": _Style("#44AA99", "p", "untrained"),
-    "cloned": _Style("#56B4E9", "v", "cloned", 4.5),
-    "ppo": _Style("#D55E00", "o", "ppo", 5),
-    "oracle": _Style("#009E73", "*", "oracle (bound)", 6),
-}
-_OTHER_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100")
-_OTHER_MARKERS = ("<", ">", "d", "H", "8")
-
-
 def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str, source: str = "roofline") -> None:
     """Draws output KL against modelled speedup, a PNG 1200 pixels wide.
 
     One colour and marker for each family, a line along its Pareto front, bars for the 95% intervals over sequences.
-    Where there are several training seeds, each has a thin line and their mean a bold one; oracles are stars. Fronts
+    Where there are several training seeds, each has a thin line and their mean a bold one; oracles are points. Fronts
     that span decades hide the differences that matter, so a second panel shows KL relative to the best static front at
     the same speed, with paired intervals, where there are both. A policy whose KL is not positive (the reference
     itself) has no place on a logarithmic axis: the caption names it.
@@ -116,20 +92,20 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
         figure = Figure(figsize=(8, 7.0 if ratios else 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         grid = figure.add_gridspec(2 if ratios else 1, 1, height_ratios=(3, 1.35) if ratios else None)
         axes = lowest = figure.add_subplot(grid[0])
-        styles = _styles(families(drawable))
-        for family, style in styles.items():
-            _draw_family(axes, drawable, family, style)
+        drawn = families(drawable)
+        for zorder, family in enumerate(drawn.values(), start=_LOWEST_ZORDER):
+            _draw_family(axes, drawable, family, zorder)
         _dress_fronts(axes, drawable)
         if ratios:
             lowest = figure.add_subplot(grid[1], sharex=axes)
             axes.tick_params(labelbottom=False)
-            _draw_ratios(lowest, drawable, ratios, styles)
+            _draw_ratios(lowest, drawable, ratios, drawn)
         lowest.set_xlabel(f"speedup over 8-bit, modelled ({source})")
         lowest.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 6):g}x"))
         figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold")
         figure.supxlabel("\n".join(textwrap.wrap(caption, 118)), x=0.015, ha="left", fontsize=8.5, color=_GREY)
         figure.align_ylabels()
-        handles = [_legend_handle(drawable, family, style) for family, style in styles.items()]
+        handles = [_legend_handle(drawable, family) for family in drawn.values()]
         figure.legend(handles=handles, loc="outside right upper", labelspacing=0.8, handlelength=2.6)
         _save(figure, path)
 
@@ -190,78 +166,64 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
-def _styles(present: Sequence[str]) -> dict[str, _Style]:
-    others = cycle(zip(_OTHER_COLOURS, _OTHER_MARKERS, strict=True))
-    styles = {}
-    for family in present:
-        if family in _STYLES:
-            styles[family] = _STYLES[family]
-        elif family.startswith("oracle"):
-            styles[family] = replace(_STYLES["oracle"], colour=next(others)[0], label=f"{family} (bound)")
-        else:
-            colour, marker = next(others)
-            styles[family] = _Style(colour, marker, family)
-    return styles
-
-
 def _seeds(rows: Sequence[EvalRow], family: str) -> list[int]:
     return sorted({row.seed for row in rows if row.family == family and row.seed is not None})
 
 
-def _front_line(rows: Sequence[EvalRow], family: str, style: _Style) -> dict[str, Any]:
-    """Line style of a family's front: bold for a mean over seeds, dashed for what cannot be deployed."""
+def _front_line(rows: Sequence[EvalRow], family: Family) -> dict[str, Any]:
+    """Line style of a family's front: bold for a mean over seeds, none where points stand alone."""
     return {
-        "color": style.colour,
-        "linewidth": 2.4 if len(_seeds(rows, family)) > 1 else 1.4,
-        "linestyle": "--" if family.startswith("oracle") else "-",
+        "color": family.colour,
+        "linewidth": 2.4 if len(_seeds(rows, family.name)) > 1 else 1.4,
+        "linestyle": "-" if family.draws == "curve" else "none",
     }
 
 
-def _marker(style: _Style) -> dict[str, Any]:
-    is_cross = style.marker == "x"
+def _marker(family: Family) -> dict[str, Any]:
+    is_cross = family.marker == "x"
     return {
-        "marker": style.marker,
-        "markersize": 13 if style.marker == "*" else 6.5,
-        "markeredgecolor": style.colour if is_cross else "white",
+        "marker": family.marker,
+        "markersize": 13 if family.marker == "*" else 6.5,
+        "markeredgecolor": family.colour if is_cross else "white",
         "markeredgewidth": 1.6 if is_cross else 0.8,
     }
 
 
-def _legend_handle(rows: Sequence[EvalRow], family: str, style: _Style) -> Line2D:
-    num_seeds = len(_seeds(rows, family))
-    label = f"{style.label}\nmean of {num_seeds} seeds" if num_seeds > 1 else style.label
-    return Line2D([], [], label=label, **_front_line(rows, family, style), **_marker(style))
+def _legend_handle(rows: Sequence[EvalRow], family: Family) -> Line2D:
+    num_seeds = len(_seeds(rows, family.name))
+    label = f"{family.label}\nmean of {num_seeds} seeds" if num_seeds > 1 else family.label
+    return Line2D([], [], label=label, **_front_line(rows, family), **_marker(family))
 
 
-def _draw_family(axes: Axes, rows: Sequence[EvalRow], family: str, style: _Style) -> None:
-    seeds = _seeds(rows, family)
+def _draw_family(axes: Axes, rows: Sequence[EvalRow], family: Family, zorder: float) -> None:
+    seeds = _seeds(rows, family.name)
     for seed in seeds if len(seeds) > 1 else ():
-        front = pareto_front(row for row in rows if row.family == family and row.seed == seed)
-        axes.plot(*_points(front), color=style.colour, linewidth=0.8, alpha=0.45, zorder=style.zorder - 0.5)
-    means = [_mean_row(group) for group in seed_groups(rows, family)]
-    axes.plot(*_points(pareto_front(means)), zorder=style.zorder, **_front_line(rows, family, style))
+        front = pareto_front(row for row in rows if row.family == family.name and row.seed == seed)
+        axes.plot(*_points(front), color=family.colour, linewidth=0.8, alpha=0.45, zorder=zorder - 0.5)
+    means = [_mean_row(group) for group in seed_groups(rows, family.name)]
+    axes.plot(*_points(pareto_front(means)), zorder=zorder, **_front_line(rows, family))
     kl = _points(means)[1]
     bounds = np.array([(row.output_kl_low, row.output_kl_high) for row in means]).T
-    _draw_points(axes, style, *_points(means), np.maximum([kl - bounds[0], bounds[1] - kl], 0))
+    _draw_points(axes, family, *_points(means), np.maximum([kl - bounds[0], bounds[1] - kl], 0), zorder)
 
 
-def _draw_points(axes: Axes, style: _Style, x: Array, y: Array, bars: Array) -> None:
+def _draw_points(axes: Axes, family: Family, x: Array, y: Array, bars: Array, zorder: float) -> None:
     axes.errorbar(
         x,
         y,
         yerr=bars,
-        color=style.colour,
+        color=family.colour,
         linestyle="none",
         elinewidth=1.1,
         capsize=2.5,
-        zorder=style.zorder + 0.2,
-        **_marker(style),
+        zorder=zorder + 0.2,
+        **_marker(family),
     )
 
 
 def _ratios_to_static(rows: Sequence[EvalRow]) -> dict[str, Array]:
     """Of each family that is not static and meets a static front: what `_ratio_points` gives."""
-    dynamic = [family for family in families(rows) if family not in STATIC_FAMILIES]
+    dynamic = [family.name for family in families(rows).values() if not family.is_static]
     ratios = {family: _ratio_points(seed_groups(rows, family), rows) for family in dynamic}
     return {family: points for family, points in ratios.items() if len(points)}
 
@@ -276,24 +238,22 @@ def _ratio_points(groups: Iterable[SeedGroup], rows: Sequence[EvalRow], num_resa
     return np.array(points, dtype=np.float64).reshape(-1, 4)
 
 
-def _draw_ratios(
-    axes: Axes, rows: Sequence[EvalRow], ratios: Mapping[str, Array], styles: Mapping[str, _Style]
-) -> None:
-    axes.axhline(0, color=_STYLES["knapsack"].colour, linewidth=1.6, zorder=2)
+def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], ratios: Mapping[str, Array], drawn: Mapping[str, Family]) -> None:
+    axes.axhline(0, color=Knapsack.family.colour, linewidth=1.6, zorder=2)
     lowest, highest, above = -5.0, 5.0, []
-    for family, points in ratios.items():
-        style = styles[family]
+    for zorder, (name, points) in enumerate(ratios.items(), start=_LOWEST_ZORDER):
+        family = drawn[name]
         speeds, percent, low, high = points.T
         if percent.min() > _MAX_RATIO_PERCENT:
-            above.append(style.label)
+            above.append(family.label)
             continue
-        seeds = _seeds(rows, family)
+        seeds = _seeds(rows, name)
         for seed in seeds if len(seeds) > 1 else ():
-            own = seed_groups([row for row in rows if row.seed == seed], family)
+            own = seed_groups([row for row in rows if row.seed == seed], name)
             line = _ratio_points(own, rows, num_resamples=1)
-            axes.plot(line[:, 0], line[:, 1], color=style.colour, linewidth=0.8, alpha=0.45)
-        axes.plot(speeds, percent, zorder=style.zorder, **_front_line(rows, family, style))
-        _draw_points(axes, style, speeds, percent, np.maximum([percent - low, high - percent], 0))
+            axes.plot(line[:, 0], line[:, 1], color=family.colour, linewidth=0.8, alpha=0.45)
+        axes.plot(speeds, percent, zorder=zorder, **_front_line(rows, family))
+        _draw_points(axes, family, speeds, percent, np.maximum([percent - low, high - percent], 0), zorder)
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
     margin = 0.08 * (highest - lowest)
     axes.set_ylim(lowest - margin, min(highest, _MAX_RATIO_PERCENT) + margin)
@@ -330,7 +290,9 @@ def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
     axes.text(
         0.985, 0.03, "better \N{SOUTH EAST ARROW}", transform=axes.transAxes, ha="right", fontsize=10, color="#8a8a8a"
     )
-    fixed = {row.policy.partition(":")[2]: row.speedup_modelled or 0.0 for row in rows if row.family == "fixed"}
+    fixed = {
+        row.policy.partition(":")[2]: row.speedup_modelled or 0.0 for row in rows if row.family == Fixed.family.name
+    }
     if fixed:
         top = axes.secondary_xaxis("top")
         top.set_xticks([*fixed.values()], [*fixed], fontsize=9.5)

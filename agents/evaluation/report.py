@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexquant_rl.agents.evaluation.comparison import (
-    STATIC_FAMILIES,
     SeedGroup,
     best_static_front,
     families,
@@ -19,6 +18,7 @@ from flexquant_rl.agents.evaluation.comparison import (
     seed_groups,
 )
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.families import static_families
 from flexquant_rl.engine.files import replacing
 
 PARETO_FILE = "pareto.png"
@@ -147,12 +147,12 @@ def _mean_sd(group: SeedGroup, field: str, spec: str, *, factor: float = 1.0, mi
 
 def _static_neighbours(group: SeedGroup, rows: Sequence[EvalRow]) -> str:
     speedup = group.mean("speedup_modelled")
-    if group.family in STATIC_FAMILIES or speedup is None:
+    if group.family in static_families() or speedup is None:
         return ""
     front = best_static_front(rows, speedup)
     kl = interpolated_kl(front, speedup)
     if kl is None:
-        return "no static policy at this speed" if any(row.family in STATIC_FAMILIES for row in rows) else ""
+        return "no static policy at this speed" if any(row.family in static_families() for row in rows) else ""
     slower = [row for row in front if row.speedup_modelled is not None and row.speedup_modelled <= speedup][-1]
     faster = next(row for row in front if row.speedup_modelled is not None and row.speedup_modelled >= speedup)
     names = slower.policy if slower is faster else f"{slower.policy} to {faster.policy}"
@@ -160,7 +160,7 @@ def _static_neighbours(group: SeedGroup, rows: Sequence[EvalRow]) -> str:
 
 
 def _against_static(group: SeedGroup, rows: Sequence[EvalRow]) -> str:
-    ratio = None if group.family in STATIC_FAMILIES else log_ratio_to_static(group, rows)
+    ratio = None if group.family in static_families() else log_ratio_to_static(group, rows)
     if ratio is None:
         return ""
     estimate, low, high = (100 * math.expm1(value) for value in ratio)
@@ -255,6 +255,6 @@ def _limits(rows: Sequence[EvalRow], facts: Mapping[str, object]) -> list[str]:
         f"*Speedup, measured* is wall clock of batch-1 decoding, policy included, for {measured} of {len(rows)} rows."
     )
     lines.insert(1, timed if measured else "No policy was timed: there is no measured speedup here.")
-    if any(family.startswith("oracle") for family in families(rows)):
+    if any(family.is_oracle for family in families(rows).values()):
         lines.append("The oracle has seen the text that it is judged on: a bound, not a policy that can be deployed.")
     return lines

@@ -33,7 +33,8 @@ class EvalRow:
 
     Attributes:
         policy: Name, e.g. `fixed:4`, `knapsack:4.5`, `ppo`, `oracle`.
-        family: What draws one front: `fixed`, `knapsack`, `random`, `entropy`, `ppo`, `cloned`, `oracle`, ...
+        family: What draws one front: one of `agents/policies/families.py`, `module:Class` for a class of the user's, or
+            `ppo:directory` for an exported policy.
         seed: Training seed of a learned policy, else None.
         kl_weight: The dial, in units of speedup per nat; None for policies without one.
         mean_bit_width: Parameter-weighted mean, bits.

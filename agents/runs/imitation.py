@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexquant_rl.agents.policies.static import StaticFront
-from flexquant_rl.engine.control.policy import Decision, PrecisionNet
+from flexquant_rl.agents.policies.static_front import StaticFront
+from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 

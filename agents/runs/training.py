@@ -21,14 +21,8 @@ from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import StepBar, say
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.engine.control.policy import (
-    Decision,
-    DialPoint,
-    LearnedPolicy,
-    PolicyCard,
-    PrecisionNet,
-    load_policy,
-)
+from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.fq_env.episodes import Episodes

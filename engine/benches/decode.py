@@ -36,7 +36,7 @@ from flexquant_rl.engine.benches.harness import (
 )
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
 from flexquant_rl.engine.control.controller import StaticController
-from flexquant_rl.engine.control.policy import StaticAllocation
+from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import check_num_threads
 from flexquant_rl.engine.decoding.decoder import Decoder

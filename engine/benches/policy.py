@@ -14,7 +14,8 @@ from flexquant_rl.engine.benches.clocks import Call, host_clock
 from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, calls, interleave, rows
 from flexquant_rl.engine.control.controller import NativeController
 from flexquant_rl.engine.control.cost import CostTable
-from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema, SignalTracker
 from flexquant_rl.engine.decoding.decoder import StepOutput

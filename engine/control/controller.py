@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
     SignalMark,

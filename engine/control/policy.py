@@ -1,4 +1,4 @@
-"""What the engine needs of a policy, and the learned policy as it is deployed: torch and a few kilobytes."""
+"""The learned policy as it is deployed: a small network, its card and their files. Loading needs torch alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
@@ -25,52 +26,6 @@ CARD_FILE = "policy.json"
 PROFILE_FILE = "profile.json"
 WEIGHTS_FILE = "policy.safetensors"
 _HIDDEN = 64
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a policy decides before a step, for each of B rows.
-
-    Attributes:
-        bit_widths: `[B, U]` int64, widths of the pass.
-        verify: Whether the pass settles its token. It always does as long as nothing is drafted: every step is then
-            one ordinary pass.
-    """
-
-    bit_widths: Tensor
-    verify: bool = True
-
-
-class Policy(Protocol):
-    """Maps signals to decisions.
-
-    A policy keeps no state between calls: whatever it may remember (position, last widths, moving averages) is in the
-    signals, so that rows can be batched, restarted and replayed freely.
-    """
-
-    @property
-    def name(self) -> str:
-        """As it appears in tables, e.g. `knapsack:4.5`."""
-
-    def __call__(self, signals: Tensor) -> Decision:
-        """`[B, dim]` float32 signals to a decision for B rows."""
-
-
-@dataclass(frozen=True)
-class StaticAllocation:
-    """The same widths at every token.
-
-    Attributes:
-        name: As it appears in tables.
-        bit_widths: `[U]` int64.
-    """
-
-    name: str
-    bit_widths: Tensor
-
-    def __call__(self, signals: Tensor) -> Decision:
-        """See `Policy`."""
-        return Decision(self.bit_widths.to(signals.device).expand(len(signals), -1))
 
 
 class PrecisionNet(nn.Module):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.control.controller import Controller
 from flexquant_rl.engine.control.cost import clock_ms
-from flexquant_rl.engine.control.policy import Decision
+from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
 from flexquant_rl.engine.decoding.next_token import Greedy, NextTokens, Replay, Sampler

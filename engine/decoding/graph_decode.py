@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import Policy
+from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.decoder import check_max_length
 from flexquant_rl.engine.decoding.graph_loop import FIRST_BUCKET, DecodeLoop

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import LearnedPolicy, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Policy, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
     SignalSchema,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexquant_rl.agents.policies.static import static_front
+from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import roofline_cost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,19 @@ from flexquant_rl import cli
 from flexquant_rl.engine.files import file_sha256
 
 case = Cases()
+
+SEVEN_BITS = b"""
+from dataclasses import dataclass
+import torch
+from flexquant_rl.agents.policies.unbound import RulePolicy
+from flexquant_rl.engine.control.decision import Decision
+
+@dataclass(frozen=True)
+class Sevens:
+    def bind(self, context):
+        units = context.schema.num_units
+        return RulePolicy("sevens", lambda signals: Decision(torch.full((len(signals), units), 7)))
+"""
 
 # Policies
 
@@ -50,7 +64,7 @@ def policy_misspelt(inputs: Inputs) -> Mistake:
 
 @case
 def policy_unknown(inputs: Inputs) -> Mistake:
-    return bad_policy(inputs, "zzz", "unknown policy 'zzz'", "known: fixed:NUMBER, knapsack:NUMBER")
+    return bad_policy(inputs, "zzz", "unknown policy 'zzz'", "known: fixed:BIT_WIDTH, random:MEAN_BIT_WIDTH")
 
 
 @case
@@ -60,17 +74,38 @@ def policy_of_a_width_not_stored(inputs: Inputs) -> Mistake:
 
 @case
 def policy_without_a_number(inputs: Inputs) -> Mistake:
-    return bad_policy(inputs, "knapsack:many", "'many' is not a number", "write e.g. knapsack:4")
+    return bad_policy(inputs, "knapsack:many", "mean_bit_width='many' is not a number", "write e.g. mean_bit_width=4.5")
 
 
 @case
 def policy_of_no_number(inputs: Inputs) -> Mistake:
-    return bad_policy(inputs, "entropy:nan", "'nan' is not a number", "write e.g. entropy:4")
+    return bad_policy(inputs, "entropy:nan", "threshold_nats='nan' is not finite", "write e.g. threshold_nats=4.5")
 
 
 @case
 def policy_below_the_widths(inputs: Inputs) -> Mistake:
-    return bad_policy(inputs, "random:1.5", "random:1.5 is outside", "3 to 8")
+    return bad_policy(inputs, "random:1.5", "mean width 1.5 is outside the stored widths 3 to 8", "in between")
+
+
+@case
+def policy_with_an_unknown_key(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "entropy:1.5,oneway=true", "unknown key 'oneway'", "entropy has threshold_nats, spread")
+
+
+@case
+def policy_out_of_its_domain(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "entropy:1.5,spread_nats=-1", "spread_nats=-1", "the default is 2")
+
+
+@case
+def policy_of_no_module(inputs: Inputs) -> Mistake:
+    return bad_policy(inputs, "no_such_module:Mine", "no module no_such_module here", "without .py")
+
+
+@case
+def policy_that_chooses_widths_not_stored(inputs: Inputs) -> Mistake:
+    inputs.write("seven_bits.py", SEVEN_BITS)
+    return bad_policy(inputs, "seven_bits:Sevens", "it chose width 7, which is not stored", "one of 3, 4, 5, 6, 8")
 
 
 @case
@@ -161,7 +196,9 @@ def generation(inputs: Inputs, *options: object, policy: Path | None = None, pro
 
 @case
 def prompt_too_long(inputs: Inputs) -> Mistake:
-    return Mistake(cli.main, generation(inputs, prompt="a" * 120), "tokens (prompt and continuation)", "shorten the")
+    return Mistake(
+        cli.main, generation(inputs, prompt="a" * 120), "120 tokens of prompt and 64 new ones", "shorten the"
+    )
 
 
 @case
@@ -233,5 +270,7 @@ def policy_without_a_dial_table(inputs: Inputs) -> Mistake:
 
 
 @pytest.mark.parametrize("build", case.builders, ids=lambda build: build.__name__)
-def test_mistake(build: Callable[[Inputs], Mistake], inputs: Inputs) -> None:
+def test_mistake(build: Callable[[Inputs], Mistake], inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a policy of the user's own adds the current directory
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     check_mistake(build(inputs), inputs)

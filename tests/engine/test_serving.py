@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import (
-    Decision,
-    LearnedPolicy,
-    Policy,
-    PolicyCard,
-    PrecisionNet,
-    StaticAllocation,
-)
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.signals import SignalSchema

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from flexquant_rl.engine.bits_display import coloured, legend
-from flexquant_rl.engine.control.policy import Decision, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 
-from flexquant_rl.engine.control.policy import Decision
+from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts

@@ -7,15 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fake_session import FakeModel, fake_profile
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation import contest
 from flexquant_rl.agents.evaluation.contest import Contestant, compete, headroom, heuristics, oracle_row, showcase
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.runs.training import SeedResult, policy_card
-from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
+from flexquant_rl.fq_env.task import EnvConfig
 
 
 def row(family: str, speedup: float, kl: float, *, seed: int | None = None) -> EvalRow:
@@ -102,6 +106,15 @@ def test_heuristics(tiny_prepared: Prepared) -> None:
     for contestant, widths in zip(knapsack, chosen, strict=True):
         mean = tiny_prepared.model.mean_bit_width(torch.tensor(widths))
         assert float(contestant.name.split(":")[1]) == pytest.approx(float(mean), abs=0.01)
+
+
+def test_heuristics_of_a_model_without_four_bits() -> None:
+    model = FakeModel(bit_widths=(3, 6, 8))
+    profile = fake_profile(model)
+    front = static_front(profile, model.unit_weights)
+    prepared = Prepared(model, None, profile, profile.cost, front, EnvConfig())  # type: ignore[arg-type]
+    names = [contestant.name for contestant in heuristics(prepared) if contestant.family == "entropy"]
+    assert names[0] == "entropy:0.5,low_width=3", "a name says what runs"
 
 
 def learned_result(prepared: Prepared, seed: int) -> SeedResult:

@@ -15,9 +15,11 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation import evaluate
 from flexquant_rl.agents.evaluation.contest import policy_context
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, bootstrap_interval, measured_speedups, summarise
-from flexquant_rl.agents.policies.baselines import RandomWidths, entropy_threshold, make_policy
+from flexquant_rl.agents.policies.entropy import EntropyThreshold
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.preparation import Prepared
-from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import kl_nats
 from flexquant_rl.engine.decoding.session import DecodeSession
 
@@ -98,10 +100,10 @@ def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None
 def policies(prepared: Prepared) -> dict[str, Callable[[], Policy]]:
     context = policy_context(prepared)
     return {
-        "fixed:4": lambda: make_policy("fixed:4", context),
-        "random": lambda: RandomWidths(prepared.profile, 4.5, seed=2),
-        "entropy": lambda: entropy_threshold(context, 1.5, one_way=True),
-        "fixed:8": lambda: make_policy("fixed:8", context),
+        "fixed:4": lambda: Fixed(4).bind(context),
+        "random": lambda: RandomWidths(4.5, seed=2).bind(context),
+        "entropy": lambda: EntropyThreshold(1.5, one_way=True).bind(context),
+        "fixed:8": lambda: Fixed(8).bind(context),
     }
 
 
@@ -142,7 +144,7 @@ def test_policies_see_their_dial(tiny_prepared: Prepared) -> None:
 
 def test_wider_is_better_and_slower(tiny_prepared: Prepared) -> None:
     evaluator = evaluator_of(tiny_prepared)
-    traces = [evaluator.run(make_policy(f"fixed:{b}", policy_context(tiny_prepared))) for b in (3, 4, 5, 6, 8)]
+    traces = [evaluator.run(Fixed(b).bind(policy_context(tiny_prepared))) for b in (3, 4, 5, 6, 8)]
     kls = [float(trace.output_kl_nats.mean()) for trace in traces]
     speeds = [trace.speedup for trace in traces]
     assert kls == sorted(kls, reverse=True)
@@ -150,7 +152,7 @@ def test_wider_is_better_and_slower(tiny_prepared: Prepared) -> None:
     assert speeds[-1] == pytest.approx(1.0)
     evaluator.close()
     with pytest.raises(RuntimeError, match="closed"):
-        evaluator.run(make_policy("fixed:8", policy_context(tiny_prepared)))
+        evaluator.run(Fixed(8).bind(policy_context(tiny_prepared)))
 
 
 def test_bootstrap_covers_a_known_mean() -> None:
@@ -202,7 +204,7 @@ def test_measured_speedups_are_ratios_within_a_round(tiny_prepared: Prepared, mo
 
     clock = FakeClock(monkeypatch, turns=4, tokens=tokens, slow=slow, step_ms=step_ms)
     context = policy_context(tiny_prepared)
-    entries: list[tuple[Policy, float]] = [(make_policy(f"fixed:{b}", context), 1.0) for b in (4, 8, 5)]
+    entries: list[tuple[Policy, float]] = [(Fixed(b).bind(context), 1.0) for b in (4, 8, 5)]
     window = tiny_prepared.windows.test[0]
     speedups = measured_speedups(
         tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, entries, rounds=3
@@ -218,7 +220,7 @@ def test_measured_speedups_are_ratios_within_a_round(tiny_prepared: Prepared, mo
 def test_timing_of_slow_models_is_cut_short(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     env = replace(tiny_prepared.env, max_new_tokens=2)
     window = tiny_prepared.windows.test[0, : env.window_tokens]
-    entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+    entry = (Fixed(4).bind(policy_context(tiny_prepared)), 1.0)
     for seconds_per_look, rounds in ((0.0, 9), (11.0, 5)):
         clock = FakeClock(monkeypatch, turns=2, tokens=2)
         looks = itertools.count(0.0, seconds_per_look)
@@ -232,14 +234,14 @@ def test_timing_needs_no_long_window(tiny_prepared: Prepared, monkeypatch: pytes
     for steps in (1, 3, 4):
         FakeClock(monkeypatch, turns=2, tokens=steps)
         env = replace(tiny_prepared.env, max_new_tokens=steps)
-        entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+        entry = (Fixed(4).bind(policy_context(tiny_prepared)), 1.0)
         window = tiny_prepared.windows.test[0, : env.window_tokens]
         speedups = measured_speedups(tiny_prepared.model, tiny_prepared.profile, window, env, [entry], rounds=1)
         assert speedups == pytest.approx([2.0])
 
 
 def test_measured_by_the_real_clock(tiny_prepared: Prepared) -> None:
-    entry = (make_policy("fixed:4", policy_context(tiny_prepared)), 1.0)
+    entry = (Fixed(4).bind(policy_context(tiny_prepared)), 1.0)
     window = tiny_prepared.windows.test[0]
     (speedup,) = measured_speedups(
         tiny_prepared.model, tiny_prepared.profile, window, tiny_prepared.env, [entry], rounds=1

@@ -10,7 +10,8 @@ from fake_session import FakeModel, fake_profile
 from toy_training import TOY_CONFIG, mean_reward, toy_env, toy_front, toy_policy, toy_windows
 
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
-from flexquant_rl.engine.control.policy import PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.policy import PrecisionNet
 
 MODEL = FakeModel(carry=0.5)
 FRONT = toy_front(MODEL)

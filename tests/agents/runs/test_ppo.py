@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_session import NUM_CLASSES, FakeModel, FakeSession, fake_profile, optimal_bit_widths, token_class
+from policy_checks import fake_context
 from safetensors.torch import load_file, save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import KVWriter
@@ -29,10 +30,11 @@ from toy_training import (
 )
 
 from flexquant_rl.agents.config import PPOConfig
-from flexquant_rl.agents.policies.baselines import RandomWidths
+from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.runs.imitation import collect_signals
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
-from flexquant_rl.engine.control.policy import Decision, PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, StaticAllocation
+from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
@@ -64,7 +66,7 @@ def best_net(callback: TrainingCallback, model: FakeModel) -> PrecisionNet:
 def random_reward(model: FakeModel) -> float:
     """The best that random widths of any mean reach."""
     means = (3.5, 4.0, 4.5, 5.0, 6.0)
-    return max(mean_reward(RandomWidths(fake_profile(model), mean), model, toy_windows()) for mean in means)
+    return max(mean_reward(RandomWidths(mean).bind(fake_context(model)), model, toy_windows()) for mean in means)
 
 
 def test_ppo_finds_the_best_width_of_each_unit(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from flexquant_rl.engine.control.controller import (
     make_controller,
 )
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import Decision, LearnedPolicy, PolicyCard, PrecisionNet, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.decoder import StepOutput

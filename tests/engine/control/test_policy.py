@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.policy import (
     POLICY_VERSION,
     PROFILE_FILE,
@@ -22,7 +23,6 @@ from flexquant_rl.engine.control.policy import (
     LearnedPolicy,
     PolicyCard,
     PrecisionNet,
-    StaticAllocation,
     load_policy,
 )
 from flexquant_rl.engine.control.profile import Profile

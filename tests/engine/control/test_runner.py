@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.controller import TorchController, make_controller
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.runner import PolicyRunner

@@ -23,14 +23,8 @@ from transformers import (
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import Controller, NativeController, TorchController
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import (
-    Decision,
-    LearnedPolicy,
-    Policy,
-    PolicyCard,
-    PrecisionNet,
-    StaticAllocation,
-)
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.signals import SignalSchema, unit_depths

@@ -10,7 +10,7 @@ import torch
 from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 from torch import Tensor
 
-from flexquant_rl.agents.policies.static import StaticFront, static_front
+from flexquant_rl.agents.policies.static_front import StaticFront, static_front
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError

@@ -1,0 +1,88 @@
+"""The families of policies that tables and pictures know, in their order, and policies by name.
+
+A new family is a file of its own and a place in `POLICIES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from itertools import cycle
+
+from flexquant_rl.agents.policies.entropy import EntropyThreshold
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.knapsack import Knapsack
+from flexquant_rl.agents.policies.names import prefix, read_parameters, usage
+from flexquant_rl.agents.policies.own import bind_own, load_own_class, split_own_name
+from flexquant_rl.agents.policies.random_widths import RandomWidths
+from flexquant_rl.agents.policies.unbound import Baseline, Family, PolicyContext, UnboundPolicy
+from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.errors import InputError
+
+# In the order of tables and legends.
+POLICIES: tuple[type[Baseline], ...] = (Fixed, RandomWidths, EntropyThreshold, Knapsack)
+# Two families without names to parse: one is loaded from a directory, the other looks at the text that it is judged on.
+PPO = Family("ppo", "ppo", "#D55E00", "o")
+ORACLE = Family("oracle", "oracle (bound)", "#009E73", "*", draws="points", is_oracle=True)
+
+# The colours above are Okabe and Ito's and darker relatives: told apart with any colour vision, and the marker says it
+# again. These are left for families that only the user knows.
+_SPARE_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100", "#CC79A7", "#56B4E9")
+_SPARE_MARKERS = ("<", ">", "d", "H", "8", "P", "v")
+
+
+def family_facts(names: Iterable[str]) -> dict[str, Family]:
+    """The facts of families by name, in the order of tables and legends: oracles last, and unknown ones before them."""
+    known = {family.name: family for family in (*(policy.family for policy in POLICIES), PPO, ORACLE)}
+    present = set(names)
+    spare = cycle(zip(_SPARE_COLOURS, _SPARE_MARKERS, strict=True))
+    facts = [family for name, family in known.items() if name in present]
+    facts += [Family(name, name, *next(spare)) for name in sorted(present - known.keys())]
+    return {family.name: family for family in sorted(facts, key=lambda family: family.is_oracle)}
+
+
+def static_families() -> tuple[str, ...]:
+    """Names of the families that all others must beat."""
+    return tuple(policy.family.name for policy in POLICIES if policy.family.is_static)
+
+
+def family_name(policy: UnboundPolicy) -> str:
+    """The family of a policy's rows: `module:Class` for a class of the user's."""
+    return prefix(type(policy))
+
+
+def parse_policy(name: str) -> UnboundPolicy:
+    """Reads the name of a policy; needs no model.
+
+    Args:
+        name: `family:key=value,...`, `module:Class` or `module:Class:key=value,...`. The first parameter needs no key.
+
+    Raises:
+        InputError: If there is no such family or class, or if its parameters are wrong.
+    """
+    family, _, parameters = name.partition(":")
+    for kind in POLICIES:
+        if kind.family.name == family:
+            return read_parameters(kind, parameters, name)
+    own = split_own_name(name)
+    if own is not None:
+        found = load_own_class(own[0], own[1], name)
+        if found is not None:
+            return read_parameters(found, own[2], name)
+    near = difflib.get_close_matches(family, [kind.family.name for kind in POLICIES], n=1, cutoff=0.5)
+    if near:
+        hint = f"did you mean {near[0]}:{parameters or '4'}?"
+    elif own is not None:
+        hint = f"there is no module {own[0]} here; give its name without .py, e.g. my_policies:MyPolicy"
+    else:
+        hint = f"known: {', '.join(map(usage, POLICIES))}, module:Class"
+    raise InputError(f"unknown policy {name!r}; {hint} (or the directory of an exported policy)")
+
+
+def bind_policy(policy: UnboundPolicy, context: PolicyContext) -> Policy:
+    """Binds a policy to a model; what a class of the user's decides is checked from then on.
+
+    Raises:
+        InputError: If the parameters make no policy of this model.
+    """
+    return policy.bind(context) if type(policy) in POLICIES else bind_own(policy, context)

@@ -1,0 +1,131 @@
+"""What every family of policies has: parameters that bind to a model, and facts for tables and pictures.
+
+Parameters and the callable are two objects. The parameters know no model, so that they can be parsed, printed, compared
+and checked before anything is loaded; `bind` makes the callable for one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from flexquant_rl.agents.policies.static_front import StaticFront
+from flexquant_rl.engine.control.decision import Decision, Policy
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+
+_LARGEST_WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tables and pictures know of a family of policies.
+
+    Attributes:
+        name: First part of the names of its policies, and `family` of their rows.
+        label: Its name in legends.
+        colour: Its colour, `#rrggbb`.
+        marker: Its marker, as matplotlib names them.
+        draws: `curve` joins its points along their Pareto front; `points` leaves them alone.
+        is_static: Whether its widths are the same at every token. Static families are what all others must beat.
+        is_oracle: Whether it has seen the text that it is judged on. It is then a bound and cannot be deployed.
+    """
+
+    name: str
+    label: str
+    colour: str
+    marker: str
+    draws: Literal["curve", "points"] = "curve"
+    is_static: bool = False
+    is_oracle: bool = False
+
+
+@dataclass(frozen=True)
+class PolicyContext:
+    """The model that policies are bound to, as far as they may know it.
+
+    Attributes:
+        profile: Sensitivities and latencies of the units at the stored widths.
+        front: The static allocations that no other one beats.
+        schema: Names and places of the signals.
+        model_fingerprint: Fingerprint of the nested model.
+    """
+
+    profile: Profile
+    front: StaticFront
+    schema: SignalSchema
+    model_fingerprint: str
+
+    def column(self, bit_width: int, policy: str) -> int:
+        """Index of a width among the stored ones.
+
+        Args:
+            bit_width: The width.
+            policy: Name of the policy that asks for it.
+
+        Raises:
+            InputError: If the width is not stored.
+        """
+        widths = self.profile.bit_widths
+        if bit_width not in widths:
+            stored = ", ".join(map(str, widths))
+            raise InputError(f"policy {policy!r}: width {bit_width} is not stored; choose one of {stored}")
+        return widths.index(bit_width)
+
+    def check_mean(self, mean_bit_width: float, policy: str) -> None:
+        """Raises InputError if the policy of that name asks for a mean outside the stored widths."""
+        lowest, highest = self.profile.bit_widths[0], self.profile.bit_widths[-1]
+        if not lowest <= mean_bit_width <= highest:
+            raise InputError(
+                f"policy {policy!r}: mean width {mean_bit_width:g} is outside the stored widths {lowest} to "
+                f"{highest}; choose one in between"
+            )
+
+
+class UnboundPolicy(Protocol):
+    """The parameters of a policy: a frozen dataclass whose fields are int, float, bool or str.
+
+    Its `__post_init__` raises InputError for parameters that make no policy of any model.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def bind(self, context: PolicyContext) -> Policy:
+        """The policy for one model.
+
+        Raises:
+            InputError: If the parameters make no policy of this model.
+        """
+
+
+class Baseline(UnboundPolicy, Protocol):
+    """A policy of ours: the facts of its family are with it."""
+
+    family: ClassVar[Family]
+
+
+@dataclass(frozen=True)
+class RulePolicy:
+    """A policy that is a plain function of the signals.
+
+    Attributes:
+        name: As it appears in tables.
+        decide: Maps signals `[B, dim]` float32 to a decision for B rows.
+    """
+
+    name: str
+    decide: Callable[[Tensor], Decision]
+
+    def __call__(self, signals: Tensor) -> Decision:
+        """See `Policy`."""
+        return self.decide(signals)
+
+
+def check_width(name: str, bit_width: float) -> None:
+    """Raises InputError if a parameter of that name is no bit-width of any model."""
+    if not 1 <= bit_width <= _LARGEST_WIDTH:
+        raise InputError(f"{name}={bit_width:g} is no width; choose one from 1 to {_LARGEST_WIDTH}")

@@ -1,0 +1,54 @@
+"""What the engine needs of a policy: a function from signals to the decision for the next step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decides before a step, for each of B rows.
+
+    Attributes:
+        bit_widths: `[B, U]` int64, widths of the pass.
+        verify: Whether the pass settles its token. It always does as long as nothing is drafted: every step is then
+            one ordinary pass.
+    """
+
+    bit_widths: Tensor
+    verify: bool = True
+
+
+class Policy(Protocol):
+    """Maps signals to decisions.
+
+    A policy keeps no state between calls: whatever it may remember (position, last widths, moving averages) is in the
+    signals, so that rows can be batched, restarted and replayed freely.
+    """
+
+    @property
+    def name(self) -> str:
+        """As it appears in tables, e.g. `knapsack:4.5`."""
+
+    def __call__(self, signals: Tensor) -> Decision:
+        """`[B, dim]` float32 signals to a decision for B rows."""
+
+
+@dataclass(frozen=True)
+class StaticAllocation:
+    """The same widths at every token.
+
+    Attributes:
+        name: As it appears in tables.
+        bit_widths: `[U]` int64.
+    """
+
+    name: str
+    bit_widths: Tensor
+
+    def __call__(self, signals: Tensor) -> Decision:
+        """See `Policy`."""
+        return Decision(self.bit_widths.to(signals.device).expand(len(signals), -1))
