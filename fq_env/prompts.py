@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,10 +91,10 @@ def load_windows(
     """
     source = ", ".join(path.name for path in texts) if texts else "Python standard library (held-out modules)"
     documents = file_documents(texts) if texts else None
-    for name in get_args(Split) if documents else ():
+    for name, parts in (documents or {}).items():
         # A token has a byte at least. A split that fails this has no window, and is found out before it is opened.
-        if max((len(part.encode()) for part in documents[name]), default=0) < length - 1:
-            raise _no_window(source, name, documents[name], length)
+        if max((len(part.encode()) for part in parts), default=0) < length - 1:
+            raise _no_window(source, name, parts, length)
 
     def cut(name: Split) -> Tensor:
         parts = _stdlib_documents(name) if documents is None else documents[name]
