@@ -315,7 +315,7 @@ def generate(
         speed: Modelled speedup to aim for, from the policy's own table; default: its middle setting.
         kl_weight: The dial itself, instead of a speed.
         temperature: 0 is greedy.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
         show_bits: Show every token's mean width: as its background colour on a terminal, else in a line below the text.
         device: cpu or cuda.
         decoder: The lean decoder (Llama, Mistral, Qwen2 and Qwen3; a native call per token on a CPU, a captured graph

@@ -44,7 +44,7 @@ class Prepared:
         cost: What steps cost: the profile's table, but where policies that carry a profile are judged by another.
         front: Static allocations with measured KL.
         env: The run's episodes, the dial's range filled in.
-        num_threads: Of steps that are timed, as for `open_session`.
+        num_threads: Threads of steps that are timed, as for `open_session`.
     """
 
     model: NestedCausalLM
@@ -67,7 +67,7 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     """Loads or quantises the model, reads the text, profiles, and solves the static allocation.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         run_dir: Where profile and front are kept for a resume; None keeps nothing.
         exported: Policies that will control the model. What they see of it is then the profile that they carry; of
             `config.profile` only the latencies count.

@@ -358,7 +358,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _tensor_sha256(tensor: Tensor) -> str:
-    """Of the bytes as they are stored: contiguous, little-endian."""
+    """Digest of the bytes as they are stored: contiguous, little-endian."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 

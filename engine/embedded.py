@@ -1,4 +1,4 @@
-"""Where the model that ships with the package lies.
+"""Where the model that ships with the package is.
 
 The folder has the same place relative to this file in a checkout and in an installed wheel, where `assets/` is the data
 package `flexquant_rl.assets`.

@@ -112,7 +112,7 @@ def read_tensors(path: Path, *, fix: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _sha256(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Of names, dtypes, shapes and bytes of contiguous tensors and of the metadata, hex."""
+    """Digest of names, dtypes, shapes and bytes of contiguous tensors and of the metadata, hex."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

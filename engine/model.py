@@ -362,7 +362,7 @@ def nest(
 
 
 def _input_hessians(hf_model: PreTrainedModel, units: tuple[Unit, ...], calibration: Tensor) -> Iterator[Tensor]:
-    """`input_hessians` in the order of the units' linears; units of one layer lie next to each other."""
+    """`input_hessians` in the order of the units' linears; units of one layer are next to each other."""
     layers = list(decoder_layers(hf_model))
     stages = [
         [name for unit in units if unit.layer_idx == layer_idx for name in unit.linears]

@@ -57,15 +57,18 @@ class Engine:
         self.policy = policy
         self.profile = profile
         self._lock = threading.Lock()
+        self._graph_lock = threading.Lock()  # a graph has one row
         self._running: dict[int, Request] = {}
         if graph is None and _takes_graph(model, policy, decoder):
             graph = GraphDecoder(model, policy, profile, max_length=max_length or model.max_context)
         if graph is not None:
             _check_graph(graph, model, policy, num_threads)
         self._graph = graph
-        self._open: SessionOpener | None = None
-        if graph is None:
-            self._open = session_opener(model, max_length=max_length, decoder=decoder, num_threads=num_threads)
+        # Likelihoods go step by step, which a graph does not.
+        name: DecoderName = decoder if graph is None else "hf"
+        self._open: SessionOpener | None = session_opener(
+            model, max_length=max_length, decoder=name, num_threads=num_threads
+        )
 
     def generate(self, request: Request) -> Iterator[GeneratedToken]:
         """Continues a prompt. Any thread may call this at any time; abandon the iterator to stop.
@@ -98,10 +101,17 @@ class Engine:
             InputError: As `PolicyRunner.loglikelihood`.
             RuntimeError: If the engine is closed.
         """
-        with self._lock:
-            runner = self._runner(min(num_rows, len(pairs)) or 1)
-            with closing(runner.decoder):
-                return runner.loglikelihood(pairs, kl_weight)
+        # Continuations of like length end together; between two passes' worth of pairs others have their turn.
+        order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
+        found: dict[int, Likelihood] = {}
+        for begin in range(0, len(order), num_rows):
+            chosen = order[begin : begin + num_rows]
+            with self._lock:
+                runner = self._runner(len(chosen))
+                with closing(runner.decoder):
+                    likelihoods = runner.loglikelihood([pairs[index] for index in chosen], kl_weight)
+            found.update(zip(chosen, likelihoods, strict=True))
+        return [found[index] for index in range(len(pairs))]
 
     def close(self) -> None:
         """Cancels what is running and takes no more requests. Closing twice is fine."""
@@ -113,14 +123,14 @@ class Engine:
     def _runner(self, num_rows: int) -> PolicyRunner:
         """Opens rows of a request's own."""
         if self._open is None:
-            raise RuntimeError("this Engine is closed, or its model is decoded by a captured graph")
+            raise RuntimeError("this Engine is closed")
         controller = make_controller(self.model, self.policy, self.profile, num_rows=num_rows)
         return PolicyRunner(self._open(num_rows), controller)
 
     @contextmanager
     def _registered(self, request: Request) -> Iterator[None]:
         with self._lock:
-            if self._open is None and self._graph is None:
+            if self._open is None:
                 raise RuntimeError("this Engine is closed")
             self._running[id(request)] = request
         try:
@@ -142,9 +152,9 @@ class Engine:
         request.check(graph.loop.weights.max_length)
         if request.top_p < 1:
             raise InputError(f"top_p={request.top_p:g}: the captured graph samples from all tokens; use decoder='hf'")
-        running = RunningRequest(0, request, self.model.tokenizer)
+        running = RunningRequest(0, request, self.model.tokenizer, self.model.eos_token_ids)
         prompt_ids, count = request.prompt_ids, request.max_new_tokens
-        with self._lock:  # a graph has one row
+        with self._graph_lock:
             # Compiling is no part of the first token's latency.
             graph.loop.prepare(len(prompt_ids), len(prompt_ids) + count)
             began = time.perf_counter()
@@ -205,7 +215,6 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        eos_token_ids=model.eos_token_ids,
         stop=tuple(stop),
     )
     request.check(model.max_context)

@@ -1,7 +1,7 @@
 """Activations as the bitplane product reads them: packed once, by whichever kernel produces them.
 
 An output of the product needs all eight input quads of a 32-input word at the same time, one quad for each bit of a
-weight word's bytes. So values are stored transposed: quad t of all words lies in one row, and neighbouring threads that
+weight word's bytes. So values are stored transposed: quad t of all words is in one row, and neighbouring threads that
 hold neighbouring words read 16 bytes each, coalesced.
 """
 # Kernel functions are Triton's own dialect; the launchers below them are checked.

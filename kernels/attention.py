@@ -1,7 +1,7 @@
 """Attention of one new token per sequence over a static cache, its result packed for the bitplane product.
 
 The length is read on the device, so one captured graph serves every length up to the cache's size: programs whose
-places lie beyond it return at once. Places are split among programs, because the key heads of one sequence are too few
+places are beyond it return at once. Places are split among programs, because the key heads of one sequence are too few
 to fill a device; a second kernel joins the parts and packs. No atomics: the same bits in every run.
 """
 # Kernel functions are Triton's own dialect; the launcher above them is checked.
@@ -91,7 +91,7 @@ def attend(
         keys: `[M, J, L, D]` float16, bfloat16 or float32; the token's own key is in it already.
         values: As `keys`.
         positions: `[M]` int32 or int64 on the device, the last place to attend to; read as L - 1 if larger.
-        scale: Of the scores, usually ``1 / sqrt(D)``.
+        scale: Factor of the scores, usually ``1 / sqrt(D)``.
         mode: How to hold the result, if `out` is not given.
         parts: Buffers between the kernels; allocated if not given.
         out: Buffers for `[M, H * D]`; allocated if not given.
@@ -195,7 +195,7 @@ def _attend_kernel(
     length = tl.minimum(tl.load(positions_ptr + token).to(tl.int32) + 1, num_places)
     first = part * PLACES_PER_PART
     if first < length:
-        # Heads of a token that share a key head lie side by side, so row 0 of a program is GROUP * program_id.
+        # Heads of a token that share a key head are side by side, so row 0 of a program is GROUP * program_id.
         query = tl.arange(0, BLOCK_GROUP)
         dim = tl.arange(0, BLOCK_DIM)
         row = tl.program_id(0) * GROUP + query

@@ -35,7 +35,7 @@ def dequantize(
         weight: On a CUDA device. May be some rows of a larger matrix, as those of a fused one are.
         bit_width: `[1]` or `[]` int32 on the device; never read on the host.
         out: `[N, K]` float16, bfloat16 or float32; allocated if not given.
-        dtype: Of the result, if `out` is not given.
+        dtype: Type of the result, if `out` is not given.
 
     Returns:
         `out`, or a new tensor.

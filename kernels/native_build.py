@@ -2,7 +2,7 @@
 
 Standard library only and nothing of this package, because setup.py loads this file by its path, where torch is not
 installed. The library's name carries a hash of all that it is made from, so that one which has become old is never
-loaded, wherever it lies. No flag is meant for the build machine: each body names its own instruction set and is chosen
+loaded, wherever it is. No flag is meant for the build machine: each body names its own instruction set and is chosen
 at run time.
 """
 

@@ -238,7 +238,7 @@ class NativeControl:
         """Returns to a mark: everything is, bit for bit, as if what came after it had never happened.
 
         Args:
-            mark: Of this control. It may be of a sequence before the last `reset`, and stays good.
+            mark: A mark of this control. It may be of a sequence before the last `reset`, and stays good.
 
         Raises:
             ValueError: If the mark is of another control.
@@ -285,7 +285,7 @@ class NativeControl:
         return slot
 
     def _allocate_vectors(self) -> dict[str, int]:
-        """Addresses of the vectors of the state, which lie together so that a mark copies them at once."""
+        """Addresses of the vectors of the state, which are together so that a mark copies them at once."""
         sizes = {"recent_widths": signal_constants.RECENT_TOKENS}
         sizes |= dict.fromkeys(("residual_update", "crest", "last_widths"), self._num_units)
         self._vectors = torch.zeros(sum(sizes.values()))

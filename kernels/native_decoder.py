@@ -226,7 +226,7 @@ class NativeDecoder:
         Shapes: T tokens (1..16), U units.
 
         Args:
-            cache: Of this decoder; entries `[position, position + T)` are written.
+            cache: A cache of this decoder; entries `[position, position + T)` are written.
             token_ids: `[T]` int64.
             position: Tokens that the cache holds already.
             bit_widths: `[U]` int64 on the CPU; 0 reads the unquantised weights.

@@ -15,7 +15,7 @@ from flexquant_rl.kernels.bitplane import INPUT_ALIGNMENT, NUM_PLANES
 
 ABI_VERSION = 2
 CACHE_BLOCK = 16
-"""Positions whose keys and values lie together in the cache."""
+"""Positions whose keys and values are together in the cache."""
 WORKSPACE_ALIGNMENT = 64
 """The workspace of a decode step begins at a multiple of as many bytes."""
 PADDED_WIDTHS = 16

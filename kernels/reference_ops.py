@@ -20,7 +20,7 @@ def pack_activations(
     Args:
         x: `[M, K]` floating point.
         mode: How to hold the values.
-        dtype: Of the values in mode "float".
+        dtype: Type of the values in mode "float".
     """
     num_tokens, num_inputs = x.shape
     words = functional.pad(x.float(), (0, padded_inputs(num_inputs) - num_inputs)).view(num_tokens, -1, WORD_BITS)

@@ -1,4 +1,4 @@
-"""Plain torch definitions of what lies between the products of a GPU decode step: attention, statistics, sampling.
+"""Plain torch definitions of what is between the products of a GPU decode step: attention, statistics, sampling.
 
 The definition of the signals is `engine/control/signals.py`.
 """
@@ -19,7 +19,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, 
         keys: `[M, J, L, D]`.
         values: As `keys`.
         positions: `[M]` integers.
-        scale: Of the scores.
+        scale: Factor of the scores.
     """
     group = queries.shape[1] // keys.shape[1]
     rows = []

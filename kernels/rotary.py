@@ -52,7 +52,7 @@ def rotary(
             token to row 0 where there is only one.
         q_norm: `[D]`, or None for no norm.
         k_norm: `[D]`; given exactly when `q_norm` is.
-        eps: Of the norms.
+        eps: Epsilon of the norms.
         out: `[M, H, D]` float16, bfloat16 or float32 for the rotated queries; in the cache's dtype if not given.
 
     Returns:

@@ -121,7 +121,7 @@ def update_signals(
     Shapes: V vocabulary, L layers, U units.
 
     Args:
-        constants: Of model and policy.
+        constants: Constants of model and policy.
         state: Updated.
         logits: `[V]` float32 of the step.
         statistics: `[2, L + 1]` float32: residual updates and crests, 0 in the last column, which is the head's.

@@ -42,6 +42,7 @@ class FakeModel:
     has_reference: bool = True
     vocab_size: int = VOCAB_SIZE
     fingerprint: str = "fake"
+    eos_token_ids: tuple[int, ...] = (EOS_TOKEN_ID,)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property

@@ -31,12 +31,12 @@ class SeedGroup:
 
     @property
     def family(self) -> str:
-        """Of all rows."""
+        """The family of all rows."""
         return self.rows[0].family
 
     @property
     def policy(self) -> str:
-        """Of all rows."""
+        """The policy of all rows."""
         return self.rows[0].policy
 
     @property
@@ -143,7 +143,7 @@ def captured_headroom(static_kl: float | None, policy_kl: float | None, oracle_k
 def best_static_front(rows: Iterable[EvalRow], speedup: float) -> list[EvalRow]:
     """The front of the static family with the least KL at a modelled speedup; empty where none reaches that speed.
 
-    Families are not pooled: a point of one that nothing beats outright may still lie above the line of the other, and a
+    Families are not pooled: a point of one that nothing beats outright may still be above the line of the other, and a
     baseline must never get worse because more of it was evaluated.
     """
     rows = list(rows)
@@ -164,7 +164,7 @@ def log_ratio_to_static(
         group: The policy at one dial.
         rows: Holds the static ones; `sequence_kl_nats` must be of the same sequences.
         num_resamples: Bootstrap resamples.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Returns:
         `(log ratio, low, high)`; None where no seed is at a speed of the static front.
@@ -216,7 +216,7 @@ class Comparison:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the 95% interval lies on one side of zero."""
+        """Whether the 95% interval is on one side of zero."""
         if self.log_ratio_low is None or self.log_ratio_high is None:
             return False
         return self.log_ratio_low > 0 or self.log_ratio_high < 0
@@ -266,12 +266,12 @@ def compare_at_equal_speed(
     decided once, on all sequences, and speeds are not resampled.
 
     Args:
-        rows: Of any families; `sequence_kl_nats` of the two must be of the same sequences.
+        rows: Rows of any families; `sequence_kl_nats` of the two must be of the same sequences.
         family_a: The one that is judged.
         family_b: What it is judged against.
         num_speeds: Speeds, evenly spaced over the common range.
         num_resamples: Bootstrap resamples.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Returns:
         None where a family has no front or no speed is common to all fronts.

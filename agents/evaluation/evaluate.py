@@ -65,7 +65,7 @@ class Evaluator:
 
     Args:
         model: The model.
-        profile: Of the model.
+        profile: Profile of the model.
         windows: `[S, window_tokens]` int64.
         config: Shape of the episodes; the source must be `replay`.
         cost: What the steps cost; default: the profile's table.
@@ -174,7 +174,7 @@ def measured_speedups(
 
     Args:
         model: The model.
-        profile: For the signals.
+        profile: Profile that the signals are made with.
         window: `[window_tokens]` int64.
         config: Shape of the episode.
         policies: Policies, each with its dial.

@@ -49,7 +49,7 @@ _KL_DECADES = 5
 _MAX_RATIO_PERCENT = 60.0
 _PAIRED = "; in the lower panel paired with the best static front, and over training seeds."
 _GREY = "#5b5b5b"
-_LOWEST_ZORDER = 3  # above the grid and the line at zero; each family lies above those before it
+_LOWEST_ZORDER = 3  # above the grid and the line at zero; each family is drawn above those before it
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -76,11 +76,11 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
     itself) has no place on a logarithmic axis: the caption names it.
 
     Args:
-        rows: Of any families; those without a modelled speedup are left out.
-        path: Of the PNG, written atomically.
+        rows: Rows of any families; those without a modelled speedup are left out.
+        path: Path of the PNG, written atomically.
         title: One line.
         caption: The conditions (model, text, machine, seeds), wrapped below the axes; what the bars are is added.
-        source: Of the latency table, for the label of the x-axis.
+        source: Source of the latency table, for the label of the x-axis.
     """
     drawable = drawable_rows(rows)
     hidden = sorted({row.policy for row in rows if row.speedup_modelled is not None} - {row.policy for row in drawable})
@@ -129,9 +129,9 @@ def plot_bits(
         widths: `[T, U]` integers.
         tokens: T decoded tokens.
         unit_names: U names, first layer first; the last (the head) is drawn on top.
-        path: Of the PNG, written atomically.
+        path: Path of the PNG, written atomically.
         title: One line.
-        output_kl_nats: `[T]`, nats; values that are not positive lie on the axis, NaN leaves a gap.
+        output_kl_nats: `[T]`, nats; values that are not positive are on the axis, NaN leaves a gap.
         bit_widths: The stored widths, for the colours; default: those that occur.
 
     Raises:
@@ -222,7 +222,7 @@ def _draw_points(axes: Axes, family: Family, x: Array, y: Array, bars: Array, zo
 
 
 def _ratios_to_static(rows: Sequence[EvalRow]) -> dict[str, Array]:
-    """Of each family that is not static and meets a static front: what `_ratio_points` gives."""
+    """What `_ratio_points` gives for each family that is not static and meets a static front."""
     dynamic = [family.name for family in families(rows).values() if not family.is_static]
     ratios = {family: _ratio_points(seed_groups(rows, family), rows) for family in dynamic}
     return {family: points for family, points in ratios.items() if len(points)}

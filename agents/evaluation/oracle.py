@@ -33,7 +33,7 @@ class OracleConfig:
     share_high: float = 0.5
     """Share of tokens that get the high allocation."""
     seed: int = 0
-    """Of the choices."""
+    """Seed of the choices."""
 
 
 def token_oracle(
@@ -51,7 +51,7 @@ def token_oracle(
 
     Args:
         model: The model.
-        profile: For the latencies.
+        profile: Gives the latencies.
         windows: `[S, window_tokens]` int64.
         low: `[U]` widths.
         high: `[U]` widths, no lower than `low` in time.

@@ -58,12 +58,12 @@ def clone(
         net: Trained in place.
         signals: `[n, dim]` recorded signals.
         front: Gives the labels.
-        profile: Of the model.
+        profile: Profile of the model.
         dials: Range of the dial.
         num_steps: Gradient steps.
         batch_size: Samples per step.
         learning_rate: Falls linearly to zero.
-        generator: Of samples and dials.
+        generator: Draws samples and dials.
 
     Returns:
         Share of units whose best-scored width is the static one, on fresh dials.

@@ -30,7 +30,7 @@ class UnitSharedPolicy(ActorCriticPolicy):
     """SB3's interface around a `PrecisionNet`, the very module that is exported.
 
     Args:
-        observation_space: Of the environment.
+        observation_space: The environment's.
         action_space: `MultiDiscrete([W] * U)`.
         lr_schedule: Learning rate by remaining progress.
         schema: What the observations are.

@@ -29,7 +29,7 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
     again: the corrected command may use the same name. After an interruption it stays, to be resumed.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         run_dir: The directory; default: `runs/<model>-<time>`.
 
     Raises:

@@ -1,6 +1,6 @@
 """How long a call takes: the one part of a benchmark that depends on the device.
 
-On the CPU a clock is read before and after the call. On the GPU two CUDA events lie around it, so that the time of a
+On the CPU a clock is read before and after the call. On the GPU two CUDA events surround it, so that the time of a
 launch on the host is not in the figure, and a buffer larger than the L2 cache is overwritten first.
 """
 
@@ -43,7 +43,7 @@ class HostClock:
     now: Callable[[], float]
 
     def seconds(self, call: Call) -> float:
-        """See `Clock.seconds`. Nothing but the call lies between the two readings."""
+        """See `Clock.seconds`. Nothing but the call is between the two readings."""
         now = self.now
         began = now()
         call()

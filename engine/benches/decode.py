@@ -81,7 +81,7 @@ class DecodeBench(BenchConfig):
     peers: bool = True
     """Time Hugging Face and, where it is installed, llama.cpp too."""
     seed: int = 0
-    """Of weights and prompt."""
+    """Seed of weights and prompt."""
 
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain or there is no native library."""

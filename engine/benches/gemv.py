@@ -65,7 +65,7 @@ class GemvBench(BenchConfig):
     peers: bool = True
     """Time torch's products too."""
     seed: int = 0
-    """Of weights and activations."""
+    """Seed of weights and activations."""
 
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain or there is no native library."""
@@ -144,7 +144,7 @@ def _native_providers(config: GemvBench, clock: Clock, x: Tensor) -> list[Provid
     gemvs = [NativeGemv(weight, num_threads=config.threads, mode=config.mode) for weight in weights]
     out = torch.empty(len(x), config.shape[0])
     facts = {"isa": gemvs[0].isa, "group_size": config.group_size, "mode": config.mode}
-    # The read takes a weight's bytes as they lie, gaps and all.
+    # The read takes a weight's bytes as they are stored, gaps and all.
     providers = [read_provider(clock, block[: num_copies * size].split(size), config.threads, _CALLS_PER_TURN)]
     for width in config.bit_widths:
         _check_product(gemvs[0], x, width)

@@ -145,7 +145,7 @@ def run_bench(
     """Runs a benchmark from the gate to the file.
 
     Args:
-        name: Of the benchmark.
+        name: Name of the benchmark.
         tests: Test files that must pass, relative to the checkout.
         measure: Times everything and returns a row per provider; called after the tests.
         path: File to write the result to, as JSON; None writes none.
@@ -201,7 +201,7 @@ def rows(providers: Sequence[Provider], common: dict[str, Any]) -> list[Row]:
 
     Args:
         providers: After `interleave`.
-        common: For every row.
+        common: Facts of every row.
     """
     ceiling = next((provider for provider in providers if provider.name in CEILINGS), None)
     return [_row(provider, ceiling) | common for provider in providers]

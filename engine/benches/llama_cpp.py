@@ -36,7 +36,7 @@ def write_gguf(hf_model: LlamaForCausalLM, path: Path, gguf_type: GgufType) -> N
     Args:
         hf_model: Plain rotary embedding, no biases; rows of a multiple of 32.
         path: File to write.
-        gguf_type: Of the matrices; norms are float32.
+        gguf_type: Type of the matrices; norms are float32.
     """
     import gguf
 

@@ -42,7 +42,7 @@ class PolicyBench(BenchConfig):
     vocab: int = 32_000
     """Size of the output distribution that the signals describe."""
     seed: int = 0
-    """Of the weights."""
+    """Seed of the weights."""
 
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain."""

@@ -25,7 +25,7 @@ NOMINAL_BANDWIDTH_GB_S = 16.0
 
 _FOLDS = 5
 _STRENGTHS = (1e-6, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
-"""Of the ridge on deviations; the first is none."""
+"""Strengths of the ridge on deviations; the first is none."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class CostTable:
         fixed_ms: Part of a step that no bit-width changes.
         unit_ms: `[U, W]` float64.
         bit_widths: The W widths, ascending.
-        fingerprint: Of the model.
+        fingerprint: Fingerprint of the model.
         device: `cpu` or `cuda`.
-        num_threads: Of the decoder, which matter on a CPU.
+        num_threads: Threads of the decoder, which matter on a CPU.
         decoder: Whose steps were timed, `lean` or `hf`; None for a roofline.
         error_p50: Median relative error on held-out whole steps; None for a roofline.
         error_p95: 95th percentile of the same.
@@ -86,7 +86,7 @@ class CostTable:
 
         Args:
             model: What it is to be used for; device and decoder must be those that were measured.
-            num_threads: Of its steps, as given to `open_session`.
+            num_threads: Threads of its steps, as given to `open_session`.
         """
         if self.fingerprint != model.fingerprint:
             raise InputError(
@@ -189,8 +189,8 @@ def measured_cost(
         time_step: Runs one step of `open_session`'s decoder at `[U]` widths and returns its milliseconds.
         num_steps: Whole steps to time, in random order so that drift of the machine hits all widths alike; raised to
         four per table entry where there are many.
-        num_threads: Of the steps, as given to `open_session`.
-        seed: Of the widths.
+        num_threads: Threads of the steps, as given to `open_session`.
+        seed: Seed of the widths.
 
     Raises:
         InputError: If there are no steps, or the times are too noisy to fit a table.

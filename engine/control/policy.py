@@ -153,7 +153,7 @@ class _FrozenLogits:
         num_units, num_per_unit = self._unit_shape
         normalised = (signals - self._mean).div_(self._std)
         bias, weight = self._encode_global
-        # Contiguous because a product's last bits may depend on how its rows lie.
+        # Contiguous because a product's last bits may depend on the strides of its rows.
         context = torch.addmm(bias, normalised[:, : self._num_global].contiguous(), weight).tanh_()
         per_unit = normalised[:, self._num_global :].view(-1, num_units, num_per_unit)
         hidden = torch.cat([per_unit, context[:, None].expand(-1, num_units, -1)], dim=-1).flatten(0, 1)
@@ -241,7 +241,7 @@ def load_policy(
 
     Args:
         directory: Holds `policy.safetensors`, `policy.json` and `profile.json`.
-        model_fingerprint: Of the model that the policy will control; None skips the check.
+        model_fingerprint: Fingerprint of the model that the policy will control; None skips the check.
         name: As it appears in tables; default: the directory's.
         repair: What to do about damaged or missing files, as the error says it.
 

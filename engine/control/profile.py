@@ -31,7 +31,7 @@ class Profile:
         sensitivity: `[U, W]` float32, mean output KL in nats with only that unit at that width and the rest at the
             reference, keys and values included.
         bit_widths: The W widths, ascending.
-        fingerprint: Of the model.
+        fingerprint: Fingerprint of the model.
         num_tokens: Tokens that the means are over.
         reference: `unquantised`, or `8-bit` where no other copy exists.
     """

@@ -28,7 +28,7 @@ class Request:
         temperature: 0 is greedy.
         top_p: Only the likeliest tokens whose probabilities reach this sum are sampled.
         seed: Seed of the sampling.
-        eos_token_ids: Each of these ends the text.
+        eos_token_ids: Each of these ends the text; default: those of the model.
         stop: Each of these strings ends the text and is not part of it.
         cancel: Once it is set, the next token is the last one.
     """
@@ -39,7 +39,7 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     cancel: threading.Event = field(default_factory=threading.Event, compare=False)
 
@@ -90,22 +90,30 @@ class RunningRequest:
         index: Index of the request, as its tokens carry it.
         request: What is asked for.
         tokenizer: Turns tokens into text; None leaves the text out.
+        eos_token_ids: The model's own, for a request that names none.
     """
 
-    def __init__(self, index: int, request: Request, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase | None,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
         if request.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer; pass the model's")
         self._index = index
         self._request = request
         self._text = None if tokenizer is None else StreamedText(tokenizer, request.prompt_ids.tolist())
         self._stop = StopStrings(request.stop)
+        self._eos = eos_token_ids if request.eos_token_ids is None else request.eos_token_ids
         self._num_tokens = 0
         self.is_finished = False
 
     def add(self, token_id: int, bit_widths: Tensor, latency_ms: float) -> GeneratedToken:
         """Takes the next token and says what it adds."""
         self._num_tokens += 1
-        is_eos = token_id in self._request.eos_token_ids
+        is_eos = token_id in self._eos
         text = "" if self._text is None or is_eos else self._stop.add(self._text.add(token_id))
         reason: FinishReason | None = None
         if is_eos:

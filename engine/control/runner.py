@@ -152,7 +152,7 @@ class PolicyRunner:
             for row in range(len(self._upcoming)):
                 if row not in running and waiting:
                     index, request = waiting.pop()
-                    running[row] = RunningRequest(index, request, tokenizer)
+                    running[row] = RunningRequest(index, request, tokenizer, self.decoder.model.eos_token_ids)
                     yield self._first_token(row, request, running[row], sampler)
             running = {row: request for row, request in running.items() if not request.is_finished}
             if running:
@@ -206,7 +206,7 @@ class PolicyRunner:
         return [likelihood for likelihood in found if likelihood is not None]
 
     def _likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float) -> list[Likelihood]:
-        """Of at most R pairs, longest continuation first."""
+        """Likelihoods of at most R pairs, longest continuation first."""
         longest = len(pairs[0][1])
         text = torch.zeros(len(pairs), longest, dtype=torch.int64)
         for row, (_, continuation) in enumerate(pairs):

@@ -49,7 +49,7 @@ class StepTimer:
         return self._usual_ms * own_ms / largest_ms
 
     def _medians_ms(self, bit_widths: Tensor) -> tuple[float, float]:
-        """Of steps at the given and at the largest widths, taking turns."""
+        """Medians of steps at the given and at the largest widths, taking turns."""
         steps = [partial(self._session.fork().step, self._token_ids, widths) for widths in (bit_widths, self._largest)]
         times = [[clock_ms(step, self._device) for step in steps] for _ in range(self._num_pairs)]
         own, largest = zip(*times, strict=True)

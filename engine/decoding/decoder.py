@@ -85,6 +85,10 @@ class DecoderModel(Protocol):
         """Where the weights are."""
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+
+    @property
     def has_reference(self) -> bool:
         """Whether width 0 can be asked for."""
 

@@ -93,7 +93,7 @@ class GraphDecoder:
         max_length: Tokens that a sequence can hold; default: the model's context. A sliding window bounds it, so that
             no key ever leaves the window.
         mode: How activations are held: "int8", or "float" as a reference.
-        cache_dtype: Of keys and values.
+        cache_dtype: Type of keys and values.
         first_bucket: Size of the smallest cache.
 
     Raises:
@@ -142,7 +142,7 @@ class GraphDecoder:
             max_new_tokens: Tokens at most, the first one included.
             kl_weight: The dial.
             temperature: 0 is greedy.
-            seed: Of the sampling.
+            seed: Seed of the sampling.
 
         Raises:
             InputError: If the prompt is empty or does not fit together with its continuation.

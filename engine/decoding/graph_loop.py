@@ -112,7 +112,7 @@ class DecodeLoop:
         weights: The model, on the device.
         source: Where widths come from, on the same device.
         mode: How activations of nested products are held: "int8", or "float" as a reference.
-        cache_dtype: Of keys and values.
+        cache_dtype: Type of keys and values.
         first_bucket: Size of the smallest cache.
         captures: Default: where the device is a CUDA device.
     """
@@ -198,7 +198,7 @@ class DecodeLoop:
             largest_width: Width that the prompt was read at.
             kl_weight: The dial.
             temperature: 0 is greedy.
-            seed: Of the sampling.
+            seed: Seed of the sampling.
         """
         buffers, book = self._buffers, self.book
         pairs = list(keys_and_values)
@@ -264,7 +264,7 @@ class DecodeLoop:
         """
         device = self.weights.device
         for counter in (self.book.token, self.book.position, self.book.count):
-            counter.zero_()  # what an earlier sequence left may lie beyond this bucket
+            counter.zero_()  # what an earlier sequence left may be beyond this bucket
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -333,7 +333,7 @@ class DecodeLoop:
             rms_norm(hidden, weights.final_norm, eps=weights.norm_epsilon, out=buffers.normed)
             _multiply(weights.head, buffers.normed, buffers.width_of[weights.head_unit], out=buffers.logits)
             return
-        # An unquantised head: torch's product, whose temporaries lie in the graph's own pool.
+        # An unquantised head: torch's product, whose temporaries are in the graph's own pool.
         normed = functional.rms_norm(hidden, hidden.shape[-1:], weights.final_norm, weights.norm_epsilon)
         torch.mm(normed, weights.head.dense.t(), out=buffers.logits)
         if weights.head.bias is not None:

@@ -1,7 +1,7 @@
 """A Llama-family model as the GPU's decode step reads it: fused matrices, norms, rotation tables.
 
 Made from the description that the CPU's lean decoder uses: a model's parts are found in one place, llama_parts.py.
-q, k, v and gate, up lie in one matrix each, whose rows their modules hold from then on; every other tensor is the
+q, k, v and gate, up are one matrix each, whose rows their modules hold from then on; every other tensor is the
 model's own. So weights exist once.
 """
 
@@ -69,8 +69,8 @@ class StepWeights:
         num_heads: Query heads.
         num_key_heads: Key heads.
         head_dim: Size of a head.
-        norm_epsilon: Of all norms.
-        attention_scale: Of the scores.
+        norm_epsilon: Epsilon of all norms.
+        attention_scale: Factor of the scores.
         num_units: U.
     """
 
@@ -178,7 +178,7 @@ def _step_layer(layer: LayerWeights) -> StepLayer:
 
 
 def _fused(linears: Sequence[LinearWeights]) -> StepLinear:
-    """Linears with the same input, whose rows lie one after the other, as one."""
+    """Linears with the same input, whose rows follow one another, as one."""
     nested = [linear.nested for linear in linears if linear.nested is not None]
     assert len(nested) == len(linears), "every linear of a decoder layer is nested"
     first, bias = nested[0], None

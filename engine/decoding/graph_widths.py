@@ -1,6 +1,6 @@
 """Where the widths of a step come from on the GPU: a table, or a learned policy that runs there too.
 
-The step calls `choose`, which only launches: whatever it depends on lies in tensors on the device, so that a captured
+The step calls `choose`, which only launches: whatever it depends on is in tensors on the device, so that a captured
 graph follows changes of them.
 """
 
@@ -78,7 +78,7 @@ class LearnedWidths:
     """A learned policy on the device.
 
     Attributes:
-        constants: Of the signals.
+        constants: Constants of the signals.
 
     Args:
         weights: The network.

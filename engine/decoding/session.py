@@ -78,7 +78,7 @@ class DecodeSession:
         """See `Decoder.truncate`."""
         cache = self._open_cache()
         check_truncation(lengths.cpu(), cache.lengths.cpu())
-        cache.lengths.copy_(lengths)  # what lies beyond is masked, and overwritten before it counts again
+        cache.lengths.copy_(lengths)  # what is beyond is masked, and overwritten before it counts again
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Teacher-forced logits of whole sequences, many tokens at a time; the session's own rows are untouched.

@@ -30,7 +30,7 @@ class Calibration:
 
     Attributes:
         num_tokens: Tokens read.
-        sha256: Of the token ids, int64, little-endian, window after window.
+        sha256: Digest of the token ids, int64, little-endian, window after window.
     """
 
     num_tokens: int

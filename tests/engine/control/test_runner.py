@@ -37,6 +37,12 @@ class Switching:
         return Decision(torch.where(wide == 0, low, torch.where(wide == 1, middle, high)))
 
 
+@pytest.fixture(autouse=True)
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights choose EOS soon; here it is a token like the others."""
+    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
+
+
 @pytest.fixture(scope="module")
 def profile(nested_model: NestedCausalLM) -> Profile:
     sensitivity = torch.rand(nested_model.num_units, 5, generator=torch.Generator().manual_seed(0))
@@ -76,13 +82,20 @@ def test_rows_together_equal_each_alone(nested_model: NestedCausalLM, profile: P
     )
 
 
-def test_any_of_several_tokens_ends_a_text(nested_model: NestedCausalLM, profile: Profile) -> None:
+def test_any_of_several_tokens_ends_a_text(
+    nested_model: NestedCausalLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = Request(ids_of("hello"), 12)
     free = [token.token_id for token in runner_of(nested_model, profile, 1).generate([request])]
     eos = (126, free[5])
-    ended = list(runner_of(nested_model, profile, 1).generate([replace(request, eos_token_ids=eos)]))
-    assert [token.token_id for token in ended] == free[: free.index(free[5]) + 1]
-    assert ended[-1].finish_reason == "eos"
+    asked = replace(request, eos_token_ids=eos)
+    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", eos)
+    for same in (asked, request):  # named by the request, or by the model
+        ended = list(runner_of(nested_model, profile, 1).generate([same]))
+        assert [token.token_id for token in ended] == free[: free.index(free[5]) + 1]
+        assert ended[-1].finish_reason == "eos"
+    unending = list(runner_of(nested_model, profile, 1).generate([replace(request, eos_token_ids=())]))
+    assert [token.token_id for token in unending] == free
 
 
 def test_a_stop_string_over_two_tokens_ends_a_text(nested_model: NestedCausalLM, profile: Profile) -> None:
