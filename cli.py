@@ -43,6 +43,7 @@ from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model, sav
 from flexquant_rl.engine.control.cost import measured_cost, roofline_cost
 from flexquant_rl.engine.control.policy import PROFILE_FILE, LearnedPolicy, load_policy
 from flexquant_rl.engine.control.profile import profile_model, reference_name
+from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer
 from flexquant_rl.engine.decoding.choice import DecoderName, check_num_threads, open_session
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
@@ -332,10 +333,8 @@ def generate(
     nested = load_model(resolve_model(model), exported.quantization, progress=lambda items: track(items, "quantising"))
     exported.card.check_model(nested.fingerprint, exported.directory)
     nested.to(device)
-    colours = show_bits and has_colours(sys.stdout)
     began = time.perf_counter()
-    tokens = []
-    for token in generate_tokens(
+    stream = generate_tokens(
         nested,
         exported.policy,
         exported.profile,
@@ -346,24 +345,31 @@ def generate(
         seed=seed,
         decoder=decoder,
         num_threads=threads,
-    ):
-        tokens.append(token)
-        piece = token.text
-        if colours:
-            piece = coloured(piece, float(nested.mean_bit_width(token.bit_widths)), nested.bit_widths)
-        print(piece, end="", flush=True)
-    print()
-    mean = nested.mean_bit_width(torch.stack([token.bit_widths for token in tokens]))
-    if show_bits:
-        print(legend(nested.bit_widths) if colours else numbers(mean.tolist()))
+    )
+    mean = _print_text(nested, stream, show_bits)
     print_result(
         {
-            "num_tokens": len(tokens),
+            "num_tokens": len(mean),
             "seconds": time.perf_counter() - began,
             "mean_bit_width": float(mean.mean()),
             "kl_weight": dial,
         }
     )
+
+
+def _print_text(model: NestedCausalLM, stream: Iterable[GeneratedToken], show_bits: bool) -> torch.Tensor:
+    """Prints tokens as they come, on request with their widths; returns the mean width of each, `[n]` float32."""
+    colours = show_bits and has_colours(sys.stdout)
+    means = []
+    for token in stream:
+        means.append(model.mean_bit_width(token.bit_widths))
+        piece = coloured(token.text, float(means[-1]), model.bit_widths) if colours else token.text
+        print(piece, end="", flush=True)
+    print()
+    mean = torch.stack(means)
+    if show_bits:
+        print(legend(model.bit_widths) if colours else numbers(mean.tolist()))
+    return mean
 
 
 def _dial_setting(policy: LearnedPolicy, speed: float | None, kl_weight: float | None) -> float:
