@@ -17,6 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexquant_rl import train
+from flexquant_rl.agents.evaluation.contest import heuristics
 from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.policy import load_policy
@@ -140,7 +141,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures."""
+    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures.
+
+    Of the policies that learn nothing, one of each family is judged.
+    """
+    monkeypatch.setattr(
+        "flexquant_rl.agents.runs.phases.heuristics",
+        lambda prepared: list({contestant.family: contestant for contestant in heuristics(prepared)}.values()),
+    )
     monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
     monkeypatch.setattr(
         "flexquant_rl.agents.evaluation.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4])

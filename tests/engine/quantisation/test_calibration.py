@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
@@ -36,6 +38,20 @@ from flexquant_rl.engine.quantisation.quantize import QuantizationConfig, quanti
 GPTQ = QuantizationConfig(method="gptq", group_size=32)
 
 
+def build_llama() -> PreTrainedModel:
+    """Half as wide as `tiny_llama`: GPTQ walks over the inputs of every linear. The last group is short here too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {
+        "vocab_size": 128,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(initializer_range=0.1, tie_word_embeddings=False, **sizes, **heads, **tokens))
+
+
 def build_gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 
@@ -50,20 +66,32 @@ def build_neox() -> PreTrainedModel:
     return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=128, max_position_embeddings=64, **sizes))
 
 
-@pytest.fixture(params=[None, build_gpt2, build_opt, build_neox], ids=["llama", "gpt2", "opt", "neox"])
-def hf_model(request: pytest.FixtureRequest, tiny_llama: LlamaForCausalLM) -> PreTrainedModel:
-    if request.param is None:
-        return tiny_llama
+def seeded(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The same random model every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = request.param().eval()
-    return model
+        return build().eval()
 
 
-@pytest.fixture
-def windows(generator: torch.Generator) -> Tensor:
-    """Five windows of 24 tokens, `[5, 24]`."""
-    return torch.randint(3, 128, (5, 24), generator=generator)
+@pytest.fixture(params=[build_llama, build_gpt2, build_opt, build_neox], ids=["llama", "gpt2", "opt", "neox"])
+def hf_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return seeded(request.param)
+
+
+@pytest.fixture(scope="module")
+def small_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with `build_llama` and the tokenizer of `tiny_model_dir`. Read it only."""
+    path = tmp_path_factory.mktemp("small-llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model_dir / name, path)
+    seeded(build_llama).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    """Five windows of 24 tokens, `[5, 24]`. Read it only."""
+    return torch.randint(3, 128, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -120,11 +148,10 @@ def test_every_linear_is_fitted_to_what_the_unquantised_model_feeds_it(
         torch.testing.assert_close(linear.scale, alone.scale, rtol=0.05, atol=1e-3, msg=name)
 
 
-def test_linears_that_no_token_reaches_are_rounded(
-    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, windows: Tensor
-) -> None:
-    tiny_llama.model.layers[0].mlp.register_module("spare", nn.Linear(64, 8))  # an expert that is never chosen
-    model = nest(tiny_llama, tiny_tokenizer, GPTQ, calibration=windows)
+def test_linears_that_no_token_reaches_are_rounded(tiny_tokenizer: PreTrainedTokenizerFast, windows: Tensor) -> None:
+    llama = seeded(build_llama)
+    llama.model.layers[0].mlp.register_module("spare", nn.Linear(32, 8))  # an expert that is never chosen
+    model = nest(llama, tiny_tokenizer, GPTQ, calibration=windows)
     spare = model.nested_linears()["model.layers.0.mlp.spare"]
     error = spare.dense(8) - spare.dense(0)
     assert float(error.abs().max()) < 0.01
@@ -159,11 +186,10 @@ def test_facts_are_of_the_tokens(windows: Tensor) -> None:
 # Checkpoints
 
 
-@pytest.fixture
-def calibrated(
-    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, windows: Tensor
-) -> NestedCausalLM:
-    return nest(tiny_llama, tiny_tokenizer, GPTQ, calibration=windows)
+@pytest.fixture(scope="module")
+def calibrated(small_model_dir: Path, windows: Tensor) -> NestedCausalLM:
+    """Read it only."""
+    return nest(*load_causal_lm(str(small_model_dir)), GPTQ, calibration=windows)
 
 
 def test_checkpoint_keeps_method_and_facts(calibrated: NestedCausalLM, tmp_path: Path) -> None:
@@ -208,9 +234,9 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("method", "used"), [(None, "gptq"), ("rtn", "rtn"), ("gptq", "gptq")])
-def test_command_calibrates(tiny_model_dir: Path, tmp_path: Path, text: Path, method: str | None, used: str) -> None:
+def test_command_calibrates(small_model_dir: Path, tmp_path: Path, text: Path, method: str | None, used: str) -> None:
     options = ("--group-size", 32, "--calibration", text, "--text", text, *(("--method", method) if method else ()))
-    result = run(cli.main, "quantize", tiny_model_dir, tmp_path / "out", *options).result
+    result = run(cli.main, "quantize", small_model_dir, tmp_path / "out", *options).result
     assert result["calibration_tokens"] == 64 * 128  # 256 tokens do not fit the context
     loaded = load_checkpoint(tmp_path / "out")
     assert loaded.config.method == used
@@ -220,24 +246,24 @@ def test_command_calibrates(tiny_model_dir: Path, tmp_path: Path, text: Path, me
 
 
 def test_command_has_text_for_the_embedded_model(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexquant_rl.engine.embedded.embedded_model_path", lambda: tiny_model_dir)
+    monkeypatch.setattr("flexquant_rl.engine.embedded.embedded_model_path", lambda: small_model_dir)
     result = run(cli.main, "quantize", "default", tmp_path / "out", "--method", "gptq").result
     assert result["calibration_tokens"] == 64 * 128
     assert load_checkpoint(tmp_path / "out").config.method == "gptq"
 
 
-def test_command_wants_text_for_gptq(tiny_model_dir: Path, tmp_path: Path) -> None:
-    error = run(cli.main, "quantize", tiny_model_dir, tmp_path / "out", "--method", "gptq").error
+def test_command_wants_text_for_gptq(small_model_dir: Path, tmp_path: Path) -> None:
+    error = run(cli.main, "quantize", small_model_dir, tmp_path / "out", "--method", "gptq").error
     assert error == "--method gptq fits the weights to text; give it some with --calibration FILE"
     assert not (tmp_path / "out").exists()
 
 
-def test_command_refuses_bad_text(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_command_refuses_bad_text(small_model_dir: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    start = ("quantize", tiny_model_dir, tmp_path / "out", "--calibration")
+    start = ("quantize", small_model_dir, tmp_path / "out", "--calibration")
     assert "holds no window of 128 tokens; give more text" in run(cli.main, *start, short).error
     missing = tmp_path / "none.txt"
     assert run(cli.main, *start, missing).error == f"{missing} is not a file; --calibration takes text files"
@@ -246,6 +272,7 @@ def test_command_refuses_bad_text(tiny_model_dir: Path, tmp_path: Path) -> None:
 # Real models; more in test_format_quality.py
 
 
+@pytest.mark.slow
 def test_gptq_is_better_than_round_to_nearest_on_a_real_model(shared_dir: Path) -> None:
     text = shared_dir / "text" / "tinystories_valid_head.txt"
     model_dir = shared_dir / "models" / "stories260K"
