@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 # Waiting OpenMP threads that spin take the cores from the ones that work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint format types wheel-check bench-env bench-gpu clean
+.PHONY: help demo test quick lint format types wheel-check bench-env bench-gpu clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -24,8 +24,19 @@ help:  ## Lists the targets.
 demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded model: `python train.py`, a few minutes.
 	$(BIN)/python train.py
 
+# Files keep their order: by default those with few tests come last, and the longest file has few.
 test: $(DEV)  ## Runs every test but those that need a GPU.
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Every layer, its seams and the commands' errors; not what trains, builds a wheel, compiles for a GPU or needs a real model.
+QUICK_TESTS := tests/test_layering.py tests/test_architecture.py tests/kernels/test_bitplane.py \
+	tests/kernels/test_reference.py tests/kernels/test_native_structs.py tests/kernels/test_native_control.py \
+	tests/engine/control tests/engine/decoding/test_session.py \
+	tests/engine/decoding/test_extend.py tests/engine/test_linear.py \
+	tests/fq_env/test_task.py tests/fq_env/test_episodes.py tests/fq_env/test_environment.py \
+	tests/agents/policies tests/agents/evaluation/test_report.py
+quick: $(DEV)  ## Runs a subset of the tests that covers every layer: a minute and a half on two idle cores.
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder $(QUICK_TESTS) $(PYTEST_ARGS)
 
 lint: $(DEV)  ## Checks style, formatting and spelling.
 	$(BIN)/ruff check .

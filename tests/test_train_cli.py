@@ -219,7 +219,7 @@ def interrupt() -> None:
 PHASES = {
     "quantising": ("engine.model:quantize_rtn", 4),
     "profiling": ("engine.control.profile:output_kl_nats", 5),
-    "front": ("agents.policies.static:kl_nats", 3),
+    "front": ("agents.policies.static_front:kl_nats", 3),
     "cloning": ("agents.runs.imitation:_targets", 5),
     "seed 0, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 7),
     "seed 0, update": ("agents.runs.ppo:UnitSharedPolicy.evaluate_actions", 7),

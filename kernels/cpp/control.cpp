@@ -1,3 +1,4 @@
+// Signals and policy of one sequence: from the output of a step to the bit-widths of the next.
 #include "control.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The threads of this library: they spin for a moment, then sleep, and a stage ends when all its chunks are counted.
 #include "thread_pool.h"
 
 #include <pthread.h>
