@@ -162,7 +162,12 @@ class LeanSession:
 
     def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
         """See `Decoder.step`."""
-        return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+        held = self._open()
+        if rows is not None or len(held) != 1 or len(token_ids) != 1:
+            return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+        # One row, the case that is served: slicing and stacking tensors would take a twentieth of a small model's step.
+        check_room(1, held[0].length, self._decoder.max_length)
+        return StepOutput(*self._call(held[0], token_ids, bit_widths if bit_widths.dim() == 1 else bit_widths[0], 1))
 
     def truncate(self, lengths: Tensor) -> None:
         """See `Decoder.truncate`."""
