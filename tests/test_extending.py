@@ -82,7 +82,7 @@ def test_a_new_baseline(here: Path, tiny_model_dir: Path, monkeypatch: pytest.Mo
         test()
     (facts,) = families.family_facts(["schedule"]).values()
     assert facts == schedule.Schedule.family
-    finished = run(cli.main, "evaluate", tiny_model_dir, "--policy", "shedule:16")
+    finished = run(cli.main, "evaluate", tiny_model_dir, "--policy", "schedules:16")
     assert "did you mean schedule:16?" in finished.error
     rows = evaluated(tiny_model_dir, here, "schedule:2,high=6", "schedule:0", "fixed:4")
     assert rows[0]["mean_bit_width"] == 5
