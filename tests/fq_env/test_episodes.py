@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from decode_alone import decode_alone
 from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -33,38 +33,6 @@ DIALS = torch.tensor([2.0, 20.0, 200.0])
 def static_by_dial(kl_weight: Tensor) -> Tensor:
     """A static allocation that depends on the dial."""
     return torch.where(kl_weight[:, None] > 10, torch.tensor(STATIC_WIDTHS), torch.tensor([3, 4, 5]))
-
-
-@dataclass
-class Slow:
-    """What one sequence gives when it is decoded alone; lists over steps."""
-
-    kl: list[float]
-    nll: list[float]
-    agrees: list[bool]
-    tokens: list[int]
-
-
-def decode_alone(
-    model: NestedCausalLM, window: Tensor, widths: Tensor, choose: Callable[[Tensor], int] | None = None
-) -> Slow:
-    """Two single-row sessions, stepped side by side; `widths`: `[STEPS, U]`; `choose` continues freely."""
-    quantised, reference = (DecodeSession(model, max_length=PROMPT + STEPS) for _ in range(2))
-    unquantised = torch.zeros(model.num_units, dtype=torch.int64)
-    output = quantised.prefill(window[None, :PROMPT])
-    reference.prefill(window[None, :PROMPT], bit_widths=unquantised)
-    token = int(window[PROMPT]) if choose is None else choose(output.logits[0])
-    slow = Slow([], [], [], [])
-    for step in range(STEPS):
-        slow.tokens.append(token)
-        q = quantised.step(torch.tensor([token]), widths[step]).logits[0].double()
-        p = reference.step(torch.tensor([token]), unquantised).logits[0].double()
-        token = int(window[PROMPT + step + 1]) if choose is None else choose(q)
-        log_q, log_p = q - q.logsumexp(0), p - p.logsumexp(0)
-        slow.kl.append(sum(float(log_p[i].exp() * (log_p[i] - log_q[i])) for i in range(len(log_p))))
-        slow.nll.append(-float(log_q[token]))
-        slow.agrees.append(int(q.argmax()) == int(p.argmax()))
-    return slow
 
 
 def latency_by_hand(profile: Profile, widths: Tensor) -> float:

@@ -30,7 +30,7 @@ ROUNDED_WIDTHS = (3, 4)
 # Round to nearest without data, with scales and offsets refitted to text, and codes fitted to text as well.
 METHODS = ("rtn", "rtn + text", "gptq")
 GROUP_SIZE = 128
-NUM_WINDOWS = 20
+NUM_WINDOWS = 10
 CALIBRATION_TOKENS = 16_384
 TEXTS = {
     "stories260K": "tinystories_valid_head.txt",
