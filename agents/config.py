@@ -1,16 +1,19 @@
-"""Everything that decides a run's result: one configuration, its defaults and the values that make no run."""
+"""Everything that decides a run's result: one configuration, its defaults and the values that make no run.
+
+Imports nothing that is slow.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-import torch
-
-from flexquant_rl.engine.decoding.choice import check_num_threads
+from flexquant_rl.engine.benches.options import BenchConfig
+from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.fq_env.config import EnvConfig
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,32 @@ class TrainConfig:
     """Learning."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnvBench(BenchConfig):
+    """Steps per second of the batched environment with reference KL."""
+
+    name: ClassVar[str] = "env"
+    tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py",)
+
+    model: str | None = None
+    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
+    text: tuple[str, ...] = ()
+    """Text files; default: the held-out standard library."""
+    num_envs: int = 128
+    """Rows of the batch."""
+    rounds: int = 5
+    """Rollouts timed."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain."""
+        super().validate()
+        self._check_positive("num_envs")
+
+
 def check_device(device: str) -> None:
     """Raises InputError unless a model can be put there."""
+    import torch  # here, not above: it takes seconds, and a command's --help reads this file
+
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda, but torch sees no CUDA device; use --device cpu")
     if device not in ("cpu", "cuda"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexquant_rl.engine.control.policy import (
-    CARD_FILE,
-    PROFILE_FILE,
-    WEIGHTS_FILE,
-    LearnedPolicy,
-    PolicyCard,
-    load_policy,
-)
+from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE, load_policy
+from flexquant_rl.engine.control.policy import DeployedPolicy, LearnedPolicy, PolicyCard
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, new_directory
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 PARITY_OBSERVATIONS = 1000
 
@@ -72,7 +66,7 @@ def export_run(run_dir: Path, out: Path) -> LearnedPolicy:
             shutil.copyfile(source / name, directory / name)
             if (directory / name).read_bytes() != (source / name).read_bytes():
                 raise RuntimeError(f"{directory / name} does not hold what was copied from {source / name}")
-        policy = load_policy(directory, name=out.name)
+        policy = _learned(load_policy(directory, name=out.name), directory, repair)
         generator = torch.Generator().manual_seed(0)
         signals = 2 * torch.randn(PARITY_OBSERVATIONS, checked.card.schema.dim, generator=generator)
         differing = int((policy(signals).bit_widths != checked(signals).bit_widths).sum())
@@ -86,8 +80,14 @@ def _checked_seed(run_dir: Path, source: Path, repair: str) -> LearnedPolicy:
     for directory in sorted(run_dir.glob("seeds/*/policy")):
         weights = directory / WEIGHTS_FILE
         if weights.is_file() and weights.read_bytes() == (source / WEIGHTS_FILE).read_bytes():
-            return load_policy(directory, repair=f"delete {directory} and {repair}")
+            return _learned(load_policy(directory, repair=f"delete {directory} and {repair}"), directory, repair)
     raise InputError(f"{source}: its weights are those of no training seed in {run_dir / 'seeds'}; {repair}")
+
+
+def _learned(policy: DeployedPolicy, directory: Path, repair: str) -> LearnedPolicy:
+    if not isinstance(policy, LearnedPolicy):
+        raise InputError(f"{directory} holds a static allocation, which no run trains; {repair}")
+    return policy
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ExportedPolicy:
     """
 
     directory: Path
-    policy: LearnedPolicy
+    policy: DeployedPolicy
     profile: Profile
     quantization: QuantizationConfig
 
@@ -112,13 +112,24 @@ class ExportedPolicy:
         return self.policy.card
 
 
-def load_exported(directory: Path) -> ExportedPolicy:
+def policy_directory(path: Path) -> Path:
+    """The directory of a policy's files: `path` itself, or `policy` in it where it is a run."""
+    is_run = not (path / CARD_FILE).exists() and (path / "policy" / CARD_FILE).exists()
+    return path / "policy" if is_run else path
+
+
+def load_exported(directory: Path, name: str | None = None) -> ExportedPolicy:
     """Loads an exported policy and the profile beside it.
+
+    Args:
+        directory: Where they are, or the run that has them.
+        name: As it appears in tables; default: as for `load_policy`.
 
     Raises:
         InputError: If files are missing or damaged, or do not belong together.
     """
-    policy = load_policy(directory)
+    directory = policy_directory(directory)
+    policy = load_policy(directory, name=name)
     card, profile = policy.card, Profile.load(directory / PROFILE_FILE)
     schema = card.schema
     wanted = (card.model_fingerprint, schema.bit_widths, (schema.num_units, len(schema.bit_widths)))
@@ -135,19 +146,20 @@ def load_exported(directory: Path) -> ExportedPolicy:
     return ExportedPolicy(directory, policy, profile, _quantization(card, directory))
 
 
-def load_exported_together(directories: Sequence[Path]) -> list[ExportedPolicy]:
-    """Loads exported policies that are to be compared with one profile.
+def load_exported_together(directories: Mapping[str, Path]) -> dict[str, ExportedPolicy]:
+    """Loads exported policies, by the names that tables give them, that are to be compared with one profile.
 
     Raises:
         InputError: As `load_exported`, or if their profiles differ.
     """
-    exported = [load_exported(directory) for directory in directories]
-    hashes = [file_sha256(directory / PROFILE_FILE) for directory in directories]
-    for directory, sha256 in zip(directories, hashes, strict=True):
-        if sha256 != hashes[0]:
+    exported = {name: load_exported(directory, name) for name, directory in directories.items()}
+    hashes = {name: file_sha256(policy.directory / PROFILE_FILE) for name, policy in exported.items()}
+    first = next(iter(hashes), "")
+    for name, sha256 in hashes.items():
+        if sha256 != hashes[first]:
             raise InputError(
-                f"{directory} carries another {PROFILE_FILE} than {directories[0]}, and each policy reads its own; "
-                "evaluate them one at a time"
+                f"{name} carries another {PROFILE_FILE} than {first}, and each policy reads its own; evaluate them "
+                "one at a time"
             )
     return exported
 

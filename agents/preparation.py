@@ -18,8 +18,8 @@ from flexquant_rl.agents.export import ExportedPolicy
 from flexquant_rl.agents.policies.static_front import StaticFront, static_front
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost
-from flexquant_rl.engine.control.policy import PROFILE_FILE
 from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.embedded import resolve_model

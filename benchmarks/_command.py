@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
-from flexquant_rl.agents.command import FAILURE, command, print_result
+from flexquant_rl.agents.commands.process import FAILURE, command, print_result
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.benches.ceilings import copy_provider
 from flexquant_rl.engine.benches.clocks import Clock, CudaGraphClock
 from flexquant_rl.engine.benches.harness import (
-    BenchOptions,
     BenchRefusedError,
     Provider,
     Row,
@@ -30,6 +29,7 @@ from flexquant_rl.engine.benches.harness import (
     run_bench,
     table,
 )
+from flexquant_rl.engine.benches.options import BenchOptions
 from flexquant_rl.engine.errors import InputError
 
 _RESULTS = Path(__file__).resolve().parent / "results"

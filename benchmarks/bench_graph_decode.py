@@ -19,16 +19,8 @@ from torch.nn import functional
 
 from flexquant_rl.engine.benches.ceilings import copy_provider
 from flexquant_rl.engine.benches.clocks import Clock, CudaClock
-from flexquant_rl.engine.benches.harness import (
-    BenchOptions,
-    Provider,
-    Row,
-    Track,
-    Turn,
-    add_tokens_per_s,
-    interleave,
-    rows,
-)
+from flexquant_rl.engine.benches.harness import Provider, Row, Track, Turn, add_tokens_per_s, interleave, rows
+from flexquant_rl.engine.benches.options import BenchOptions
 from flexquant_rl.engine.benches.random_weights import random_weight
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema

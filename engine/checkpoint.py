@@ -33,7 +33,7 @@ from flexquant_rl.engine.files import file_sha256, new_directory, write_json, wr
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
 from flexquant_rl.engine.model import DENSE_CACHE_BYTES, NestedCausalLM, Unit, load_causal_lm, make_units, nest
 from flexquant_rl.engine.quantisation.calibration import Calibration
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.bitplane import NUM_PLANES, WORD_BITS, NestedWeight, padded_inputs
 
 CHECKPOINT_VERSION = 1

@@ -20,8 +20,9 @@ from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, active_plan, reading
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig, quantize_rtn
+from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.bitplane import NestedWeight
 
 DENSE_CACHE_BYTES = 2 << 30

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 
+import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
@@ -18,8 +19,9 @@ from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner
-from flexquant_rl.engine.decoding.choice import DecoderName, SessionOpener, session_opener
+from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
 from flexquant_rl.engine.decoding.graph_decode import GraphDecoder, why_not_graph
+from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -230,6 +232,24 @@ def encode(model: NestedCausalLM, text: str) -> Tensor:
     """The tokens of a prompt, `[T]` int64, special ones included."""
     ids: Tensor = model.tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
     return ids.long()
+
+
+def encode_chat(model: NestedCausalLM, message: str) -> Tensor:
+    """The tokens of a user's message in the model's chat template, up to where its answer begins, `[T]` int64.
+
+    Raises:
+        InputError: If the tokenizer has no chat template, or it refuses the message.
+    """
+    tokenizer = model.tokenizer
+    if not tokenizer.chat_template:
+        raise InputError("the model's tokenizer has no chat template; give the prompt as plain text")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program of the model's author, and raises what it likes
+        raise InputError(f"the model's chat template refuses the message ({error}); give --raw") from error
+    return torch.tensor(ids)
 
 
 def _check_graph(graph: GraphDecoder, model: NestedCausalLM, policy: Policy, num_threads: int | None) -> None:

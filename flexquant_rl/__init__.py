@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexquant_rl.engine.checkpoint import load_model
-    from flexquant_rl.engine.control.policy import load_policy
+    from flexquant_rl.engine.control.artefact import load_policy
     from flexquant_rl.engine.control.request import Request
     from flexquant_rl.engine.model import nest
     from flexquant_rl.engine.serving import Engine, generate
@@ -28,7 +28,7 @@ _HOMES = {
     "Request": "flexquant_rl.engine.control.request",
     "generate": "flexquant_rl.engine.serving",
     "load_model": "flexquant_rl.engine.checkpoint",
-    "load_policy": "flexquant_rl.engine.control.policy",
+    "load_policy": "flexquant_rl.engine.control.artefact",
     "make_environment": "flexquant_rl.fq_env.making",
     "nest": "flexquant_rl.engine.model",
 }

@@ -9,8 +9,9 @@ from typing import Any, get_args
 from gymnasium.utils import EzPickle
 
 from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.decoding.choice import DecoderName, session_opener
+from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.decoder import DecoderModel
+from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.environment import Environment
 from flexquant_rl.fq_env.episodes import Episodes

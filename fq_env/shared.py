@@ -17,7 +17,7 @@ from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.profile import Profile, profile_model, reference_name
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
 
 _PROFILE_WINDOWS = 8

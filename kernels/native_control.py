@@ -62,6 +62,7 @@ class ControlWeights:
         unit_constants: `[U, 2 W]` float32, log sensitivities and times saved.
         depth: `[U]` float32.
         weight_share: `[U]` float32, each unit's share of the weights.
+        horizon: Position from which on its signal stays the same.
     """
 
     net: PolicyNetWeights | None
@@ -70,6 +71,7 @@ class ControlWeights:
     unit_constants: Tensor
     depth: Tensor
     weight_share: Tensor
+    horizon: int = signal_constants.NO_HORIZON
 
 
 class _Slot:
@@ -155,6 +157,7 @@ class NativeControl:
             num_units=self._num_units,
             num_widths=self._num_widths,
             num_embedding_dims=num_embedding_dims,
+            horizon=weights.horizon,
             log_probs=self._slot.address,
             **self._allocate_vectors(),
         )

@@ -143,6 +143,7 @@ class ControlStruct(ctypes.Structure):
         ("num_units", ctypes.c_int64),
         ("num_widths", ctypes.c_int64),
         ("num_embedding_dims", ctypes.c_int64),
+        ("horizon", ctypes.c_int64),
         ("log_probs", ctypes.c_void_p),
         ("recent_widths", ctypes.c_void_p),
         ("residual_update", ctypes.c_void_p),

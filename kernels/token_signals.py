@@ -45,6 +45,7 @@ class SignalConstants:
         depth: `[U]` float32.
         weight_share: `[U]` float32, each unit's share of the weights.
         layer_of_unit: `[U]` int32, each unit's column of the layer statistics.
+        horizon: Position from which on its signal stays the same.
     """
 
     embedding: Tensor
@@ -52,6 +53,7 @@ class SignalConstants:
     depth: Tensor
     weight_share: Tensor
     layer_of_unit: Tensor
+    horizon: int = signal_constants.NO_HORIZON
 
     @property
     def dim(self) -> int:
@@ -177,6 +179,7 @@ def update_signals(
         state.signals,
         num_units,
         statistics.shape[1],
+        constants.horizon,
         NUM_BLOCKS=blocks,
         NUM_DIMS=num_dims,
         NUM_CONSTANTS=num_constants,
@@ -249,7 +252,7 @@ def _clipped(x):
 
 
 @jit(
-    do_not_specialize=["num_units", "num_columns"],
+    do_not_specialize=["num_units", "num_columns", "horizon"],
     do_not_specialize_on_alignment=["bit_widths_ptr", "token_ptr", "count_ptr", "average_ptr", "dial_ptr"],
 )
 def _signals_kernel(
@@ -270,6 +273,7 @@ def _signals_kernel(
     signals_ptr,
     num_units,
     num_columns,
+    horizon,
     NUM_BLOCKS: tl.constexpr,
     NUM_DIMS: tl.constexpr,
     NUM_CONSTANTS: tl.constexpr,
@@ -324,7 +328,7 @@ def _signals_kernel(
     tl.store(signals_ptr + 7, _NO_PROBE_KL)
     tl.store(signals_ptr + 8, 1.0)
     tl.store(signals_ptr + 9, tl.sum(recent, axis=0) / (_RECENT_TOKENS * _WIDTH_SCALE))
-    tl.store(signals_ptr + 10, _clipped(tl.log(1.0 + count.to(tl.float32)) / _POSITION_SCALE))
+    tl.store(signals_ptr + 10, _clipped(tl.log(1.0 + tl.minimum(count, horizon).to(tl.float32)) / _POSITION_SCALE))
     tl.store(signals_ptr + 11, _clipped(dial))
     tl.store(signals_ptr + _NUM_TOKEN_SIGNALS + dim, _clipped(embedding), mask=dim < NUM_DIMS)
 

@@ -27,13 +27,14 @@ from flexquant_rl.engine.benches.harness import BenchRefusedError
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.prompts import load_windows
 
 WIDTHS = (3, 4, 5, 6, 8)
@@ -86,7 +87,7 @@ def run_dir(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         policy = LearnedPolicy(net, PolicyCard(schema, model.fingerprint, names, dial))
         for name in ("seeds/0/policy", "policy"):
             profile = Profile(roofline_cost(model), sensitivity, WIDTHS, model.fingerprint, 9, "8-bit")
-            policy.save(folder / name, profile)
+            save_policy(policy, profile, folder / name)
     return folder
 
 
@@ -174,7 +175,7 @@ def test_plain_model_is_nested_as_the_policy_was_trained(tiny_model_dir: Path, t
     sensitivity = torch.tensor([0.1, 0.01]).expand(model.num_units, -1)
     card = PolicyCard(schema, model.fingerprint, names, (DialPoint(30.0, 1.5, 0.05, 5.0),), config)
     profile = Profile(roofline_cost(model), sensitivity, (4, 8), model.fingerprint, 9, "unquantised")
-    LearnedPolicy(PrecisionNet(schema), card).save(tmp_path / "policy", profile)
+    save_policy(LearnedPolicy(PrecisionNet(schema), card), profile, tmp_path / "policy")
     options = ("--policy", tmp_path / "policy", "--prompt", "abc", "--max-new-tokens", 3)
     assert run(cli.main, "generate", tiny_model_dir, *options).result["num_tokens"] == 3
     options = ("--text", text, *TINY_EPISODES, "--sequences", 2, "--dials", 1)

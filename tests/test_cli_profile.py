@@ -17,13 +17,14 @@ from flexquant_rl import cli, train
 from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 FOUR_BIT_SPEEDUP = (1 + 3) / (1 + 1.5)  # by `measured_profile`
 
@@ -77,7 +78,7 @@ def inputs(tiny_model_dir: Path, model: NestedCausalLM, tmp_path_factory: pytest
     config = {"quantization": asdict(QuantizationConfig())}
     card = PolicyCard(schema, model.fingerprint, names, (DialPoint(30.0, 1.5, 0.05, 5.0),), config)
     carried = replace(measured_profile(model), cost=roofline_cost(model))
-    LearnedPolicy(net, card).save(folder / "policy", carried)
+    save_policy(LearnedPolicy(net, card), carried, folder / "policy")
     return Inputs(tiny_model_dir, write_text(folder / "text.txt"), folder / "profile.json", folder / "policy")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexquant_rl import load_model
+from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
@@ -33,7 +34,7 @@ def save_random_policy(model: NestedCausalLM, out: Path) -> None:
     profile = Profile(cost, sensitivity, model.bit_widths, model.fingerprint, num_tokens=1, reference="8-bit")
     dial = (DialPoint(5.0, 2.0, 0.05, 4.0), DialPoint(20.0, 1.5, 0.01, 5.2))
     names = tuple(unit.name for unit in model.units)
-    LearnedPolicy(net, PolicyCard(schema, model.fingerprint, names, dial)).save(out, profile)
+    save_policy(LearnedPolicy(net, PolicyCard(schema, model.fingerprint, names, dial)), profile, out)
 
 
 @pytest.fixture(scope="module")

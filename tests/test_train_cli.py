@@ -20,8 +20,8 @@ from flexquant_rl import train
 from flexquant_rl.agents.evaluation.contest import heuristics
 from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.control.policy import load_policy
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.control.artefact import load_policy
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 ROW_FIELDS = {
     *("policy", "seed", "kl_weight", "mean_bit_width", "output_kl_nats", "output_kl_p99_nats"),

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from flexquant_rl.agents.policies.names import policy_name
-from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_width
+from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_stored, check_width
 from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.signals import SignalSchema
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Fixed:
 
     def bind(self, context: PolicyContext) -> StaticAllocation:
         """See `UnboundPolicy`."""
+        return self.allocation(context.schema)
+
+    def allocation(self, schema: SignalSchema) -> StaticAllocation:
+        """The widths of a model's units.
+
+        Raises:
+            InputError: If the width is not stored.
+        """
         name = policy_name(self)
-        context.column(self.bit_width, name)
-        return StaticAllocation(name, torch.full((context.schema.num_units,), self.bit_width))
+        check_stored(self.bit_width, schema.bit_widths, name)
+        return StaticAllocation(name, torch.full((schema.num_units,), self.bit_width))

@@ -70,11 +70,8 @@ class PolicyContext:
         Raises:
             InputError: If the width is not stored.
         """
-        widths = self.profile.bit_widths
-        if bit_width not in widths:
-            stored = ", ".join(map(str, widths))
-            raise InputError(f"policy {policy!r}: width {bit_width} is not stored; choose one of {stored}")
-        return widths.index(bit_width)
+        check_stored(bit_width, self.profile.bit_widths, policy)
+        return self.profile.bit_widths.index(bit_width)
 
     def check_mean(self, mean_bit_width: float, policy: str) -> None:
         """Raises InputError if the policy of that name asks for a mean outside the stored widths."""
@@ -123,6 +120,13 @@ class RulePolicy:
     def __call__(self, signals: Tensor) -> Decision:
         """See `Policy`."""
         return self.decide(signals)
+
+
+def check_stored(bit_width: int, bit_widths: tuple[int, ...], policy: str) -> None:
+    """Raises InputError if a width that the policy of that name asks for is not among the stored ones."""
+    if bit_width not in bit_widths:
+        stored = ", ".join(map(str, bit_widths))
+        raise InputError(f"policy {policy!r}: width {bit_width} is not stored; choose one of {stored}")
 
 
 def check_width(name: str, bit_width: float) -> None:

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 import torch
 
-from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.config import EnvBench, TrainConfig
 from flexquant_rl.agents.preparation import prepare
 from flexquant_rl.engine.benches.clocks import WALL
-from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, interleave, quartiles, rows
+from flexquant_rl.engine.benches.harness import Provider, Row, Track, interleave, quartiles, rows
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnvBench(BenchConfig):
-    """Steps per second of the batched environment with reference KL."""
-
-    name: ClassVar[str] = "env"
-    tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py",)
-
-    model: str | None = None
-    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
-    text: tuple[str, ...] = ()
-    """Text files; default: the held-out standard library."""
-    num_envs: int = 128
-    """Rows of the batch."""
-    rounds: int = 5
-    """Rollouts timed."""
-
-    def validate(self) -> None:
-        """Raises InputError if an option is out of its domain."""
-        super().validate()
-        self._check_positive("num_envs")
 
 
 def bench_env(config: EnvBench, track: Track = iter) -> list[Row]:

@@ -22,6 +22,7 @@ from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
+from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 
@@ -61,7 +62,7 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     trained = TrainedRun(prepared, tuple(results), run_dir / "policy")
     if not trained.policy_dir.exists():
         policy = with_dial_table(trained.best.policy, prepared, config.validation_sequences, config.num_dials)
-        policy.save(trained.policy_dir, prepared.profile)
+        save_policy(policy, prepared.profile, trained.policy_dir)
     return trained
 
 

@@ -16,18 +16,50 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexquant_rl.agents.config import PPOConfig
-from flexquant_rl.engine.control.policy import PrecisionNet
+from flexquant_rl.engine.control.policy import HIDDEN, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 
+class ActorCriticNet(PrecisionNet):
+    """The network that is trained: a `PrecisionNet` with a value head that sees the pooled units.
+
+    Args:
+        schema: What the signals are.
+    """
+
+    def __init__(self, schema: SignalSchema) -> None:
+        super().__init__(schema)
+        self.encode_value = nn.Sequential(
+            nn.Linear(schema.num_per_unit + schema.num_global, HIDDEN),
+            nn.Tanh(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.Tanh(),
+        )
+        self.value_head = nn.Linear(HIDDEN, 1)
+
+    def values(self, signals: Tensor) -> Tensor:
+        """`[B, dim]` -> `[B, 1]`: expected return."""
+        global_signals, unit_signals = self.normalised(signals)
+        context = global_signals[:, None].expand(-1, unit_signals.shape[1], -1)
+        pooled = self.encode_value(torch.cat([unit_signals, context], dim=-1)).mean(1)
+        value: Tensor = self.value_head(pooled)
+        return value
+
+    def actor(self) -> PrecisionNet:
+        """A copy of the part that is deployed, on the CPU."""
+        net = PrecisionNet(self.schema)
+        net.load_state_dict({name: self.state_dict()[name].cpu() for name in net.state_dict()})
+        return net
+
+
 class UnitSharedPolicy(ActorCriticPolicy):
-    """SB3's interface around a `PrecisionNet`, the very module that is exported.
+    """SB3's interface around an `ActorCriticNet`, whose actor is what is exported.
 
     Args:
         observation_space: The environment's.
@@ -50,7 +82,7 @@ class UnitSharedPolicy(ActorCriticPolicy):
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
-        self.net = PrecisionNet(self._schema)
+        self.net = ActorCriticNet(self._schema)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr_schedule(1), eps=1e-5)
 
     def _distribution(self, obs: Tensor) -> Distribution:
@@ -96,7 +128,7 @@ def build_ppo(env: DecodeVecEnv, config: PPOConfig, *, seed: int, device: str = 
     )
 
 
-def precision_net(ppo: PPO) -> PrecisionNet:
+def precision_net(ppo: PPO) -> ActorCriticNet:
     """The network inside."""
     assert isinstance(ppo.policy, UnitSharedPolicy)
     return ppo.policy.net

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from flexquant_rl.agents.config import TrainConfig
-from flexquant_rl.engine.control.policy import PROFILE_FILE
+from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
@@ -35,13 +38,15 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
     Raises:
         InputError: If the directory exists already, or the configuration's profile cannot be read.
     """
-    name = Path(resolve_model(config.model)).name
-    run_dir = run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (run_dir / CONFIG_FILE).exists():
+    wanted = run_dir or Path("runs") / f"{Path(resolve_model(config.model)).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (wanted / CONFIG_FILE).exists() and run_dir is not None:
         raise InputError(f"{run_dir} holds a run already; continue it with --resume {run_dir}, or choose another --run")
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir is not None and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(f"{run_dir} exists and is not a run; choose another --run directory")
-    created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    created = [folder for folder in (wanted, *wanted.parents) if not folder.exists()]
+    if run_dir is None:
+        run_dir = _claimed(wanted)
+        created = [run_dir, *created[1:]]
     try:
         write_json(run_dir / CONFIG_FILE, {"version": RUN_VERSION, "config": asdict(config)})
         if config.profile is not None:  # kept, whatever becomes of the file: a resume must find the same one
@@ -56,6 +61,37 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
                 with suppress(OSError):  # another run may have come to use a parent
                     folder.rmdir()
         raise
+
+
+def _claimed(wanted: Path) -> Path:
+    """Makes a directory of that name, or with a number behind it where another run of this second has it."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        name = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with suppress(FileExistsError):
+            name.mkdir()
+            return name
+    raise AssertionError("numbers do not end")
+
+
+@contextmanager
+def locked_run(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes from working on a run while the block does. It ends with the process.
+
+    Raises:
+        InputError: If another one does already.
+    """
+    directory = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is working on {run_dir}, and a run takes one at a time; wait for it or stop it"
+            ) from error
+        yield
+    finally:
+        os.close(directory)
 
 
 def load_run(run_dir: Path) -> TrainConfig:

@@ -21,10 +21,12 @@ from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import StepBar, say
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.prompts import spread
 from flexquant_rl.fq_env.task import LossyTask
@@ -79,7 +81,7 @@ class _PerSequence:
 def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> PolicyCard:
     """The card of a policy of this run, the dial's table still empty."""
     return PolicyCard(
-        schema=SignalSchema(prepared.model.num_units, prepared.model.bit_widths),
+        schema=SignalSchema(prepared.model.num_units, prepared.model.bit_widths, horizon=prepared.env.max_new_tokens),
         model_fingerprint=prepared.model.fingerprint,
         unit_names=tuple(unit.name for unit in prepared.model.units),
         config={} if config is None else asdict(config),
@@ -96,6 +98,8 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
             name=f"ppo seed {seed}",
             repair=f"delete {policy_dir} to have it made again from the checkpoint",
         )
+        if not isinstance(policy, LearnedPolicy):
+            raise InputError(f"{policy_dir} holds no learned policy; delete it to have it made again")
         scores = policy.card.config["scores"]
         return SeedResult(seed, policy, scores["cloned"], scores["best"], scores["env_steps_per_s"])
     validation = Validation(prepared, config.validation_sequences)
@@ -128,13 +132,12 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     bar.close()
     env.close()
     precision_net(ppo).load_state_dict(callback.best_state)
-    exported = PrecisionNet(env.episodes.schema)
-    exported.load_state_dict({name: tensor.cpu() for name, tensor in callback.best_state.items()})
+    exported = precision_net(ppo).actor()
     policy = LearnedPolicy(exported, _trained_card(config, prepared, callback, rate), f"ppo seed {seed}")
     # A resume takes `policy` for finished, so it gets its name only when it has been checked.
     unchecked = directory / "policy.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
-    policy.save(unchecked, prepared.profile)
+    save_policy(policy, prepared.profile, unchecked)
     recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, exported.schema.dim)
     check_parity(unchecked, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0])
     unchecked.rename(policy_dir)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
@@ -24,7 +24,6 @@ from transformers.generation.streamers import BaseStreamer
 from flexquant_rl.engine.benches.ceilings import memory_ring, read_provider
 from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.harness import (
-    BenchConfig,
     Provider,
     Row,
     Track,
@@ -35,70 +34,17 @@ from flexquant_rl.engine.benches.harness import (
     rows,
 )
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
+from flexquant_rl.engine.benches.options import DecodeBench
 from flexquant_rl.engine.control.controller import StaticController
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.runner import PolicyRunner
-from flexquant_rl.engine.decoding.choice import check_num_threads
 from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
-from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
-from flexquant_rl.kernels.native import load_library
 
 _LEAN = "lean"
 _READ_RING_BYTES = 1 << 28  # larger than caches; small enough to go round within a turn, as a model's weights do
 _READS_PER_TURN = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeBench(BenchConfig):
-    """A decoded token of a random Llama, beside Hugging Face generate and llama.cpp."""
-
-    name: ClassVar[str] = "decode"
-    tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_native_decoder.py", "tests/engine/decoding/test_lean.py")
-
-    rounds: int = 8
-    """Turns of every provider; in every second round their order is reversed."""
-    hidden_size: int = 768
-    """Width of the model."""
-    num_layers: int = 12
-    """Decoder layers."""
-    num_heads: int = 12
-    """Attention heads."""
-    ffn_size: int = 2048
-    """Width of the MLP."""
-    vocab: int = 32_000
-    """Tokens of the vocabulary."""
-    prompt_tokens: int = 16
-    """Read before the first timed token."""
-    new_tokens: int = 32
-    """Timed tokens in a turn."""
-    bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
-    """Widths to time, each for the whole model."""
-    threads: tuple[int, ...] = (1,)
-    """Threads of every provider; with several numbers each has rows of its own, all timed in the same run."""
-    peers: bool = True
-    """Time Hugging Face and, where it is installed, llama.cpp too."""
-    seed: int = 0
-    """Seed of weights and prompt."""
-
-    def validate(self) -> None:
-        """Raises InputError if an option is out of its domain or there is no native library."""
-        super().validate()
-        self._check_positive("num_layers", "num_heads", "ffn_size", "vocab", "prompt_tokens", "new_tokens")
-        if not self.threads or len(set(self.threads)) < len(self.threads):
-            raise InputError(f"threads={self.threads} must be one or more different numbers; give e.g. --threads 1 2")
-        for num_threads in self.threads:
-            check_num_threads(num_threads)
-        if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):
-            raise InputError(
-                f"hidden_size={self.hidden_size} must be a multiple of twice the {self.num_heads} heads; "
-                "give e.g. --hidden-size 768 --num-heads 12"
-            )
-        _quantization(self).validate()
-        if load_library() is None:
-            raise InputError("there are no native kernels to time; install g++ or clang++")
 
 
 @dataclass(frozen=True)
@@ -149,7 +95,7 @@ def bench_decode(
     hf_model = random_llama(config)
     task = _Task(config, torch.randint(config.vocab, (1, config.prompt_tokens)), clock)
     progress("nesting the weights")
-    nested = nest(copy.deepcopy(hf_model), _no_tokenizer(), _quantization(config), keep_reference=False)
+    nested = nest(copy.deepcopy(hf_model), _no_tokenizer(), config.quantization, keep_reference=False)
     with ExitStack() as stack, torch.inference_mode():
         peers = _peers(task, hf_model, stack, progress) if config.peers else {}
         ring = memory_ring(_READ_RING_BYTES)
@@ -217,10 +163,6 @@ def random_llama(config: DecodeBench) -> LlamaForCausalLM:
 
 def _max_length(config: DecodeBench) -> int:
     return config.prompt_tokens + config.new_tokens
-
-
-def _quantization(config: DecodeBench) -> QuantizationConfig:
-    return QuantizationConfig(bit_widths=tuple(sorted({*config.bit_widths, 8})))
 
 
 def _no_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from torch.nn import functional
 from flexquant_rl.engine.benches.ceilings import read_provider
 from flexquant_rl.engine.benches.clocks import Clock, host_clock
 from flexquant_rl.engine.benches.harness import (
-    BenchConfig,
     BenchRefusedError,
     Provider,
     Row,
@@ -27,63 +24,17 @@ from flexquant_rl.engine.benches.harness import (
     interleave,
     rows,
 )
+from flexquant_rl.engine.benches.options import GemvBench
 from flexquant_rl.engine.benches.random_weights import random_weight
-from flexquant_rl.engine.decoding.choice import check_num_threads
 from flexquant_rl.engine.decoding.weight_block import place, placed_bytes
-from flexquant_rl.engine.errors import InputError
 from flexquant_rl.kernels import huge_pages
-from flexquant_rl.kernels.bitplane import INPUT_ALIGNMENT, NestedWeight
-from flexquant_rl.kernels.native import MAX_TOKENS, NativeGemv, load_library
+from flexquant_rl.kernels.bitplane import NestedWeight
+from flexquant_rl.kernels.native import NativeGemv
 from flexquant_rl.kernels.reference import bitplane_gemv
 
 _NATIVE = "native"
 _CALLS_PER_TURN = 8
 _CHECKED_ROWS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemvBench(BenchConfig):
-    """The CPU product over bitplanes, beside torch's fp32, bf16, int8 and int4 products."""
-
-    name: ClassVar[str] = "gemv"
-    tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_native_gemv.py",)
-
-    shape: tuple[int, int] = (4096, 4096)
-    """Outputs and inputs; inputs are a multiple of 128."""
-    num_tokens: int = 1
-    """Rows of activations, 1 to 16."""
-    bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
-    """Widths to time."""
-    group_size: Literal[32, 64, 128] = 128
-    """Inputs that share scale and offset."""
-    mode: Literal["int8", "float32"] = "int8"
-    """Activations rounded to int8 or kept."""
-    threads: int = 1
-    """Threads of every provider."""
-    ring_mb: int = 1100
-    """Distinct weights per provider, MiB; they should be larger than the cache."""
-    peers: bool = True
-    """Time torch's products too."""
-    seed: int = 0
-    """Seed of weights and activations."""
-
-    def validate(self) -> None:
-        """Raises InputError if an option is out of its domain or there is no native library."""
-        super().validate()
-        self._check_positive("ring_mb")
-        check_num_threads(self.threads)
-        num_outputs, num_inputs = self.shape
-        if num_outputs < 1 or num_inputs < 1 or num_inputs % INPUT_ALIGNMENT:
-            raise InputError(
-                f"shape={num_outputs} {num_inputs} must be positive, inputs a multiple of {INPUT_ALIGNMENT}; "
-                "give e.g. --shape 4096 4096"
-            )
-        if not 1 <= self.num_tokens <= MAX_TOKENS:
-            raise InputError(f"num_tokens={self.num_tokens} must be within 1..{MAX_TOKENS}; give --num-tokens 1")
-        if not self.bit_widths or not all(1 <= width <= 8 for width in self.bit_widths):
-            raise InputError(f"bit_widths={self.bit_widths} must be within 1..8; give e.g. --bit-widths 3 4 8")
-        if load_library() is None:
-            raise InputError("there are no native kernels to time; install g++ or clang++")
 
 
 def bench_gemv(config: GemvBench, track: Track = iter) -> list[Row]:

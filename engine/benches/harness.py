@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from flexquant_rl.engine.benches.clocks import Call, Clock
 from flexquant_rl.engine.benches.machine import ROOT, machine_facts
-from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_json
 
 READ = "read"
@@ -51,36 +50,6 @@ _LEFT_OUT = {"num_samples", "bytes", "roofline_us", "env_steps_per_s_p25", "env_
 
 class BenchRefusedError(Exception):
     """No number is reported, because what would be timed is wrong."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Options of every benchmark."""
-
-    rounds: int = 16
-    """Turns of every provider; in every second round their order is reversed."""
-    json: Path | None = None
-    """Also write the result to this file."""
-
-    def validate(self) -> None:
-        """Raises InputError if an option is out of its domain."""
-        self._check_positive("rounds")
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig(BenchOptions):
-    """A benchmark of `fq bench` with its options."""
-
-    name: ClassVar[str]
-    """As in `fq bench NAME`."""
-    tests: ClassVar[tuple[str, ...]]
-    """Test files that must pass before a number counts, relative to the checkout."""
 
 
 @dataclass

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.engine.benches.clocks import Call, host_clock
-from flexquant_rl.engine.benches.harness import BenchConfig, Provider, Row, Track, calls, interleave, rows
+from flexquant_rl.engine.benches.harness import Provider, Row, Track, calls, interleave, rows
+from flexquant_rl.engine.benches.options import PolicyBench
 from flexquant_rl.engine.control.controller import NativeController
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.decision import Decision
@@ -24,30 +23,6 @@ from flexquant_rl.kernels.native import load_library
 _CALLS_PER_TURN = 50
 _EMBEDDING_DIM = 64  # read once, when the tracker is made
 _BIT_WIDTHS = (3, 4, 5, 6, 8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyBench(BenchConfig):
-    """The exported policy and its signals, one sequence, random weights."""
-
-    name: ClassVar[str] = "policy"
-    tests: ClassVar[tuple[str, ...]] = (
-        "tests/engine/control/test_policy.py",
-        "tests/engine/control/test_signals.py",
-        "tests/engine/control/test_controller.py",
-    )
-
-    units: int = 32
-    """Units whose width is chosen."""
-    vocab: int = 32_000
-    """Size of the output distribution that the signals describe."""
-    seed: int = 0
-    """Seed of the weights."""
-
-    def validate(self) -> None:
-        """Raises InputError if an option is out of its domain."""
-        super().validate()
-        self._check_positive("units", "vocab")
 
 
 def bench_policy(config: PolicyBench, track: Track = iter) -> list[Row]:

@@ -27,6 +27,7 @@ from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels.native_control import ControlMark, ControlWeights, NativeControl, PolicyNetWeights
+from flexquant_rl.kernels.signal_constants import NO_HORIZON
 
 
 class Controller(Protocol):
@@ -115,7 +116,7 @@ class TorchController:
     def __init__(self, model: DecoderModel, policy: Policy | None, profile: Profile, num_rows: int = 1) -> None:
         self._model = model
         self.policy = policy
-        self.schema = SignalSchema(model.num_units, model.bit_widths)
+        self.schema = SignalSchema(model.num_units, model.bit_widths, horizon=_horizon(policy))
         self.tracker = SignalTracker(self.schema, profile, model.embedding_matrix(), unit_depths(model), num_rows)
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
@@ -170,7 +171,7 @@ class NativeController:
         *,
         num_rows: int = 1,
     ) -> None:
-        schema = SignalSchema(len(depths), profile.bit_widths)
+        schema = SignalSchema(len(depths), profile.bit_widths, horizon=_horizon(policy))
         weights = unit_weights.float()
         self._policy = None if isinstance(policy, LearnedPolicy) else policy
         control = ControlWeights(
@@ -180,6 +181,7 @@ class NativeController:
             unit_constants=unit_constants(profile, schema),
             depth=torch.tensor(depths),
             weight_share=weights / weights.sum(),
+            horizon=schema.horizon,
         )
         self._rows = [NativeControl(control) for _ in range(num_rows)]
         assert self._rows[0].dim == schema.dim, "signals changed in one place"
@@ -222,6 +224,11 @@ class NativeController:
 
     def _chosen(self, rows: Tensor | None) -> list[NativeControl]:
         return self._rows if rows is None else [self._rows[index] for index in rows.tolist()]
+
+
+def _horizon(policy: Policy | None) -> int:
+    """How far a policy has seen positions."""
+    return policy.card.schema.horizon if isinstance(policy, LearnedPolicy) else NO_HORIZON
 
 
 def _net_weights(policy: LearnedPolicy) -> PolicyNetWeights:

@@ -1,38 +1,29 @@
-"""The learned policy as it is deployed: a small network, its card and their files. Loading needs torch alone."""
+"""The policies that are deployed: a small network or a static allocation, each with its card. Needs torch alone."""
 
 from __future__ import annotations
 
 import copy
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
+from flexquant_rl.engine.control.decision import Decision, StaticAllocation
+from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
 
-if TYPE_CHECKING:  # loading a policy needs torch alone
-    from flexquant_rl.engine.control.profile import Profile
-
-POLICY_VERSION = 2
-CARD_FILE = "policy.json"
-PROFILE_FILE = "profile.json"
-WEIGHTS_FILE = "policy.safetensors"
-_HIDDEN = 64
+HIDDEN = 64
+"""Width of every hidden layer."""
 
 
 class PrecisionNet(nn.Module):
     """The precision requirement model: one small network applied to every unit, so that it fits any depth.
 
     Each unit's own signals and an encoding of the global ones go through the same two hidden layers to one logit per
-    width. The value head sees the pooled units.
+    width.
 
     Args:
         schema: What the signals are.
@@ -46,18 +37,11 @@ class PrecisionNet(nn.Module):
         self.schema = schema
         self.register_buffer("mean", torch.zeros(schema.num_global + schema.num_per_unit))
         self.register_buffer("std", torch.ones(schema.num_global + schema.num_per_unit))
-        self.encode_global = nn.Sequential(nn.Linear(schema.num_global, _HIDDEN), nn.Tanh())
+        self.encode_global = nn.Sequential(nn.Linear(schema.num_global, HIDDEN), nn.Tanh())
         self.encode_unit = nn.Sequential(
-            nn.Linear(schema.num_per_unit + _HIDDEN, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, _HIDDEN), nn.Tanh()
+            nn.Linear(schema.num_per_unit + HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
         )
-        self.width_head = nn.Linear(_HIDDEN, len(schema.bit_widths))
-        self.encode_value = nn.Sequential(
-            nn.Linear(schema.num_per_unit + schema.num_global, _HIDDEN),
-            nn.Tanh(),
-            nn.Linear(_HIDDEN, _HIDDEN),
-            nn.Tanh(),
-        )
-        self.value_head = nn.Linear(_HIDDEN, 1)
+        self.width_head = nn.Linear(HIDDEN, len(schema.bit_widths))
         nn.init.orthogonal_(self.width_head.weight, gain=0.01)
 
     def normalised(self, signals: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,14 +68,6 @@ class PrecisionNet(nn.Module):
         logits: Tensor = self.width_head(self.encode_unit(torch.cat([unit_signals, context], dim=-1)))
         return logits
 
-    def values(self, signals: Tensor) -> Tensor:
-        """`[B, dim]` -> `[B, 1]`: expected return."""
-        global_signals, unit_signals = self.normalised(signals)
-        context = global_signals[:, None].expand(-1, unit_signals.shape[1], -1)
-        pooled = self.encode_value(torch.cat([unit_signals, context], dim=-1)).mean(1)
-        value: Tensor = self.value_head(pooled)
-        return value
-
 
 @dataclass(frozen=True)
 class DialPoint:
@@ -113,6 +89,8 @@ class PolicyCard:
         unit_names: Units it controls, in order.
         dial: Expected speed and quality by KL weight, on validation text.
         config: The training configuration.
+
+    The schema's horizon is the number of tokens that the policy was trained to decode.
     """
 
     schema: SignalSchema
@@ -120,6 +98,40 @@ class PolicyCard:
     unit_names: tuple[str, ...]
     dial: tuple[DialPoint, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+
+    def setting_for_speed(self, speedup: float) -> DialPoint:
+        """The setting of the dial for a speedup, between two measured ones where it lies there.
+
+        What it gives is interpolated too: the logarithm of the dial and of the KL, and the mean width, along the
+        speedup.
+
+        Raises:
+            InputError: If the speed is outside what the policy reached on validation text.
+        """
+        points = sorted(self.dial, key=lambda point: point.speedup_modelled)
+        if not points or not 1.0 <= speedup <= points[-1].speedup_modelled * 1.001:
+            raise InputError(
+                f"speed {speedup:g} is outside 1 to {points[-1].speedup_modelled if points else 1.0:.2f}, the fastest "
+                "that this policy reached; ask for one in between, or set the dial itself with --kl-weight"
+            )
+        above = next((index for index, point in enumerate(points) if point.speedup_modelled >= speedup), -1)
+        if above in (0, -1):  # slower than the slowest setting, or as fast as the fastest
+            return points[above]
+        slow, fast = points[above - 1], points[above]
+        share = (speedup - slow.speedup_modelled) / (fast.speedup_modelled - slow.speedup_modelled)
+
+        def between(low: float, high: float) -> float:
+            return low + share * (high - low)
+
+        def between_logarithms(low: float, high: float) -> float:
+            return math.exp(between(math.log(low), math.log(high))) if low > 0 and high > 0 else between(low, high)
+
+        return DialPoint(
+            kl_weight=between_logarithms(slow.kl_weight, fast.kl_weight),
+            speedup_modelled=speedup,
+            output_kl_nats=between_logarithms(slow.output_kl_nats, fast.output_kl_nats),
+            mean_bit_width=between(slow.mean_bit_width, fast.mean_bit_width),
+        )
 
     def check_model(self, fingerprint: str, where: Path) -> None:
         """Raises InputError if a model is not the one that the policy in directory `where` was trained for."""
@@ -192,99 +204,16 @@ class LearnedPolicy:
             choice = self._logits(signals.to(self._device)).argmax(-1)
             return Decision(self._widths.index_select(0, choice).view(len(signals), -1).to(signals.device))
 
-    def kl_weight_for_speed(self, speedup: float) -> float:
-        """The dial setting whose validation speedup is nearest to the one asked for.
 
-        Raises:
-            InputError: If the speed is outside what the policy reached on validation.
-        """
-        points = self.card.dial
-        fastest = max((point.speedup_modelled for point in points), default=1.0)
-        if not points or not 1.0 <= speedup <= fastest * 1.001:
-            raise InputError(
-                f"speed {speedup:g} is outside 1 to {fastest:.2f}, the fastest that this policy reached; "
-                "ask for one in between, or set the dial itself with --kl-weight"
-            )
-        return min(points, key=lambda point: abs(point.speedup_modelled - speedup)).kl_weight
+@dataclass(frozen=True)
+class StaticPolicy(StaticAllocation):
+    """A static allocation of one model.
 
-    def save(self, out: Path, profile: Profile) -> None:
-        """Writes `policy.safetensors`, `policy.json` and the `profile.json` it was trained with, atomically.
-
-        The profile belongs to the policy: sensitivities and times are among its signals.
-        """
-        with new_directory(out) as directory:
-            profile.save(directory / PROFILE_FILE)
-            write_tensors(directory / WEIGHTS_FILE, dict(self.net.state_dict()))
-            write_json(
-                directory / CARD_FILE,
-                {
-                    "version": POLICY_VERSION,
-                    "schema": self.card.schema.to_dict(),
-                    "model_fingerprint": self.card.model_fingerprint,
-                    "unit_names": list(self.card.unit_names),
-                    "dial": [vars(point) for point in self.card.dial],
-                    "config": self.card.config,
-                    "weights_sha256": file_sha256(directory / WEIGHTS_FILE),
-                    "profile_sha256": file_sha256(directory / PROFILE_FILE),
-                },
-            )
-
-
-def load_policy(
-    directory: Path,
-    *,
-    model_fingerprint: str | None = None,
-    name: str | None = None,
-    repair: str = "export it again with `fq export`",
-) -> LearnedPolicy:
-    """Loads an exported policy. Needs torch alone.
-
-    Args:
-        directory: Holds `policy.safetensors`, `policy.json` and `profile.json`.
-        model_fingerprint: Fingerprint of the model that the policy will control; None skips the check.
-        name: As it appears in tables; default: the directory's.
-        repair: What to do about damaged or missing files, as the error says it.
-
-    Raises:
-        InputError: If files are missing, damaged, of another schema or of another model.
+    Attributes:
+        card: What it belongs to; it has no dial.
     """
-    card_path, weights_path = directory / CARD_FILE, directory / WEIGHTS_FILE
-    try:
-        data = json.loads(card_path.read_text(encoding="utf-8"))
-        weights = load_file(weights_path)
-        found = {"weights": file_sha256(weights_path), "profile": file_sha256(directory / PROFILE_FILE)}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{directory}: no readable policy ({error}); {repair}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("schema"), dict):
-        raise InputError(f"{card_path}: not a policy; {repair}")
-    versions = (data.get("version"), data["schema"].get("version"))
-    if versions != (POLICY_VERSION, SIGNAL_SCHEMA_VERSION):
-        raise InputError(
-            f"{directory}: policy version {versions[0]} with signal schema {versions[1]}, but this program reads "
-            f"{POLICY_VERSION} with {SIGNAL_SCHEMA_VERSION}; train and export the policy again"
-        )
-    try:
-        card = PolicyCard(
-            schema=SignalSchema.from_dict(data["schema"]),
-            model_fingerprint=data["model_fingerprint"],
-            unit_names=tuple(data["unit_names"]),
-            dial=tuple(DialPoint(**point) for point in data["dial"]),
-            config=data["config"],
-        )
-        expected = {part: str(data[f"{part}_sha256"]) for part in found}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{card_path}: not a whole policy ({error!r}); {repair}") from error
-    if model_fingerprint is not None:
-        card.check_model(model_fingerprint, directory)
-    net = PrecisionNet(card.schema)
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; {repair}") from error
-    for part, path in (("weights", weights_path), ("profile", directory / PROFILE_FILE)):
-        if found[part] != expected[part]:
-            raise InputError(
-                f"{path}: sha256 {found[part][:12]}, but policy.json says {expected[part][:12]}, so the file was "
-                f"edited or damaged; {repair}"
-            )
-    return LearnedPolicy(net, card, name or directory.name)
+
+    card: PolicyCard
+
+
+DeployedPolicy = LearnedPolicy | StaticPolicy

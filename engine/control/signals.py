@@ -35,11 +35,13 @@ class SignalSchema:
         num_units: U.
         bit_widths: Stored widths, ascending (W of them).
         num_embedding_dims: Size of the projection of the input token's embedding.
+        horizon: Tokens after which the signal of the position stays as it is: a policy has seen no later ones.
     """
 
     num_units: int
     bit_widths: tuple[int, ...]
     num_embedding_dims: int = 16
+    horizon: int = constants.NO_HORIZON
 
     @property
     def global_names(self) -> tuple[str, ...]:
@@ -55,7 +57,7 @@ class SignalSchema:
             "probe_kl",  # log10 of the output KL at the last probe
             "tokens_since_probe",  # log scale, 1 at 256 or never
             "mean_width_16",  # mean over the last 16 tokens / 8
-            "position",  # log(1 + tokens decoded) / 4
+            "position",  # log(1 + tokens decoded, the horizon at most) / 4
             "dial",  # log10 of the KL weight
             *(f"embedding_{index}" for index in range(self.num_embedding_dims)),
         )
@@ -120,12 +122,15 @@ class SignalSchema:
             "num_units": self.num_units,
             "bit_widths": list(self.bit_widths),
             "num_embedding_dims": self.num_embedding_dims,
+            "horizon": self.horizon,
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> SignalSchema:
         """Reads the JSON form; the caller checks `version`."""
-        return SignalSchema(int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]))
+        return SignalSchema(
+            int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]), int(data["horizon"])
+        )
 
 
 @dataclass(frozen=True)
@@ -281,7 +286,7 @@ class SignalTracker:
             state["probe_kl"].clamp_min(constants.KL_FLOOR_NATS).log10() / constants.DECADES_SCALE,
             torch.log1p(state["since_probe"]).clamp_max(longest) / longest,
             state["recent_widths"].mean(-1) / constants.WIDTH_SCALE,
-            torch.log1p(state["position"]) / constants.POSITION_SCALE,
+            torch.log1p(state["position"].clamp_max(self.schema.horizon)) / constants.POSITION_SCALE,
             state["dial"],
         ]
         per_unit = torch.cat(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,12 +9,9 @@ import torch
 
 from flexquant_rl.engine.decoding.decoder import check_max_length
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession, why_not_lean
+from flexquant_rl.engine.decoding.options import DecoderName, check_num_threads
 from flexquant_rl.engine.decoding.session import DecodeSession
-from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
-
-DecoderName = Literal["auto", "lean", "hf"]
-
 
 SessionOpener = Callable[[int], DecodeSession | LeanSession]
 """Opens a session with so many rows."""
@@ -73,14 +69,3 @@ def default_decoder(model: NestedCausalLM, num_threads: int | None = None) -> tu
     if why_not_lean(model) is None:
         return "lean", num_threads or 1
     return "hf", num_threads or torch.get_num_threads()
-
-
-def check_num_threads(num_threads: int) -> None:
-    """Raises InputError unless there is a processor for each thread; more would wait for each other."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    num_processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    if not 1 <= num_threads <= num_processors:
-        raise InputError(
-            f"threads={num_threads} must be within 1..{num_processors}, the processors of this machine; "
-            "give e.g. --threads 1"
-        )

@@ -129,10 +129,10 @@ def width_source(model: NestedCausalLM, policy: Policy, profile: Profile) -> Wid
         return WidthTable(policy.bit_widths, device=model.device)
     assert isinstance(policy, LearnedPolicy)
     weights = PolicyWeights.from_state_dict(policy.net.state_dict(), policy.card.schema.bit_widths, device=model.device)
-    return LearnedWidths(weights, signal_constants(model, profile))
+    return LearnedWidths(weights, signal_constants(model, profile, policy.card.schema.horizon))
 
 
-def signal_constants(model: NestedCausalLM, profile: Profile) -> SignalConstants:
+def signal_constants(model: NestedCausalLM, profile: Profile, horizon: int) -> SignalConstants:
     """What the signals of a model are computed with, on its device."""
     schema = SignalSchema(model.num_units, profile.bit_widths)
     share = model.unit_weights.float()
@@ -142,6 +142,7 @@ def signal_constants(model: NestedCausalLM, profile: Profile) -> SignalConstants
         depth=torch.tensor(unit_depths(model), dtype=torch.float32, device=model.device),
         weight_share=(share / share.sum()).to(model.device),
         layer_of_unit=torch.tensor([unit.layer_idx for unit in model.units], dtype=torch.int32, device=model.device),
+        horizon=horizon,
     )
     assert constants.dim == schema.dim, "signals changed in one place"
     return constants

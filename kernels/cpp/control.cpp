@@ -91,7 +91,7 @@ int32_t fq_control_signals(const FqControl* control, float* signals) {
         std::log10(kKlFloorNats) / kDecadesScale,  // no probe is taken at run time,
         1.0f,                                      // so the last one is as long ago as can be said
         recent / kRecentTokens / kWidthScale,
-        std::log1p(static_cast<float>(c.position)) / kPositionScale,
+        std::log1p(static_cast<float>(std::min(c.position, c.horizon))) / kPositionScale,
         c.dial,
     };
     for (float value : row) *signals++ = clamped(value);

@@ -38,6 +38,7 @@ struct FqControl {
     const float* depth;             // [num_units]
     const float* weight_share;      // [num_units], share of all weights
     int64_t vocab_size, num_units, num_widths, num_embedding_dims;
+    int64_t horizon;                // from this position on its signal stays the same
     // State of the sequence: these arrays and, with everything behind it, `entropy`.
     float* log_probs;               // [vocab_size]
     float* recent_widths;           // [16]

@@ -151,6 +151,7 @@ constexpr Mirrored kMirrored[] = {
     FQ_FIELD(FqControl, num_units),
     FQ_FIELD(FqControl, num_widths),
     FQ_FIELD(FqControl, num_embedding_dims),
+    FQ_FIELD(FqControl, horizon),
     FQ_FIELD(FqControl, log_probs),
     FQ_FIELD(FqControl, recent_widths),
     FQ_FIELD(FqControl, residual_update),

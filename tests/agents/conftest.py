@@ -14,7 +14,7 @@ from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.prompts import PromptWindows
 from flexquant_rl.fq_env.task import EnvConfig
 

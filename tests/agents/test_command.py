@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from flexquant_rl.agents.command import BAD_INPUT, DONE, INTERRUPTED, command, print_result
+from flexquant_rl.agents.commands.process import BAD_INPUT, DONE, INTERRUPTED, command, print_result
 from flexquant_rl.engine import files
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_json, write_tensors
@@ -81,7 +81,7 @@ def test_full_disk_as_safetensors_reports_it(
 def test_full_stdout_device(tmp_path: Path) -> None:
     """A real ENOSPC from the kernel, not one made up."""
     code = (
-        "import sys; from flexquant_rl.agents.command import command, print_result; "
+        "import sys; from flexquant_rl.agents.commands.process import command, print_result; "
         "sys.exit(command(lambda: print_result({'a': 1})))"
     )
     with Path("/dev/full").open("w") as full:
@@ -123,7 +123,7 @@ def test_a_reader_that_has_seen_enough() -> None:
     """As in `fq generate ... | head -1`."""
     source = """
     import sys
-    from flexquant_rl.agents.command import command
+    from flexquant_rl.agents.commands.process import command
 
     def body():
         for _ in range(100_000):

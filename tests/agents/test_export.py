@@ -21,7 +21,8 @@ from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.export import check_parity, export_run
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
 from flexquant_rl.agents.runs.ppo import build_ppo, precision_net
-from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
+from flexquant_rl.engine.control.artefact import load_policy, save_policy
+from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
 from flexquant_rl.engine.errors import InputError
 
 MODEL = FakeModel(carry=0.5)
@@ -38,7 +39,7 @@ sys.meta_path.insert(0, Refuse())
 
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from flexquant_rl.engine.control.policy import load_policy
+from flexquant_rl.engine.control.artefact import load_policy
 
 directory, observations, out = map(Path, sys.argv[1:])
 policy = load_policy(directory)
@@ -71,7 +72,7 @@ def predict(ppo: PPO, observations: np.ndarray) -> np.ndarray:
 def run_dir(tmp_path: Path, trained: tuple[PPO, Tensor]) -> Path:
     """A finished run, as far as exporting looks at it."""
     for name in ("seeds/0/policy", "policy"):
-        toy_policy(precision_net(trained[0]), MODEL).save(tmp_path / "run" / name, fake_profile(MODEL))
+        save_policy(toy_policy(precision_net(trained[0]), MODEL), fake_profile(MODEL), tmp_path / "run" / name)
     return tmp_path / "run"
 
 
@@ -126,7 +127,7 @@ def test_only_a_checked_policy_is_exported(run_dir: Path, tmp_path: Path, traine
     """A run's policy whose weights SB3 was never compared with."""
     shutil.rmtree(run_dir / "policy")
     net = PrecisionNet(precision_net(trained[0]).schema)
-    toy_policy(net, MODEL).save(run_dir / "policy", fake_profile(MODEL))
+    save_policy(toy_policy(net, MODEL), fake_profile(MODEL), run_dir / "policy")
     with pytest.raises(InputError, match="weights are those of no training seed.*--resume"):
         export_run(run_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -164,10 +165,10 @@ def test_parity_check_is_loud(tmp_path: Path, trained: tuple[PPO, Tensor], name:
     ppo, observations = trained
     net = PrecisionNet(precision_net(ppo).schema)
     net.load_state_dict(precision_net(ppo).state_dict())
-    toy_policy(net, MODEL).save(tmp_path / "same", fake_profile(MODEL))
+    save_policy(toy_policy(net, MODEL), fake_profile(MODEL), tmp_path / "same")
     check_parity(tmp_path / "same", observations, lambda signals: predict(ppo, signals))
     net.state_dict()[name][index] += 1.0
-    toy_policy(net, MODEL).save(tmp_path / "changed", fake_profile(MODEL))
+    save_policy(toy_policy(net, MODEL), fake_profile(MODEL), tmp_path / "changed")
     with pytest.raises(RuntimeError, match=r"[1-9]\d* of 4000 widths differ"):
         check_parity(tmp_path / "changed", observations, lambda signals: predict(ppo, signals))
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.model import NestedCausalLM, nest
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),

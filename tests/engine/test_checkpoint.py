@@ -38,7 +38,7 @@ from flexquant_rl.engine.checkpoint import (
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 FILES = (
     "config.json",

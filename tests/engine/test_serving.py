@@ -16,7 +16,7 @@ from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.streamed_text import StreamedText
-from flexquant_rl.engine.decoding.choice import DecoderName
+from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM

@@ -13,7 +13,7 @@ from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 WORDS = "bits of every weight are read again when a policy looks for less loss and saves some time".split()
 

@@ -15,10 +15,11 @@ from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.runs import phases, training
 from flexquant_rl.agents.runs.ppo import TrainingCallback
 from flexquant_rl.agents.runs.training import Validation, train_seed, with_dial_table
+from flexquant_rl.engine.control.artefact import load_policy
 from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet, load_policy
+from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.task import EnvConfig
 
 CONFIG = TrainConfig(

@@ -11,11 +11,11 @@ import torch
 
 from flexquant_rl.engine.benches import gemv as bench_gemv
 from flexquant_rl.engine.benches import llama_cpp as bench_llama_cpp
-from flexquant_rl.engine.benches.decode import DecodeBench, bench_decode, random_llama
-from flexquant_rl.engine.benches.gemv import GemvBench
-from flexquant_rl.engine.benches.harness import READ, BenchConfig, BenchRefusedError, table
+from flexquant_rl.engine.benches.decode import bench_decode, random_llama
+from flexquant_rl.engine.benches.harness import READ, BenchRefusedError, table
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
-from flexquant_rl.engine.benches.policy import PolicyBench, bench_policy
+from flexquant_rl.engine.benches.options import BenchConfig, DecodeBench, GemvBench, PolicyBench
+from flexquant_rl.engine.benches.policy import bench_policy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.kernels.native import supported_isas
 

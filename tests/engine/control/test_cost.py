@@ -18,7 +18,7 @@ from flexquant_rl.engine.control.cost import CostTable, clock_ms, measured_cost,
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 WIDTHS = (3, 5, 8)
 TABLE = CostTable(

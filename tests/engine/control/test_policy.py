@@ -14,17 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flexquant_rl.engine.control.artefact import POLICY_VERSION, PROFILE_FILE, load_policy, save_policy
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.policy import (
-    POLICY_VERSION,
-    PROFILE_FILE,
-    DialPoint,
-    LearnedPolicy,
-    PolicyCard,
-    PrecisionNet,
-    load_policy,
-)
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 from flexquant_rl.engine.errors import InputError
@@ -63,7 +56,7 @@ def make_profile() -> Profile:
 def saved(tmp_path: Path) -> Path:
     """A directory with an exported policy."""
     out = tmp_path / "policy"
-    make_policy().save(out, make_profile())
+    save_policy(make_policy(), make_profile(), out)
     return out
 
 
@@ -194,7 +187,7 @@ class TestFiles:
     def test_existing_output_is_kept(self, saved: Path) -> None:
         before = (saved / "policy.json").read_bytes()
         with pytest.raises(InputError, match="exists and is not empty"):
-            make_policy(dial=()).save(saved, make_profile())
+            save_policy(make_policy(dial=()), make_profile(), saved)
         assert (saved / "policy.json").read_bytes() == before
 
     def test_failed_save_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +196,7 @@ class TestFiles:
 
         monkeypatch.setattr("flexquant_rl.engine.control.policy.write_json", fail)
         with pytest.raises(OSError, match="No space left"):
-            make_policy().save(tmp_path / "out", make_profile())
+            save_policy(make_policy(), make_profile(), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
     def test_another_model(self, saved: Path) -> None:
@@ -302,7 +295,7 @@ class Absent(MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 
 import torch
-from flexquant_rl.engine.control.policy import load_policy
+from flexquant_rl.engine.control.artefact import load_policy
 
 policy = load_policy(Path(sys.argv[1]))
 signals = torch.tensor(json.loads(Path(sys.argv[2]).read_text()))

@@ -19,7 +19,7 @@ from flexquant_rl.engine.control.profile import Profile, output_kl_nats, profile
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 
 def kl_in_float64(reference: list[float], other: list[float]) -> float:

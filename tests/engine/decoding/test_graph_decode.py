@@ -36,7 +36,7 @@ from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.serving import generate
 from flexquant_rl.kernels import reference_ops
 from flexquant_rl.kernels.activations import PackedActivations

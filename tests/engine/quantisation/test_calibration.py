@@ -31,9 +31,10 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers, load_causal_lm, make_units, nest
 from flexquant_rl.engine.quantisation import calibration
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig, quantize_rtn
+from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 
 GPTQ = QuantizationConfig(method="gptq", group_size=32)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation import quantize
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig, quantize_rtn
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.bitplane import NestedWeight, derive_scale_and_offset, unpack_codes
 from flexquant_rl.kernels.reference import dequantize
 

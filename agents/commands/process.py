@@ -1,4 +1,7 @@
-"""What every command has in common: exit codes, one-line errors, the JSON line at the end."""
+"""What every command has in common: exit codes, one-line errors, signals, the JSON line at the end.
+
+Imports nothing that is slow.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ import errno
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
-
-from transformers.utils import logging as transformers_logging
 
 from flexquant_rl.engine.errors import InputError
 
-DONE, FAILURE, BAD_INPUT, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
+DONE, FAILURE, BAD_INPUT, INTERRUPTED, READER_GONE, TERMINATED = 0, 1, 2, 130, 141, 143
 
 _NOT_A_PLACE = "choose another place to write to"
 # What the machine refuses although the program is right, and what to do about it.
@@ -35,22 +40,23 @@ _ADVICE = {
 def command(run: Callable[[], None]) -> int:
     """Runs a command's body and turns what it raises into an exit code and one line on stderr.
 
-    Bad input and a disk that cannot be written give 2, an interruption 130, a closed pipe 141; any other exception is a
-    bug and keeps its traceback.
+    Bad input and a disk that cannot be written give 2, Ctrl-C 130, SIGTERM 143, a closed pipe 141; any other exception
+    is a bug and keeps its traceback.
 
     Args:
         run: The body; may raise `KeyboardInterrupt` with a message that says how to continue.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module=r"transformers\.")
+    _quieten_libraries()
     try:
-        run()
+        with _terminated_like_interrupted():
+            run()
     except InputError as error:
         return _bad_input(str(error))
     except KeyboardInterrupt as interruption:
-        print("; ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
-        return INTERRUPTED
+        is_terminated = isinstance(interruption.__cause__ or interruption, _Terminated)
+        word = "terminated" if is_terminated else "interrupted"
+        print("; ".join([word, *map(str, interruption.args)]), file=sys.stderr)
+        return TERMINATED if is_terminated else INTERRUPTED
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; Python must not flush to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
@@ -61,6 +67,40 @@ def command(run: Callable[[], None]) -> int:
         where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _bad_input(f"{where}; {advice}")
     return DONE
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: cleaned up after as Ctrl-C is."""
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Inside the block SIGTERM raises in the main thread, so that nothing half-written stays."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _quieten_libraries() -> None:
+    """Commands say themselves what happens; transformers reads these when it is imported, which is later."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"transformers\.")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
 
 
 def _bad_input(message: str) -> int:

@@ -1,0 +1,42 @@
+"""`fq bench`: one benchmark, after the tests of what it times."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from flexquant_rl.agents.commands.options import BenchCommand
+from flexquant_rl.agents.commands.process import FAILURE, print_result
+from flexquant_rl.agents.progress import say, track
+from flexquant_rl.agents.runs.bench_env import bench_env
+from flexquant_rl.engine.benches.decode import bench_decode
+from flexquant_rl.engine.benches.gemv import bench_gemv
+from flexquant_rl.engine.benches.harness import BenchRefusedError, Row, run_bench, run_tests, table
+from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, PolicyBench
+from flexquant_rl.engine.benches.policy import bench_policy
+
+
+def bench(command: BenchCommand) -> None:
+    """Times, and prints table and rows."""
+    what = command.what
+    what.validate()
+
+    def rounds(items: Iterable[int]) -> Iterable[int]:
+        return track(items, f"timing {what.name}")
+
+    def measure() -> list[Row]:
+        if isinstance(what, GemvBench):
+            return bench_gemv(what, rounds)
+        if isinstance(what, DecodeBench):
+            return bench_decode(what, rounds, say)
+        if isinstance(what, PolicyBench):
+            return bench_policy(what, rounds)
+        return bench_env(what, rounds)
+
+    try:
+        result = run_bench(what.name, what.tests, measure, path=what.json, progress=say, gate=run_tests)
+    except BenchRefusedError as error:  # neither bad input nor a bug that its traceback would explain
+        say(f"error: {error}")
+        sys.exit(FAILURE)
+    print(table(result["rows"]))
+    print_result(result)

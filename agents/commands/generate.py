@@ -1,0 +1,157 @@
+"""`fq generate`: a prompt continued on the terminal, token by token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.agents.commands.options import GenerateOptions
+from flexquant_rl.agents.commands.process import print_result
+from flexquant_rl.agents.commands.servable import load_servable
+from flexquant_rl.agents.config import check_device
+from flexquant_rl.agents.progress import say
+from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
+from flexquant_rl.engine.control.policy import DeployedPolicy, DialPoint, StaticPolicy
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.request import GeneratedToken
+from flexquant_rl.engine.decoding.options import check_num_threads
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.serving import encode, encode_chat
+from flexquant_rl.engine.serving import generate as generate_tokens
+from flexquant_rl.fq_env.config import check_kl_weight
+
+
+def generate(options: GenerateOptions) -> None:
+    """Prints the text as it comes, then one JSON line."""
+    check_device(options.device)
+    if options.threads is not None:
+        check_num_threads(options.threads)
+    prompt = _prompt(options)
+    found = load_servable(options.model, options.policy, profile=options.profile, text=options.text)
+    setting = _setting(found.policy, options)
+    model = found.model.to(options.device)
+    is_chat = not options.raw and bool(model.tokenizer.chat_template)
+    prompt_ids = encode_chat(model, prompt) if is_chat else encode(model, prompt)
+    stream = generate_tokens(
+        model,
+        found.policy,
+        found.profile,
+        prompt_ids,
+        max_new_tokens=options.max_new_tokens,
+        kl_weight=1.0 if setting is None else setting.kl_weight,  # a static policy does not look at it
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        decoder=options.decoder,
+        num_threads=options.threads,
+    )
+    printed = _Printed(model)
+    printed.follow(stream, show_bits=options.show_bits)
+    if options.quiet:
+        return
+    print_result(
+        {
+            "num_tokens": len(printed.widths),
+            "finish_reason": printed.finish_reason,
+            **printed.times(found.profile),
+            "mean_bit_width": printed.mean_bit_width,
+            "speed_asked": options.speed,
+            "kl_weight": None if setting is None else setting.kl_weight,
+            "chat_template": is_chat,
+        }
+    )
+
+
+def _prompt(options: GenerateOptions) -> str:
+    """The prompt as given, from standard input or from a file."""
+    if (options.prompt is None) == (options.prompt_file is None):
+        given = "both --prompt and --prompt-file" if options.prompt is not None else "no prompt"
+        raise InputError(f"{given}; give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE")
+    if options.prompt_file is None and options.prompt != "-":
+        assert options.prompt is not None
+        return options.prompt
+    where = "standard input" if options.prompt_file is None else str(options.prompt_file)
+    try:
+        raw = sys.stdin.buffer.read() if options.prompt_file is None else options.prompt_file.read_bytes()
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start} is not UTF-8; save the text as UTF-8") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{where} does not exist; give the name of a text file") from error
+
+
+def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | None:
+    """The setting of the dial: as given, for the speed asked for, or the middle one. None without a dial."""
+    speed, kl_weight = options.speed, options.kl_weight
+    if isinstance(policy, StaticPolicy):
+        for name, value in (("speed", speed), ("kl-weight", kl_weight)):
+            if value is not None:
+                raise InputError(
+                    f"--{name} {value:g} sets a dial, and {policy.name} has none; choose another mean width instead"
+                )
+        return None
+    if kl_weight is not None:
+        if speed is not None:
+            raise InputError(f"--speed {speed:g} and --kl-weight {kl_weight:g} set the same dial; give one of them")
+        check_kl_weight(kl_weight)
+        return DialPoint(kl_weight, float("nan"), float("nan"), float("nan"))
+    points = policy.card.dial
+    if speed is not None:
+        point = policy.card.setting_for_speed(speed)
+        say(
+            f"speed {speed:g} asked: dial at KL weight {point.kl_weight:.4g}; expected {point.speedup_modelled:.2f}x "
+            f"modelled, output KL {point.output_kl_nats:.2e} nats, {point.mean_bit_width:.2f} bits (validation text)"
+        )
+        return point
+    if not points:
+        raise InputError(f"policy {policy.name!r} has no table of its dial to choose a setting from; give --kl-weight")
+    return points[len(points) // 2]
+
+
+@dataclass
+class _Printed:
+    """What has been printed of a continuation."""
+
+    model: NestedCausalLM
+    widths: list[Tensor] = field(default_factory=list)
+    latencies_ms: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def follow(self, stream: Iterable[GeneratedToken], *, show_bits: bool) -> None:
+        """Prints tokens as they come, on request with their widths."""
+        colours = show_bits and has_colours(sys.stdout)
+        means = []
+        for token in stream:
+            self.widths.append(token.bit_widths)
+            self.latencies_ms.append(token.latency_ms)
+            self.finish_reason = token.finish_reason
+            means.append(float(self.model.mean_bit_width(token.bit_widths)))
+            piece = coloured(token.text, means[-1], self.model.bit_widths) if colours else token.text
+            print(piece, end="", flush=True)
+        print()
+        if show_bits:
+            print(legend(self.model.bit_widths) if colours else numbers(means))
+
+    @property
+    def mean_bit_width(self) -> float:
+        """Mean over all tokens; the first one is of the prompt, at the largest width."""
+        return float(self.model.mean_bit_width(torch.stack(self.widths)).mean())
+
+    def times(self, profile: Profile) -> dict[str, object]:
+        """The clock's numbers, and the speedup that the profile models for the chosen widths."""
+        steps_ms = self.latencies_ms[1:]  # the first token's is the time of the prompt
+        chosen = torch.stack(self.widths[1:]) if steps_ms else None
+        full_ms = float(profile.cost.latency_ms(profile.cost.full_width()))
+        return {
+            "prompt_seconds": self.latencies_ms[0] / 1e3,
+            "tokens_per_s": len(steps_ms) / sum(steps_ms) * 1e3 if steps_ms else None,
+            "speedup_modelled": (
+                None if chosen is None else full_ms * len(chosen) / float(profile.cost.latency_ms(chosen.cpu()).sum())
+            ),
+            "latency_source": profile.cost.source,
+        }

@@ -1,0 +1,191 @@
+"""The options of every command, as data: what `fq COMMAND --help` lists. Imports nothing that is slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from flexquant_rl.agents.config import EnvBench, TrainConfig
+from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, PolicyBench
+from flexquant_rl.engine.decoding.options import DecoderName
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.fq_env.config import EnvConfig
+
+Model = Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+"""Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+Run = Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+Out = Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+PolicyName = Annotated[str, tyro.conf.arg(metavar="POLICY")]
+Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Nests a model's weights and writes a checkpoint."""
+
+    source: Model
+    """Hugging Face directory or hub name; `default` is the embedded model."""
+    out: Out
+    """New directory."""
+    method: Literal["rtn", "gptq"] | None = None
+    """rtn rounds to nearest, gptq fits codes to calibration text; default: gptq where there is some, else rtn."""
+    group_size: Literal[32, 64, 128] = 128
+    """Consecutive inputs that share a scale and an offset."""
+    bit_widths: tuple[int, ...] = QuantizationConfig.bit_widths
+    """Widths that get their own fitted scale and offset, ascending; the last is 8."""
+    unit: Literal["layer", "half"] = QuantizationConfig.unit
+    """What gets one width of its own: a decoder layer, or its attention and MLP separately."""
+    quantize_head: bool = QuantizationConfig.quantize_head
+    """Whether the output head is stored nested and is one more unit."""
+    calibration: Files = ()
+    """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
+    model gptq reads held-out standard library where no file is named."""
+    text: Files = ()
+    """Text files. Perplexity by width is measured on their test split."""
+    text_field: str | None = None
+    """Field of jsonl rows that holds the text; default: the usual names."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Measures what every unit's width costs in time on this device and in output KL."""
+
+    model: Model
+    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    text: Files = ()
+    """Text files; default: the held-out standard library."""
+    text_field: str | None = None
+    """Field of jsonl rows that holds the text; default: the usual names."""
+    out: File = None
+    """Where to write; default: profile.json in the model's directory, for `default` in the current one."""
+    source: Literal["measured", "roofline"] = "measured"
+    """Time whole steps at random widths, or model them by the bytes they read."""
+    steps: int = 300
+    """Whole steps to time."""
+    threads: int | None = None
+    """Threads of a timed step; default: 1 with the lean decoder, else torch's number."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Trains a precision controller with PPO and compares it with heuristics on held-out text."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """What to train."""
+    run: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Directory of the run; default: runs/<model>-<time>."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Continue this run; its own configuration holds, other options are refused."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Compares policies on the test split of some text."""
+
+    model: Model
+    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY")] = ("fixed:4", "fixed:8", "knapsack:4.5")
+    """Names (fixed:4, knapsack:4.5, random:4.5, entropy:1.5), with more parameters as key=value
+    (entropy:1.5,one_way=true); runs of train.py; directories of exported policies; classes of your own, as module:Class
+    or module:Class:key=value,..., found from the current directory (docs/extending.md)."""
+    text: Files = ()
+    """Text files; default: the held-out standard library."""
+    text_field: str | None = None
+    """Field of jsonl rows that holds the text; default: the usual names."""
+    dials: int = 4
+    """Settings of the dial at which learned policies are run."""
+    sequences: int = 64
+    """Test sequences."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
+    profile: File = None
+    """profile.json that `fq profile` wrote for this model, with the latencies to compare by; default: those that
+    exported policies carry, else modelled by the bytes read."""
+    threads: int | None = None
+    """Threads of the timed steps, and of those that a measured profile holds; default: 1 with the lean decoder, else
+    torch's number."""
+    mode: Literal["lossy"] = "lossy"
+    """Lossy decoding: the widths chosen are the widths used."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Episodes."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Writes a policy as an artefact that needs torch alone: that of a finished run, or a static allocation by name."""
+
+    policy: Positional[PolicyName]
+    """Directory of a run of train.py, or a name (fixed:4, knapsack:4.5)."""
+    out: Out
+    """New directory."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """With a name: the model whose units get the widths; `default` is the embedded one."""
+    profile: File = None
+    """With a name: profile.json of the model; default: the one in its directory, else made here."""
+    text: Files = ()
+    """With a name: text files to profile on, where there is no profile; default: the held-out standard library."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continues a prompt with the widths that a policy chooses, token by token.
+
+    The text is printed as it comes; the last line is JSON.
+    """
+
+    model: Model
+    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    policy: PolicyName
+    """Directory of an exported policy or of a run, or a static allocation by name (fixed:4, knapsack:4.5)."""
+    prompt: str | None = None
+    """Text to continue; - reads standard input. A model with a chat template gets it as the user's message."""
+    prompt_file: File = None
+    """File to read the prompt from."""
+    raw: bool = False
+    """Continue the prompt as it stands, also where the model has a chat template."""
+    max_new_tokens: int = 64
+    """Tokens at most; the model's end-of-text tokens end earlier."""
+    speed: float | None = None
+    """Modelled speedup to aim for, between settings of the policy's own table; default: its middle setting."""
+    kl_weight: float | None = None
+    """The dial itself, instead of a speed."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Sample only from the likeliest tokens whose probabilities reach this sum."""
+    seed: int = 0
+    """Seed of the sampling."""
+    show_bits: bool = False
+    """Show every token's mean width: as its background colour on a terminal, else in a line below the text."""
+    quiet: bool = False
+    """Print the text alone, without the JSON line."""
+    profile: File = None
+    """With a policy's name: profile.json of the model; default: the one in its directory, else made here."""
+    text: Files = ()
+    """With a policy's name: text files to profile on, where there is no profile."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
+    decoder: DecoderName = "auto"
+    """The lean decoder (Llama, Mistral, Qwen2 and Qwen3; a native call per token on a CPU, a captured graph on a GPU)
+    or Hugging Face's modules; auto: lean where it can run the model."""
+    threads: int | None = None
+    """Threads of a step; default: 1 with the lean decoder, else torch's number. A captured graph has none."""
+
+
+@dataclass(frozen=True)
+class BenchCommand:
+    """Measures speed on this machine. In a checkout the tests of what is timed run first and must pass."""
+
+    what: Annotated[
+        Annotated[GemvBench, tyro.conf.subcommand("gemv", prefix_name=False)]
+        | Annotated[DecodeBench, tyro.conf.subcommand("decode", prefix_name=False)]
+        | Annotated[PolicyBench, tyro.conf.subcommand("policy", prefix_name=False)]
+        | Annotated[EnvBench, tyro.conf.subcommand("env", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+    """What to time."""

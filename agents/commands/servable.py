@@ -1,0 +1,114 @@
+"""What `--policy` may name where one policy is to run: a directory with its files, or a static allocation by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.evaluation.contest import policy_context
+from flexquant_rl.agents.export import load_exported
+from flexquant_rl.agents.policies.families import bind_policy, parse_policy
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.names import policy_name
+from flexquant_rl.agents.policies.unbound import UnboundPolicy
+from flexquant_rl.agents.preparation import prepare
+from flexquant_rl.agents.progress import track
+from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.control.artefact import PROFILE_FILE
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.policy import DeployedPolicy, PolicyCard, StaticPolicy
+from flexquant_rl.engine.control.profile import Profile, reference_name
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.embedded import resolve_model
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+
+
+@dataclass(frozen=True)
+class Servable:
+    """A policy that can run, and what it runs on.
+
+    Attributes:
+        model: The model that it controls.
+        policy: The policy.
+        profile: What it sees of the model, and what its steps cost.
+    """
+
+    model: NestedCausalLM
+    policy: DeployedPolicy
+    profile: Profile
+
+
+def load_servable(
+    model: str, policy: str, *, profile: Path | None = None, text: Sequence[Path] = (), measured: bool = False
+) -> Servable:
+    """Loads a model and the policy of a directory, or the static allocation of a name.
+
+    Args:
+        model: As commands name it.
+        policy: Directory of an exported policy or of a run, or a name such as `fixed:4` or `knapsack:4.5`.
+        profile: With a name: profile of the model; default: the one in its directory, else made here where needed.
+        text: With a name: text files to profile on; default: the held-out standard library.
+        measured: Whether the profile must hold sensitivities even where the policy needs none.
+
+    Raises:
+        InputError: If model or policy cannot be used, or not together.
+    """
+    if Path(policy).is_dir():
+        if profile is not None or text:
+            option = f"--profile {profile}" if profile is not None else f"--text {text[0]}"
+            raise InputError(f"{option} is for policies by name, and {policy} carries its own profile; leave it out")
+        exported = load_exported(Path(policy))
+        nested = _load(model, exported.quantization)
+        exported.card.check_model(nested.fingerprint, exported.directory)
+        return Servable(nested, exported.policy, exported.profile)
+    unbound = parse_policy(policy)
+    beside = Path(model) / PROFILE_FILE
+    if profile is None and beside.is_file():
+        profile = beside
+    if isinstance(unbound, Fixed) and profile is None and not measured:
+        return _one_width(_load(model, QuantizationConfig()), unbound)
+    return _by_name(model, unbound, profile, text)
+
+
+def _load(model: str, quantization: QuantizationConfig) -> NestedCausalLM:
+    path = resolve_model(model)
+    return load_model(path, quantization, progress=lambda items: track(items, "quantising"), keep_reference=False)
+
+
+def _one_width(model: NestedCausalLM, unbound: Fixed) -> Servable:
+    """One width for all units: nothing is weighed against anything, so no text is read. The profile says so."""
+    allocation = unbound.allocation(SignalSchema(model.num_units, model.bit_widths))
+    zeros = torch.zeros(model.num_units, len(model.bit_widths))
+    profile = Profile(roofline_cost(model), zeros, model.bit_widths, model.fingerprint, 0, reference_name(model))
+    return Servable(model, static_policy(model, allocation), profile)
+
+
+def _by_name(model: str, unbound: UnboundPolicy, profile: Path | None, text: Sequence[Path]) -> Servable:
+    """Binds a name to a model; only widths that are the same at every token can leave without the trainer."""
+    config = TrainConfig(model=model, profile=None if profile is None else str(profile), text=tuple(map(str, text)))
+    prepared = prepare(config, None)
+    bound = bind_policy(unbound, policy_context(prepared))
+    if not isinstance(bound, StaticAllocation):
+        raise InputError(
+            f"policy {policy_name(unbound)!r} looks at every token and needs the trainer's package; serve a static one "
+            "(fixed:4, knapsack:4.5) or an exported policy, and compare this one with `fq evaluate`"
+        )
+    return Servable(prepared.model, static_policy(prepared.model, bound), prepared.profile)
+
+
+def static_policy(model: NestedCausalLM, allocation: StaticAllocation) -> StaticPolicy:
+    """A static allocation with the card that ties it to a model."""
+    card = PolicyCard(
+        schema=SignalSchema(model.num_units, model.bit_widths),
+        model_fingerprint=model.fingerprint,
+        unit_names=tuple(unit.name for unit in model.units),
+        config={"quantization": asdict(model.config)},
+    )
+    return StaticPolicy(allocation.name, allocation.bit_widths, card)

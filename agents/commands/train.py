@@ -1,0 +1,40 @@
+"""`train.py` and `fq train`: a run from its options to its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flexquant_rl.agents.commands.options import TrainOptions
+from flexquant_rl.agents.commands.process import print_result
+from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.evaluation.report import console_table
+from flexquant_rl.agents.evaluation.rows import read_rows
+from flexquant_rl.agents.runs.phases import evaluate_run, train_run
+from flexquant_rl.agents.runs.run import load_run, locked_run, new_run
+from flexquant_rl.engine.errors import InputError
+
+
+def train(options: TrainOptions) -> None:
+    """Starts or continues a run and prints the table and the JSON line."""
+    if options.resume is None:
+        with new_run(options.config, options.run) as run_dir:
+            _finish(options.config, run_dir)
+        return
+    given, default = ({"run": args.run, **vars(args.config)} for args in (options, TrainOptions(TrainConfig())))
+    others = [f"{name}={value}" for name, value in given.items() if value != default[name]]
+    if others:
+        raise InputError(f"--resume continues a run as it was started, but {others[0]} was given too; leave it out")
+    _finish(load_run(options.resume), options.resume)
+
+
+def _finish(config: TrainConfig, run_dir: Path) -> None:
+    """Runs what is left of a run."""
+    try:
+        with locked_run(run_dir):
+            result = evaluate_run(config, train_run(config, run_dir), run_dir)
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt(f"continue with: python train.py --resume {run_dir}") from interruption
+    print(console_table(read_rows(run_dir / "eval.jsonl")))
+    for finding in result["findings"]:
+        print(f"- {finding}")
+    print_result(result)

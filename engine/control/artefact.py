@@ -1,0 +1,142 @@
+"""The files of a deployed policy: written at once, read with every check. Loading needs torch alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flexquant_rl.engine.control.policy import (
+    DeployedPolicy,
+    DialPoint,
+    LearnedPolicy,
+    PolicyCard,
+    PrecisionNet,
+    StaticPolicy,
+)
+from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
+
+if TYPE_CHECKING:  # loading a policy needs torch alone
+    from flexquant_rl.engine.control.profile import Profile
+
+POLICY_VERSION = 3
+CARD_FILE = "policy.json"
+PROFILE_FILE = "profile.json"
+WEIGHTS_FILE = "policy.safetensors"
+_STATIC_TENSOR = "bit_widths"
+
+
+def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
+    """Writes `policy.safetensors`, `policy.json` and the `profile.json` it was trained with, atomically.
+
+    The profile belongs to the policy: sensitivities and times are among its signals. The weights of a static
+    allocation are its widths.
+
+    Raises:
+        InputError: If `out` exists and is not an empty directory.
+    """
+    card = policy.card
+    is_learned = isinstance(policy, LearnedPolicy)
+    tensors = dict(policy.net.state_dict()) if is_learned else {_STATIC_TENSOR: policy.bit_widths}
+    with new_directory(out) as directory:
+        profile.save(directory / PROFILE_FILE)
+        write_tensors(directory / WEIGHTS_FILE, tensors)
+        write_json(
+            directory / CARD_FILE,
+            {
+                "version": POLICY_VERSION,
+                "kind": "learned" if is_learned else "static",
+                "name": policy.name,
+                "schema": card.schema.to_dict(),
+                "model_fingerprint": card.model_fingerprint,
+                "unit_names": list(card.unit_names),
+                "dial": [vars(point) for point in card.dial],
+                "config": card.config,
+                "weights_sha256": file_sha256(directory / WEIGHTS_FILE),
+                "profile_sha256": file_sha256(directory / PROFILE_FILE),
+            },
+        )
+
+
+def load_policy(
+    directory: Path,
+    *,
+    model_fingerprint: str | None = None,
+    name: str | None = None,
+    repair: str = "export it again with `fq export`",
+) -> DeployedPolicy:
+    """Loads an exported policy, learned or static. Needs torch alone.
+
+    Args:
+        directory: Holds `policy.safetensors`, `policy.json` and `profile.json`.
+        model_fingerprint: Fingerprint of the model that the policy will control; None skips the check.
+        name: As it appears in tables; default: the directory's, for a static allocation its own.
+        repair: What to do about damaged or missing files, as the error says it.
+
+    Raises:
+        InputError: If files are missing, damaged, of another schema or of another model.
+    """
+    card_path, weights_path = directory / CARD_FILE, directory / WEIGHTS_FILE
+    try:
+        data = json.loads(card_path.read_text(encoding="utf-8"))
+        weights = load_file(weights_path)
+        found = {"weights": file_sha256(weights_path), "profile": file_sha256(directory / PROFILE_FILE)}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{directory}: no readable policy ({error}); {repair}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), dict):
+        raise InputError(f"{card_path}: not a policy; {repair}")
+    versions = (data.get("version"), data["schema"].get("version"))
+    if versions != (POLICY_VERSION, SIGNAL_SCHEMA_VERSION):
+        raise InputError(
+            f"{directory}: policy version {versions[0]} with signal schema {versions[1]}, but this program reads "
+            f"{POLICY_VERSION} with {SIGNAL_SCHEMA_VERSION}; train and export the policy again"
+        )
+    try:
+        card = PolicyCard(
+            schema=SignalSchema.from_dict(data["schema"]),
+            model_fingerprint=data["model_fingerprint"],
+            unit_names=tuple(data["unit_names"]),
+            dial=tuple(DialPoint(**point) for point in data["dial"]),
+            config=data["config"],
+        )
+        kind, own_name = data["kind"], str(data["name"])
+        expected = {part: str(data[f"{part}_sha256"]) for part in found}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{card_path}: not a whole policy ({error!r}); {repair}") from error
+    if model_fingerprint is not None:
+        card.check_model(model_fingerprint, directory)
+    for part, path in (("weights", weights_path), ("profile", directory / PROFILE_FILE)):
+        if found[part] != expected[part]:
+            raise InputError(
+                f"{path}: sha256 {found[part][:12]}, but policy.json says {expected[part][:12]}, so the file was "
+                f"edited or damaged; {repair}"
+            )
+    if kind == "static":
+        return StaticPolicy(name or own_name, _static_widths(weights, card, f"{weights_path}", repair), card)
+    if kind != "learned":
+        raise InputError(f"{card_path}: kind {kind!r} is not learned or static; {repair}")
+    net = PrecisionNet(card.schema)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; {repair}") from error
+    return LearnedPolicy(net, card, name or directory.name)
+
+
+def _static_widths(tensors: dict[str, Tensor], card: PolicyCard, where: str, repair: str) -> Tensor:
+    """The widths of a static allocation, `[U]` int64, checked against its card."""
+    widths = tensors.get(_STATIC_TENSOR)
+    shape = (card.schema.num_units,)
+    if tensors.keys() != {_STATIC_TENSOR} or widths is None or widths.dtype != torch.int64 or widths.shape != shape:
+        raise InputError(f"{where}: not the widths of {card.schema.num_units} units; {repair}")
+    other = set(widths.tolist()) - set(card.schema.bit_widths)
+    if other:
+        raise InputError(f"{where}: width {min(other)} is not stored, {list(card.schema.bit_widths)} are; {repair}")
+    return widths

@@ -1,0 +1,38 @@
+"""How a model is quantised: the options that a checkpoint remembers. Imports nothing that is slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flexquant_rl.engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How a model is quantised; saved with every checkpoint.
+
+    Attributes:
+        method: Quantiser; `rtn` rounds to nearest, `gptq` fits the codes to calibration text.
+        group_size: Consecutive inputs that share a scale and an offset: 32, 64 or 128.
+        bit_widths: Widths that get their own fitted scale and offset, ascending, the last is 8.
+        unit: What gets one width of its own: a decoder layer, or its attention and MLP separately.
+        quantize_head: Whether the output head is stored nested and is one more unit.
+    """
+
+    method: Literal["rtn", "gptq"] = "rtn"
+    group_size: int = 128
+    bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
+    unit: Literal["layer", "half"] = "layer"
+    quantize_head: bool = True
+
+    def validate(self) -> None:
+        """Raises InputError if a value is outside its domain."""
+        if self.method not in ("rtn", "gptq"):
+            raise InputError(f"method={self.method!r} is not a quantiser; use 'rtn' or 'gptq'")
+        if self.unit not in ("layer", "half"):
+            raise InputError(f"unit={self.unit!r} must be 'layer' or 'half'; use 'layer'")
+        # Here, not above: torch takes seconds, and a command's --help reads this file.
+        from flexquant_rl.engine.quantisation.quantize import check_format
+
+        check_format(self.group_size, self.bit_widths)
