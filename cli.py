@@ -37,10 +37,13 @@ COMMANDS: dict[str, type[Any]] = {
 }
 """Options of every command; what it does is the function of its name in `agents/commands`, in the file of its name."""
 
-DESCRIPTION = """Quantise, profile, train, evaluate, export, generate, benchmark: precision control for LLM inference.
+DESCRIPTION = """Precision control for LLM inference: nested weights, learned bit-widths.
 
-`fq COMMAND --help` lists a command's options, `fq --version` prints the version. The last line of stdout is one JSON
-object. Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+`fq COMMAND --help` lists the options of a command, `fq --version` the version.
+
+The last line of stdout is one JSON object.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted, 143 terminated."""
 
 
 def run(name: str, options: object) -> None:

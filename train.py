@@ -1,11 +1,4 @@
-"""Trains a precision controller: a language model and some text in, an exported policy and a comparison out.
-
-    python train.py                                   # embedded model, a few minutes on two cores
-    python train.py --model DIR --text FILE           # any Hugging Face causal LM, any text
-    python train.py --resume RUN                      # after Ctrl-C or a crash
-
-The last line of stdout is one JSON object. Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted (resumable).
-"""
+"""The command `python train.py`: reads options, then loads what training needs."""
 
 from __future__ import annotations
 
@@ -20,6 +13,16 @@ from flexquant_rl.agents.commands.options import TrainOptions
 from flexquant_rl.agents.commands.parsing import parse
 from flexquant_rl.agents.commands.process import command
 
+DESCRIPTION = """Trains a precision controller: a model and text in, a policy out.
+
+    python train.py                          # embedded model, a few minutes
+    python train.py --model DIR --text FILE  # any causal LM, any text
+    python train.py --resume RUN             # after Ctrl-C or a crash
+
+The last line of stdout is one JSON object.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted, 143 terminated."""
+
 
 def _train(options: TrainOptions) -> None:
     from flexquant_rl.agents.commands.train import train  # here, not above: --help must not wait for torch
@@ -29,7 +32,7 @@ def _train(options: TrainOptions) -> None:
 
 def main() -> int:
     """The command `fq-train` and `python train.py`."""
-    return command(lambda: _train(parse(TrainOptions, "train.py", __doc__, sys.argv[1:])))
+    return command(lambda: _train(parse(TrainOptions, "train.py", DESCRIPTION, sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from flexquant_rl.engine.benches.options import BenchConfig
 from flexquant_rl.engine.decoding.options import check_num_threads
@@ -67,8 +67,8 @@ class TrainConfig:
     """Environment steps per seed; rounded up to whole rollouts."""
     seed: int = 0
     """First seed."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
     profile: str | None = None
     """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: one
     made here, its latencies modelled by the bytes read."""

@@ -53,7 +53,7 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """Measures what every unit's width costs in time on this device and in output KL."""
+    """Measures what every unit's width costs in time and in output KL."""
 
     model: Model
     """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
@@ -73,7 +73,7 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Trains a precision controller with PPO and compares it with heuristics on held-out text."""
+    """Trains a precision controller and compares it with others on held-out text."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """What to train."""
@@ -117,7 +117,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Writes a policy as an artefact that needs torch alone: that of a finished run, or a static allocation by name."""
+    """Writes a policy, of a run or by name, as files that need torch alone."""
 
     policy: Positional[PolicyName]
     """Directory of a run of train.py, or a name (fixed:4, knapsack:4.5)."""
@@ -133,7 +133,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continues a prompt with the widths that a policy chooses, token by token.
+    """Continues a prompt at the widths that a policy chooses, token by token.
 
     The text is printed as it comes; the last line is JSON.
     """
@@ -179,7 +179,10 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """Measures speed on this machine. In a checkout the tests of what is timed run first and must pass."""
+    """Measures speed on this machine.
+
+    In a checkout the tests of what is timed run first and must pass.
+    """
 
     what: Annotated[
         Annotated[GemvBench, tyro.conf.subcommand("gemv", prefix_name=False)]

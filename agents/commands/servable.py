@@ -79,7 +79,7 @@ def load_servable(
 
 def _load(model: str, quantization: QuantizationConfig) -> NestedCausalLM:
     path = resolve_model(model)
-    return load_model(path, quantization, progress=lambda items: track(items, "quantising"), keep_reference=False)
+    return load_model(path, quantization, progress=lambda items: track(items, "quantising"))
 
 
 def _one_width(model: NestedCausalLM, unbound: Fixed) -> Servable:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.errors import InputError
@@ -17,7 +19,7 @@ class BenchOptions:
 
     rounds: int = 16
     """Turns of every provider; in every second round their order is reversed."""
-    json: Path | None = None
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the result to this file."""
 
     def validate(self) -> None:
@@ -43,7 +45,7 @@ class BenchConfig(BenchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GemvBench(BenchConfig):
-    """The CPU product over bitplanes, beside torch's fp32, bf16, int8 and int4 products."""
+    """The CPU product over bitplanes, beside torch's own products."""
 
     name: ClassVar[str] = "gemv"
     tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_native_gemv.py",)
