@@ -54,9 +54,9 @@ from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 from flexquant_rl.engine.serving import encode
 from flexquant_rl.engine.serving import generate as generate_tokens
+from flexquant_rl.fq_env.config import EnvConfig, check_kl_weight
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
-from flexquant_rl.fq_env.task import EnvConfig, check_kl_weight
 from flexquant_rl.train import TrainArguments, train
 
 # Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's

@@ -10,7 +10,7 @@ import torch
 from flexquant_rl.engine.decoding.choice import check_num_threads
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.config import EnvConfig
 
 
 @dataclass(frozen=True)
