@@ -26,8 +26,8 @@ from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
-from flexquant_rl.fq_env.task import EnvConfig
 
 _PROFILE_WINDOWS = 12
 _FRONT_WINDOWS = 16

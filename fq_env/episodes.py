@@ -20,8 +20,8 @@ from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.reference import Reference, SteppingReference, TextReference
-from flexquant_rl.fq_env.task import EnvConfig
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.decoder import DecoderModel
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.environment import Environment
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.prompts import Split
 from flexquant_rl.fq_env.shared import shared_model, shared_profile, shared_windows
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask, Task
+from flexquant_rl.fq_env.task import LossyTask, Task
 from flexquant_rl.fq_env.vector_environment import VectorEnvironment
 
 TaskMaker = Callable[[DecoderModel, Profile, EnvConfig], Task]

@@ -1,4 +1,4 @@
-"""The task: what an action means, what a step earns and what is seen; and the configuration of the environments.
+"""The task: what an action means, what a step earns and what is seen.
 
 A task knows nothing of how tokens are decoded. It turns actions into decisions, the facts of a step into its reward,
 and signals into observations, so all of it is tested without a model.
@@ -6,10 +6,9 @@ and signals into observations, so all of it is tested without a model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -21,77 +20,13 @@ from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SIGNAL_LIMIT, SignalSchema
 from flexquant_rl.engine.decoding.decoder import DecoderModel
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.config import EnvConfig
 
-if TYPE_CHECKING:  # episodes take their shape from the configuration that is defined here
+if TYPE_CHECKING:  # named only: no task makes episodes
     from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-
-Source = Literal["replay", "free"]
-ActionForm = Literal["bit_widths", "num_low_units"]
 
 StaticAllocator = Callable[[Tensor], Tensor]
 """KL weights `[R]` -> bit-widths `[R, U]` of the best static allocation at each."""
-
-
-@dataclass(frozen=True)
-class EnvConfig:
-    """Configuration of the environments; saved with every run."""
-
-    prompt_tokens: int = 32
-    """Tokens of context before the first decision, read at the largest width."""
-    max_new_tokens: int = 64
-    """Decode steps per episode."""
-    source: Source = "replay"
-    """Next token from the text (`replay`) or from the model itself (`free`)."""
-    temperature: float = 0.0
-    """With `free`: 0 is greedy, above 0 samples."""
-    action: ActionForm = "bit_widths"
-    """One width per unit, or FlexQuant's form: how many units, least sensitive first, run low."""
-    low_width: int = 4
-    """With `num_low_units`: width of the low units."""
-    high_width: int = 8
-    """With `num_low_units`: width of the others."""
-    kl_weight: float | None = None
-    """Price of a nat of output KL in units of speedup; None draws it log-uniformly per episode."""
-    kl_weight_min: float = 2.0
-    """Lower end of the drawn dial."""
-    kl_weight_max: float = 200.0
-    """Upper end of the drawn dial."""
-    probe_every: int = 0
-    """Every so many tokens the reference width is run as well and its time charged; 0 never."""
-
-    @property
-    def window_tokens(self) -> int:
-        """Tokens of text per episode: prompt, continuation, and the target of the last step."""
-        return self.prompt_tokens + self.max_new_tokens + 1
-
-    def validate(self) -> None:
-        """Raises InputError on values that make no episode."""
-        for name, value, allowed in (("source", self.source, Source), ("action", self.action, ActionForm)):
-            if value not in get_args(allowed):
-                raise InputError(f"{name}={value} is not known; choose one of {', '.join(get_args(allowed))}")
-        if self.prompt_tokens < 1 or self.max_new_tokens < 1:
-            raise InputError(
-                f"prompt_tokens={self.prompt_tokens}, max_new_tokens={self.max_new_tokens}: both must be at least 1"
-            )
-        if self.kl_weight is not None:
-            check_kl_weight(self.kl_weight)
-        if not 0 < self.kl_weight_min <= self.kl_weight_max < math.inf:
-            raise InputError(
-                f"kl_weight_min={self.kl_weight_min:g} and kl_weight_max={self.kl_weight_max:g} must be positive, "
-                "finite and ordered; swap or change them"
-            )
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature={self.temperature:g} must be finite and not negative; 0 is greedy")
-        if self.action == "num_low_units" and self.low_width >= self.high_width:
-            raise InputError(f"low_width={self.low_width} must be below high_width={self.high_width}; swap them")
-        if self.probe_every < 0:
-            raise InputError(f"probe_every={self.probe_every} must not be negative; 0 never probes")
-
-
-def check_kl_weight(kl_weight: float) -> None:
-    """Raises InputError on a dial setting that prices nothing."""
-    if not 0 < kl_weight < math.inf:
-        raise InputError(f"kl_weight={kl_weight:g} must be positive and finite; small means fast, large means exact")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import EnvConfig
 
 
 def fake_context(model: FakeModel | None = None) -> PolicyContext:

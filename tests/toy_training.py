@@ -16,8 +16,9 @@ from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask
+from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 TOY_CONFIG = EnvConfig(prompt_tokens=4, max_new_tokens=16, kl_weight=4.0)

@@ -21,8 +21,9 @@ from flexquant_rl.engine.decoding.choice import open_session
 from flexquant_rl.engine.decoding.next_token import Replay
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask
+from flexquant_rl.fq_env.task import LossyTask
 
 _BOOTSTRAP_RESAMPLES = 1000
 _TIMING_WARMUP = 4

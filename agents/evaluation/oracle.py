@@ -19,7 +19,7 @@ from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.engine.control.profile import Profile, kl_nats, reference_width
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.config import EnvConfig
 
 _RIDGE = 16.0
 

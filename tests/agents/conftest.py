@@ -15,8 +15,8 @@ from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import PromptWindows
-from flexquant_rl.fq_env.task import EnvConfig
 
 TINY_CONFIG = EnvConfig(prompt_tokens=5, max_new_tokens=12)
 

@@ -21,8 +21,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.serving import Engine, encode, generate
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import EnvConfig
 
 PROMPT = torch.tensor([1, 104, 101, 108, 108, 111])
 WIDTHS = torch.tensor([4, 3, 6])

@@ -22,12 +22,13 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from flexquant_rl.engine.bits_display import legend
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env import prompts
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.environment import Environment
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.making import DecodeEnvironment, make_environment
 from flexquant_rl.fq_env.shared import forget_shared
 from flexquant_rl.fq_env.stdlib_text import StdlibSplit, stdlib_text
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask
+from flexquant_rl.fq_env.task import LossyTask
 
 IDS = ("FlexQuant/Decode-v0", "FlexQuant/MeasuredDecode-v0")
 CARD = (

@@ -21,8 +21,9 @@ from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.fq_env.config import EnvConfig, Source
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask, Source
+from flexquant_rl.fq_env.task import LossyTask
 
 PROMPT, STEPS, ROWS = 4, 6, 3
 CONFIG = EnvConfig(prompt_tokens=PROMPT, max_new_tokens=STEPS)

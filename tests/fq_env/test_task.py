@@ -16,8 +16,9 @@ from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask, draw_kl_weight, info_columns
+from flexquant_rl.fq_env.task import LossyTask, draw_kl_weight, info_columns
 
 
 def facts_of(latency_ms: list[float], output_kl_nats: list[float], kl_weight: list[float]) -> StepFacts:

@@ -15,9 +15,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.making import make_environment, make_episodes
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask, StaticAllocator
+from flexquant_rl.fq_env.task import LossyTask, StaticAllocator
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 PROMPT, STEPS = 4, 5

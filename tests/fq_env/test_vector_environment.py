@@ -18,10 +18,11 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from flexquant_rl.engine.bits_display import legend
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.environment import Environment
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.making import VectorDecodeEnvironment
-from flexquant_rl.fq_env.task import EnvConfig, LossyTask
+from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vector_environment import VectorEnvironment
 
 ID = "flexquant_rl.fq_env:FlexQuant/Decode-v0"

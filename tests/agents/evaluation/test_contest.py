@@ -19,7 +19,7 @@ from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.runs.training import SeedResult, policy_card
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.config import EnvConfig
 
 
 def row(family: str, speedup: float, kl: float, *, seed: int | None = None) -> EvalRow:

@@ -13,7 +13,7 @@ from flexquant_rl.agents.evaluation.evaluate import Evaluator
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, _best_mask, _MaskScorer, token_oracle
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.config import EnvConfig
 
 
 class SyntheticScorer:

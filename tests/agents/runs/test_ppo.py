@@ -38,8 +38,8 @@ from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import EnvConfig
 
 ROLLOUT = TOY_PPO.num_envs * TOY_CONFIG.max_new_tokens
 SMALL = PPOConfig(num_envs=8, batch_size=32, num_epochs=2, learning_rate=3e-3)

@@ -20,7 +20,7 @@ from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
-from flexquant_rl.fq_env.task import EnvConfig
+from flexquant_rl.fq_env.config import EnvConfig
 
 CONFIG = TrainConfig(
     env_steps=96, validation_sequences=4, ppo=PPOConfig(num_envs=4, batch_size=24, num_epochs=1, learning_rate=3e-3)
