@@ -16,11 +16,13 @@ from torch import Tensor
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.export import ExportedPolicy
 from flexquant_rl.agents.policies.static_front import StaticFront, static_front
+from flexquant_rl.agents.policies.unbound import PolicyContext
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost
 from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
@@ -61,6 +63,13 @@ class Prepared:
             return torch.tensor([self.env.kl_weight])
         low, high = math.log(self.env.kl_weight_min), math.log(self.env.kl_weight_max)
         return torch.linspace(low, high, count).exp()
+
+
+def policy_context(prepared: Prepared) -> PolicyContext:
+    """What policies may know of this run's model."""
+    model = prepared.model
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    return PolicyContext(prepared.profile, prepared.front, schema, model.fingerprint)
 
 
 def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[ExportedPolicy] = ()) -> Prepared:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.kernels import dequantize as device_kernel
 from flexquant_rl.kernels import launching, reference
 from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.signal_constants import NORM_FLOOR
@@ -130,6 +129,9 @@ def _decoded(weight: NestedWeight, bit_width: int) -> Tensor:
     if _has_kernel(weight.planes.device) and bit_width >= weight.bit_widths[0]:
         with torch.cuda.device_of(weight.planes):  # Triton launches on the current device
             width = torch.full((1,), bit_width, dtype=torch.int32, device=weight.planes.device)
+            # Here, not above: Triton takes a quarter of a second, and a CPU needs none of it.
+            from flexquant_rl.kernels import dequantize as device_kernel
+
             return device_kernel.dequantize(weight, width, dtype=torch.float32)
     # Stored by columns: a matrix product of few tokens runs up to twice as fast that way round on a CPU.
     return reference.dequantize(weight, bit_width=bit_width).t().contiguous().t()

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
@@ -20,10 +20,12 @@ from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner
 from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
-from flexquant_rl.engine.decoding.graph_decode import GraphDecoder, why_not_graph
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
+
+if TYPE_CHECKING:  # it needs Triton, which takes a quarter of a second, and a CPU needs none of it
+    from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
 
 
 class Engine:
@@ -62,6 +64,8 @@ class Engine:
         self._graph_lock = threading.Lock()  # a graph has one row
         self._running: dict[int, Request] = {}
         if graph is None and _takes_graph(model, policy, decoder):
+            from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
+
             graph = GraphDecoder(model, policy, profile, max_length=max_length or model.max_context)
         if graph is not None:
             _check_graph(graph, model, policy, num_threads)
@@ -244,12 +248,13 @@ def encode_chat(model: NestedCausalLM, message: str) -> Tensor:
     if not tokenizer.chat_template:
         raise InputError("the model's tokenizer has no chat template; give the prompt as plain text")
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=True, return_dict=False
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
         raise InputError(f"the model's chat template refuses the message ({error}); give --raw") from error
-    return torch.tensor(ids)
+    assert isinstance(ids, Tensor)
+    return ids[0].long()
 
 
 def _check_graph(graph: GraphDecoder, model: NestedCausalLM, policy: Policy, num_threads: int | None) -> None:
@@ -261,9 +266,11 @@ def _check_graph(graph: GraphDecoder, model: NestedCausalLM, policy: Policy, num
 
 def _takes_graph(model: NestedCausalLM, policy: Policy, decoder: DecoderName) -> bool:
     """Whether the GPU's lean decoder runs; InputError if it was asked for by name there and cannot."""
-    if decoder == "hf":
+    if decoder == "hf" or model.device.type != "cuda":
         return False
+    from flexquant_rl.engine.decoding.graph_decode import why_not_graph
+
     reason = why_not_graph(model, policy)
-    if reason is not None and decoder == "lean" and model.device.type == "cuda":
+    if reason is not None and decoder == "lean":
         raise InputError(f"the lean decoder of the GPU cannot run this ({reason}); use decoder='hf'")
     return reason is None

@@ -151,7 +151,7 @@ def test_profile_sees_all_of_the_text(
     tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    profile_model = cli.profile_model
+    profile_model = profile_command.profile_model
 
     def spy(model: NestedCausalLM, windows: torch.Tensor, *args: Any, **kwargs: Any) -> Profile:
         seen.append(windows)

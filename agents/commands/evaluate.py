@@ -8,13 +8,13 @@ from pathlib import Path
 from flexquant_rl.agents.commands.options import EvaluateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import TrainConfig, check_config
-from flexquant_rl.agents.evaluation.contest import Contestant, compete, contestant, policy_context
+from flexquant_rl.agents.evaluation.contest import Contestant, compete, contestant
 from flexquant_rl.agents.evaluation.report import console_table
 from flexquant_rl.agents.evaluation.rows import public_dict
 from flexquant_rl.agents.export import ExportedPolicy, load_exported_together
 from flexquant_rl.agents.policies.families import PPO, parse_policy
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
-from flexquant_rl.agents.preparation import Prepared, prepare
+from flexquant_rl.agents.preparation import Prepared, policy_context, prepare
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.errors import InputError

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from flexquant_rl.agents.config import TrainConfig
-from flexquant_rl.agents.evaluation.contest import policy_context
 from flexquant_rl.agents.export import load_exported
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
-from flexquant_rl.agents.preparation import prepare
+from flexquant_rl.agents.preparation import policy_context, prepare
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import PROFILE_FILE

@@ -17,13 +17,12 @@ from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.knapsack import Knapsack
 from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
-from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import SeedResult
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import reference_name
-from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.prompts import spread
 
 RANDOM_MEANS = (3.5, 4.5, 5.5)
@@ -46,13 +45,6 @@ class Contestant:
     def name(self) -> str:
         """As it appears in tables: learned policies by their family, the others by their own name."""
         return self.policy.name if self.seed is None else self.family
-
-
-def policy_context(prepared: Prepared) -> PolicyContext:
-    """What policies may know of this run's model."""
-    model = prepared.model
-    schema = SignalSchema(model.num_units, model.bit_widths)
-    return PolicyContext(prepared.profile, prepared.front, schema, model.fingerprint)
 
 
 def heuristics(prepared: Prepared) -> list[Contestant]:

@@ -43,8 +43,10 @@ def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
         InputError: If `out` exists and is not an empty directory.
     """
     card = policy.card
-    is_learned = isinstance(policy, LearnedPolicy)
-    tensors = dict(policy.net.state_dict()) if is_learned else {_STATIC_TENSOR: policy.bit_widths}
+    if isinstance(policy, LearnedPolicy):
+        kind, tensors = "learned", dict(policy.net.state_dict())
+    else:
+        kind, tensors = "static", {_STATIC_TENSOR: policy.bit_widths}
     with new_directory(out) as directory:
         profile.save(directory / PROFILE_FILE)
         write_tensors(directory / WEIGHTS_FILE, tensors)
@@ -52,7 +54,7 @@ def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
             directory / CARD_FILE,
             {
                 "version": POLICY_VERSION,
-                "kind": "learned" if is_learned else "static",
+                "kind": kind,
                 "name": policy.name,
                 "schema": card.schema.to_dict(),
                 "model_fingerprint": card.model_fingerprint,

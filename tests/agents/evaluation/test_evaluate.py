@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation import evaluate
-from flexquant_rl.agents.evaluation.contest import policy_context
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, Trace, bootstrap_interval, measured_speedups, summarise
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.random_widths import RandomWidths
-from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import kl_nats
 from flexquant_rl.engine.decoding.session import DecodeSession

@@ -268,7 +268,7 @@ class TestGenerate:
 
     @pytest.fixture
     def model(self, build: Build, monkeypatch: pytest.MonkeyPatch) -> NestedCausalLM:
-        monkeypatch.setattr("flexquant_rl.engine.serving.why_not_graph", lambda model, policy: None)
+        monkeypatch.setattr("flexquant_rl.engine.serving._takes_graph", lambda model, policy, name: name != "hf")
         model = build("llama", unit="layer")
         tokenizer = SimpleNamespace(eos_token_id=None, decode=lambda ids, skip_special_tokens: "")
         monkeypatch.setattr(model, "tokenizer", tokenizer)
