@@ -14,6 +14,7 @@ from typing import Any
 # See train.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from flexquant_rl import __version__
 from flexquant_rl.agents.commands.options import (
     BenchCommand,
     EvaluateOptions,
@@ -55,7 +56,7 @@ def run(name: str, options: object) -> None:
 
 def main() -> int:
     """The command `fq`."""
-    return command(lambda: run(*parse_command("fq", DESCRIPTION, COMMANDS, sys.argv[1:])))
+    return command(lambda: run(*parse_command("fq", __version__, DESCRIPTION, COMMANDS, sys.argv[1:])))
 
 
 if __name__ == "__main__":

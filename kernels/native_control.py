@@ -51,6 +51,9 @@ class PolicyNetWeights:
     width_head: tuple[Tensor, Tensor]
 
 
+_NO_HORIZON = 1 << 62  # no text is as long
+
+
 @dataclass(frozen=True)
 class ControlWeights:
     """What is the same at every step.
@@ -62,7 +65,7 @@ class ControlWeights:
         unit_constants: `[U, 2 W]` float32, log sensitivities and times saved.
         depth: `[U]` float32.
         weight_share: `[U]` float32, each unit's share of the weights.
-        horizon: Position from which on its signal stays the same.
+        horizon: Position from which on its signal stays the same, if there is one.
     """
 
     net: PolicyNetWeights | None
@@ -71,7 +74,7 @@ class ControlWeights:
     unit_constants: Tensor
     depth: Tensor
     weight_share: Tensor
-    horizon: int = signal_constants.NO_HORIZON
+    horizon: int | None = None
 
 
 class _Slot:
@@ -157,7 +160,7 @@ class NativeControl:
             num_units=self._num_units,
             num_widths=self._num_widths,
             num_embedding_dims=num_embedding_dims,
-            horizon=weights.horizon,
+            horizon=_NO_HORIZON if weights.horizon is None else weights.horizon,
             log_probs=self._slot.address,
             **self._allocate_vectors(),
         )

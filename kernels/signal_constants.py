@@ -45,9 +45,6 @@ WIDTH_SCALE = 8
 POSITION_SCALE = 4
 """Divides the logarithm of one more than the position."""
 
-NO_HORIZON = 2**31 - 1
-"""Position from which on the signal of the position stays the same, where a policy names none."""
-
 NUM_TOKEN_SIGNALS = 12
 """Signals of the token, before the projection of its embedding."""
 

@@ -28,6 +28,7 @@ _SIGNAL_LIMIT = constant(signal_constants.SIGNAL_LIMIT)
 _NATS_SCALE = constant(signal_constants.NATS_SCALE)
 _DECADES_SCALE = constant(signal_constants.DECADES_SCALE)
 _WIDTH_SCALE = constant(signal_constants.WIDTH_SCALE)
+_NO_HORIZON = 2**31 - 1  # no text is as long
 _POSITION_SCALE = constant(signal_constants.POSITION_SCALE)
 _NUM_TOKEN_SIGNALS = constant(signal_constants.NUM_TOKEN_SIGNALS)
 _NUM_STEP_SIGNALS = constant(signal_constants.NUM_STEP_SIGNALS)
@@ -45,7 +46,7 @@ class SignalConstants:
         depth: `[U]` float32.
         weight_share: `[U]` float32, each unit's share of the weights.
         layer_of_unit: `[U]` int32, each unit's column of the layer statistics.
-        horizon: Position from which on its signal stays the same.
+        horizon: Position from which on its signal stays the same, if there is one.
     """
 
     embedding: Tensor
@@ -53,7 +54,7 @@ class SignalConstants:
     depth: Tensor
     weight_share: Tensor
     layer_of_unit: Tensor
-    horizon: int = signal_constants.NO_HORIZON
+    horizon: int | None = None
 
     @property
     def dim(self) -> int:
@@ -179,7 +180,7 @@ def update_signals(
         state.signals,
         num_units,
         statistics.shape[1],
-        constants.horizon,
+        _NO_HORIZON if constants.horizon is None else constants.horizon,
         NUM_BLOCKS=blocks,
         NUM_DIMS=num_dims,
         NUM_CONSTANTS=num_constants,

@@ -30,7 +30,7 @@ from flexquant_rl.engine.control import step_timer
 from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
-from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.model import NestedCausalLM
@@ -151,13 +151,12 @@ def test_profile_sees_all_of_the_text(
     tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    profile_model = profile_command.profile_model
 
     def spy(model: NestedCausalLM, windows: torch.Tensor, *args: Any, **kwargs: Any) -> Profile:
         seen.append(windows)
         return profile_model(model, windows, *args, **kwargs)
 
-    monkeypatch.setattr(cli, "profile_model", spy)
+    monkeypatch.setattr("flexquant_rl.agents.commands.profile.profile_model", spy)
     out = tmp_path / "profile.json"
     assert not run(cli.main, "profile", tiny_model_dir, "--text", text, "--source", "roofline", "--out", out).code
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
@@ -188,7 +187,7 @@ def test_evaluate(nested: Path, exported: tuple[Path, Finished], text: Path) -> 
     options = ("--text", text, *TINY_EPISODES, "--sequences", 3, "--dials", 2)
     finished = run(cli.main, "evaluate", nested, "--policy", *policies, *options)
     rows = finished.result["rows"]
-    assert [row["policy"] for row in rows] == [*map(str, policies[:4]), "policy", "policy"]
+    assert [row["policy"] for row in rows] == [*map(str, policies[:4]), str(exported[0]), str(exported[0])]
     assert rows[0]["mean_bit_width"] == 4
     assert rows[0]["kl_weight"] is None
     assert rows[4]["kl_weight"] < rows[5]["kl_weight"]
@@ -228,7 +227,13 @@ class TestGenerate:
         assert "bits:" not in finished.out
 
     def test_speed_sets_the_dial(self, nested: Path, exported: tuple[Path, Finished]) -> None:
-        assert self.generate(nested, exported[0], "--speed", 1.75).result["kl_weight"] == 10
+        fastest = self.generate(nested, exported[0], "--speed", 1.8)
+        assert fastest.result["kl_weight"] == 10
+        between = self.generate(nested, exported[0], "--speed", 1.65)
+        assert between.result["kl_weight"] == pytest.approx((30 * 10) ** 0.5), "half way, on a log scale"
+        assert between.result["speed_asked"] == 1.65
+        assert "speed 1.65 asked" in between.err
+        assert "expected 1.65x modelled, output KL 7.07e-02 nats, 4.50 bits" in between.err
         assert self.generate(nested, exported[0], "--kl-weight", 77).result["kl_weight"] == 77
 
     def test_sampling_is_seeded(self, nested: Path, exported: tuple[Path, Finished]) -> None:
@@ -291,7 +296,7 @@ def test_train_is_the_same_as_train_py(tmp_path: Path) -> None:
 
 def without_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps a benchmark from running tests inside of tests."""
-    monkeypatch.setattr(cli, "run_tests", lambda files, progress: "not run")
+    monkeypatch.setattr("flexquant_rl.agents.commands.bench.run_tests", lambda files, progress: "not run")
 
 
 def test_bench_env(nested: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +322,7 @@ def test_bench_refuses_what_fails_its_tests(tmp_path: Path, monkeypatch: pytest.
     def red(files: tuple[str, ...], progress: Callable[[str], None]) -> str:
         raise BenchRefusedError("the tests fail (1 failed)")
 
-    monkeypatch.setattr(cli, "run_tests", red)
+    monkeypatch.setattr("flexquant_rl.agents.commands.bench.run_tests", red)
     finished = run(cli.main, "bench", "policy", "--json", tmp_path / "rows.json")
     assert finished == Finished(1, "", "error: the tests fail (1 failed)\n")
     assert tree(tmp_path) == {}

@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from flexquant_rl import __version__
-
 T = TypeVar("T")
 _MIN_COLUMNS = 40
 """Narrower terminals get the help of this width; below 8 the layout fails."""
@@ -26,12 +24,13 @@ def parse(options: type[T], prog: str, description: str | None, arguments: Seque
 
 
 def parse_command(
-    prog: str, description: str, commands: Mapping[str, type[Any]], arguments: Sequence[str]
+    prog: str, version: str, description: str, commands: Mapping[str, type[Any]], arguments: Sequence[str]
 ) -> tuple[str, Any]:
     """Reads the name of a command and its options.
 
     Args:
         prog: Name of the program.
+        version: What `--version` prints behind it.
         description: What its help says first.
         commands: Options by command.
         arguments: As given on the command line.
@@ -40,7 +39,7 @@ def parse_command(
         The command's name and its options.
     """
     if list(arguments) == ["--version"]:
-        print(f"{prog} {__version__}")
+        print(f"{prog} {version}")
         sys.exit(0)
     if arguments and arguments[0] in commands:
         # Only this command's parser is built.

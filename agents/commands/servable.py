@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,10 +64,15 @@ def load_servable(
         if profile is not None or text:
             option = f"--profile {profile}" if profile is not None else f"--text {text[0]}"
             raise InputError(f"{option} is for policies by name, and {policy} carries its own profile; leave it out")
-        exported = load_exported(Path(policy))
+        exported = load_exported(Path(policy), policy)
         nested = _load(model, exported.quantization)
         exported.card.check_model(nested.fingerprint, exported.directory)
         return Servable(nested, exported.policy, exported.profile)
+    if ":" not in policy or os.sep in policy:  # no name, so a directory was meant
+        raise InputError(
+            f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "
+            "name a static allocation, e.g. fixed:4"
+        )
     unbound = parse_policy(policy)
     beside = Path(model) / PROFILE_FILE
     if profile is None and beside.is_file():

@@ -51,12 +51,6 @@ class ActorCriticNet(PrecisionNet):
         value: Tensor = self.value_head(pooled)
         return value
 
-    def actor(self) -> PrecisionNet:
-        """A copy of the part that is deployed, on the CPU."""
-        net = PrecisionNet(self.schema)
-        net.load_state_dict({name: self.state_dict()[name].cpu() for name in net.state_dict()})
-        return net
-
 
 class UnitSharedPolicy(ActorCriticPolicy):
     """SB3's interface around an `ActorCriticNet`, whose actor is what is exported.

@@ -132,7 +132,7 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     bar.close()
     env.close()
     precision_net(ppo).load_state_dict(callback.best_state)
-    exported = precision_net(ppo).actor()
+    exported = precision_net(ppo).actor().cpu()
     policy = LearnedPolicy(exported, _trained_card(config, prepared, callback, rate), f"ppo seed {seed}")
     # A resume takes `policy` for finished, so it gets its name only when it has been checked.
     unchecked = directory / "policy.unchecked"

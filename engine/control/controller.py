@@ -27,7 +27,6 @@ from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels.native_control import ControlMark, ControlWeights, NativeControl, PolicyNetWeights
-from flexquant_rl.kernels.signal_constants import NO_HORIZON
 
 
 class Controller(Protocol):
@@ -226,9 +225,9 @@ class NativeController:
         return self._rows if rows is None else [self._rows[index] for index in rows.tolist()]
 
 
-def _horizon(policy: Policy | None) -> int:
+def _horizon(policy: Policy | None) -> int | None:
     """How far a policy has seen positions."""
-    return policy.card.schema.horizon if isinstance(policy, LearnedPolicy) else NO_HORIZON
+    return policy.card.schema.horizon if isinstance(policy, LearnedPolicy) else None
 
 
 def _net_weights(policy: LearnedPolicy) -> PolicyNetWeights:

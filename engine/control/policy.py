@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +60,14 @@ class PrecisionNet(nn.Module):
         std = torch.cat([global_signals.std(0), flat.std(0)])
         self.std.copy_(torch.where(std < 1e-3, torch.ones_like(std), std))
 
+    def actor(self) -> PrecisionNet:
+        """A copy of what chooses widths, for evaluation: without what else a trained network may have."""
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then replaced
+            net = PrecisionNet(self.schema)
+        state = self.state_dict()
+        net.load_state_dict({name: state[name] for name in net.state_dict()})
+        return net.to(self.mean.device).eval()
+
     def logits(self, signals: Tensor) -> Tensor:
         """`[B, dim]` -> `[B, U, W]`: one score per unit and width."""
         global_signals, unit_signals = self.normalised(signals)
@@ -115,7 +122,8 @@ class PolicyCard:
                 "that this policy reached; ask for one in between, or set the dial itself with --kl-weight"
             )
         above = next((index for index, point in enumerate(points) if point.speedup_modelled >= speedup), -1)
-        if above in (0, -1):  # slower than the slowest setting, or as fast as the fastest
+        # Slower than the slowest setting, as fast as the fastest, or just as fast as one.
+        if above in (0, -1) or points[above].speedup_modelled == speedup:
             return points[above]
         slow, fast = points[above - 1], points[above]
         share = (speedup - slow.speedup_modelled) / (fast.speedup_modelled - slow.speedup_modelled)
@@ -191,7 +199,7 @@ class LearnedPolicy:
     """
 
     def __init__(self, net: PrecisionNet, card: PolicyCard, name: str = "ppo") -> None:
-        self.net = copy.deepcopy(net).eval()
+        self.net = net.actor()
         self.card = card
         self.name = name
         self._logits = _FrozenLogits(net)
@@ -203,6 +211,14 @@ class LearnedPolicy:
         with torch.inference_mode():
             choice = self._logits(signals.to(self._device)).argmax(-1)
             return Decision(self._widths.index_select(0, choice).view(len(signals), -1).to(signals.device))
+
+    def kl_weight_for_speed(self, speedup: float) -> float:
+        """The dial for a modelled speedup, between the settings measured on validation text.
+
+        Raises:
+            InputError: If the speed is outside what the policy reached there.
+        """
+        return self.card.setting_for_speed(speedup).kl_weight
 
 
 @dataclass(frozen=True)

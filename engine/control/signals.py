@@ -35,13 +35,14 @@ class SignalSchema:
         num_units: U.
         bit_widths: Stored widths, ascending (W of them).
         num_embedding_dims: Size of the projection of the input token's embedding.
-        horizon: Tokens after which the signal of the position stays as it is: a policy has seen no later ones.
+        horizon: Tokens after which the signal of the position stays as it is, because the policy
+            has seen no later ones; None: there is no such limit.
     """
 
     num_units: int
     bit_widths: tuple[int, ...]
     num_embedding_dims: int = 16
-    horizon: int = constants.NO_HORIZON
+    horizon: int | None = None
 
     @property
     def global_names(self) -> tuple[str, ...]:
@@ -129,7 +130,7 @@ class SignalSchema:
     def from_dict(data: dict[str, Any]) -> SignalSchema:
         """Reads the JSON form; the caller checks `version`."""
         return SignalSchema(
-            int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]), int(data["horizon"])
+            int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]), data["horizon"]
         )
 
 
@@ -239,6 +240,10 @@ class SignalTracker:
         for name, held in mark.rows.items():
             self._put(name, rows, held if rows is None else held[rows])
 
+    def _clamped(self, position: Tensor) -> Tensor:
+        horizon = self.schema.horizon
+        return position if horizon is None else position.clamp_max(horizon)
+
     def _of(self, name: str, rows: Tensor | None) -> Tensor:
         return self._rows[name] if rows is None else self._rows[name][rows]
 
@@ -286,7 +291,7 @@ class SignalTracker:
             state["probe_kl"].clamp_min(constants.KL_FLOOR_NATS).log10() / constants.DECADES_SCALE,
             torch.log1p(state["since_probe"]).clamp_max(longest) / longest,
             state["recent_widths"].mean(-1) / constants.WIDTH_SCALE,
-            torch.log1p(state["position"].clamp_max(self.schema.horizon)) / constants.POSITION_SCALE,
+            torch.log1p(self._clamped(state["position"])) / constants.POSITION_SCALE,
             state["dial"],
         ]
         per_unit = torch.cat(

@@ -132,7 +132,7 @@ def width_source(model: NestedCausalLM, policy: Policy, profile: Profile) -> Wid
     return LearnedWidths(weights, signal_constants(model, profile, policy.card.schema.horizon))
 
 
-def signal_constants(model: NestedCausalLM, profile: Profile, horizon: int) -> SignalConstants:
+def signal_constants(model: NestedCausalLM, profile: Profile, horizon: int | None) -> SignalConstants:
     """What the signals of a model are computed with, on its device."""
     schema = SignalSchema(model.num_units, profile.bit_widths)
     share = model.unit_weights.float()

@@ -163,8 +163,7 @@ def test_export_that_is_copied_badly_never_gets_its_name(
 def test_parity_check_is_loud(tmp_path: Path, trained: tuple[PPO, Tensor], name: str, index: int) -> None:
     """One number of the network or of its normalisation is not the trained one."""
     ppo, observations = trained
-    net = PrecisionNet(precision_net(ppo).schema)
-    net.load_state_dict(precision_net(ppo).state_dict())
+    net = precision_net(ppo).actor()
     save_policy(toy_policy(net, MODEL), fake_profile(MODEL), tmp_path / "same")
     check_parity(tmp_path / "same", observations, lambda signals: predict(ppo, signals))
     net.state_dict()[name][index] += 1.0

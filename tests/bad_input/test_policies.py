@@ -173,21 +173,11 @@ def no_policy(inputs: Inputs) -> Mistake:
 
 
 @case
-def evaluation_on_an_unknown_device(inputs: Inputs) -> Mistake:
-    return Mistake(cli.main, (*evaluation(inputs, "fixed:4"), "--device", "tpu"), "device='tpu'", "use cpu or cuda")
-
-
-@case
 def evaluation_of_no_sequence(inputs: Inputs) -> Mistake:
     return Mistake(cli.main, (*evaluation(inputs, "fixed:4"), "--sequences", 0), "test_sequences=0", "at least 1")
 
 
 # Generation
-
-
-@case
-def generation_on_an_unknown_device(inputs: Inputs) -> Mistake:
-    return Mistake(cli.main, generation(inputs, "--device", "tpu"), "device='tpu'", "use cpu or cuda")
 
 
 def generation(inputs: Inputs, *options: object, policy: Path | None = None, prompt: str = "abc") -> tuple[object, ...]:
@@ -266,7 +256,7 @@ def policy_without_a_dial_table(inputs: Inputs) -> Mistake:
     policy = inputs.copy(inputs.policy)
     card = json.loads((policy / "policy.json").read_text())
     (policy / "policy.json").write_text(json.dumps({**card, "dial": []}))
-    return Mistake(cli.main, generation(inputs, policy=policy), "'policy' has no table", "give --kl-weight")
+    return Mistake(cli.main, generation(inputs, policy=policy), f"{str(policy)!r} has no table", "give --kl-weight")
 
 
 @pytest.mark.parametrize("build", case.builders, ids=lambda build: build.__name__)

@@ -228,11 +228,6 @@ def batch_of_one(inputs: Inputs) -> Mistake:
 
 
 @case
-def unknown_device(inputs: Inputs) -> Mistake:
-    return bad_option(inputs, "--device", "tpu", value="device='tpu'", fix="use cpu or cuda")
-
-
-@case
 def no_cuda(inputs: Inputs) -> Mistake:
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")

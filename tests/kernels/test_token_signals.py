@@ -31,7 +31,7 @@ class Twins:
         cost = CostTable("roofline", 0.5, unit_ms, BIT_WIDTHS, "", "cpu", 1)
         sensitivity = torch.rand(num_units, len(BIT_WIDTHS), generator=generator) * 1e-3
         profile = Profile(cost, sensitivity, BIT_WIDTHS, "", 10, "unquantised")
-        self.schema = SignalSchema(num_units, BIT_WIDTHS)
+        self.schema = SignalSchema(num_units, BIT_WIDTHS, horizon=9)
         embedding = torch.randn(vocab_size, 24, generator=generator)
         self.tracker = SignalTracker(self.schema, profile, embedding, DEPTHS, num_rows=1)
         self.share = torch.tensor([0.1, 0.3, 0.1, 0.3, 0.2])
@@ -41,6 +41,7 @@ class Twins:
             torch.tensor(DEPTHS, device=device),
             self.share.to(device),
             torch.tensor(LAYERS, dtype=torch.int32, device=device),
+            self.schema.horizon,
         )
         self.state = SignalState.allocate(self.constants)
         self.state.recent_widths.fill_(8.0)

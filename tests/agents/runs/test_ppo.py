@@ -32,7 +32,7 @@ from toy_training import (
 from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.runs.imitation import collect_signals
-from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.agents.runs.ppo import ActorCriticNet, TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.engine.control.decision import Decision, StaticAllocation
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -57,8 +57,8 @@ def train(model: FakeModel, path: Path, num_updates: int, *, static: bool, seed:
     return callback
 
 
-def best_net(callback: TrainingCallback, model: FakeModel) -> PrecisionNet:
-    net = PrecisionNet(SignalSchema(model.num_units, model.bit_widths))
+def best_net(callback: TrainingCallback, model: FakeModel) -> ActorCriticNet:
+    net = ActorCriticNet(SignalSchema(model.num_units, model.bit_widths))
     net.load_state_dict(callback.best_state)
     return net
 
@@ -162,11 +162,11 @@ def test_returns_cross_no_episode_and_bootstrap_the_truncated_end(tmp_path: Path
         return observations, reward, dones, infos
 
     env.step_wait = spy  # type: ignore[method-assign]
-    before: list[PrecisionNet] = []
+    before: list[ActorCriticNet] = []
 
     class Stop(TrainingCallback):
         def _on_rollout_end(self) -> None:
-            net = PrecisionNet(env.episodes.schema)
+            net = ActorCriticNet(env.episodes.schema)
             net.load_state_dict(precision_net(self.ppo).state_dict())
             before.append(net)
             raise KeyboardInterrupt

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,6 +95,26 @@ def test_native_equals_torch(
                 controller.update(output, widths, token)
     assert len(seen) > 2, "a policy that always chooses the same would prove nothing"
     assert agreeing >= 0.998 * chosen  # scores that tie to the last digit may fall either way
+
+
+@needs_library
+def test_beyond_its_horizon_a_policy_sees_the_same_position(
+    nested_model: NestedCausalLM, policy: LearnedPolicy, profile: Profile, generator: torch.Generator
+) -> None:
+    schema = replace(policy.card.schema, horizon=5)
+    policy = LearnedPolicy(policy.net, replace(policy.card, schema=schema))
+    native = make_native(nested_model, policy, profile)
+    reference = TorchController(nested_model, policy, profile)
+    output, token = random_output(nested_model, generator, 1.0), random_token(nested_model, generator)
+    seen = []
+    for controller in (native, reference):
+        controller.reset(output, token, torch.tensor([3.0]))
+    for _ in range(9):
+        seen.append(float(reference.signals()[0, schema.index("position")]))
+        torch.testing.assert_close(native.signals(), reference.signals(), atol=2e-5, rtol=2e-5)
+        for controller in (native, reference):
+            controller.update(output, torch.tensor([[3, 4, 8]]), token)
+    assert seen == pytest.approx([math.log1p(min(step, 5)) / 4 for step in range(9)])
 
 
 @needs_library

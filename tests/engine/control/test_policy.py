@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from flexquant_rl.engine.control.artefact import POLICY_VERSION, PROFILE_FILE, load_policy, save_policy
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import file_sha256
 
 WIDTHS = (3, 4, 5, 6, 8)
 SCHEMA = SignalSchema(num_units=3, bit_widths=WIDTHS)
@@ -45,6 +47,14 @@ def make_policy(schema: SignalSchema = SCHEMA, dial: tuple[DialPoint, ...] = DIA
     net.set_normalisation(random_signals(50, schema, seed=1))
     card = PolicyCard(schema, "f" * 64, tuple(f"unit.{i}" for i in range(schema.num_units)), dial, {"env_steps": 10})
     return LearnedPolicy(net, card)
+
+
+class ValueNet(PrecisionNet):
+    """What training adds to the network."""
+
+    def __init__(self, schema: SignalSchema) -> None:
+        super().__init__(schema)
+        self.value_head = torch.nn.Linear(3, 1)
 
 
 def make_profile() -> Profile:
@@ -116,17 +126,15 @@ class TestActions:
         other = signals.clone()
         other[1:] = random_signals(5, seed=9)
         torch.testing.assert_close(policy.net.logits(signals)[0], policy.net.logits(other)[0])
-        torch.testing.assert_close(policy.net.values(signals)[0], policy.net.values(other)[0])
 
     def test_units_share_one_network(self) -> None:
-        """Permuted units get permuted widths and the same value: nothing depends on a unit's place."""
+        """Permuted units get permuted widths: nothing depends on a unit's place."""
         net = make_policy().net
         signals = random_signals(5)
         token, unit = SCHEMA.split(signals)
         order = [2, 0, 1]
         permuted = torch.cat([token, unit[:, order].flatten(1)], dim=1)
         torch.testing.assert_close(net.logits(permuted), net.logits(signals)[:, order])
-        torch.testing.assert_close(net.values(permuted), net.values(signals))
 
     def test_any_depth_has_the_same_parameters(self) -> None:
         shapes = [
@@ -153,9 +161,20 @@ class TestActions:
 
 
 class TestDial:
-    @pytest.mark.parametrize(("speed", "kl_weight"), [(1.0, 1000.0), (1.29, 1000.0), (1.45, 100.0), (2.0, 10.0)])
+    @pytest.mark.parametrize(("speed", "kl_weight"), [(1.0, 1000.0), (2.0, 10.0)])
     def test_nearest_setting(self, speed: float, kl_weight: float) -> None:
         assert make_policy().kl_weight_for_speed(speed) == kl_weight
+
+    def test_between_two_settings(self) -> None:
+        """Half way between two speeds: the dial and the KL at their geometric mean, the width at its mean."""
+        points = sorted(make_policy().card.dial, key=lambda point: point.speedup_modelled)
+        slow, fast = points[-2:]
+        speed = (slow.speedup_modelled + fast.speedup_modelled) / 2
+        found = make_policy().card.setting_for_speed(speed)
+        assert found.speedup_modelled == speed
+        assert found.kl_weight == pytest.approx((slow.kl_weight * fast.kl_weight) ** 0.5)
+        assert found.output_kl_nats == pytest.approx((slow.output_kl_nats * fast.output_kl_nats) ** 0.5)
+        assert found.mean_bit_width == pytest.approx((slow.mean_bit_width + fast.mean_bit_width) / 2)
 
     @pytest.mark.parametrize("speed", [0.5, 2.1, float("nan"), float("inf")])
     def test_speed_out_of_reach(self, speed: float) -> None:
@@ -178,8 +197,36 @@ class TestFiles:
         signals = random_signals(1000)
         assert torch.equal(loaded(signals).bit_widths, original(signals).bit_widths)
         assert torch.equal(loaded.net.logits(signals), original.net.logits(signals))
-        assert torch.equal(loaded.net.values(signals), original.net.values(signals))
         assert not loaded.net.training
+
+    def test_what_only_training_needs_is_left_out(self, tmp_path: Path) -> None:
+        net = ValueNet(SCHEMA)
+        save_policy(LearnedPolicy(net, make_policy().card), make_profile(), tmp_path / "policy")
+        stored = load_file(tmp_path / "policy" / "policy.safetensors")
+        assert stored.keys() == PrecisionNet(SCHEMA).state_dict().keys()
+        assert torch.equal(stored["width_head.weight"], net.width_head.weight)
+
+    def test_static_allocation(self, tmp_path: Path) -> None:
+        card = replace(make_policy().card, dial=())
+        original = StaticPolicy("knapsack:4.5", torch.tensor([3, 8, 4]), card)
+        save_policy(original, make_profile(), tmp_path / "policy")
+        loaded = load_policy(tmp_path / "policy", model_fingerprint="f" * 64)
+        assert isinstance(loaded, StaticPolicy)
+        assert (loaded.name, loaded.card) == ("knapsack:4.5", card)
+        assert loaded(random_signals(2)).bit_widths.tolist() == [[3, 8, 4]] * 2
+        assert load_policy(tmp_path / "policy", name="mine").name == "mine"
+
+    @pytest.mark.parametrize(
+        ("widths", "match"),
+        [([3, 8], "not the widths of 3 units"), ([3, 8, 7], r"width 7 is not stored, \[3, 4, 5, 6, 8\] are")],
+    )
+    def test_static_allocation_that_does_not_fit(self, tmp_path: Path, widths: list[int], match: str) -> None:
+        save_policy(StaticPolicy("mine", torch.tensor(widths), make_policy().card), make_profile(), tmp_path / "policy")
+        self.assert_refused(tmp_path / "policy", match)
+
+    def test_another_kind(self, saved: Path) -> None:
+        self.edit(saved, kind="surprising")
+        self.assert_refused(saved, "kind 'surprising' is not learned or static")
 
     def test_is_a_few_kilobytes(self, saved: Path) -> None:
         assert sum(file.stat().st_size for file in saved.iterdir()) < 200_000
@@ -194,7 +241,7 @@ class TestFiles:
         def fail(path: Path, data: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("flexquant_rl.engine.control.policy.write_json", fail)
+        monkeypatch.setattr("flexquant_rl.engine.control.artefact.write_json", fail)
         with pytest.raises(OSError, match="No space left"):
             save_policy(make_policy(), make_profile(), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
@@ -210,12 +257,12 @@ class TestFiles:
 
     def test_another_policy_version(self, saved: Path) -> None:
         self.edit(saved, version=POLICY_VERSION + 1)
-        with pytest.raises(InputError, match="policy version 3 with signal schema 1, but this program reads 2 with 1"):
+        with pytest.raises(InputError, match="policy version 4 with signal schema 1, but this program reads 3 with 1"):
             load_policy(saved)
 
     def test_another_signal_schema(self, saved: Path) -> None:
         self.edit(saved, schema={**SCHEMA.to_dict(), "version": SIGNAL_SCHEMA_VERSION + 1})
-        with pytest.raises(InputError, match="policy version 2 with signal schema 2, but this program reads 2 with 1"):
+        with pytest.raises(InputError, match="policy version 3 with signal schema 2, but this program reads 3 with 1"):
             load_policy(saved)
 
     @pytest.mark.parametrize("name", ["policy.safetensors", "profile.json"])
@@ -269,6 +316,7 @@ class TestFiles:
         else:
             tensors["width_head.bias"] = torch.zeros(4)
         save_file(tensors, saved / "policy.safetensors")
+        self.edit(saved, weights_sha256=file_sha256(saved / "policy.safetensors"))
         self.assert_refused(saved, "tensors do not fit")
 
     def test_tensors_of_another_width_list(self, saved: Path) -> None:
