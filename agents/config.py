@@ -61,6 +61,8 @@ class TrainConfig:
     """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
     text: tuple[str, ...] = ()
     """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
+    text_field: str | None = None
+    """Field of the rows of .jsonl files that is the text, outer.inner for one inside another; default: all of them."""
     seeds: int = 2
     """Policies trained, each with its own seed."""
     env_steps: int = 36_864

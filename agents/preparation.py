@@ -100,7 +100,8 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
             f"the model stores only width {model.bit_widths[0]}, which leaves nothing to choose; nest it with two or "
             "more, e.g. --quantization.bit-widths 4 8"
         )
-    windows = load_windows(model.tokenizer, config.env.window_tokens, [Path(text) for text in config.text])
+    texts = [Path(text) for text in config.text]
+    windows = load_windows(model.tokenizer, config.env.window_tokens, texts, text_field=config.text_field)
     # Fails here, before any work, if there is nothing to choose by or an episode does not fit the context. Test text is
     # the evaluation's to open.
     _ = windows.train, windows.validation

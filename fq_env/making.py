@@ -34,6 +34,7 @@ def make_episodes(
     profile: str | None = None,
     measured: bool = False,
     task: TaskMaker = LossyTask,
+    text_field: str | None = None,
     **config: Any,
 ) -> tuple[Episodes, Task]:
     """Makes what every environment consists of. Model, text and profile are made once in a process and shared.
@@ -46,6 +47,7 @@ def make_episodes(
         profile: A `profile.json`; default: sensitivities measured here, latency by the bytes read.
         measured: Take latencies from the clock, with the fastest decoder. One row only.
         task: Makes the task.
+        text_field: Field of the rows of `.jsonl` files that is the text; default: their chats, else all their strings.
         **config: Fields of `EnvConfig`.
 
     Raises:
@@ -57,7 +59,7 @@ def make_episodes(
         raise InputError(f"split={split} is not known; choose one of {', '.join(get_args(Split))}")
     paths = [Path(text) for text in ([texts] if isinstance(texts, str) else texts)]
     nested = shared_model(model)
-    windows = shared_windows(nested, env_config.window_tokens, paths)
+    windows = shared_windows(nested, env_config.window_tokens, paths, text_field)
     if profile is not None:
         loaded = Profile.load(Path(profile))
         loaded.check(nested)
@@ -113,7 +115,8 @@ class DecodeEnvironment(Environment, EzPickle):
     `model`: a Hugging Face directory or hub name, or a nested checkpoint (default: the embedded model). `texts`: files
     (default: held-out standard-library modules). `split`: `train`, `validation` or `test`. `profile`: a `profile.json`
     (default: measured, once in a process). `task`: what makes the task (default: the lossy one above).
-    `render_mode`: `ansi` or none. Any field of `EnvConfig` by name.
+    `render_mode`: `ansi` or none. `text_field`: the field of `.jsonl` rows that is the text. Any field of `EnvConfig`
+    by name.
     `reset(options={"window": i, "kl_weight": x})` fixes the prompt or the dial.
 
     ## Version History
@@ -132,11 +135,19 @@ class DecodeEnvironment(Environment, EzPickle):
         measured: bool = False,
         task: TaskMaker = LossyTask,
         render_mode: str | None = None,
+        text_field: str | None = None,
         **config: Any,
     ) -> None:
-        EzPickle.__init__(self, model, texts, split, profile, measured, task, render_mode, **config)
+        EzPickle.__init__(self, model, texts, split, profile, measured, task, render_mode, text_field, **config)
         episodes, made_task = make_episodes(
-            model=model, texts=texts, split=split, profile=profile, measured=measured, task=task, **config
+            model=model,
+            texts=texts,
+            split=split,
+            profile=profile,
+            measured=measured,
+            task=task,
+            text_field=text_field,
+            **config,
         )
         super().__init__(episodes, made_task, render_mode=render_mode)
 
@@ -168,7 +179,8 @@ def make_environment(
     measured: bool = False,
     task: TaskMaker = LossyTask,
     render_mode: str | None = None,
+    text_field: str | None = None,
     **config: Any,
 ) -> DecodeEnvironment:
     """Makes the environment that `gymnasium.make("FlexQuant/Decode-v0")` wraps; arguments as for `make_episodes`."""
-    return DecodeEnvironment(model, texts, split, profile, measured, task, render_mode, **config)
+    return DecodeEnvironment(model, texts, split, profile, measured, task, render_mode, text_field, **config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
+from flexquant_rl.fq_env.text_files import Documents, documents_of, is_jsonl
 
 Split = Literal["train", "validation", "test"]
 
@@ -22,8 +23,10 @@ _STDLIB_SPLITS: dict[Split, Literal["policy-train", "validation", "test"]] = {
     "validation": "validation",
     "test": "test",
 }
-_CHUNK_CHARS = 4000
 _MAX_WINDOWS = 8192
+# Of a longer split only documents for the windows that are wanted are tokenised, a second for each megabyte.
+_READ_WHOLE_BYTES = 4 << 20
+_SAMPLED_DOCUMENTS = 64
 # Shares of the hash space for text files, in percent; the rest is for training.
 _VALIDATION_PERCENT, _TEST_PERCENT = 15, 25
 
@@ -75,35 +78,58 @@ class PromptWindows:
 
 
 def load_windows(
-    tokenizer: PreTrainedTokenizerBase, length: int, texts: Sequence[Path] = (), *, max_windows: int = _MAX_WINDOWS
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    texts: Sequence[Path] = (),
+    *,
+    text_field: str | None = None,
+    max_windows: int = _MAX_WINDOWS,
 ) -> PromptWindows:
     """Reads text and splits it. Each window begins with the model's BOS token where it has one.
 
     Args:
         tokenizer: Tokenizer of the model.
         length: Tokens per window.
-        texts: Files (`.jsonl`: the string fields of each row; anything else: plain text); none: the parts of Python's
-            standard library that the embedded model has not seen.
-        max_windows: Cap per split; windows are thinned out evenly.
+        texts: Files, as for `documents_of`; none: the parts of Python's standard library that the embedded model has
+            not seen.
+        text_field: As for `row_text`.
+        max_windows: Cap per split; windows are thinned out evenly. Of much longer files the documents are thinned out
+            first, and only those that are left are tokenised.
 
     Raises:
         InputError: If a file is missing, unreadable or empty, or a split is too short to have a window.
     """
     source = ", ".join(path.name for path in texts) if texts else "Python standard library (held-out modules)"
-    documents = file_documents(texts) if texts else None
-    for name, parts in (documents or {}).items():
+    files = file_documents(texts, tokenizer=tokenizer, text_field=text_field)
+    for name, documents in files.items() if texts else ():
         # A token has a byte at least. A split that fails this has no window, and is found out before it is opened.
-        if max((len(part.encode()) for part in parts), default=0) < length - 1:
-            raise _no_window(source, name, parts, length)
+        if max(documents.sizes, default=0) < length - 1:
+            raise _no_window(source, name, documents, length)
 
     def cut(name: Split) -> Tensor:
-        parts = _stdlib_documents(name) if documents is None else documents[name]
-        windows = cut_windows(tokenizer, parts, length, length // 2 if name == "train" else length - 1)
+        stride = length // 2 if name == "train" else length - 1
+        parts = files[name] if texts else _stdlib_documents(name)
+        if sum(files[name].sizes) > _READ_WHOLE_BYTES:
+            parts = thinned(tokenizer, parts, length, stride, max_windows)
+        windows = cut_windows(tokenizer, parts, length, stride)
         if not len(windows):
             raise _no_window(source, name, parts, length)
         return spread(windows, max_windows)
 
     return PromptWindows(cut, source)
+
+
+def thinned(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, stride: int, num_windows: int
+) -> Sequence[str]:
+    """Documents evenly spaced from first to last that hold somewhat more than `num_windows` windows, by a sample."""
+    sample = _spaced(documents, _SAMPLED_DOCUMENTS)
+    found = len(cut_windows(tokenizer, sample, length, stride))
+    return _spaced(documents, math.ceil(1.25 * len(sample) * num_windows / found)) if found else documents
+
+
+def _spaced(documents: Sequence[str], count: int) -> Sequence[str]:
+    return [documents[index] for index in spread(torch.arange(len(documents)), count).tolist()]
 
 
 def _no_window(source: str, name: Split, parts: Sequence[str], length: int) -> InputError:
@@ -135,22 +161,32 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], le
     return windows
 
 
-def file_documents(texts: Sequence[Path]) -> dict[Split, list[str]]:
-    """Cuts files into chunks at blank lines and assigns each chunk to a split by the hash of its own text.
+def file_documents(
+    texts: Sequence[Path], *, tokenizer: PreTrainedTokenizerBase | None = None, text_field: str | None = None
+) -> dict[Split, Documents]:
+    """Cuts files into documents and assigns each to a split by the hash of its own text.
+
+    Args:
+        texts: Files, as for `documents_of`.
+        tokenizer: As for `row_text`.
+        text_field: As for `row_text`.
 
     Raises:
-        InputError: If a file is missing, not text, or empty.
+        InputError: If a file is missing, not text, or empty, or a field is named that no file can have.
     """
-    splits: dict[Split, list[str]] = {"train": [], "validation": [], "test": []}
+    if text_field is not None and not any(map(is_jsonl, texts)):
+        raise InputError(f"--text-field {text_field}: no --text file is a .jsonl file; leave --text-field out")
+    splits: dict[Split, Documents] = {"train": Documents(), "validation": Documents(), "test": Documents()}
     for path in texts:
-        for chunk in _chunks(_read(path)):
-            position = hashlib.sha256(chunk.encode()).digest()[0] * 100 // 256
+        for document in documents_of(path, text_field=text_field, tokenizer=tokenizer):
+            encoded = document.encode()
+            position = hashlib.sha256(encoded).digest()[0] * 100 // 256
             if position < _TEST_PERCENT:
-                splits["test"].append(chunk)
+                splits["test"].append(encoded)
             elif position < _TEST_PERCENT + _VALIDATION_PERCENT:
-                splits["validation"].append(chunk)
+                splits["validation"].append(encoded)
             else:
-                splits["train"].append(chunk)
+                splits["train"].append(encoded)
     return splits
 
 
@@ -159,44 +195,3 @@ def _stdlib_documents(split: Split) -> list[str]:
         return list(stdlib_text(_STDLIB_SPLITS[split]).values())
     except FileNotFoundError as error:
         raise InputError(str(error)) from error
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; --text takes text files")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
-    if path.suffix == ".jsonl":
-        lines = text.split("\n")  # not splitlines(): JSON strings may hold U+2028 and other separators as they are
-        text = "\n\n".join(_jsonl_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
-    if not text.strip():
-        raise InputError(f"{path} is empty; give a file with text")
-    return text
-
-
-def _jsonl_row(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {number} is not JSON ({error.msg}); fix the line") from error
-    return "\n".join(value for value in row.values() if isinstance(value, str)) if isinstance(row, dict) else str(row)
-
-
-def _chunks(text: str) -> list[str]:
-    """Chunks of about `_CHUNK_CHARS` characters that end at a blank line where there is one, else at a line's end."""
-    separator = "\n\n" if text.count("\n\n") >= 2 else "\n"
-    paragraphs = text.split(separator)
-    chunks, current, size = [], list[str](), 0
-    for paragraph in paragraphs:
-        if not paragraph.strip():
-            continue
-        current.append(paragraph)
-        size += len(paragraph)
-        if size >= _CHUNK_CHARS:
-            chunks.append(separator.join(current))
-            current, size = [], 0
-    if current:
-        chunks.append(separator.join(current))
-    return chunks

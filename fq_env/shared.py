@@ -70,14 +70,16 @@ def shared_model(model: str | None) -> NestedCausalLM:
     return _MODELS.get((path, _identity(Path(path)), config), lambda: load_model(path, config))
 
 
-def shared_windows(model: NestedCausalLM, length: int, texts: Sequence[Path]) -> PromptWindows:
+def shared_windows(
+    model: NestedCausalLM, length: int, texts: Sequence[Path], text_field: str | None = None
+) -> PromptWindows:
     """The windows of `length` tokens of some texts, as `load_windows` cuts them.
 
     Raises:
         InputError: If a text cannot be read or holds no window.
     """
-    key = (model.tokenizer, length, tuple(_identity(path) or path for path in texts))
-    return _WINDOWS.get(key, lambda: load_windows(model.tokenizer, length, texts))
+    key = (model.tokenizer, length, tuple(_identity(path) or path for path in texts), text_field)
+    return _WINDOWS.get(key, lambda: load_windows(model.tokenizer, length, texts, text_field=text_field))
 
 
 def shared_profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
