@@ -25,6 +25,7 @@ def evaluate(options: EvaluateOptions) -> None:
     config = TrainConfig(
         model=options.model,
         text=tuple(map(str, options.text)),
+        text_field=options.text_field,
         env=options.env,
         device=options.device,
         profile=None if options.profile is None else str(options.profile),

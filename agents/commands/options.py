@@ -20,7 +20,7 @@ Model = Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 Run = Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 Out = Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
 PolicyName = Annotated[str, tyro.conf.arg(metavar="POLICY")]
-Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")]
+Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[FILE ...]")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
 
@@ -89,7 +89,7 @@ class EvaluateOptions:
 
     model: Model
     """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
-    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY")] = ("fixed:4", "fixed:8", "knapsack:4.5")
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = ("fixed:4", "fixed:8", "knapsack:4.5")
     """Names (fixed:4, knapsack:4.5, random:4.5, entropy:1.5), with more parameters as key=value
     (entropy:1.5,one_way=true); runs of train.py; directories of exported policies; classes of your own, as module:Class
     or module:Class:key=value,..., found from the current directory (docs/extending.md)."""

@@ -42,7 +42,12 @@ def profile(options: ProfileOptions) -> None:
     nested = load_model(
         resolve_model(options.model), QuantizationConfig(), progress=lambda items: track(items, "quantising")
     )
-    windows = load_windows(nested.tokenizer, min(EnvConfig().window_tokens, nested.max_context + 1), options.text).train
+    windows = load_windows(
+        nested.tokenizer,
+        min(EnvConfig().window_tokens, nested.max_context + 1),
+        options.text,
+        text_field=options.text_field,
+    ).train
     cost = roofline_cost(nested)
     if options.source == "measured":
         # Halfway through an episode, so that attention costs what it costs on average.

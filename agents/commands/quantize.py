@@ -47,10 +47,11 @@ def quantize(options: QuantizeOptions) -> None:
         hf_model,
         tokenizer,
         config,
-        calibration=_calibration_windows(tokenizer, calibration, tokens) if calibrated else None,
+        keep_reference=bool(text),  # perplexity is compared with it; nothing else reads it
+        calibration=_calibration_windows(tokenizer, options, tokens) if calibrated else None,
         progress=lambda items: track(items, "quantising"),
     )
-    windows = _text_windows(model, text) if text else None  # bad text must not leave a checkpoint behind
+    windows = _text_windows(model, options) if text else None  # bad text must not leave a checkpoint behind
     result: dict[str, object] = {"out": str(options.out), "bytes": save_checkpoint(model, options.out)}
     result["seconds"] = time.perf_counter() - began
     if model.calibration is not None:
@@ -60,12 +61,17 @@ def quantize(options: QuantizeOptions) -> None:
     print_result(result)
 
 
-def _calibration_windows(tokenizer: PreTrainedTokenizerBase, files: tuple[Path, ...], tokens: int) -> Tensor:
+def _calibration_windows(tokenizer: PreTrainedTokenizerBase, options: QuantizeOptions, tokens: int) -> Tensor:
     """Windows of the training split of some text, `[n, tokens]` int64; no file stands for the standard library."""
+    files = options.calibration
     for path in files:
         if not path.is_file():
             raise InputError(f"{path} is not a file; --calibration takes text files")
-    documents = file_documents(files)["train"] if files else list(stdlib_text("policy-train").values())
+    documents = (
+        file_documents(files, tokenizer=tokenizer, text_field=options.text_field)["train"]
+        if files
+        else list(stdlib_text("policy-train").values())
+    )
     windows = cut_windows(tokenizer, documents, tokens, tokens - 1)
     if not len(windows):
         raise InputError(
@@ -75,6 +81,9 @@ def _calibration_windows(tokenizer: PreTrainedTokenizerBase, files: tuple[Path, 
     return spread(windows, _CALIBRATION_WINDOWS)
 
 
-def _text_windows(model: NestedCausalLM, text: tuple[Path, ...], tokens: int = 129) -> Tensor:
+def _text_windows(model: NestedCausalLM, options: QuantizeOptions, tokens: int = 129) -> Tensor:
     """Windows of the test split of some text, `[n, tokens]` int64."""
-    return spread(load_windows(model.tokenizer, min(tokens, model.max_context), text).test, _TEXT_WINDOWS)
+    return spread(
+        load_windows(model.tokenizer, min(tokens, model.max_context), options.text, text_field=options.text_field).test,
+        _TEXT_WINDOWS,
+    )

@@ -1,0 +1,189 @@
+"""What `--policy` may name, where prompts come from and what is printed of them: `fq generate` and `fq export`."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import Finished, run, write_text
+
+from flexquant_rl import cli
+from flexquant_rl.engine.checkpoint import load_checkpoint
+from flexquant_rl.engine.control.artefact import load_policy, save_policy
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, StaticPolicy
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SignalSchema
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def nested(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("nested") / "model"
+    assert run(cli.main, "quantize", tiny_model_dir, out).code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def profile(nested: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("profile") / "profile.json"
+    assert run(cli.main, "profile", nested, "--text", text, "--source", "roofline", "--out", out).code == 0
+    return out
+
+
+def generate(model: Path, policy: object, *options: object, prompt: str | None = "abc abc") -> Finished:
+    asked = () if prompt is None else ("--prompt", prompt)
+    return run(cli.main, "generate", model, "--policy", policy, *asked, "--max-new-tokens", 5, *options)
+
+
+class TestNames:
+    def test_one_width_needs_no_profile(self, nested: Path) -> None:
+        result = generate(nested, "fixed:4").result
+        assert result["mean_bit_width"] == pytest.approx((8 + 4 * 4) / 5), "the prompt is read at 8 bits"
+        assert result["speedup_modelled"] == pytest.approx(
+            float(roofline_cost(load_checkpoint(nested)).speedup(torch.full((3,), 4)))
+        )
+        assert (result["kl_weight"], result["latency_source"]) == (None, "roofline")
+
+    def test_knapsack(self, nested: Path, profile: Path, text: Path) -> None:
+        result = generate(nested, "knapsack:5", "--profile", profile, "--text", text).result
+        assert 3.0 < result["mean_bit_width"] < 8.0
+
+    @pytest.mark.parametrize(
+        ("policy", "said"),
+        [
+            ("fixed:7", "width 7 is not stored"),
+            ("fixd:4", "did you mean fixed:4"),
+            ("somewhere", "is not the directory of an exported policy or of a run"),
+        ],
+    )
+    def test_wrong_names(self, nested: Path, policy: str, said: str) -> None:
+        assert said in generate(nested, policy).error
+
+    def test_a_policy_of_signals_is_served_by_nobody(self, nested: Path, profile: Path, text: Path) -> None:
+        error = generate(nested, "entropy:1.5", "--profile", profile, "--text", text).error
+        assert "'entropy:1.5' looks at every token" in error
+
+    @pytest.mark.parametrize("option", ["--speed", "--kl-weight"])
+    def test_a_static_allocation_has_no_dial(self, nested: Path, option: str) -> None:
+        assert f"{option} 1.5 sets a dial, and fixed:4 has none" in generate(nested, "fixed:4", option, 1.5).error
+
+
+class TestExport:
+    @pytest.mark.parametrize("name", ["knapsack:5", "fixed:4"])
+    def test_a_static_allocation_is_a_policy(
+        self, nested: Path, profile: Path, text: Path, tmp_path: Path, name: str
+    ) -> None:
+        out = tmp_path / "policy"
+        options = ("--model", nested, "--profile", profile, "--text", text)
+        result = run(cli.main, "export", name, out, *options).result
+        assert (result["policy"], result["dial"]) == (name, [])
+        policy = load_policy(out)
+        assert isinstance(policy, StaticPolicy)
+        assert generate(nested, out).result["mean_bit_width"] == pytest.approx(
+            generate(nested, name, "--profile", profile, "--text", text).result["mean_bit_width"]
+        )
+        rows = run(
+            *(cli.main, "evaluate", nested, "--policy", out, name, "--text", text, "--sequences", 2),
+            *("--env.prompt-tokens", 8, "--env.max-new-tokens", 4),
+        ).result["rows"]
+        assert [row["policy"] for row in rows] == [str(out), name]
+        assert rows[0]["output_kl_nats"] == rows[1]["output_kl_nats"]
+
+    def test_a_name_needs_a_model(self, tmp_path: Path) -> None:
+        assert "name the model with --model" in run(cli.main, "export", "fixed:4", tmp_path / "out").error
+        assert not (tmp_path / "out").exists()
+
+    def test_a_run_has_its_own_model(self, tmp_path: Path) -> None:
+        error = run(cli.main, "export", tmp_path, tmp_path / "out", "--model", "default").error
+        assert f"--model is for a policy by name, and {tmp_path} is a run" in error
+
+
+def test_a_run_stands_for_its_policy(nested: Path, profile: Path, tmp_path: Path) -> None:
+    model = load_checkpoint(nested)
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    card = PolicyCard(schema, model.fingerprint, tuple(u.name for u in model.units), (DialPoint(9.0, 1.5, 0.1, 5.0),))
+    save_policy(LearnedPolicy(PrecisionNet(schema), card), Profile.load(profile), tmp_path / "run" / "policy")
+    by_run = generate(nested, tmp_path / "run").result
+    assert by_run["kl_weight"] == 9.0
+    assert generate(nested, tmp_path / "run", "--profile", profile).error.endswith("leave it out")
+
+
+class TestPrompts:
+    def test_from_standard_input(self, nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc abc")))
+        assert self.text(generate(nested, "fixed:8", prompt="-")) == self.text(generate(nested, "fixed:8"))
+
+    def test_from_a_file(self, nested: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfabc abc")
+        finished = generate(nested, "fixed:8", "--prompt-file", tmp_path / "prompt.txt", prompt=None)
+        assert self.text(finished) == self.text(generate(nested, "fixed:8"))
+
+    @staticmethod
+    def text(finished: Finished) -> str:
+        assert finished.code == 0, finished.err
+        return finished.out.rsplit("\n", 2)[0]
+
+    def test_mistakes(self, nested: Path, tmp_path: Path) -> None:
+        (tmp_path / "latin").write_bytes(b"caf\xe9 abc")
+        assert (
+            "byte 3 is not UTF-8" in generate(nested, "fixed:8", "--prompt-file", tmp_path / "latin", prompt=None).error
+        )
+        assert "does not exist" in generate(nested, "fixed:8", "--prompt-file", tmp_path / "none", prompt=None).error
+        assert "no prompt" in generate(nested, "fixed:8", prompt=None).error
+        assert "both --prompt and" in generate(nested, "fixed:8", "--prompt-file", tmp_path / "latin").error
+
+
+class TestOutput:
+    def test_numbers(self, nested: Path) -> None:
+        result = generate(nested, "fixed:4").result
+        assert result["num_tokens"] == 5
+        assert result["tokens_per_s"] > 0
+        assert result["prompt_seconds"] > 0
+        assert result["finish_reason"] == "length"
+        assert result["chat_template"] is False
+
+    def test_quiet_is_the_text_alone(self, nested: Path) -> None:
+        whole, quiet = generate(nested, "fixed:4"), generate(nested, "fixed:4", "--quiet")
+        text, last, _ = whole.out.rsplit("\n", 2)
+        assert json.loads(last)["num_tokens"] == 5
+        assert quiet.out == text + "\n"
+
+    def test_one_token_has_no_rate(self, nested: Path) -> None:
+        options = ("generate", nested, "--policy", "fixed:4", "--prompt", "abc", "--max-new-tokens", 1)
+        result = run(cli.main, *options).result
+        assert (result["tokens_per_s"], result["speedup_modelled"]) == (None, None)
+
+
+class TestChat:
+    @pytest.fixture
+    def chatty(self, tiny_model_dir: Path, tmp_path: Path) -> Path:
+        """The model with a chat template."""
+        model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+        (model / "chat_template.jinja").write_text(
+            "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<a>{% endif %}"
+        )
+        return model
+
+    def test_prompt_is_the_message_of_the_user(self, chatty: Path) -> None:
+        chat = generate(chatty, "fixed:8")
+        assert chat.result["chat_template"] is True
+        by_hand = generate(chatty, "fixed:8", "--raw", prompt="<user>abc abc<a>")
+        assert by_hand.result["chat_template"] is False
+        assert TestPrompts.text(chat) == TestPrompts.text(by_hand)
+
+    def test_a_template_that_refuses(self, chatty: Path) -> None:
+        (chatty / "chat_template.jinja").write_text("{{ raise_exception('only poems') }}")
+        error = generate(chatty, "fixed:8").error
+        assert "refuses the message (only poems)" in error
+        assert "--raw" in error
