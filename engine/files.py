@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,13 @@ _HEADER = "flexquant_rl"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling that becomes `path` when the block succeeds and vanishes when it does not."""
+    """Yields a temporary sibling that becomes `path` when the block succeeds and vanishes when it does not.
+
+    What a process that was killed has left of the same path is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -35,6 +40,25 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary siblings of processes of this machine that are no more."""
+    beginning, end = f".{path.name}.{platform.node()}.", ".tmp"
+    for sibling in path.parent.iterdir():
+        process = sibling.name.removeprefix(beginning).removesuffix(end)
+        if sibling.name == f"{beginning}{process}{end}" and process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(sibling) if sibling.is_dir() else sibling.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's, or no number of a process
+        return True
+    return True
 
 
 def check_new_directory(path: Path) -> None:

@@ -276,16 +276,24 @@ def until_closed(terminal: io.RawIOBase) -> Iterator[bytes]:
             yield chunk
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 def test_interrupted_command_leaves_nothing(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    word: str,
 ) -> None:
     def save_half(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     monkeypatch.setattr("flexquant_rl.engine.files.save_file", save_half)
     finished = run(cli.main, "quantize", tiny_model_dir, tmp_path / "out")
-    assert finished == Finished(130, "", "interrupted\n")
+    assert finished == Finished(code, "", f"{word}\n")
     assert tree(tmp_path) == {}
 
 

@@ -121,16 +121,21 @@ class TestWholeRun:
         assert len(policy.card.dial) == 2
 
 
-def test_interrupt_from_the_shell(tmp_path: Path, tiny_model_dir: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signal_from_the_shell(
+    tmp_path: Path, tiny_model_dir: Path, text: Path, number: signal.Signals, code: int, word: str
+) -> None:
     options = ("--model", tiny_model_dir, "--text", text, "--run", "run")
     process = spawn("train.py", *options, *TINY_RUN, cwd=tmp_path)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("loading the model")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted; continue with: python train.py --resume run"
+    assert err.splitlines()[-1] == f"{word}; continue with: python train.py --resume run"
     assert "Traceback" not in err
     assert leftovers(tree(tmp_path)) == []
 

@@ -6,16 +6,18 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from flexquant_rl.agents.commands.process import BAD_INPUT, DONE, INTERRUPTED, command, print_result
+from flexquant_rl.agents.commands.process import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, command, print_result
 from flexquant_rl.engine import files
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import write_json, write_tensors
@@ -48,6 +50,33 @@ def test_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err.count("\n") == 1
     assert raising(KeyboardInterrupt("continue with: --resume RUN")) == 130
     assert "continue with: --resume RUN" in capsys.readouterr().err
+
+
+def test_termination_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was begun is cleaned up, how to go on is said, and the handler of before is put back."""
+    cleaned = []
+
+    def run() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as interruption:
+            raise KeyboardInterrupt("continue with: --resume RUN") from interruption
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert command(run) == TERMINATED == 143
+    assert cleaned == [True]
+    assert capsys.readouterr() == ("", "terminated; continue with: --resume RUN\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_commands_run_in_any_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(command(lambda: None)))
+    thread.start()
+    thread.join()
+    assert codes == [DONE]
 
 
 def test_full_disk(capsys: pytest.CaptureFixture[str]) -> None:

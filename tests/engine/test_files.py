@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_tensors, write_tensors
+from flexquant_rl.engine.files import new_directory, read_tensors, write_tensors
 
 TENSORS = {
     "steps": torch.tensor(3),
@@ -52,3 +56,20 @@ def test_tensors_without_a_digest(path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="damaged, no tensors with a digest.*; delete it"):
         read_tensors(path, fix="delete it")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Of the same path and of this machine; what a living process writes, and what is another's, stays."""
+    path = tmp_path / "out"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, alive = (tmp_path / f".out.{platform.node()}.{process}.tmp" for process in (dead.pid, os.getppid()))
+    others = [
+        tmp_path / f".{name}.tmp" for name in (f"out.elsewhere.{dead.pid}", f"other.{platform.node()}.{dead.pid}")
+    ]
+    for folder in (left, alive, *others):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    with new_directory(path) as directory:
+        (directory / "whole").write_text("whole")
+    assert {*tmp_path.iterdir()} == {path, alive, *others}
