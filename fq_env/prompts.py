@@ -108,7 +108,7 @@ def load_windows(
 
     def cut(name: Split) -> Tensor:
         stride = length // 2 if name == "train" else length - 1
-        parts = files[name] if texts else _stdlib_documents(name)
+        parts: Sequence[str] = files[name] if texts else _stdlib_documents(name)
         if sum(files[name].sizes) > _READ_WHOLE_BYTES:
             parts = thinned(tokenizer, parts, length, stride, max_windows)
         windows = cut_windows(tokenizer, parts, length, stride)
