@@ -233,7 +233,17 @@ def generate(
 
 
 def encode(model: NestedCausalLM, text: str) -> Tensor:
-    """The tokens of a prompt, `[T]` int64, special ones included."""
+    """The tokens of a prompt, `[T]` int64, special ones included.
+
+    Raises:
+        InputError: If it is not text, as bytes of a command line that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not UTF-8 text ({text[error.start : error.end]!a} at character {error.start}); convert it"
+        ) from error
     ids: Tensor = model.tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
     return ids.long()
 

@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from flexquant_rl.engine.decoding.sampling_bounds import check_temperature
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import check_field_types
 
 Source = Literal["replay", "free"]
 ActionForm = Literal["bit_widths", "num_low_units"]
@@ -49,6 +51,7 @@ class EnvConfig:
 
     def validate(self) -> None:
         """Raises InputError on values that make no episode."""
+        check_field_types(self)
         for name, value, allowed in (("source", self.source, Source), ("action", self.action, ActionForm)):
             if value not in get_args(allowed):
                 raise InputError(f"{name}={value} is not known; choose one of {', '.join(get_args(allowed))}")
@@ -63,8 +66,7 @@ class EnvConfig:
                 f"kl_weight_min={self.kl_weight_min:g} and kl_weight_max={self.kl_weight_max:g} must be positive, "
                 "finite and ordered; swap or change them"
             )
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature={self.temperature:g} must be finite and not negative; 0 is greedy")
+        check_temperature(self.temperature)
         if self.action == "num_low_units" and self.low_width >= self.high_width:
             raise InputError(f"low_width={self.low_width} must be below high_width={self.high_width}; swap them")
         if self.probe_every < 0:

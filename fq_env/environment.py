@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import shown
+from flexquant_rl.fq_env.arguments import actions_of, number_of, options_of, seed_of, window_of
 from flexquant_rl.fq_env.config import check_kl_weight
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import Task, draw_kl_weight, info_columns
 
 Observation = NDArray[np.float32]
+
+OPTIONS = ("window", "kl_weight")
+"""What `reset` may be told."""
 
 METADATA: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
 
@@ -48,18 +55,30 @@ class Environment(gym.Env[Observation, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Starts an episode; `options` may fix `window` (index into the split) and `kl_weight`."""
-        super().reset(seed=seed)
-        draw = draw_episode(self.np_random, self.episodes, options or {})
+        """Starts an episode; `options` may fix `window` (index into the split) and `kl_weight`.
+
+        Raises:
+            InputError: If seed or options are none that can be had.
+        """
+        super().reset(seed=seed_of(seed))
+        draw = draw_episode(self.np_random, self.episodes, options_of(options, OPTIONS))
         row = torch.tensor([0])
-        windows, dials, seeds = torch.tensor([draw.window]), torch.tensor([draw.kl_weight]), torch.tensor([draw.seed])
+        windows, dials, seeds = (
+            torch.tensor([draw.window]),
+            torch.tensor([draw.kl_weight], dtype=torch.float32),
+            torch.tensor([draw.seed]),
+        )
         self.episodes.start(row, windows, dials, seeds)
         self.task.start(self.episodes, row)
         return self._observation(), {"window": draw.window, "kl_weight": draw.kl_weight}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Decodes one token as the action says."""
-        actions = torch.as_tensor(np.asarray(action), dtype=torch.int64)[None]
+        """Decodes one token as the action says.
+
+        Raises:
+            InputError: If it is not in the action space.
+        """
+        actions = actions_of(action, self.action_space)
         facts = self.episodes.step(self.task.to_decision(actions))
         reward = self.task.reward(facts)
         info = {name: column.item() for name, column in info_columns(facts, reward).items()}
@@ -94,22 +113,22 @@ class EpisodeDraw:
     seed: int
 
 
-def draw_episode(generator: np.random.Generator, episodes: Episodes, options: dict[str, Any]) -> EpisodeDraw:
+def draw_episode(generator: np.random.Generator, episodes: Episodes, options: Mapping[str, Any]) -> EpisodeDraw:
     """Draws an episode; what `options` fix is drawn all the same, so that it moves nothing else.
 
     Raises:
-        InputError: If `options` fix a dial that prices nothing.
+        InputError: If `options` fix a window that is no integer, or a dial that prices nothing.
     """
     window = int(generator.integers(len(episodes.windows)))
     kl_weight = draw_kl_weight(generator, episodes.config)
     seed = int(generator.integers(1 << 62, size=1)[0])
-    window = int(options.get("window", window)) % len(episodes.windows)
-    kl_weight = float(options.get("kl_weight", kl_weight))
+    window = window_of(options.get("window", window), len(episodes.windows))
+    kl_weight = number_of(options.get("kl_weight", kl_weight), "kl_weight")
     check_kl_weight(kl_weight)
     return EpisodeDraw(window, kl_weight, seed)
 
 
 def check_render_mode(render_mode: str | None) -> None:
-    """Raises ValueError on a way of rendering that there is not."""
+    """Raises InputError on a way of rendering that there is not."""
     if render_mode not in (None, *METADATA["render_modes"]):
-        raise ValueError(f"render_mode={render_mode!r} is not known; choose ansi or None")
+        raise InputError(f"render_mode={shown(render_mode)} is not known; choose ansi or None")

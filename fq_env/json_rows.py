@@ -36,15 +36,19 @@ def row_text(row: Any, where: str, *, text_field: str | None, tokenizer: PreTrai
         InputError: If the named field is missing or holds no text, or a chat cannot be rendered.
     """
     value = row if text_field is None else _field(row, text_field, where)
-    found = [*_texts_and_chats(value)]
-    chats = [item for item in found if not isinstance(item, str)]
+    texts, chats = list[str](), list[list[Any]]()
+    for item in _texts_and_chats(value):
+        if isinstance(item, str):
+            texts.append(item)
+        else:
+            chats.append(item)
     if chats:
         system = row.get("system") if isinstance(row, dict) else None
         text = "\n\n".join(_rendered(_with_system(chat, system), where, tokenizer) for chat in chats)
-    elif text_field is not None and not found and value is not None:
+    elif text_field is not None and not texts and value is not None:
         raise InputError(f"{where}: field {text_field!r} holds no text ({str(value)[:40]}); name one that does")
     else:
-        text = "\n".join(found)
+        text = "\n".join(texts)
     return _LONE_SURROGATES.sub("\ufffd", text)
 
 
@@ -129,9 +133,11 @@ def _content(content: Any, where: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    for part, text in zip(parts, texts, strict=True):
+    texts = list[str]()
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__
             raise InputError(f"{where}: a message holds {str(kind)[:40]}, which is no text; leave the row out")
+        texts.append(text)
     return "\n".join(texts)

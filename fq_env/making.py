@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +15,8 @@ from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.decoder import DecoderModel
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import shown
+from flexquant_rl.fq_env.arguments import check_names, check_texts
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.environment import Environment
 from flexquant_rl.fq_env.episodes import Episodes
@@ -53,12 +57,15 @@ def make_episodes(
     Raises:
         InputError: If an argument cannot be used, or not with the others.
     """
+    names = [field.name for field in fields(EnvConfig)]
+    check_names("argument", config, names)
     env_config = EnvConfig(**config)
     env_config.validate()
+    _check_types(num_rows=num_rows, model=model, profile=profile, measured=measured, task=task, text_field=text_field)
     if split not in get_args(Split):
-        raise InputError(f"split={split} is not known; choose one of {', '.join(get_args(Split))}")
-    paths = [Path(text) for text in ([texts] if isinstance(texts, str) else texts)]
-    nested = shared_model(model)
+        raise InputError(f"split={shown(split)} is not known; choose one of {', '.join(get_args(Split))}")
+    paths = [*map(Path, check_texts(texts))]
+    nested = shared_model(None if model is None else str(model))
     windows = shared_windows(nested, env_config.window_tokens, paths, text_field)
     if profile is not None:
         loaded = Profile.load(Path(profile))
@@ -77,6 +84,22 @@ def make_episodes(
         tokenizer=nested.tokenizer,
     )
     return episodes, task(nested, loaded, env_config)
+
+
+def _check_types(*, num_rows: Any, measured: Any, task: Any, text_field: Any, **paths: Any) -> None:
+    """Raises InputError on an argument of `make_episodes` of a type that it does not take."""
+    rules = [
+        ("num_envs", num_rows, type(num_rows) is int and num_rows > 0, "an integer above 0"),
+        ("measured", measured, isinstance(measured, bool), "True or False"),
+        ("task", task, callable(task), "a class derived from LossyTask, or what makes a task"),
+        ("text_field", text_field, text_field is None or isinstance(text_field, str), "the name of a field"),
+    ]
+    rules += [
+        (name, path, path is None or isinstance(path, (str, os.PathLike)), "a path") for name, path in paths.items()
+    ]
+    for name, value, holds, wanted in rules:
+        if not holds:
+            raise InputError(f"{name}={shown(value)} must be {wanted}; give one")
 
 
 class DecodeEnvironment(Environment, EzPickle):

@@ -108,7 +108,7 @@ def load_windows(
 
     def cut(name: Split) -> Tensor:
         stride = length // 2 if name == "train" else length - 1
-        parts = files[name] if texts else _stdlib_documents(name)
+        parts: Sequence[str] = files[name] if texts else _stdlib_documents(name)
         if sum(files[name].sizes) > _READ_WHOLE_BYTES:
             parts = thinned(tokenizer, parts, length, stride, max_windows)
         windows = cut_windows(tokenizer, parts, length, stride)
@@ -141,7 +141,7 @@ def _no_window(source: str, name: Split, parts: Sequence[str], length: int) -> I
 
 def spread(items: Tensor, count: int) -> Tensor:
     """`count` of the items along the first axis, evenly spaced from first to last; all where there are fewer."""
-    return items[torch.linspace(0, len(items) - 1, min(count, len(items))).round().long()]
+    return items[torch.linspace(0, len(items) - 1, min(count, len(items)), dtype=torch.float32).round().long()]
 
 
 def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, stride: int) -> Tensor:

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 from torch import Tensor
 
+from flexquant_rl.fq_env.arguments import actions_of, seed_of
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
 from flexquant_rl.fq_env.task import Reward, Task, draw_kl_weight, info_columns
 
@@ -32,7 +33,7 @@ class DecodeVecEnv(VecEnv):
         self.last_facts: StepFacts | None = None
         self.last_reward: Reward | None = None
         self.render_mode = None
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed_of(seed))
         self._restart_state: dict[str, Any] = {}
         self._aligned = False
         self._pending: Tensor | None = None
@@ -64,12 +65,14 @@ class DecodeVecEnv(VecEnv):
         windows = self._rng.integers(len(self.episodes.windows), size=count)
         dials = [draw_kl_weight(self._rng, self.episodes.config) for _ in range(count)]
         seeds = self._rng.integers(1 << 62, size=count)
-        self.episodes.start(rows, torch.from_numpy(windows), torch.tensor(dials), torch.from_numpy(seeds))
+        self.episodes.start(
+            rows, torch.from_numpy(windows), torch.tensor(dials, dtype=torch.float32), torch.from_numpy(seeds)
+        )
         self.task.start(self.episodes, rows)
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Takes the actions of all rows."""
-        self._pending = torch.as_tensor(actions, dtype=torch.int64)
+        """Takes the actions of all rows; raises InputError on one that is not in the action space."""
+        self._pending = actions_of(actions, self.action_space, self.num_envs)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Decodes one token in every row and restarts the rows that end with it."""
@@ -103,7 +106,7 @@ class DecodeVecEnv(VecEnv):
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds prompts, dials and sampling from the next reset on."""
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed_of(seed))
         return [seed] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:

@@ -16,7 +16,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from flexquant_rl.fq_env.environment import METADATA, check_render_mode, draw_episode
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import shown
+from flexquant_rl.fq_env.arguments import actions_of, options_of, seed_of
+from flexquant_rl.fq_env.environment import METADATA, OPTIONS, check_render_mode, draw_episode
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import Task, info_columns
 
@@ -53,7 +56,7 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
         return self.task.feature_names
 
     def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
         """Starts episodes.
 
@@ -63,18 +66,18 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
                 restarts some rows only.
 
         Raises:
-            ValueError: If there are not R seeds, or the mask is not one for R rows that restarts any.
+            InputError: If there are not R seeds, the mask is not one for R rows that restarts any, or an option or a
+                seed is none that can be had.
         """
-        seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int) else seed
-        if seeds is not None and len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} rows; give one for each")
-        restarted = self._reset_mask(options or {})
+        seeds = self._seeds(seed)
+        options = options_of(options, (*OPTIONS, "reset_mask"))
+        restarted = self._reset_mask(options)
         if seeds is not None:
             for row in restarted.nonzero()[0].tolist():
                 if seeds[row] is not None:
                     self._generators[row], _ = seeding.np_random(seeds[row])
         infos: dict[str, Any] = {}
-        _put(infos, restarted, self._start(restarted, options or {}))
+        _put(infos, restarted, self._start(restarted, options))
         return self._observations(), infos
 
     def step(self, actions: Any) -> tuple[Observations, NDArray[Any], Flags, Flags, dict[str, Any]]:
@@ -82,8 +85,11 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
 
         For these rows `infos["final_obs"]` and `infos["final_info"]` hold what the last step of the old episode gave,
         and the other entries are those of the new one.
+
+        Raises:
+            InputError: If an action is not in the action space.
         """
-        actions = torch.as_tensor(np.asarray(actions), dtype=torch.int64)
+        actions = actions_of(actions, self.single_action_space, self.num_envs)
         facts = self.episodes.step(self.task.to_decision(actions))
         reward = self.task.reward(facts)
         columns = {name: column.double().numpy() for name, column in info_columns(facts, reward).items()}
@@ -117,10 +123,10 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
         if hasattr(self, "episodes"):
             self.episodes.close()
 
-    def _start(self, restarted: Flags, options: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    def _start(self, restarted: Flags, options: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Starts rows and returns what `reset` tells of them, `[R]` each."""
         given = [name for name in ("window", "kl_weight") if name in options]
-        fixed = {name: np.broadcast_to(options[name], self.num_envs) for name in given}
+        fixed = {name: self._of_rows(options[name], name) for name in given}
         windows, dials = np.zeros(self.num_envs, dtype=np.int64), np.zeros(self.num_envs)
         seeds = np.zeros(self.num_envs, dtype=np.int64)
         for row in restarted.nonzero()[0].tolist():
@@ -133,13 +139,33 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
         self.task.start(self.episodes, rows)
         return {"window": windows, "kl_weight": dials}
 
-    def _reset_mask(self, options: dict[str, Any]) -> Flags:
+    def _seeds(self, seed: Any) -> list[int | None] | None:
+        if seed is None or isinstance(seed, (int, np.integer)):
+            first = seed_of(seed)
+            return None if first is None else [seed_of(first + row) for row in range(self.num_envs)]
+        if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
+            raise InputError(f"seed={shown(seed)} is not an integer; give one, or a list of one for each row")
+        if len(seed) != self.num_envs:
+            raise InputError(f"{len(seed)} seeds were given for {self.num_envs} rows; give one for each")
+        return [seed_of(given) for given in seed]
+
+    def _of_rows(self, given: Any, name: str) -> NDArray[Any]:
+        """An option of all rows, or `[R]`, for each row."""
+        try:
+            return np.broadcast_to(given, self.num_envs)
+        except ValueError as error:
+            raise InputError(f"{name}={shown(given)} is not one for each of {self.num_envs} rows; give one") from error
+
+    def _reset_mask(self, options: Mapping[str, Any]) -> Flags:
         if "reset_mask" not in options:
             return np.ones(self.num_envs, dtype=np.bool_)
-        mask: Flags = np.asarray(options["reset_mask"])
+        try:
+            mask: Flags = np.asarray(options["reset_mask"])
+        except ValueError:  # a ragged list
+            mask = np.zeros(0, dtype=np.bool_)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
-            raise ValueError(
-                f"reset_mask={options['reset_mask']!r} must be {self.num_envs} booleans, at least one of them true"
+            raise InputError(
+                f"reset_mask={shown(options['reset_mask'])} must be {self.num_envs} booleans, at least one of them true"
             )
         return mask
 

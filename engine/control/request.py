@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.control.streamed_text import StopStrings, StreamedText
-from flexquant_rl.engine.decoding.next_token import check_sampling
+from flexquant_rl.engine.decoding.sampling_bounds import check_sampling, check_seed
 from flexquant_rl.engine.errors import InputError
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
@@ -52,6 +52,7 @@ class Request:
         if not 0 < self.kl_weight < math.inf:
             raise InputError(f"kl_weight={self.kl_weight:g} must be positive and finite; small means fast")
         check_sampling(self.temperature, self.top_p)
+        check_seed(self.seed)
         if "" in self.stop:
             raise InputError("a stop string is empty, which every text begins with; leave it out")
         if len(self.prompt_ids) + self.max_new_tokens > max_length:

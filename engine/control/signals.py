@@ -161,16 +161,17 @@ class SignalTracker:
         depth = torch.tensor(depths, dtype=torch.float32)[:, None]
         self._static = unit_constants(profile, schema).to(device).expand(num_rows, -1, -1)
         self._depth = depth.to(device).expand(num_rows, -1, -1)
+        # Written out: the default dtype is the caller's to choose.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        top = float(max(schema.bit_widths))
         self._rows: dict[str, Tensor] = {
-            "log_probs": torch.zeros(num_rows, len(embedding), device=device),
-            "embedding": torch.zeros(num_rows, schema.num_embedding_dims, device=device),
-            "recent_widths": torch.full(
-                (num_rows, constants.RECENT_TOKENS), float(max(schema.bit_widths)), device=device
-            ),
-            "last_widths": torch.full((num_rows, schema.num_units), float(max(schema.bit_widths)), device=device),
-            "residual_update": torch.zeros(num_rows, schema.num_units, device=device),
-            "crest": torch.zeros(num_rows, schema.num_units, device=device),
-            **{name: torch.zeros(num_rows, device=device) for name in _ROW_SCALARS},
+            "log_probs": torch.zeros(num_rows, len(embedding), **kind),
+            "embedding": torch.zeros(num_rows, schema.num_embedding_dims, **kind),
+            "recent_widths": torch.full((num_rows, constants.RECENT_TOKENS), top, **kind),
+            "last_widths": torch.full((num_rows, schema.num_units), top, **kind),
+            "residual_update": torch.zeros(num_rows, schema.num_units, **kind),
+            "crest": torch.zeros(num_rows, schema.num_units, **kind),
+            **{name: torch.zeros(num_rows, **kind) for name in _ROW_SCALARS},
         }
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
@@ -320,7 +321,7 @@ def unit_constants(profile: Profile, schema: SignalSchema) -> Tensor:
 def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:
     """Projects centred input embeddings by a fixed Gaussian matrix, `[vocab, num_dims]` float32 of unit variance."""
     generator = torch.Generator().manual_seed(_PROJECTION_SEED)
-    matrix = torch.randn(embedding.shape[1], num_dims, generator=generator).to(embedding.device)
+    matrix = torch.randn(embedding.shape[1], num_dims, generator=generator, dtype=torch.float32).to(embedding.device)
     centred = embedding.float() - embedding.float().mean(0)
     projected = centred @ matrix
     return projected / projected.std(0).clamp_min(1e-12)

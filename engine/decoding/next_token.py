@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.engine.decoding.decoder import greedy_tokens
-from flexquant_rl.engine.errors import InputError
 
 
 class NextTokens(Protocol):
@@ -97,11 +95,3 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     ordered, order = probs.sort(descending=True)
     outside = ordered.cumsum(-1) - ordered >= top_p  # the token that reaches the sum stays
     return probs.scatter(-1, order[outside], 0.0)
-
-
-def check_sampling(temperature: float, top_p: float = 1.0) -> None:
-    """Raises InputError on a temperature or nucleus that describes no distribution."""
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature={temperature:g} must be finite and not negative; 0 is greedy")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p:g} must be above 0 and at most 1; 1 samples from all tokens")

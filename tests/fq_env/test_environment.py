@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from fake_session import FakeModel, FakeSession, fake_profile, fake_windows
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from hypothesis import HealthCheck, given, settings
@@ -287,12 +288,28 @@ def test_docstring_is_gymnasium_s_card() -> None:
     ("options", "says"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"split": "valid"}, "split=valid is not known; choose one of train, validation, test"),
+        ({"split": "valid"}, "split='valid' is not known; choose one of train, validation, test"),
         ({"max_new_tokens": 200, "prompt_tokens": 100}, "the model's context holds 128"),
         ({"texts": ["no/such/file.txt"]}, "is not a file"),
         ({"texts": "no/such/file.txt"}, "no/such/file.txt is not a file"),
         ({"profile": "no/such/profile.json"}, "run `fq profile`"),
         ({"action": "num_low_units", "low_width": 7}, "low_width=7 is not stored"),
+        ({"max_new_token": 5}, "argument 'max_new_token' is not known; did you mean max_new_tokens?"),
+        ({"prompt_tokens": "4"}, "prompt_tokens='4' must be an integer"),
+        ({"prompt_tokens": 4.0}, "prompt_tokens=4.0 must be an integer"),
+        ({"prompt_tokens": True}, "prompt_tokens=True must be an integer"),
+        ({"kl_weight": "fast"}, "kl_weight='fast' must be a number or nothing"),
+        ({"kl_weight_max": 10**400}, "must be a number"),
+        ({"source": 3}, "source=3 must be one of replay, free"),
+        ({"temperature": 1e-42}, "temperature=1e-42 is below 1e-06, where logits"),
+        ({"texts": 5}, "texts=5 must be paths of text files"),
+        ({"texts": [5]}, "texts=[5] must be paths of text files"),
+        ({"model": 5}, "model=5 must be a path"),
+        ({"profile": ["a"]}, "profile=['a'] must be a path"),
+        ({"measured": "yes"}, "measured='yes' must be True or False"),
+        ({"task": "lossy"}, "task='lossy' must be a class derived from LossyTask"),
+        ({"split": ["train"]}, "split=['train'] is not known"),
+        ({"text_field": "body"}, "--text-field body: no --text file is a .jsonl file"),
     ],
 )
 def test_mistakes_are_named_in_one_line(keywords: dict[str, Any], options: dict[str, Any], says: str) -> None:
@@ -300,6 +317,91 @@ def test_mistakes_are_named_in_one_line(keywords: dict[str, Any], options: dict[
         make_environment(**{**keywords, **options})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("action", "says"),
+    [
+        ([0, 9, 4], "action 9 at [1] is out of range; give one of MultiDiscrete([5 5 5])"),
+        ([0, -1, 4], "action -1 at [1] is out of range"),
+        ([0, 1, 2**40], "is out of range"),
+        ([0, 1, 2**63], "is not of 64-bit integers"),
+        ([0, 1, 2**70], "is not of 64-bit integers"),
+        ([0.0, 1.0, 2.0], "action [0.0, 1.0, 2.0] is not of 64-bit integers"),
+        ([True, False, True], "is not of 64-bit integers"),
+        (["0", "1", "2"], "is not of 64-bit integers"),
+        (None, "action None is not of 64-bit integers"),
+        ([[0], [1, 2]], "is not an array"),
+        ([0, 1], "the action has shape (2,), not (3,)"),
+        (3, "the action has shape (), not (3,)"),
+    ],
+)
+def test_actions_outside_the_space_are_refused(env: gym.Env[Any, Any], action: Any, says: str) -> None:
+    env.reset(seed=0)
+    with pytest.raises(InputError) as error:
+        env.step(action)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    env.step(np.array([0, 4, 4], dtype=np.uint8))  # the episode goes on
+
+
+@pytest.mark.parametrize(("action", "says"), [(4, "action 4 is out of range; give one of Discrete(4)"), (1.5, "1.5")])
+def test_counts_outside_the_space_are_refused(make: Callable[..., gym.Env[Any, Any]], action: Any, says: str) -> None:
+    env = make(action="num_low_units")
+    env.reset(seed=0)
+    with pytest.raises(InputError) as error:
+        env.step(action)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reset", "says"),
+    [
+        ({"seed": -1}, "seed=-1 is not one of 64 bits; use 0 to 18446744073709551615"),
+        ({"seed": 2**64}, f"seed={2**64} is not one of 64 bits"),
+        ({"seed": 10**5000}, "is not one of 64 bits"),
+        ({"seed": 1.5}, "seed=1.5 is not an integer"),
+        ({"seed": "7"}, "seed='7' is not an integer"),
+        ({"seed": True}, "seed=True is not an integer"),
+        (
+            {"options": {"windw": 3}},
+            "reset option 'windw' is not known; did you mean window? there are",
+        ),
+        ({"options": {3: 3}}, "reset option 3 is not known"),
+        ({"options": ["window"]}, "options=['window'] is not a dictionary"),
+        ({"options": {"window": 1.5}}, "window=1.5 is not an integer"),
+        ({"options": {"window": None}}, "window=None is not an integer"),
+        ({"options": {"kl_weight": "fast"}}, "kl_weight='fast' is not a number"),
+        ({"options": {"kl_weight": 10**400}}, "is too large"),
+    ],
+)
+def test_resets_that_cannot_be_are_refused(env: gym.Env[Any, Any], reset: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError) as error:
+        env.reset(**reset)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, np.int64(5)])
+def test_seeds_of_64_bits_are_taken(env: gym.Env[Any, Any], seed: Any) -> None:
+    assert env.reset(seed=seed)[1] == env.reset(seed=int(seed))[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"action": "num_low_units"}, {"source": "free", "temperature": 1.0}, {"profile": None}],
+    ids=["replay", "num_low_units", "free", "profiled"],
+)
+def test_the_default_dtype_changes_nothing(make: Callable[..., gym.Env[Any, Any]], options: dict[str, Any]) -> None:
+    forget_shared()
+    before = rollout(make(**options), seed=5)
+    forget_shared()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(rollout(make(**options), seed=5), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        forget_shared()
 
 
 def test_a_profile_of_another_model_is_refused(keywords: dict[str, Any], tiny_profile: Any, tmp_path: Path) -> None:

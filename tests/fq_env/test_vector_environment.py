@@ -205,6 +205,31 @@ def test_a_mask_restarts_some_rows() -> None:
             env.reset(options={"reset_mask": wrong})
 
 
+def test_what_rows_cannot_do_is_refused_in_one_line() -> None:
+    env = VectorEnvironment(*fake_parts(3, EnvConfig(prompt_tokens=4, max_new_tokens=STEPS)))
+    env.reset(seed=0)
+    low = np.zeros((3, 4), dtype=np.int64)
+    high = low + np.eye(3, 4, dtype=np.int64) * 5
+    mistakes: list[tuple[str, Callable[[], object]]] = [
+        ("action 5 at [0, 0] is out of range", lambda: env.step(high)),
+        ("the action has shape (2, 4), not (3, 4)", lambda: env.step(low[:2])),
+        ("is not of 64-bit integers", lambda: env.step(low.astype(np.float32))),
+        ("reset option 'mask' is not known", lambda: env.reset(options={"mask": [True] * 3})),
+        ("window=[1, 2] is not one for each of 3 rows", lambda: env.reset(options={"window": [1, 2]})),
+        ("window=1.5 is not an integer", lambda: env.reset(options={"window": 1.5})),
+        ("is not a number", lambda: env.reset(options={"kl_weight": ["a", "b", "c"]})),
+        ("seed='abc' is not an integer", lambda: env.reset(seed="abc")),  # type: ignore[arg-type]
+        ("is not one of 64 bits", lambda: env.reset(seed=2**64 - 1)),  # the second row's is one too many
+        ("is not one of 64 bits", lambda: env.reset(seed=[0, -1, 0])),
+        ("must be 3 booleans", lambda: env.reset(options={"reset_mask": [[True], [True, False]]})),
+    ]
+    for says, mistake in mistakes:
+        with pytest.raises(InputError) as error:
+            mistake()
+        assert says in str(error.value)
+        assert "\n" not in str(error.value)
+
+
 def test_gymnasiums_wrappers_understand_it(make: Callable[..., VectorEnv[Any, Any, Any]]) -> None:
     env = RecordEpisodeStatistics(make())
     env.reset(seed=0)
