@@ -40,13 +40,6 @@ class _UnitGroups:
             values, counts = torch.unique_consecutive(ordered, return_counts=True)
             self.runs = list(zip(values.tolist(), counts.tolist(), strict=True))
 
-    def per_token(self) -> Tensor:
-        """`[num_tokens]` int64: the width of every token, in the order of the call."""
-        widths = torch.tensor([width for width, count in self.runs for _ in range(count)], dtype=torch.int64)
-        if self.order is None:
-            return widths
-        return torch.empty_like(widths).index_copy_(0, self.order, widths)
-
 
 class WidthPlan:
     """Which tokens of a forward pass read which width, unit by unit; also collects the layers' statistics.

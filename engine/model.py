@@ -131,6 +131,14 @@ class NestedCausalLM:
         return max_context(self.hf_model)
 
     @property
+    def context_note(self) -> str:
+        """Why the context ends earlier than the model's configuration says, in brackets, or nothing."""
+        config = self.hf_model.config.get_text_config()
+        if self.max_context == _rotary_limit(config):
+            return " (where longrope changes the rotary factors of all positions)"
+        return " (its sliding window)" if self.max_context == getattr(config, "sliding_window", None) else ""
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.hf_model.device
@@ -225,16 +233,6 @@ class NestedCausalLM:
         )
 
 
-def _layer_hook(layer_idx: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        plan = active_plan()
-        if plan is not None and plan.collect:
-            before = args[0] if args else kwargs["hidden_states"]
-            plan.observe_layer(layer_idx, before, output[0] if isinstance(output, tuple) else output)
-
-    return hook
-
-
 def max_context(hf_model: PreTrainedModel) -> int:
     """Tokens that a model can attend to; a sliding window, or the switch of longrope's factors, counts as the limit."""
     config = hf_model.config.get_text_config()
@@ -264,9 +262,10 @@ def decoder_layers(hf_model: PreTrainedModel) -> nn.ModuleList:
     for module in hf_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and _linears(module[0]):
             return module
+    kind = "mixture-of-experts layers with fused weights" if _has_experts(hf_model) else "layers of another kind"
     raise InputError(
-        f"{type(hf_model).__name__} has no list of {depth} decoder layers made of Linear modules; "
-        "mixture-of-experts layers with fused weights are not supported"
+        f"{type(hf_model).__name__} has no list of {depth} decoder layers made of Linear modules; {kind} are not "
+        "supported"
     )
 
 
@@ -283,9 +282,11 @@ def make_units(hf_model: PreTrainedModel, config: QuantizationConfig) -> tuple[U
         prefix = names[layer]
         for name, parameter in layer.named_parameters():
             if parameter.dim() > 2:
+                is_expert = _has_experts(hf_model) and "conv" not in name
+                what = f"fuses the weights of {len(parameter)} experts" if is_expert else "is no matrix"
                 raise InputError(
-                    f"{prefix}.{name} fuses the weights of {len(parameter)} experts, which cannot be nested; "
-                    "use a model whose layers are made of Linear modules"
+                    f"{prefix}.{name} {what}, which cannot be nested; use a model whose layers are made of Linear "
+                    "modules"
                 )
         if config.unit == "layer":
             units.append(_unit(f"layer.{layer_idx}", "layer", layer_idx, prefix, linears))
@@ -300,6 +301,11 @@ def make_units(hf_model: PreTrainedModel, config: QuantizationConfig) -> tuple[U
         head = hf_model.get_output_embeddings()
         units.append(_unit("head", "head", len(decoder_layers(hf_model)), names[head], {"": head}))
     return tuple(units)
+
+
+def _has_experts(hf_model: PreTrainedModel) -> bool:
+    config = hf_model.config.get_text_config()
+    return any(getattr(config, f"{prefix}_experts", None) for prefix in ("num", "num_local", "n_routed", "moe_num"))
 
 
 def _unit(

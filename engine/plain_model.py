@@ -45,7 +45,10 @@ _MARKS = {
     "_blocks": "mxfp4",
     "_scales": "mxfp4",
 }
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+# In the names of layer types that keep a state; `hybrid` has both at once.
+_STATES = ("mamba", "ssm", "conv", "recurrent", "linear_attention", "lightning", "delta", "rwkv", "lstm")
+# Computes what nn.Linear does, term by term.
+_LIKE_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 def check_directory(path: str, directory: Path) -> dict[str, Any]:
@@ -206,7 +209,7 @@ def check_no_state(path: str, config: Any) -> None:
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
-    others = sorted(map(str, kinds - _ATTENTION_LAYERS))
+    others = sorted(str(kind) for kind in kinds if kind == "hybrid" or any(part in str(kind) for part in _STATES))
     model_class = next((MODEL_FOR_CAUSAL_LM_MAPPING.get(type(part), None) for part in (config, text)), None)
     if isinstance(model_class, tuple):
         model_class = model_class[0]
@@ -224,16 +227,24 @@ def check_weights(hf_model: PreTrainedModel) -> None:
     if quantization:
         raise InputError(f"{type(hf_model).__name__}: already quantised by {_method(quantization)}; {_ORIGINAL}")
     for name, module in hf_model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and type(module) not in (nn.Linear, Conv1D, NestedLinear):
-            library = type(module).__module__.partition(".")[0]
+        kind = type(module)
+        if isinstance(module, nn.Linear | Conv1D) and kind not in (nn.Linear, Conv1D, NestedLinear):
+            library = kind.__module__.partition(".")[0]
+            if library == "transformers":
+                if f"{kind.__module__}.{kind.__name__}" == _LIKE_LINEAR:
+                    continue
+                raise InputError(
+                    f"{name} is a {kind.__name__}, which computes more than nn.Linear does and cannot be nested; use a "
+                    "model whose layers are made of plain linears"
+                )
             raise InputError(
-                f"{name} is a {type(module).__name__}, not a plain nn.Linear: already quantised by {library}? {_ORIGINAL}"
+                f"{name} is a {kind.__name__}, not a plain nn.Linear: already quantised by {library}; {_ORIGINAL}"
             )
     for name, parameter in hf_model.named_parameters():
-        kind = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.detach())
-        if kind not in (nn.Parameter, Tensor) or parameter.dtype not in _PLAIN_DTYPES:
+        holder = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.detach())
+        if holder is not Tensor or parameter.dtype not in _PLAIN_DTYPES:
             dtype = str(parameter.dtype).removeprefix("torch.")
-            raise InputError(f"{name} is a {kind.__name__} of {dtype}: already quantised; {_ORIGINAL}")
+            raise InputError(f"{name} is a {holder.__name__} of {dtype}: already quantised; {_ORIGINAL}")
 
 
 def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, hf_model: PreTrainedModel) -> None:
@@ -243,7 +254,9 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, hf_model: Pr
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if not vocabulary:
-        raise InputError(f"{path}: the tokenizer knows no token; copy the tokenizer files of the original model into it")
+        raise InputError(
+            f"{path}: the tokenizer knows no token; copy the tokenizer files of the original model into it"
+        )
     placeholders = {str(value) for key, value in tokenizer.init_kwargs.items() if key in ("image_token", "audio_token")}
     largest = max((id_ for token, id_ in vocabulary.items() if token not in placeholders), default=0)
     num_rows = int(hf_model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]

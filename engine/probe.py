@@ -8,6 +8,7 @@ the model and comes before quantisation; what it compares is the architecture: p
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,12 @@ from transformers import PreTrainedModel
 
 from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.linear import WidthPlan, active_plan, layer_hook, reading
+from flexquant_rl.engine.linear import WidthPlan, layer_hook, reading
 
-_PROMPT_TOKENS = (2, 4)  # rows of different lengths
-_STEP_TOKENS = 2
+_NUM_TOKENS = 5
+_TINY = 1e-6
+_BY_POSITION = ("default", "linear", "llama3", "yarn")
+"""Rotations that depend on the position alone; others may change with the length of the sequence."""
 _TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest of them; families that decode well stay below 1e-5."""
 _FIX = "use a decoder of plain attention layers (Llama, Qwen, Mistral, GPT-2, OPT, GPT-NeoX, Phi, Gemma)"
@@ -50,113 +53,137 @@ def check_decoding(
         raise InputError(f"{name} takes no position_ids, so its rows cannot be at positions of their own; {_FIX}")
     if "past_key_values" not in arguments:
         raise InputError(f"{name} takes no past_key_values: without a cache it cannot decode token by token; {_FIX}")
-    probe = _Probe(hf_model, unit_of, layers)
+    call = _Call()
+    probe = _Probe(hf_model, max(unit_of.values()) + 1, len(layers), call)
     try:
-        with _stood_in(hf_model, unit_of), _observed(layers):
-            probe.check_rows(max_context)
-            probe.check_last_position(max_context)
-    except _UnfitError as reason:
-        raise InputError(f"{name} cannot be decoded token by token: {reason}; {_FIX}") from reason
+        with _stood_in(hf_model, unit_of, call), _observed(layers):
+            if max_context >= _NUM_TOKENS:
+                probe.check_rows()
+                if not _rotates_by_position(hf_model):
+                    probe.check_last_position(max_context)
     except Exception as error:  # a model that is called in a way that it does not know may raise anything
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-        raise InputError(f"{name} cannot be decoded token by token ({reason}); {_FIX}") from error
+        raise InputError(f"{name} cannot be decoded token by token: {_reason(hf_model, error)}; {_FIX}") from error
+
+
+def _rotates_by_position(hf_model: PreTrainedModel) -> bool:
+    found = getattr(hf_model.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [part for part in (found, *found.values()) if isinstance(part, dict) and "rope_type" in part]
+    return bool(parts) and all(part["rope_type"] in _BY_POSITION for part in parts)
+
+
+def _reason(hf_model: PreTrainedModel, error: Exception) -> str:
+    config = hf_model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention, whose linears read the cache and not the new tokens alone"
+    if getattr(config, "alibi", False):
+        return "its attention takes positions from the mask (ALiBi), not from position_ids"
+    lines = str(error).strip().splitlines()
+    if isinstance(error, _UnfitError):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+class _Call:
+    """What the pass under way reads: a factor per token and unit, tokens in the order of the input."""
+
+    def __init__(self) -> None:
+        self.factors: list[Tensor] = []
 
 
 class _StandIn(nn.Module):
-    """Looks like a nested linear from outside: tokens in the order of the active plan, a width for each, no `weight`."""
+    """Looks like a nested linear from outside: a width for every token of the call in order, and no dense `weight`."""
 
-    def __init__(self, name: str, num_inputs: int, num_outputs: int, unit_idx: int, seed: int, device: Any) -> None:
+    def __init__(self, name: str, shape: tuple[int, int], unit_idx: int, call: _Call, device: torch.device) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(num_inputs, (num_outputs,), generator=generator)
-        sign = torch.randint(2, (num_outputs,), generator=generator) * 2 - 1
-        self._name, self._num_inputs, self._unit_idx = name, num_inputs, unit_idx
-        self._chosen, self._sign = chosen.to(device), sign.to(device, torch.float32)
+        num_inputs, num_outputs = shape
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        signed = torch.randint(2 * num_inputs, (num_outputs,), generator=generator).to(device)
+        self._chosen, self._sign = signed // 2, (signed % 2 * 2 - 1) * num_inputs**0.5
+        self._name, self._num_inputs, self._unit_idx, self._call = name, num_inputs, unit_idx, call
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = active_plan()
-        assert plan is not None
-        widths = plan.groups(self._unit_idx).per_token().to(x.device, torch.float32)
-        if x.numel() != len(widths) * self._num_inputs:
+        factor = self._call.factors[self._unit_idx]
+        flat = x.reshape(-1, self._num_inputs)
+        if len(flat) != len(factor):
             raise _UnfitError(
-                f"{self._name} reads {x.numel() // self._num_inputs} vectors where there are {len(widths)} tokens, so "
-                "that a width per token means nothing to it"
+                f"{self._name} reads {len(flat)} vectors where there are {len(factor)} tokens, so that a width per "
+                "token means nothing to it"
             )
-        # Of unit size, so that no outlier decides what attention looks at.
-        unit = x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()
-        return unit[..., self._chosen] * self._sign * (1 + widths.view(*x.shape[:-1], 1) / 8)
+        # Of one size, so that no outlier decides what attention looks at.
+        size = torch.linalg.vector_norm(flat, dim=-1, keepdim=True) + _TINY
+        scaled = flat.index_select(1, self._chosen) * (factor / size)
+        return (scaled * self._sign).view(*x.shape[:-1], -1)
 
 
 class _Probe:
     """Passes over a few tokens."""
 
-    def __init__(self, hf_model: PreTrainedModel, unit_of: Mapping[str, int], layers: Sequence[nn.Module]) -> None:
+    def __init__(self, hf_model: PreTrainedModel, num_units: int, num_layers: int, call: _Call) -> None:
         self._hf_model = hf_model
-        self._num_layers = len(layers)
-        self._has_head = hf_model.get_output_embeddings() in [hf_model.get_submodule(name) for name in unit_of]
-        self._num_units = max(unit_of.values()) + 1
+        self._num_layers = num_layers
+        self._call = call
         vocab_size = hf_model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
         config = hf_model.config.get_text_config()
-        special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
+        special: set[Any] = set()
+        for kind in ("pad", "bos", "eos"):
+            listed = getattr(config, f"{kind}_token_id", None)
+            special.update(listed if isinstance(listed, list | tuple) else [listed])
         plain = [token_id for token_id in range(min(vocab_size, 4096)) if token_id not in special] or [0]
-        num_tokens = max(_PROMPT_TOKENS) + _STEP_TOKENS
-        rows = torch.arange(len(_PROMPT_TOKENS))[:, None]
-        columns = torch.arange(num_tokens)
+        rows, columns = torch.arange(2)[:, None], torch.arange(_NUM_TOKENS)
         # Whatever differs from token to token: 37 and 101 divide no common size of a vocabulary.
         self._token_ids = torch.tensor(plain)[(5 + 37 * columns + 101 * rows) % len(plain)].to(hf_model.device)
-        units = torch.arange(self._num_units)
+        units = torch.arange(num_units)
         self._widths = 3 + (units + 2 * columns[:, None] + 3 * rows[..., None]) % 6  # [R, T, U], from 3 to 8
 
-    def check_rows(self, max_context: int) -> None:
-        """Compares rows that are extended together with each of them read at once."""
-        lengths = [tokens + _STEP_TOKENS for tokens in _PROMPT_TOKENS]
-        if max(lengths) > max_context:
-            return
-        cache = RowCache(self._num_layers, len(lengths), max(lengths), self._hf_model.device)
-        prompts = [
-            self._continue(cache, self._token_ids[row : row + 1, :count], self._widths[row : row + 1, :count], row)
-            for row, count in enumerate(_PROMPT_TOKENS)
-        ]
-        begun = [slice(count, count + _STEP_TOKENS) for count in _PROMPT_TOKENS]
-        token_ids = torch.stack([self._token_ids[row, span] for row, span in enumerate(begun)])
-        widths = torch.stack([self._widths[row, span] for row, span in enumerate(begun)])
-        steps = self._continue(cache, token_ids, widths, None)
-        for row, length in enumerate(lengths):
-            token_ids, widths = self._token_ids[row : row + 1, :length], self._widths[row : row + 1, :length]
-            whole = self._logits(token_ids, widths)
-            stepped = torch.cat([prompts[row], steps[row : row + 1]], dim=1)
-            if not _same(stepped, whole):
-                raise _UnfitError(self._why_different(token_ids, widths, whole, stepped))
+    def check_rows(self) -> None:
+        """Compares rows that are extended together, one of them two tokens behind, with both of them read at once."""
+        cache = RowCache(self._num_layers, 2, _NUM_TOKENS, self._hf_model.device)
+        ahead = self._continue(cache, self._token_ids[1:, :2], self._widths[1:, :2], row=1)
+        outputs: list[list[Tensor]] = [[], [ahead[0]]]
+        for begin, end in ((0, 2), (2, 3)):  # several tokens, and one: models may have a way of their own for that
+            spans = [slice(begin, end), slice(begin + 2, end + 2)]
+            token_ids = torch.stack([self._token_ids[row, span] for row, span in enumerate(spans)])
+            widths = torch.stack([self._widths[row, span] for row, span in enumerate(spans)])
+            for row, logits in enumerate(self._continue(cache, token_ids, widths)):
+                outputs[row].append(logits)
+        whole = self._logits(self._token_ids, self._widths)
+        for row, parts in enumerate(outputs):
+            stepped = torch.cat(parts)
+            if not _same(stepped, whole[row, : len(stepped)]):
+                raise _UnfitError(self._why_different(stepped, whole, row))
 
     def check_last_position(self, max_context: int) -> None:
         """Compares a step to the last position with one pass over the same tokens and positions."""
         token_ids, widths = self._token_ids[:1, :4], self._widths[:1, :4]
-        if max_context < 4:
-            return
         positions = torch.tensor([[0, 1, 2, max_context - 1]], device=self._hf_model.device)
         caches = [RowCache(self._num_layers, 1, 4, self._hf_model.device) for _ in range(2)]
-        whole = self._continue(caches[0], token_ids, widths, None, positions)
+        whole = self._continue(caches[0], token_ids, widths, positions=positions)
         parts = [
-            self._continue(caches[1], token_ids[:, part], widths[:, part], None, positions[:, part])
+            self._continue(caches[1], token_ids[:, part], widths[:, part], positions=positions[:, part])
             for part in (slice(0, 3), slice(3, 4))
         ]
         if not _same(torch.cat(parts, dim=1), whole):
-            raise _UnfitError(f"what it makes of its first tokens changes when position {max_context - 1} is reached")
+            raise _UnfitError(
+                f"what it makes of its first tokens changes when position {max_context - 1} is reached, as rotary "
+                "factors that depend on the length do"
+            )
 
-    def _why_different(self, token_ids: Tensor, widths: Tensor, whole: Tensor, stepped: Tensor) -> str:
+    def _why_different(self, stepped: Tensor, whole: Tensor, row: int) -> str:
         if bool(torch.isfinite(whole).all()):
-            ends_otherwise = torch.cat([token_ids[:, :-1], token_ids[:, :1]], dim=1)
-            if not _same(self._logits(ends_otherwise, widths)[:, :-1], whole[:, :-1]):
+            ends_otherwise = torch.cat([self._token_ids[:, :-1], self._token_ids[:, :1]], dim=1)
+            if not _same(self._logits(ends_otherwise, self._widths)[:, :-1], whole[:, :-1]):
                 return "it is an encoder, whose earlier tokens see the later ones"
-        config = self._hf_model.config.get_text_config()
-        if getattr(config, "alibi", False):
-            return "its attention takes positions from the mask (ALiBi), not from position_ids"
-        error = float((stepped - whole).abs().max())
+        error = float((stepped - whole[row, : len(stepped)]).abs().max())
         return f"its logits differ by {error:.2g} from those of the same text read at once"
 
     def _continue(
-        self, cache: RowCache, token_ids: Tensor, widths: Tensor, row: int | None, positions: Tensor | None = None
+        self,
+        cache: RowCache,
+        token_ids: Tensor,
+        widths: Tensor,
+        *,
+        row: int | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Appends tokens to all rows, or restarts one with them, at the cache's positions unless others are given."""
         rows = None if row is None else torch.tensor([row], device=self._hf_model.device)
@@ -174,10 +201,9 @@ class _Probe:
         mask: Tensor | None = None,
     ) -> Tensor:
         """`[R, T, vocab]`, called as `NestedCausalLM.forward` calls the model."""
-        columns = widths.flatten(0, 1)
-        body, head = (columns[:, :-1], columns[:, -1]) if self._has_head else (columns, None)
         keep = token_ids.shape[1]
-        plan = WidthPlan(body, head, collect=0 if cache is None else keep)
+        self._call.factors = [1 + column.reshape(-1, 1) / 8 for column in widths.to(self._hf_model.device).unbind(-1)]
+        plan = WidthPlan(torch.empty(0, 0), None, collect=0 if cache is None else keep)
         with torch.inference_mode(), reading(plan):
             output = self._hf_model(
                 input_ids=token_ids,
@@ -198,14 +224,12 @@ def _same(actual: Tensor, expected: Tensor) -> bool:
 
 
 @contextmanager
-def _stood_in(hf_model: PreTrainedModel, unit_of: Mapping[str, int]) -> Iterator[None]:
+def _stood_in(hf_model: PreTrainedModel, unit_of: Mapping[str, int], call: _Call) -> Iterator[None]:
     """Stand-ins in the places of the linears."""
     originals: dict[str, Any] = {name: hf_model.get_submodule(name) for name in unit_of}
     try:
-        for seed, (name, linear) in enumerate(originals.items()):
-            num_inputs, num_outputs = _shape(linear)
-            stand_in = _StandIn(name, num_inputs, num_outputs, unit_of[name], seed, hf_model.device)
-            hf_model.set_submodule(name, stand_in)
+        for name, linear in originals.items():
+            hf_model.set_submodule(name, _StandIn(name, _shape(linear), unit_of[name], call, hf_model.device))
         yield
     finally:
         for name, linear in originals.items():
@@ -224,9 +248,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 @contextmanager
 def _observed(layers: Sequence[nn.Module]) -> Iterator[None]:
     """The layers' statistics are taken, as in every step."""
-    handles = [
-        layer.register_forward_hook(layer_hook(index), with_kwargs=True) for index, layer in enumerate(layers)
-    ]
+    handles = [layer.register_forward_hook(layer_hook(index), with_kwargs=True) for index, layer in enumerate(layers)]
     try:
         yield
     finally:
