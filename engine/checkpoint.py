@@ -31,7 +31,16 @@ from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
-from flexquant_rl.engine.model import DENSE_CACHE_BYTES, NestedCausalLM, Unit, load_causal_lm, make_units, nest
+from flexquant_rl.engine.model import (
+    DENSE_CACHE_BYTES,
+    NestedCausalLM,
+    Unit,
+    check_units,
+    load_causal_lm,
+    make_units,
+    nest,
+)
+from flexquant_rl.engine.plain_model import check_vocabulary
 from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.bitplane import NUM_PLANES, WORD_BITS, NestedWeight, padded_inputs
@@ -108,6 +117,8 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     _insert_empty_linears(hf_model, units, config, cache)
     _load_tensors(path, hf_model, manifest["tensors"])
     hf_model.eval().requires_grad_(False)
+    check_vocabulary(str(path), tokenizer, hf_model)
+    check_units(hf_model, units)
     return NestedCausalLM(hf_model, tokenizer, config, units, cache, calibration)
 
 

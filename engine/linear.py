@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,18 @@ def reading(plan: WidthPlan) -> Iterator[WidthPlan]:
 def active_plan() -> WidthPlan | None:
     """The plan of the forward pass under way, if any."""
     return _ACTIVE_PLAN.get()
+
+
+def layer_hook(layer_idx: int) -> Callable[..., None]:
+    """A forward hook that records the statistics of a decoder layer in the active plan, if that collects them."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        plan = active_plan()
+        if plan is not None and plan.collect:
+            before = args[0] if args else kwargs["hidden_states"]
+            plan.observe_layer(layer_idx, before, output[0] if isinstance(output, tuple) else output)
+
+    return hook
 
 
 class DenseCache:

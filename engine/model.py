@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -13,12 +11,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, active_plan, reading
+from flexquant_rl.engine.hub import snapshot_config, snapshot_weights
+from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, layer_hook, reading
+from flexquant_rl.engine.plain_model import (
+    check_directory,
+    check_loaded,
+    check_no_state,
+    check_stored,
+    check_vocabulary,
+    check_weights,
+    weight_files,
+)
+from flexquant_rl.engine.probe import check_decoding
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
@@ -33,9 +42,6 @@ CALIBRATION_MISSING = (
     "--calibration FILE` and use OUT"
 )
 """What is wrong where `gptq` is asked for without calibration."""
-
-# Newer ForCausalLM, older LMHeadModel (GPT-2).
-_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 
 @dataclass(frozen=True)
@@ -101,14 +107,9 @@ class NestedCausalLM:
         self._has_head_unit = units[-1].kind == "head"
         self._layers = decoder_layers(hf_model)
         for layer_idx, layer in enumerate(self._layers):
-            layer.register_forward_hook(_layer_hook(layer_idx), with_kwargs=True)
+            layer.register_forward_hook(layer_hook(layer_idx), with_kwargs=True)
         self._unit_layer = torch.tensor([unit.layer_idx for unit in units])
         self.fingerprint = _fingerprint(self.nested_linears(), units, self.bit_widths)
-        if "position_ids" not in inspect.signature(hf_model.forward).parameters:
-            raise InputError(
-                f"{type(hf_model).__name__} takes no position_ids, so its rows cannot be at positions of their own; "
-                "use a model with rotary or learned positions (Llama, Qwen, Mistral, GPT-2, OPT, GPT-NeoX, Phi, Gemma)"
-            )
 
     @property
     def num_units(self) -> int:
@@ -129,6 +130,14 @@ class NestedCausalLM:
     def max_context(self) -> int:
         """Tokens that the model can attend to; a sliding window counts as the limit."""
         return max_context(self.hf_model)
+
+    @property
+    def context_note(self) -> str:
+        """Why the context ends earlier than the model's configuration says, in brackets, or nothing."""
+        config = self.hf_model.config.get_text_config()
+        if self.max_context == _rotary_limit(config):
+            return " (where longrope changes the rotary factors of all positions)"
+        return " (its sliding window)" if self.max_context == getattr(config, "sliding_window", None) else ""
 
     @property
     def device(self) -> torch.device:
@@ -225,22 +234,23 @@ class NestedCausalLM:
         )
 
 
-def _layer_hook(layer_idx: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        plan = active_plan()
-        if plan is not None and plan.collect:
-            before = args[0] if args else kwargs["hidden_states"]
-            plan.observe_layer(layer_idx, before, output[0] if isinstance(output, tuple) else output)
-
-    return hook
-
-
 def max_context(hf_model: PreTrainedModel) -> int:
-    """Tokens that a model can attend to; a sliding window counts as the limit."""
+    """Tokens that a model can attend to; a sliding window, or the switch of longrope's factors, counts as the limit."""
     config = hf_model.config.get_text_config()
     limit = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
     window = getattr(config, "sliding_window", None)
-    return min(limit, int(window)) if window else limit
+    return min(limit, int(window or limit), _rotary_limit(config) or limit)
+
+
+def _rotary_limit(config: Any) -> int | None:
+    """Where longrope takes other frequencies for all positions: keys that are held were rotated by the first ones."""
+    found = getattr(config, "rope_parameters", None) or {}
+    limits = [
+        part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for part in (found, *found.values())  # some models have parameters for each type of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope"
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def decoder_layers(hf_model: PreTrainedModel) -> nn.ModuleList:
@@ -253,9 +263,10 @@ def decoder_layers(hf_model: PreTrainedModel) -> nn.ModuleList:
     for module in hf_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and _linears(module[0]):
             return module
+    kind = "mixture-of-experts layers with fused weights" if _has_experts(hf_model) else "layers of another kind"
     raise InputError(
-        f"{type(hf_model).__name__} has no list of {depth} decoder layers made of Linear modules; "
-        "mixture-of-experts layers with fused weights are not supported"
+        f"{type(hf_model).__name__} has no list of {depth} decoder layers made of Linear modules; {kind} are not "
+        "supported"
     )
 
 
@@ -272,9 +283,11 @@ def make_units(hf_model: PreTrainedModel, config: QuantizationConfig) -> tuple[U
         prefix = names[layer]
         for name, parameter in layer.named_parameters():
             if parameter.dim() > 2:
+                is_expert = _has_experts(hf_model) and "conv" not in name
+                what = f"fuses the weights of {len(parameter)} experts" if is_expert else "is no matrix"
                 raise InputError(
-                    f"{prefix}.{name} fuses the weights of {len(parameter)} experts, which cannot be nested; "
-                    "use a model whose layers are made of Linear modules"
+                    f"{prefix}.{name} {what}, which cannot be nested; use a model whose layers are made of Linear "
+                    "modules"
                 )
         if config.unit == "layer":
             units.append(_unit(f"layer.{layer_idx}", "layer", layer_idx, prefix, linears))
@@ -289,6 +302,11 @@ def make_units(hf_model: PreTrainedModel, config: QuantizationConfig) -> tuple[U
         head = hf_model.get_output_embeddings()
         units.append(_unit("head", "head", len(decoder_layers(hf_model)), names[head], {"": head}))
     return tuple(units)
+
+
+def _has_experts(hf_model: PreTrainedModel) -> bool:
+    config = hf_model.config.get_text_config()
+    return any(getattr(config, f"{prefix}_experts", None) for prefix in ("num", "num_local", "n_routed", "moe_num"))
 
 
 def _unit(
@@ -335,11 +353,14 @@ def nest(
     config.validate()
     if config.method == "gptq" and calibration is None:
         raise InputError(CALIBRATION_MISSING)
+    check_weights(hf_model)
+    check_no_state(type(hf_model).__name__, hf_model.config)
+    hf_model.float().eval()
     for name, parameter in hf_model.named_parameters():
         check_finite(name, parameter)
     units = make_units(hf_model, config)
+    unit_of = check_units(hf_model, units)
     cache = DenseCache(DENSE_CACHE_BYTES)
-    unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
     hessians = repeat(None) if calibration is None else _input_hessians(hf_model, units, calibration)
     for (name, unit_idx), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
         linear = hf_model.get_submodule(name)
@@ -360,6 +381,13 @@ def nest(
     hf_model.eval().requires_grad_(False)
     facts = None if calibration is None else Calibration.of(calibration)
     return NestedCausalLM(hf_model, tokenizer, config, units, cache, facts)
+
+
+def check_units(hf_model: PreTrainedModel, units: tuple[Unit, ...]) -> dict[str, int]:
+    """Returns the unit of every linear by module name; InputError if the model cannot be decoded (see probe.py)."""
+    unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
+    check_decoding(hf_model, unit_of, decoder_layers(hf_model), max_context(hf_model))
+    return unit_of
 
 
 def _input_hessians(hf_model: PreTrainedModel, units: tuple[Unit, ...], calibration: Tensor) -> Iterator[Tensor]:
@@ -392,49 +420,41 @@ def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """Loads an unquantised causal LM in float32 from a directory or, by name, from the hub.
 
     Raises:
-        InputError: If it is missing, not a causal LM, incomplete or unreadable.
+        InputError: If it is missing, not a causal LM, incomplete, quantised already or unreadable.
     """
-    _check_causal(path)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers and safetensors raise a dozen types for a bad directory
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot be loaded as a causal LM ({reason}); check the directory or name") from error
-    hf_model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        missing = sorted(str(key) for key in [*info["missing_keys"], *info.get("mismatched_keys", [])])
-        raise InputError(
-            f"{path}: {len(missing)} tensors are missing or misshapen, e.g. {missing[0]}; the checkpoint is incomplete"
-        )
+    is_name = not Path(path).exists() and not path.startswith((".", "/", "~")) and path.count("/") <= 1
+    directory = snapshot_config(path) if is_name else Path(path)
+    check_directory(path, directory)
+    config = _from_files(path, AutoConfig, directory)
+    check_no_state(path, config)
+    # Before the weights: it takes less time.
+    tokenizer: PreTrainedTokenizerBase = _from_files(f"{path}: the tokenizer", AutoTokenizer, directory)
+    if is_name:
+        snapshot_weights(path, directory)
+    check_stored(path, weight_files(path, directory))
+    hf_model, info = _from_files(
+        path, AutoModelForCausalLM, directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    check_loaded(path, hf_model, info)
+    check_vocabulary(path, tokenizer, hf_model)
     hf_model.eval()
     return hf_model, tokenizer
 
 
-def _check_causal(path: str) -> None:
-    directory = Path(path)
-    looks_local = directory.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not looks_local:
-        return
-    if not directory.is_dir():
-        raise InputError(f"{path} is not a directory; pass a Hugging Face model directory or a hub name")
-    config_path = directory / "config.json"
-    if not config_path.is_file():
-        raise InputError(f"{path} has no config.json; pass a Hugging Face model directory")
+def _from_files(what: str, kind: Any, directory: Path, **options: Any) -> Any:
+    """`kind.from_pretrained`, whatever it raises as an InputError."""
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{config_path} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{config_path} holds no JSON object; restore the file")
-    architectures = config.get("architectures") or []
-    if architectures and not any(name.endswith(_CAUSAL_SUFFIXES) for name in architectures):
+        return kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # transformers and safetensors raise a dozen types for a bad directory
+        lines = str(error).strip().splitlines()
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{what} needs code of its own, which is never run; use a model that transformers itself knows"
+            ) from error
         raise InputError(
-            f"{path} is a {architectures[0]}, not a causal language model; a decoder that generates text is needed"
-        )
+            f"{what} cannot be loaded as a causal LM ({lines[0] if lines else type(error).__name__}); "
+            "check the directory or name"
+        ) from error
 
 
 def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_widths: tuple[int, ...]) -> str:

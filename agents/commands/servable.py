@@ -84,7 +84,7 @@ def load_servable(
 
 def _load(model: str, quantization: QuantizationConfig) -> NestedCausalLM:
     path = resolve_model(model)
-    return load_model(path, quantization, progress=lambda items: track(items, "quantising"))
+    return load_model(path, quantization, keep_reference=False, progress=lambda items: track(items, "quantising"))
 
 
 def _one_width(model: NestedCausalLM, unbound: Fixed) -> Servable:

@@ -174,7 +174,7 @@ def check_max_length(max_length: int | None, model: NestedCausalLM) -> int:
     if max_length > model.max_context:
         raise InputError(
             f"{max_length} tokens (prompt and continuation) were asked for, but the model's context holds "
-            f"{model.max_context}; shorten the prompt or the continuation"
+            f"{model.max_context}{model.context_note}; shorten the prompt or the continuation"
         )
     return max_length
 

@@ -104,9 +104,8 @@ class RowCache(Cache):
             # Layer after layer overwrites the old entries: until `commit` and after an aborted call the rows are empty.
             self.lengths[slice(None) if rows is None else rows] = 0
         visible = torch.arange(self.call.end, device=start.device) <= positions[:, None, :, None]
-        mask = torch.zeros(visible.shape, dtype=torch.float32, device=start.device).masked_fill_(
-            ~visible, torch.finfo(torch.float32).min
-        )
+        mask = torch.zeros(visible.shape, dtype=torch.float32, device=start.device)
+        mask.masked_fill_(~visible, torch.finfo(torch.float32).min)
         return positions, mask
 
     def commit(self) -> None:

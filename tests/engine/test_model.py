@@ -275,7 +275,7 @@ class TestRefusals:
 
     def test_pickled_weights_are_not_loaded(self, model_dir: Path) -> None:
         (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
-        self.assert_refused(model_dir, "cannot be loaded as a causal LM")
+        self.assert_refused(model_dir, "a pickle, which is never loaded; safetensors is needed")
 
     @pytest.mark.parametrize(
         ("text", "match"), [("{", "is not valid JSON"), ("[]", "holds no JSON object"), ("\xff", "is not valid JSON")]
