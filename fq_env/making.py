@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from gymnasium.utils import EzPickle
 
 from flexquant_rl.engine.control.profile import Profile
@@ -27,6 +28,16 @@ from flexquant_rl.fq_env.vector_environment import VectorEnvironment
 
 TaskMaker = Callable[[DecoderModel, Profile, EnvConfig], Task]
 """Makes the task of a model; a class derived from `LossyTask` is one."""
+
+
+def _use_one_thread() -> None:
+    """OpenMP's threads do not survive a fork, and whoever waits for them waits for ever."""
+    torch.set_num_threads(1)
+
+
+# Gymnasium's asynchronous vector environments fork by default.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def make_episodes(
