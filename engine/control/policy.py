@@ -212,14 +212,6 @@ class LearnedPolicy:
             choice = self._logits(signals.to(self._device)).argmax(-1)
             return Decision(self._widths.index_select(0, choice).view(len(signals), -1).to(signals.device))
 
-    def kl_weight_for_speed(self, speedup: float) -> float:
-        """The dial for a modelled speedup, between the settings measured on validation text.
-
-        Raises:
-            InputError: If the speed is outside what the policy reached there.
-        """
-        return self.card.setting_for_speed(speedup).kl_weight
-
 
 @dataclass(frozen=True)
 class StaticPolicy(StaticAllocation):

@@ -163,7 +163,7 @@ class TestActions:
 class TestDial:
     @pytest.mark.parametrize(("speed", "kl_weight"), [(1.0, 1000.0), (2.0, 10.0)])
     def test_nearest_setting(self, speed: float, kl_weight: float) -> None:
-        assert make_policy().kl_weight_for_speed(speed) == kl_weight
+        assert make_policy().card.setting_for_speed(speed).kl_weight == kl_weight
 
     def test_between_two_settings(self) -> None:
         """Half way between two speeds: the dial and the KL at their geometric mean, the width at its mean."""
@@ -179,11 +179,11 @@ class TestDial:
     @pytest.mark.parametrize("speed", [0.5, 2.1, float("nan"), float("inf")])
     def test_speed_out_of_reach(self, speed: float) -> None:
         with pytest.raises(InputError, match=r"speed .* is outside 1 to 2\.00.*--kl-weight"):
-            make_policy().kl_weight_for_speed(speed)
+            make_policy().card.setting_for_speed(speed)
 
     def test_policy_that_was_never_judged(self) -> None:
         with pytest.raises(InputError, match="outside"):
-            make_policy(dial=()).kl_weight_for_speed(1.0)
+            make_policy(dial=()).card.setting_for_speed(1.0)
 
 
 class TestFiles:
