@@ -51,7 +51,8 @@ class Environment(gym.Env[Observation, Any]):
         super().reset(seed=seed)
         draw = draw_episode(self.np_random, self.episodes, options or {})
         row = torch.tensor([0])
-        windows, dials, seeds = torch.tensor([draw.window]), torch.tensor([draw.kl_weight]), torch.tensor([draw.seed])
+        windows, seeds = torch.tensor([draw.window]), torch.tensor([draw.seed])
+        dials = torch.tensor([draw.kl_weight], dtype=torch.float32)
         self.episodes.start(row, windows, dials, seeds)
         self.task.start(self.episodes, row)
         return self._observation(), {"window": draw.window, "kl_weight": draw.kl_weight}

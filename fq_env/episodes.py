@@ -112,8 +112,8 @@ class Episodes:
         self._full_ms = float(self.cost.latency_ms(self.cost.full_width()))
         self._tokens = torch.zeros(num_rows, config.window_tokens, dtype=torch.int64)
         self._position = torch.full((num_rows,), -1)  # steps made; -1: no episode has started
-        self._kl_weight = torch.ones(num_rows)
-        self._mean_widths = torch.zeros(num_rows, config.max_new_tokens)
+        self._kl_weight = torch.ones(num_rows, dtype=torch.float32)
+        self._mean_widths = torch.zeros(num_rows, config.max_new_tokens, dtype=torch.float32)
 
     @property
     def kl_weight(self) -> Tensor:
@@ -162,7 +162,7 @@ class Episodes:
         latency_ms = self._latency_ms(token.decision, token.pass_ms)
         if self.config.probe_every:
             latency_ms = latency_ms + self._probe(kl)
-        nll = torch.full((self.num_rows,), float("nan"))
+        nll = torch.full((self.num_rows,), float("nan"), dtype=torch.float32)
         if self._sampler is None:
             nll = -log_probs.cpu()[rows, token.next_token_ids]
         terminated = torch.isin(token.next_token_ids, self._eos)

@@ -115,7 +115,7 @@ class SteppingReference:
         """See `Reference.start`; reads the prompts only."""
         prompts = tokens[:, : self._first]
         output = self._runner.decoder.prefill(prompts, rows=rows, bit_widths=self._widths)
-        self._runner.begin(output, torch.ones(len(rows)), rows)
+        self._runner.begin(output, torch.ones(len(rows), dtype=torch.float32), rows)
 
     def log_probs(self, position: Tensor) -> Tensor:
         """See `Reference.log_probs`; moves on by a token."""

@@ -209,7 +209,7 @@ class LossyTask:
         if self._static is None:
             return
         if self._static_reward is None:
-            self._static_reward = torch.zeros(episodes.num_rows, self._config.max_new_tokens)
+            self._static_reward = torch.zeros(episodes.num_rows, self._config.max_new_tokens, dtype=torch.float32)
         kl_weight = episodes.kl_weight[rows]
         widths = self._static(kl_weight)
         kl = episodes.text_kl_nats(rows, widths)

@@ -64,7 +64,9 @@ class DecodeVecEnv(VecEnv):
         windows = self._rng.integers(len(self.episodes.windows), size=count)
         dials = [draw_kl_weight(self._rng, self.episodes.config) for _ in range(count)]
         seeds = self._rng.integers(1 << 62, size=count)
-        self.episodes.start(rows, torch.from_numpy(windows), torch.tensor(dials), torch.from_numpy(seeds))
+        self.episodes.start(
+            rows, torch.from_numpy(windows), torch.tensor(dials, dtype=torch.float32), torch.from_numpy(seeds)
+        )
         self.task.start(self.episodes, rows)
 
     def step_async(self, actions: NDArray[Any]) -> None:

@@ -141,7 +141,7 @@ class NativeControl:
         self._vocab_size, num_embedding_dims = weights.embedding.shape
         num_global = signal_constants.NUM_TOKEN_SIGNALS + num_embedding_dims
         self.dim = num_global + self._num_units * (2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS)
-        self._slot = _Slot(torch.zeros(self._vocab_size))  # of the current distribution
+        self._slot = _Slot(torch.zeros(self._vocab_size, dtype=torch.float32))  # of the current distribution
         self._slots = [self._slot]
         net = None if weights.net is None else ctypes.addressof(self._net(weights.net, num_global))
         self._control = ControlStruct(
@@ -254,7 +254,7 @@ class NativeControl:
 
     def signals(self) -> Tensor:
         """The signal vector, `[dim]` float32."""
-        signals = torch.empty(self.dim)
+        signals = torch.empty(self.dim, dtype=torch.float32)
         with self._lock:
             self._library.fq_control_signals(self._pointer, signals.data_ptr())
         return signals
@@ -280,7 +280,7 @@ class NativeControl:
         for slot in self._slots:
             if not slot.is_needed():
                 return slot
-        slot = _Slot(torch.empty(self._vocab_size))
+        slot = _Slot(torch.empty(self._vocab_size, dtype=torch.float32))
         self._slots.append(slot)
         return slot
 
@@ -288,7 +288,7 @@ class NativeControl:
         """Addresses of the vectors of the state, which are together so that a mark copies them at once."""
         sizes = {"recent_widths": signal_constants.RECENT_TOKENS}
         sizes |= dict.fromkeys(("residual_update", "crest", "last_widths"), self._num_units)
-        self._vectors = torch.zeros(sum(sizes.values()))
+        self._vectors = torch.zeros(sum(sizes.values()), dtype=torch.float32)
         parts = self._vectors.split(list(sizes.values()))
         return {name: part.data_ptr() for name, part in zip(sizes, parts, strict=True)}
 

@@ -144,7 +144,9 @@ class LayerCache:
         # A step reads a few kilobytes of each head of each layer: with small pages, most of them cost a page walk. But
         # the first token already touches every huge page, so a large cache, mostly empty for long, has small ones.
         is_small = shape.numel() * torch.float32.itemsize <= _MAX_HUGE_CACHE_BYTES
-        return LayerCache(huge_pages.zeros(shape, torch.float32) if is_small else torch.zeros(shape))
+        return LayerCache(
+            huge_pages.zeros(shape, torch.float32) if is_small else torch.zeros(shape, dtype=torch.float32)
+        )
 
     def copy(self, length: int) -> LayerCache:
         """An independent copy of the first `length` positions; nothing else is touched."""
@@ -284,8 +286,8 @@ class NativeDecoder:
         return self._outputs.pop()
 
     def _new_outputs(self, count: int, num_logits: int) -> list[_Output]:
-        logits = torch.empty(count, num_logits, self.vocab_size)
-        statistics = torch.empty(count, 2, num_logits, self.weights.num_units)
+        logits = torch.empty(count, num_logits, self.vocab_size, dtype=torch.float32)
+        statistics = torch.empty(count, 2, num_logits, self.weights.num_units, dtype=torch.float32)
         parts = zip(logits, *statistics.unbind(1), strict=True)
         return [_Output(*tensors, *(tensor.data_ptr() for tensor in tensors)) for tensors in parts]
 

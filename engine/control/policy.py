@@ -58,6 +58,7 @@ class PrecisionNet(nn.Module):
             nn.Tanh(),
         )
         self.value_head = nn.Linear(_HIDDEN, 1)
+        self.float()  # whatever torch's default is
         nn.init.orthogonal_(self.width_head.weight, gain=0.01)
 
     def normalised(self, signals: Tensor) -> tuple[Tensor, Tensor]:

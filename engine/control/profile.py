@@ -142,7 +142,7 @@ def profile_model(
     session = DecodeSession(model, num_rows=1, max_length=min(windows.shape[1], model.max_context))
     base = torch.full((model.num_units,), reference_width(model))
     reference_logits = session.score(windows, base, first=first)
-    sensitivity = torch.zeros(model.num_units, len(model.bit_widths))
+    sensitivity = torch.zeros(model.num_units, len(model.bit_widths), dtype=torch.float32)
     for unit in progress(range(model.num_units)):
         for column, bit_width in enumerate(model.bit_widths):
             if bit_width == int(base[unit]):

@@ -161,7 +161,9 @@ class PolicyRunner:
     def _first_token(self, row: int, request: Request, running: RunningRequest, sampler: Sampler) -> GeneratedToken:
         began = time.perf_counter()
         sampler.start(row, temperature=request.temperature, top_p=request.top_p, seed=request.seed)
-        self.start(request.prompt_ids[None], torch.tensor([request.kl_weight]), torch.tensor([row]))
+        self.start(
+            request.prompt_ids[None], torch.tensor([request.kl_weight], dtype=torch.float32), torch.tensor([row])
+        )
         model = self.decoder.model
         widths = torch.full((model.num_units,), max(model.bit_widths))
         return running.add(int(self._upcoming[row]), widths, (time.perf_counter() - began) * 1e3)
@@ -212,7 +214,7 @@ class PolicyRunner:
         for row, (_, continuation) in enumerate(pairs):
             text[row, : len(continuation)] = torch.tensor(continuation)
         self.next_tokens = Replay(text)
-        dial = torch.tensor([kl_weight])
+        dial = torch.tensor([kl_weight], dtype=torch.float32)
         nats = torch.zeros(len(pairs), dtype=torch.float64)
         greedy = torch.ones(len(pairs), dtype=torch.bool)
         for row, (context, _) in enumerate(pairs):

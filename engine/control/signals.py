@@ -155,16 +155,19 @@ class SignalTracker:
         depth = torch.tensor(depths, dtype=torch.float32)[:, None]
         self._static = unit_constants(profile, schema).to(device).expand(num_rows, -1, -1)
         self._depth = depth.to(device).expand(num_rows, -1, -1)
-        self._rows: dict[str, Tensor] = {
-            "log_probs": torch.zeros(num_rows, len(embedding), device=device),
-            "embedding": torch.zeros(num_rows, schema.num_embedding_dims, device=device),
-            "recent_widths": torch.full(
-                (num_rows, constants.RECENT_TOKENS), float(max(schema.bit_widths)), device=device
-            ),
-            "last_widths": torch.full((num_rows, schema.num_units), float(max(schema.bit_widths)), device=device),
-            "residual_update": torch.zeros(num_rows, schema.num_units, device=device),
-            "crest": torch.zeros(num_rows, schema.num_units, device=device),
-            **{name: torch.zeros(num_rows, device=device) for name in _ROW_SCALARS},
+        largest = float(max(schema.bit_widths))
+        shapes = {
+            "log_probs": (num_rows, len(embedding)),
+            "embedding": (num_rows, schema.num_embedding_dims),
+            "recent_widths": (num_rows, constants.RECENT_TOKENS),
+            "last_widths": (num_rows, schema.num_units),
+            "residual_update": (num_rows, schema.num_units),
+            "crest": (num_rows, schema.num_units),
+            **dict.fromkeys(_ROW_SCALARS, (num_rows,)),
+        }
+        self._rows = {
+            name: torch.full(shape, largest if "widths" in name else 0.0, dtype=torch.float32, device=device)
+            for name, shape in shapes.items()
         }
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
@@ -310,7 +313,7 @@ def unit_constants(profile: Profile, schema: SignalSchema) -> Tensor:
 def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:
     """Projects centred input embeddings by a fixed Gaussian matrix, `[vocab, num_dims]` float32 of unit variance."""
     generator = torch.Generator().manual_seed(_PROJECTION_SEED)
-    matrix = torch.randn(embedding.shape[1], num_dims, generator=generator).to(embedding.device)
+    matrix = torch.randn(embedding.shape[1], num_dims, generator=generator, dtype=torch.float32).to(embedding.device)
     centred = embedding.float() - embedding.float().mean(0)
     projected = centred @ matrix
     return projected / projected.std(0).clamp_min(1e-12)

@@ -63,7 +63,7 @@ def decoder_weights(model: NestedCausalLM, max_length: int) -> DecoderWeights:
     config: Any = hf_model.config.get_text_config()
     head_dim = _head_dim(config)
     positions = torch.arange(max_length)[None]
-    cosine, sine = hf_model.model.rotary_emb(torch.zeros(1, 1), positions)
+    cosine, sine = hf_model.model.rotary_emb(torch.zeros(1, 1, dtype=torch.float32), positions)
     half = head_dim // 2
     by_layer: dict[int, dict[str, int]] = {}
     for index, unit in enumerate(model.units):
