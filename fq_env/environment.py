@@ -63,11 +63,8 @@ class Environment(gym.Env[Observation, Any]):
         super().reset(seed=seed_of(seed))
         draw = draw_episode(self.np_random, self.episodes, options_of(options, OPTIONS))
         row = torch.tensor([0])
-        windows, dials, seeds = (
-            torch.tensor([draw.window]),
-            torch.tensor([draw.kl_weight], dtype=torch.float32),
-            torch.tensor([draw.seed]),
-        )
+        windows, seeds = torch.tensor([draw.window]), torch.tensor([draw.seed])
+        dials = torch.tensor([draw.kl_weight], dtype=torch.float32)
         self.episodes.start(row, windows, dials, seeds)
         self.task.start(self.episodes, row)
         return self._observation(), {"window": draw.window, "kl_weight": draw.kl_weight}

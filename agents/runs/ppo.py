@@ -42,6 +42,7 @@ class ActorCriticNet(PrecisionNet):
             nn.Tanh(),
         )
         self.value_head = nn.Linear(HIDDEN, 1)
+        self.float()  # whatever torch's default is
 
     def values(self, signals: Tensor) -> Tensor:
         """`[B, dim]` -> `[B, 1]`: expected return."""

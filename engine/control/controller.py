@@ -178,7 +178,7 @@ class NativeController:
             bit_widths=schema.bit_widths,
             embedding=project_embedding(embedding, schema.num_embedding_dims),
             unit_constants=unit_constants(profile, schema),
-            depth=torch.tensor(depths),
+            depth=torch.tensor(depths, dtype=torch.float32),
             weight_share=weights / weights.sum(),
             horizon=schema.horizon,
         )

@@ -41,6 +41,7 @@ class PrecisionNet(nn.Module):
             nn.Linear(schema.num_per_unit + HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
         )
         self.width_head = nn.Linear(HIDDEN, len(schema.bit_widths))
+        self.float()  # whatever torch's default is
         nn.init.orthogonal_(self.width_head.weight, gain=0.01)
 
     def normalised(self, signals: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,17 +161,19 @@ class SignalTracker:
         depth = torch.tensor(depths, dtype=torch.float32)[:, None]
         self._static = unit_constants(profile, schema).to(device).expand(num_rows, -1, -1)
         self._depth = depth.to(device).expand(num_rows, -1, -1)
-        # Written out: the default dtype is the caller's to choose.
-        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        top = float(max(schema.bit_widths))
-        self._rows: dict[str, Tensor] = {
-            "log_probs": torch.zeros(num_rows, len(embedding), **kind),
-            "embedding": torch.zeros(num_rows, schema.num_embedding_dims, **kind),
-            "recent_widths": torch.full((num_rows, constants.RECENT_TOKENS), top, **kind),
-            "last_widths": torch.full((num_rows, schema.num_units), top, **kind),
-            "residual_update": torch.zeros(num_rows, schema.num_units, **kind),
-            "crest": torch.zeros(num_rows, schema.num_units, **kind),
-            **{name: torch.zeros(num_rows, **kind) for name in _ROW_SCALARS},
+        largest = float(max(schema.bit_widths))
+        shapes = {
+            "log_probs": (num_rows, len(embedding)),
+            "embedding": (num_rows, schema.num_embedding_dims),
+            "recent_widths": (num_rows, constants.RECENT_TOKENS),
+            "last_widths": (num_rows, schema.num_units),
+            "residual_update": (num_rows, schema.num_units),
+            "crest": (num_rows, schema.num_units),
+            **dict.fromkeys(_ROW_SCALARS, (num_rows,)),
+        }
+        self._rows = {
+            name: torch.full(shape, largest if "widths" in name else 0.0, dtype=torch.float32, device=device)
+            for name, shape in shapes.items()
         }
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:

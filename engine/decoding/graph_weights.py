@@ -184,7 +184,9 @@ def _fused(linears: Sequence[LinearWeights]) -> StepLinear:
     first, bias = nested[0], None
     if any(linear.bias is not None for linear in linears):
         biases = [
-            torch.zeros(linear.shape[0], device=first.planes.device) if linear.bias is None else linear.bias
+            torch.zeros(linear.shape[0], dtype=torch.float32, device=first.planes.device)
+            if linear.bias is None
+            else linear.bias
             for linear in linears
         ]
         bias = torch.cat(biases)

@@ -173,9 +173,9 @@ def test_dial_table(tiny_prepared: Prepared) -> None:
         assert point.speedup_modelled >= 1
         assert point.output_kl_nats >= 0
         assert 3 <= point.mean_bit_width <= 8
-    assert policy.kl_weight_for_speed(max(point.speedup_modelled for point in policy.card.dial)) > 0
+    assert policy.card.setting_for_speed(max(point.speedup_modelled for point in policy.card.dial)).kl_weight > 0
     with pytest.raises(InputError, match="speed 99"):
-        policy.kl_weight_for_speed(99.0)
+        policy.card.setting_for_speed(99.0)
 
 
 @pytest.mark.parametrize("masks", [-1, 1])

@@ -28,6 +28,7 @@ from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.decoding.choice import default_decoder, open_session
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession, why_not_lean
+from flexquant_rl.engine.decoding.llama_parts import why_other_numbers
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.embedded import embedded_model_path
 from flexquant_rl.engine.errors import InputError
@@ -257,13 +258,6 @@ class TestChoice:
         [
             ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
             ("llama", {"rope_parameters": {**SCALED_ROPE, "rope_type": "dynamic"}}, "rope_type='dynamic'"),
-            ("llama", {"rope_parameters": {**SCALED_ROPE, "partial_rotary_factor": 0.5}}, "rotates 8 of 16 dimensions"),
-            (
-                "qwen2",
-                {"layer_types": ["full_attention", "chunked_attention"]},
-                "layer_types holds 'chunked_attention'",
-            ),
-            ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "layer_types holds 'sliding_attention' without"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -274,6 +268,22 @@ class TestChoice:
         assert isinstance(open_session(model), DecodeSession), "auto takes the other decoder and does not fail"
         with pytest.raises(InputError, match=f"cannot run this model .*{reason}.*; use decoder='hf'"):
             open_session(model, decoder="lean")
+
+    @pytest.mark.parametrize(
+        ("family", "changes", "reason"),
+        [
+            ("llama", {"rope_parameters": {**SCALED_ROPE, "partial_rotary_factor": 0.5}}, "rotates 8 of 16 dimensions"),
+            (
+                "qwen2",
+                {"layer_types": ["full_attention", "chunked_attention"]},
+                "layer_types holds 'chunked_attention'",
+            ),
+            ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "layer_types holds 'sliding_attention' without"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_this_transformers_cannot_do_either(self, family: str, changes: dict[str, Any], reason: str) -> None:
+        assert reason in str(why_other_numbers(build(family, num_hidden_layers=2, **changes)))
 
     def test_a_class_of_ones_own(self, tiny_tokenizer: Any) -> None:
         class Louder(LlamaForCausalLM):
