@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
+from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 
 if TYPE_CHECKING:  # loading a policy needs torch alone
     from flexquant_rl.engine.control.profile import Profile
@@ -250,7 +250,7 @@ def load_policy(
     """
     card_path, weights_path = directory / CARD_FILE, directory / WEIGHTS_FILE
     try:
-        data = json.loads(card_path.read_text(encoding="utf-8"))
+        data = read_json(card_path)
         weights = load_file(weights_path)
         found = {"weights": file_sha256(weights_path), "profile": file_sha256(directory / PROFILE_FILE)}
     except (OSError, ValueError, SafetensorError) as error:
@@ -264,22 +264,19 @@ def load_policy(
             f"{POLICY_VERSION} with {SIGNAL_SCHEMA_VERSION}; train and export the policy again"
         )
     try:
-        card = PolicyCard(
-            schema=SignalSchema.from_dict(data["schema"]),
-            model_fingerprint=data["model_fingerprint"],
-            unit_names=tuple(data["unit_names"]),
-            dial=tuple(DialPoint(**point) for point in data["dial"]),
-            config=data["config"],
-        )
+        card = _card(data)
         expected = {part: str(data[f"{part}_sha256"]) for part in found}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{card_path}: not a whole policy ({error!r}); {repair}") from error
     if model_fingerprint is not None:
         card.check_model(model_fingerprint, directory)
-    net = PrecisionNet(card.schema)
+    num_signals = card.schema.num_global + card.schema.num_per_unit
     try:
+        if weights["mean"].shape != (num_signals,):  # before a net of any size is made
+            raise RuntimeError(f"{num_signals} signals")
+        net = PrecisionNet(card.schema)
         net.load_state_dict(weights)
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; {repair}") from error
     for part, path in (("weights", weights_path), ("profile", directory / PROFILE_FILE)):
         if found[part] != expected[part]:
@@ -288,3 +285,29 @@ def load_policy(
                 f"edited or damaged; {repair}"
             )
     return LearnedPolicy(net, card, name or directory.name)
+
+
+def _card(data: dict[str, Any]) -> PolicyCard:
+    """The card in a JSON object; KeyError, TypeError, ValueError or OverflowError where it is none."""
+    card = PolicyCard(
+        schema=SignalSchema.from_dict(data["schema"]),
+        model_fingerprint=data["model_fingerprint"],
+        unit_names=tuple(data["unit_names"]),
+        dial=tuple(DialPoint(**point) for point in data["dial"]),
+        config=data["config"],
+    )
+    rules = {
+        "model_fingerprint is text": isinstance(card.model_fingerprint, str),
+        "unit_names are those of all units": len(card.unit_names) == card.schema.num_units
+        and all(isinstance(name, str) for name in card.unit_names),
+        "the dial's points are finite numbers": all(
+            type(number) in (int, float) and math.isfinite(number)
+            for point in card.dial
+            for number in vars(point).values()
+        ),
+        "config is an object": isinstance(card.config, dict),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ValueError(f"in a policy card {broken[0]}")
+    return card
