@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from flexquant_rl.engine.benches.options import BenchConfig
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import check_field_types
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
 
@@ -126,7 +127,8 @@ def check_device(device: str) -> None:
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises InputError on numbers that make no run."""
+    """Raises InputError on values that make no run."""
+    check_field_types(config)
     for name in ("seeds", "env_steps", "validation_sequences", "test_sequences", "num_dials"):
         value = getattr(config, name)
         if value < 1:
@@ -139,6 +141,12 @@ def check_config(config: TrainConfig) -> None:
         raise InputError(
             f"env.source={config.env.source} with env.action={config.env.action} is for agents of your own; "
             "train.py needs env.source=replay and env.action=bit_widths"
+        )
+    if config.env.probe_every:
+        # Serving makes no probes: what the policy learned to look at would stand still wherever it runs.
+        raise InputError(
+            f"env.probe_every={config.env.probe_every}: probes are for agents of your own, nothing that serves a "
+            "policy makes them; leave --env.probe-every out"
         )
     check_device(config.device)
     if config.threads is not None:

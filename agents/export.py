@@ -16,6 +16,7 @@ from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHT
 from flexquant_rl.engine.control.policy import DeployedPolicy, LearnedPolicy, PolicyCard
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import check_field_types, shown
 from flexquant_rl.engine.files import file_sha256, new_directory
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -171,10 +172,11 @@ def _quantization(card: PolicyCard, directory: Path) -> QuantizationConfig:
         return QuantizationConfig()
     try:
         config = QuantizationConfig(**{**stored, "bit_widths": tuple(stored["bit_widths"])})
+        check_field_types(config)
         config.validate()
     except (KeyError, TypeError, InputError) as error:
         raise InputError(
-            f"{directory / CARD_FILE}: quantization={stored} cannot be used ({error}); export the policy again with "
-            "`fq export`"
+            f"{directory / CARD_FILE}: quantization={shown(stored)} cannot be used ({error}); export the policy again "
+            "with `fq export`"
         ) from error
     return config

@@ -88,6 +88,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not JSON, or nested so deeply that Python gives up.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON atomically."""
     with replacing(path) as temporary:
@@ -127,7 +140,9 @@ def read_tensors(path: Path, *, fix: str) -> tuple[dict[str, Tensor], dict[str, 
             header = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         expected, metadata = header["sha256"], header["metadata"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if not isinstance(metadata, dict):
+            raise TypeError("its metadata are no dictionary")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged, no tensors with a digest ({error!r}); {fix}") from error
     found = _sha256(tensors, metadata)
     if found != expected:

@@ -42,7 +42,7 @@ class EnvConfig:
     kl_weight_max: float = 200.0
     """Upper end of the drawn dial."""
     probe_every: int = 0
-    """Every so many tokens the reference width is run as well and its time charged; 0 never."""
+    """Every so many tokens the reference width is run as well and its time charged, for agents of your own; 0 never."""
 
     @property
     def window_tokens(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import write_json
+from flexquant_rl.engine.field_types import check_field_types
+from flexquant_rl.engine.files import read_json, write_json
 
 RUN_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -102,7 +102,7 @@ def load_run(run_dir: Path) -> TrainConfig:
     """
     path = run_dir / CONFIG_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data["version"] != RUN_VERSION:
             raise InputError(f"{path}: run version {data['version']}, this is {RUN_VERSION}; start a new run")
         config: TrainConfig = _from_dict(TrainConfig, data["config"])
@@ -112,11 +112,17 @@ def load_run(run_dir: Path) -> TrainConfig:
         raise InputError(
             f"{run_dir} is not a run (no readable config.json: {error}); pass a directory of train.py"
         ) from error
+    try:
+        check_field_types(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}, or start a new run") from error
     return config
 
 
 def _from_dict(kind: Any, data: dict[str, Any]) -> Any:
     """Rebuilds a nested dataclass from JSON; lists become tuples. Unknown and missing fields raise."""
+    if not isinstance(data, dict):
+        raise TypeError(f"{kind.__name__} is no object")
     hints = get_type_hints(kind)
     unknown = set(data) - {field.name for field in fields(kind)}
     if unknown:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from flexquant_rl.engine.control.policy import (
 )
 from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
+from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 
 if TYPE_CHECKING:  # loading a policy needs torch alone
     from flexquant_rl.engine.control.profile import Profile
@@ -87,7 +87,7 @@ def load_policy(
     """
     card_path, weights_path = directory / CARD_FILE, directory / WEIGHTS_FILE
     try:
-        data = json.loads(card_path.read_text(encoding="utf-8"))
+        data = read_json(card_path)
         weights = load_file(weights_path)
         found = {"weights": file_sha256(weights_path), "profile": file_sha256(directory / PROFILE_FILE)}
     except (OSError, ValueError, SafetensorError) as error:
@@ -101,16 +101,10 @@ def load_policy(
             f"{POLICY_VERSION} with {SIGNAL_SCHEMA_VERSION}; train and export the policy again"
         )
     try:
-        card = PolicyCard(
-            schema=SignalSchema.from_dict(data["schema"]),
-            model_fingerprint=data["model_fingerprint"],
-            unit_names=tuple(data["unit_names"]),
-            dial=tuple(DialPoint(**point) for point in data["dial"]),
-            config=data["config"],
-        )
+        card = _card(data)
         kind, own_name = data["kind"], str(data["name"])
         expected = {part: str(data[f"{part}_sha256"]) for part in found}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{card_path}: not a whole policy ({error!r}); {repair}") from error
     if model_fingerprint is not None:
         card.check_model(model_fingerprint, directory)
@@ -124,12 +118,41 @@ def load_policy(
         return StaticPolicy(name or own_name, _static_widths(weights, card, f"{weights_path}", repair), card)
     if kind != "learned":
         raise InputError(f"{card_path}: kind {kind!r} is not learned or static; {repair}")
-    net = PrecisionNet(card.schema)
+    num_signals = card.schema.num_global + card.schema.num_per_unit
     try:
+        if weights["mean"].shape != (num_signals,):  # before a net of any size is made
+            raise RuntimeError(f"{num_signals} signals")
+        net = PrecisionNet(card.schema)
         net.load_state_dict(weights)
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; {repair}") from error
     return LearnedPolicy(net, card, name or directory.name)
+
+
+def _card(data: dict[str, Any]) -> PolicyCard:
+    """The card in a JSON object; KeyError, TypeError, ValueError or OverflowError where it is none."""
+    card = PolicyCard(
+        schema=SignalSchema.from_dict(data["schema"]),
+        model_fingerprint=data["model_fingerprint"],
+        unit_names=tuple(data["unit_names"]),
+        dial=tuple(DialPoint(**point) for point in data["dial"]),
+        config=data["config"],
+    )
+    rules = {
+        "model_fingerprint is text": isinstance(card.model_fingerprint, str),
+        "unit_names are those of all units": len(card.unit_names) == card.schema.num_units
+        and all(isinstance(name, str) for name in card.unit_names),
+        "the dial's points are finite numbers": all(
+            type(number) in (int, float) and math.isfinite(number)
+            for point in card.dial
+            for number in vars(point).values()
+        ),
+        "config is an object": isinstance(card.config, dict),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ValueError(f"in a policy card {broken[0]}")
+    return card
 
 
 def _static_widths(tensors: dict[str, Tensor], card: PolicyCard, where: str, repair: str) -> Tensor:

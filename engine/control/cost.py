@@ -19,6 +19,7 @@ from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.kernels.bitplane import NUM_PLANES
 
 NOMINAL_BANDWIDTH_GB_S = 16.0
 """Default of the roofline: one core's DRAM reads on a server. Every speedup of a pure roofline is independent of it."""
@@ -123,13 +124,15 @@ class CostTable:
         """Reads the JSON form.
 
         Raises:
-            KeyError, TypeError, ValueError: If it is not what `to_dict` writes.
+            KeyError, TypeError, ValueError, OverflowError, RuntimeError: If it is not what `to_dict` writes.
         """
         unit_ms = torch.tensor(data["unit_ms"], dtype=torch.float64)
         table = CostTable(**{**data, "unit_ms": unit_ms, "bit_widths": tuple(data["bit_widths"])})
+        check_widths(table.bit_widths)
         numbers = [table.fixed_ms, *(error for error in (table.error_p50, table.error_p95) if error is not None)]
         rules = {
             "source is roofline or measured": table.source in ("roofline", "measured"),
+            "fingerprint and device are text": all(isinstance(text, str) for text in (table.fingerprint, table.device)),
             "decoder is lean, hf or null": table.decoder in ("lean", "hf", None),
             "num_threads is a positive integer": type(table.num_threads) is int and table.num_threads > 0,
             "fixed_ms and errors are finite numbers": all(
@@ -146,6 +149,14 @@ class CostTable:
         if broken:
             raise ValueError(f"in a latency table {broken[0]}")
         return table
+
+
+def check_widths(bit_widths: tuple[Any, ...]) -> None:
+    """Raises ValueError unless these are bit-widths of a nested model, ascending."""
+    if not bit_widths or not all(type(width) is int and 0 < width <= NUM_PLANES for width in bit_widths):
+        raise ValueError(f"bit_widths are not whole numbers from 1 to {NUM_PLANES}")
+    if sorted(set(bit_widths)) != [*bit_widths]:
+        raise ValueError("bit_widths do not ascend")
 
 
 def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BANDWIDTH_GB_S) -> CostTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.cost import CostTable, check_widths
 from flexquant_rl.engine.decoding.decoder import DecoderModel
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import write_json
+from flexquant_rl.engine.files import read_json, write_json
 from flexquant_rl.engine.linear import REFERENCE_WIDTH
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -80,14 +79,14 @@ class Profile:
             InputError: If the file is missing, unreadable or of another version.
         """
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            data: Any = read_json(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: no readable profile ({error}); run `fq profile`") from error
         version = data.get("version") if isinstance(data, dict) else None
         if version != PROFILE_VERSION:
             raise InputError(f"{path}: profile version {version}, this is {PROFILE_VERSION}; run `fq profile`")
         try:
-            return Profile(
+            profile = Profile(
                 cost=CostTable.from_dict(data["cost"]),
                 sensitivity=torch.tensor(data["sensitivity"], dtype=torch.float32),
                 bit_widths=tuple(data["bit_widths"]),
@@ -95,7 +94,12 @@ class Profile:
                 num_tokens=data["num_tokens"],
                 reference=data["reference"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+            check_widths(profile.bit_widths)
+            for name, kind in (("fingerprint", str), ("num_tokens", int), ("reference", str)):
+                if type(data[name]) is not kind:
+                    raise ValueError(f"{name} is no {kind.__name__}")
+            return profile
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InputError(f"{path}: not a whole profile ({error!r}); run `fq profile`") from error
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.kernels import signal_constants as constants
+from flexquant_rl.kernels.bitplane import NUM_PLANES
 
 if TYPE_CHECKING:  # a deployed policy imports this module, and must not pull in transformers with it
     from flexquant_rl.engine.control.profile import Profile
@@ -128,10 +129,21 @@ class SignalSchema:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> SignalSchema:
-        """Reads the JSON form; the caller checks `version`."""
-        return SignalSchema(
-            int(data["num_units"]), tuple(data["bit_widths"]), int(data["num_embedding_dims"]), data["horizon"]
-        )
+        """Reads the JSON form; the caller checks `version`.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is not what `to_dict` writes.
+        """
+        counts = data["num_units"], data["num_embedding_dims"]
+        bit_widths = tuple(data["bit_widths"])
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError("the signals' counts are not whole numbers")
+        if not bit_widths or not all(type(width) is int and 0 < width <= NUM_PLANES for width in bit_widths):
+            raise ValueError(f"the signals' bit_widths are not whole numbers from 1 to {NUM_PLANES}")
+        horizon = data["horizon"]
+        if horizon is not None and not (type(horizon) is int and horizon >= 0):
+            raise ValueError("the signals' horizon is no whole number")
+        return SignalSchema(counts[0], bit_widths, counts[1], horizon)
 
 
 @dataclass(frozen=True)
