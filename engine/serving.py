@@ -1,7 +1,7 @@
 """Serving: a model under a policy, asked by any number of threads.
 
-An `Engine` describes the model to its decoder once. Every request has rows of its own, and the engine's lock is held
-for one token at a time, so that requests take turns and none sees another's state.
+An `Engine` describes the model to its decoder once. Every request has rows of its own and holds the engine's lock for
+one turn: a whole prompt, or one step. So requests take turns and none sees another's state.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -18,14 +18,18 @@ from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
-from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner
+from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
+from flexquant_rl.engine.decoding.decoder import check_max_length
+from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 
 if TYPE_CHECKING:  # it needs Triton, which takes a quarter of a second, and a CPU needs none of it
     from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -61,12 +65,13 @@ class Engine:
         self.policy = policy
         self.profile = profile
         self._lock = threading.Lock()
-        self._graph_lock = threading.Lock()  # a graph has one row
-        self._running: dict[int, Request] = {}
+        self._closed = threading.Event()  # the engine's own: the requests' events are their callers'
+        self._turn = GraphTurn(self._closed)
+        self._max_length = check_max_length(max_length, model)
         if graph is None and _takes_graph(model, policy, decoder):
             from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
 
-            graph = GraphDecoder(model, policy, profile, max_length=max_length or model.max_context)
+            graph = GraphDecoder(model, policy, profile, max_length=self._max_length)
         if graph is not None:
             _check_graph(graph, model, policy, num_threads)
         self._graph = graph
@@ -83,20 +88,24 @@ class Engine:
             request: What to continue, and how far.
 
         Yields:
-            The tokens as they come; the last one says why it ended.
+            The tokens as they come; the last one says why it ended. There is none if the request is cancelled while it
+            waits for a captured graph.
 
         Raises:
-            InputError: If the prompt is empty or does not fit with its continuation, or a number is out of its domain.
-            RuntimeError: If the engine is closed.
+            InputError: If the prompt is empty, no int64 tokens of the vocabulary or does not fit with its
+                continuation, or a number is out of its domain.
+            RuntimeError: If the engine is closed, or this thread has left another request of a captured graph
+                unfinished.
         """
-        with self._registered(request):
-            if self._graph is not None:
-                yield from self._generate_by_graph(self._graph, request)
-                return
-            with self._lock:
-                runner = self._runner(1)
-            with closing(runner.decoder):
-                yield from self._in_turns(runner.generate([request], self.model.tokenizer))
+        self._check_open()
+        graph = self._graph
+        if graph is not None:
+            yield from self._generate_by_graph(graph, request)
+            return
+        with self._lock:
+            runner = self._runner(1)
+        with closing(runner.decoder):
+            yield from self._in_turns(runner.generate([request], self.model.tokenizer, self._closed))
 
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, kl_weight: float, num_rows: int = 8
@@ -104,65 +113,61 @@ class Engine:
         """`PolicyRunner.loglikelihood` of (context, continuation) pairs, `num_rows` of them in a pass.
 
         Raises:
-            InputError: As `PolicyRunner.loglikelihood`.
-            RuntimeError: If the engine is closed.
+            InputError: As `PolicyRunner.loglikelihood`, or if `num_rows` is less than 1.
+            RuntimeError: If the engine is closed, also on the way.
         """
-        # Continuations of like length end together; between two passes' worth of pairs others have their turn.
-        order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
+        self._check_open()
+        if num_rows < 1:
+            raise InputError(f"num_rows={num_rows} must be at least 1; the default is 8")
+        check_pairs(pairs, kl_weight, self._max_length, self.model.vocab_size)
+        if not pairs:
+            return []
+        with self._lock:
+            runner = self._runner(min(num_rows, len(pairs)))
         found: dict[int, Likelihood] = {}
-        for begin in range(0, len(order), num_rows):
-            chosen = order[begin : begin + num_rows]
-            with self._lock:
-                runner = self._runner(len(chosen))
-                with closing(runner.decoder):
-                    likelihoods = runner.loglikelihood([pairs[index] for index in chosen], kl_weight)
-            found.update(zip(chosen, likelihoods, strict=True))
+        with closing(runner.decoder):
+            for ended in self._in_turns(runner.likelihood_steps(pairs, kl_weight)):
+                found |= ended
+                self._check_open()
         return [found[index] for index in range(len(pairs))]
 
     def close(self) -> None:
         """Cancels what is running and takes no more requests. Closing twice is fine."""
+        self._closed.set()
         with self._lock:
-            for request in self._running.values():
-                request.cancel.set()
             self._open = self._graph = None
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RuntimeError(CLOSED)
 
     def _runner(self, num_rows: int) -> PolicyRunner:
         """Opens rows of a request's own."""
         if self._open is None:
-            raise RuntimeError("this Engine is closed")
+            raise RuntimeError(CLOSED)
         controller = make_controller(self.model, self.policy, self.profile, num_rows=num_rows)
         return PolicyRunner(self._open(num_rows), controller)
 
-    @contextmanager
-    def _registered(self, request: Request) -> Iterator[None]:
-        with self._lock:
-            if self._open is None:
-                raise RuntimeError("this Engine is closed")
-            self._running[id(request)] = request
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running.pop(id(request), None)
-
-    def _in_turns(self, tokens: Iterator[GeneratedToken]) -> Iterator[GeneratedToken]:
-        """Holds the lock while a token is made, and not while the caller looks at it."""
+    def _in_turns(self, results: Iterator[T]) -> Iterator[T]:
+        """Holds the lock while a result is made, and not while the caller looks at it."""
         while True:
             with self._lock:
-                token = next(tokens, None)
-            if token is None:
+                result = next(results, None)
+            if result is None:
                 return
-            yield token
+            yield result
 
     def _generate_by_graph(self, graph: GraphDecoder, request: Request) -> Iterator[GeneratedToken]:
-        request.check(graph.loop.weights.max_length)
+        request.check(graph.loop.weights.max_length, self.model.vocab_size)
         if request.top_p < 1:
             raise InputError(f"top_p={request.top_p:g}: the captured graph samples from all tokens; use decoder='hf'")
-        running = RunningRequest(0, request, self.model.tokenizer, self.model.eos_token_ids)
+        running = RunningRequest(0, request, self.model.tokenizer, self.model.eos_token_ids, self._closed)
         prompt_ids, count = request.prompt_ids, request.max_new_tokens
-        with self._graph_lock:
+        with self._turn.taken(request.cancel) as is_mine:
+            if not is_mine:
+                return
             # Compiling is no part of the first token's latency.
-            graph.loop.prepare(len(prompt_ids), len(prompt_ids) + count)
+            graph.loop.prepare(len(prompt_ids), request.num_held)
             began = time.perf_counter()
             graph.start(
                 prompt_ids, count, kl_weight=request.kl_weight, temperature=request.temperature, seed=request.seed
@@ -171,6 +176,7 @@ class Engine:
                 latency_ms = batch.step_ms if index else (time.perf_counter() - began) * 1e3
                 for token_id, bit_widths in zip(batch.token_ids, batch.bit_widths, strict=True):
                     yield running.add(token_id, bit_widths, latency_ms)
+                    self._turn.resumed()
                     if running.is_finished:
                         return
 
@@ -223,10 +229,9 @@ def generate(
         seed=seed,
         stop=tuple(stop),
     )
-    request.check(model.max_context)
-    max_length = len(prompt_ids) + max_new_tokens
+    request.check(model.max_context, model.vocab_size)
     engine = Engine(
-        model, policy, profile, max_length=max_length, decoder=decoder, num_threads=num_threads, graph=graph
+        model, policy, profile, max_length=request.num_held, decoder=decoder, num_threads=num_threads, graph=graph
     )
     with closing(engine):
         yield from engine.generate(request)

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.decoding.decoder import ExtendOutput, StepOutput, check_bit_widths, check_truncation
+from flexquant_rl.engine.decoding.decoder import (
+    ExtendOutput,
+    StepOutput,
+    check_bit_widths,
+    check_tokens,
+    check_truncation,
+    check_width_shape,
+)
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import Unit
 
@@ -129,8 +136,7 @@ class FakeSession:
         rows = torch.arange(self._num_rows) if rows is None else rows
         if bit_widths is None:
             bit_widths = torch.full((self._model.num_units,), max(self._model.bit_widths))
-        self._check_length(prompt_ids.shape[1])
-        assert len(rows) == len(prompt_ids)
+        check_tokens(self, prompt_ids, rows, is_prompt=True)
         kl = self._kl_nats(prompt_ids, bit_widths)[:, -1]
         self._lengths[rows] = prompt_ids.shape[1]
         self._past_kl[rows, self._lengths[rows]] = kl
@@ -139,9 +145,9 @@ class FakeSession:
     def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
         self._check_open()
         rows = torch.arange(self._num_rows) if rows is None else rows
+        check_tokens(self, token_ids, rows)
         num_tokens = token_ids.shape[1]
-        assert len(rows) == len(token_ids)
-        self._check_length(int(self._lengths[rows].max()) + num_tokens)
+        check_width_shape(bit_widths, len(rows), num_tokens)
         own = self._model.own_kl_nats(token_ids, self._expand(bit_widths, len(rows), num_tokens))
         outputs = []
         for index in range(num_tokens):
@@ -158,7 +164,7 @@ class FakeSession:
         )
 
     def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
-        return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+        return self.extend(token_ids[..., None], bit_widths, rows=rows).at(0)
 
     def truncate(self, lengths: Tensor) -> None:
         check_truncation(lengths, self.lengths)
@@ -199,10 +205,6 @@ class FakeSession:
     def _output(self, token_ids: Tensor, kl: Tensor) -> StepOutput:
         need = self._model.need[token_class(token_ids)].float()
         return StepOutput(self._model.logits(token_ids, kl), 0.1 + need, torch.full_like(need, 2.0))
-
-    def _check_length(self, length: int) -> None:
-        if not 0 < length <= self._max_length:
-            raise InputError(f"{length} tokens do not fit into a row of {self._max_length}")
 
     def _check_open(self) -> None:
         if self.is_closed:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.control.streamed_text import StopStrings, StreamedText
+from flexquant_rl.engine.decoding.decoder import check_ids, check_vocabulary
 from flexquant_rl.engine.decoding.sampling_bounds import check_sampling, check_seed
 from flexquant_rl.engine.errors import InputError
 
@@ -43,23 +44,35 @@ class Request:
     stop: tuple[str, ...] = ()
     cancel: threading.Event = field(default_factory=threading.Event, compare=False)
 
-    def check(self, max_length: int) -> None:
-        """Raises InputError unless a row of `max_length` tokens can serve the request."""
+    @property
+    def num_held(self) -> int:
+        """Tokens that a row holds in the end: nobody reads the last one."""
+        return len(self.prompt_ids) + self.max_new_tokens - 1
+
+    def check(self, max_length: int, vocab_size: int) -> None:
+        """Raises InputError unless a row of `max_length` tokens of a vocabulary can serve the request."""
+        check_ids("prompt_ids", self.prompt_ids, "[T]", 1)
         if not len(self.prompt_ids):
             raise InputError("the prompt is empty; give at least one token of text")
+        check_vocabulary(self.prompt_ids, vocab_size)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1; ask for a token or more")
-        if not 0 < self.kl_weight < math.inf:
-            raise InputError(f"kl_weight={self.kl_weight:g} must be positive and finite; small means fast")
+        check_kl_weight(self.kl_weight)
         check_sampling(self.temperature, self.top_p)
         check_seed(self.seed)
         if "" in self.stop:
             raise InputError("a stop string is empty, which every text begins with; leave it out")
-        if len(self.prompt_ids) + self.max_new_tokens > max_length:
+        if self.num_held > max_length:
             raise InputError(
                 f"{len(self.prompt_ids)} tokens of prompt and {self.max_new_tokens} new ones do not fit into a row of "
                 f"{max_length}; shorten the prompt or the continuation"
             )
+
+
+def check_kl_weight(kl_weight: float) -> None:
+    """Raises InputError on a dial setting that prices nothing."""
+    if not 0 < kl_weight < math.inf:
+        raise InputError(f"kl_weight={kl_weight:g} must be positive and finite; small means fast, large means exact")
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ class RunningRequest:
         request: What is asked for.
         tokenizer: Turns tokens into text; None leaves the text out.
         eos_token_ids: The model's own, for a request that names none.
+        cancel: Ends the request too once it is set. The request's own event is the caller's, who may use it again.
     """
 
     def __init__(
@@ -100,10 +114,12 @@ class RunningRequest:
         request: Request,
         tokenizer: PreTrainedTokenizerBase | None,
         eos_token_ids: tuple[int, ...],
+        cancel: threading.Event | None = None,
     ) -> None:
         if request.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer; pass the model's")
         self._index = index
+        self._cancels = [request.cancel] if cancel is None else [request.cancel, cancel]
         self._request = request
         self._text = None if tokenizer is None else StreamedText(tokenizer, request.prompt_ids.tolist())
         self._stop = StopStrings(request.stop)
@@ -123,7 +139,7 @@ class RunningRequest:
             reason = "stop"
         elif self._num_tokens == self._request.max_new_tokens:
             reason = "length"
-        elif self._request.cancel.is_set():
+        elif any(cancel.is_set() for cancel in self._cancels):
             reason = "cancelled"
         if reason is not None:
             self.is_finished = True

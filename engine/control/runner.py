@@ -6,8 +6,9 @@ The environment, the evaluation, generation and timing all go through `PolicyRun
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from flexquant_rl.engine.control.controller import Controller
 from flexquant_rl.engine.control.cost import clock_ms
 from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
-from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
+from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest, check_kl_weight
+from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput, check_vocabulary
 from flexquant_rl.engine.decoding.next_token import Greedy, NextTokens, Replay, Sampler
 from flexquant_rl.engine.errors import InputError
 
@@ -55,6 +56,33 @@ class Likelihood:
     is_greedy: bool
 
 
+def check_pairs(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float, max_length: int, vocab_size: int
+) -> None:
+    """Checks what `loglikelihood` is asked, before anything runs.
+
+    Args:
+        pairs: Token ids of (context, continuation).
+        kl_weight: The dial.
+        max_length: Tokens that a row can hold.
+        vocab_size: Tokens of the vocabulary.
+
+    Raises:
+        InputError: If a context or continuation is empty or has a token outside the vocabulary, if both together do
+            not fit into a row, or if the dial is not positive and finite.
+    """
+    check_kl_weight(kl_weight)
+    for context, continuation in pairs:
+        if not context or not continuation:
+            raise InputError("a context or continuation is empty; give at least one token of each")
+        check_vocabulary(torch.tensor([*context, *continuation]), vocab_size)
+        if len(context) + len(continuation) - 1 > max_length:  # nobody reads the last token
+            raise InputError(
+                f"{len(context)} and {len(continuation)} tokens do not fit into a row of {max_length}; shorten the "
+                "context"
+            )
+
+
 class PolicyRunner:
     """Runs a decoder's rows under a controller.
 
@@ -63,6 +91,7 @@ class PolicyRunner:
         controller: Decides for R rows.
         next_tokens: Chooses what each step reads next; default: the likeliest token.
         timed: Whether to time every pass, with the device's queue drained before and after.
+        first_token_ids: `[R]` int64, what the first step reads where the rows hold prompts and nobody calls `begin`.
     """
 
     def __init__(
@@ -72,12 +101,14 @@ class PolicyRunner:
         next_tokens: NextTokens | None = None,
         *,
         timed: bool = False,
+        first_token_ids: Tensor | None = None,
     ) -> None:
         self.decoder = decoder
         self.controller = controller
         self.next_tokens: NextTokens = next_tokens or Greedy()
         self._timed = timed
-        self._upcoming = torch.zeros(len(decoder.lengths), dtype=torch.int64)
+        nothing = torch.zeros(len(decoder.lengths), dtype=torch.int64)
+        self._upcoming = nothing if first_token_ids is None else first_token_ids
 
     @property
     def upcoming_token_ids(self) -> Tensor:
@@ -128,22 +159,27 @@ class PolicyRunner:
         return TokenStep(token_ids, decision, output, upcoming, pass_ms)
 
     def generate(
-        self, requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        requests: Sequence[Request],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        cancel: threading.Event | None = None,
     ) -> Iterator[GeneratedToken]:
         """Continues prompts of any lengths, as many at a time as there are rows; a row that ends takes the next one.
 
         Args:
             requests: What to generate.
             tokenizer: Gives the tokens' text; needed for stop strings.
+            cancel: Once it is set, each request ends with its next token.
 
         Yields:
             The tokens as they come; those of one request in order. The last one of each says why it ended.
 
         Raises:
-            InputError: If a request has an empty prompt, a number out of its domain or no room in a row.
+            InputError: If a request has no prompt of the vocabulary, a number out of its domain or no room in a row.
         """
+        model = self.decoder.model
         for request in requests:
-            request.check(self.decoder.max_length)
+            request.check(self.decoder.max_length, model.vocab_size)
         sampler = Sampler(len(self._upcoming))
         self.next_tokens = sampler
         waiting = list(enumerate(requests))[::-1]
@@ -152,7 +188,7 @@ class PolicyRunner:
             for row in range(len(self._upcoming)):
                 if row not in running and waiting:
                     index, request = waiting.pop()
-                    running[row] = RunningRequest(index, request, tokenizer, self.decoder.model.eos_token_ids)
+                    running[row] = RunningRequest(index, request, tokenizer, model.eos_token_ids, cancel)
                     yield self._first_token(row, request, running[row], sampler)
             running = {row: request for row, request in running.items() if not request.is_finished}
             if running:
@@ -187,28 +223,34 @@ class PolicyRunner:
             kl_weight: The dial.
 
         Raises:
-            InputError: If a context or continuation is empty, or both together do not fit into a row.
+            InputError: As `check_pairs`.
         """
-        for context, continuation in pairs:
-            if not context or not continuation:
-                raise InputError("a context or continuation is empty; give at least one token of each")
-            if len(context) + len(continuation) - 1 > self.decoder.max_length:
-                raise InputError(
-                    f"{len(context)} and {len(continuation)} tokens do not fit into a row of "
-                    f"{self.decoder.max_length}; shorten the context"
-                )
-        found: list[Likelihood | None] = [None] * len(pairs)
+        found: dict[int, Likelihood] = {}
+        for ended in self.likelihood_steps(pairs, kl_weight):
+            found |= ended
+        return [found[index] for index in range(len(pairs))]
+
+    def likelihood_steps(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float
+    ) -> Iterator[dict[int, Likelihood]]:
+        """`loglikelihood`, a context or a step at a time, for those who take turns.
+
+        Yields:
+            The likelihoods that are complete now, by the index of their pair; most often none.
+        """
+        check_pairs(pairs, kl_weight, self.decoder.max_length, self.decoder.model.vocab_size)
         # Continuations of like length end together, so that few passes run with few rows.
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
         num_rows = len(self._upcoming)
         for begin in range(0, len(order), num_rows):
             chosen = order[begin : begin + num_rows]
-            for index, likelihood in zip(chosen, self._likelihoods([pairs[i] for i in chosen], kl_weight), strict=True):
-                found[index] = likelihood
-        return [likelihood for likelihood in found if likelihood is not None]
+            found = yield from self._likelihoods([pairs[index] for index in chosen], kl_weight)
+            yield dict(zip(chosen, found, strict=True))
 
-    def _likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float) -> list[Likelihood]:
-        """Likelihoods of at most R pairs, longest continuation first."""
+    def _likelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float
+    ) -> Generator[dict[int, Likelihood], None, list[Likelihood]]:
+        """Likelihoods of at most R pairs, longest continuation first; pauses after each context and each step."""
         longest = len(pairs[0][1])
         text = torch.zeros(len(pairs), longest, dtype=torch.int64)
         for row, (_, continuation) in enumerate(pairs):
@@ -220,11 +262,13 @@ class PolicyRunner:
         for row, (context, _) in enumerate(pairs):
             output = self.start(torch.tensor([context]), dial, torch.tensor([row]))
             self._judge(output, text[row : row + 1, 0], torch.tensor([row]), nats, greedy)
+            yield {}
         lengths = torch.tensor([len(continuation) for _, continuation in pairs])
         for position in range(1, longest):
             rows = (lengths > position).nonzero()[:, 0]
             step = self.step(rows=rows)
             self._judge(step.output, text[rows, position], rows, nats, greedy)
+            yield {}
         return [Likelihood(float(value), bool(is_greedy)) for value, is_greedy in zip(nats, greedy, strict=True)]
 
     @staticmethod

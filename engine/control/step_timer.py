@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.cost import clock_ms
+from flexquant_rl.engine.control.controller import StaticController
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.lean import LeanSession
+from flexquant_rl.engine.decoding.next_token import Replay
 from flexquant_rl.engine.decoding.session import DecodeSession
 
 MAX_PAIRS = 25
@@ -36,7 +38,6 @@ class StepTimer:
         model = session.model
         self._session = session
         self._token_ids = token_ids
-        self._device = model.device
         self._largest = torch.full((model.num_units,), max(model.bit_widths))
         self._num_pairs = _MIN_PAIRS
         usual = [self._medians_ms(self._largest) for _ in range(_NUM_BASELINES)]
@@ -50,7 +51,19 @@ class StepTimer:
 
     def _medians_ms(self, bit_widths: Tensor) -> tuple[float, float]:
         """Medians of steps at the given and at the largest widths, taking turns."""
-        steps = [partial(self._session.fork().step, self._token_ids, widths) for widths in (bit_widths, self._largest)]
-        times = [[clock_ms(step, self._device) for step in steps] for _ in range(self._num_pairs)]
+        runners = [self._runner(widths) for widths in (bit_widths, self._largest)]
+        times = [[_pass_ms(runner) for runner in runners] for _ in range(self._num_pairs)]
         own, largest = zip(*times, strict=True)
         return statistics.median(own), statistics.median(largest)
+
+    def _runner(self, bit_widths: Tensor) -> PolicyRunner:
+        """The loop that serves, over a copy of the session; it times the passes alone."""
+        text = self._token_ids.expand(1, MAX_PAIRS)
+        controller = StaticController(StaticAllocation("timed", bit_widths))
+        return PolicyRunner(self._session.fork(), controller, Replay(text), timed=True, first_token_ids=self._token_ids)
+
+
+def _pass_ms(runner: PolicyRunner) -> float:
+    pass_ms = runner.step().pass_ms
+    assert pass_ms is not None, "the runner was told to time its passes"
+    return pass_ms

@@ -125,7 +125,8 @@ class Decoder(Protocol):
             bit_widths: `[U]`; default the largest stored width everywhere.
 
         Raises:
-            InputError: If the prompt is empty or longer than a row, or a width is not stored.
+            InputError: If the prompt is empty, longer than a row or no int64 tokens of the vocabulary, if a row is
+                named twice or not at all, or if a width is not stored.
         """
 
     def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
@@ -137,7 +138,7 @@ class Decoder(Protocol):
             rows: `[R']` int64 rows to extend; default all.
 
         Raises:
-            InputError: If a row has no room for M tokens or a width is not stored.
+            InputError: As `prefill`, M = 0 included, or if a row has no room for M tokens.
         """
 
     def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
@@ -149,7 +150,7 @@ class Decoder(Protocol):
         Extending afterwards gives the same as if the forgotten tokens had never been there.
 
         Raises:
-            ValueError: If a row holds fewer tokens than it is cut to, or a length is negative.
+            InputError: If the lengths are no int64, one is negative, or a row holds fewer tokens than it is cut to.
         """
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
@@ -187,17 +188,86 @@ def check_room(num_tokens: int, held: int, max_length: int) -> None:
         )
 
 
+def check_tokens(decoder: Decoder, token_ids: Tensor, rows: Tensor | None, *, is_prompt: bool = False) -> None:
+    """The check behind `prefill`, `extend` and `step` of every decoder, all but the widths.
+
+    Args:
+        decoder: What is to read the tokens.
+        token_ids: `[R', M]` as given.
+        rows: `[R']` as given.
+        is_prompt: Whether the rows are restarted.
+
+    Raises:
+        InputError: Unless there is a token or more for each of R' different rows of the decoder, all tokens are of the
+            vocabulary, and there is room for them.
+    """
+    held = decoder.lengths
+    check_ids("token ids", token_ids, "[R, M]", 2)
+    if rows is not None:
+        check_ids("rows", rows, "[R]", 1)
+        listed = rows.tolist()
+        if not listed or len(set(listed)) < len(listed) or not 0 <= min(listed) <= max(listed) < len(held):
+            raise InputError(f"rows={listed}: name one or more of the rows 0 to {len(held) - 1}, each of them once")
+        held = held[rows.to(held.device)]
+    if len(token_ids) != len(held):
+        raise InputError(f"{len(token_ids)} sequences were given for {len(held)} rows; give one for each")
+    num_tokens = token_ids.shape[1]
+    if num_tokens == 0:
+        what = "the prompt is empty" if is_prompt else "there is nothing to extend by"
+        raise InputError(f"{what}; at least one token is needed")
+    check_vocabulary(token_ids, decoder.model.vocab_size)
+    check_room(num_tokens, 0 if is_prompt else int(held.max()), decoder.max_length)
+
+
+def check_ids(name: str, given: Tensor, shape: str, dim: int) -> None:
+    """Raises InputError unless something is an int64 tensor with so many dimensions."""
+    if not isinstance(given, Tensor):
+        raise InputError(f"{name}: a {type(given).__name__} was given; give a tensor {shape} of int64")
+    if given.dtype != torch.int64 or given.dim() != dim:
+        raise InputError(f"{name}: {given.dtype} {list(given.shape)} was given; give a tensor {shape} of int64")
+
+
+def check_vocabulary(token_ids: Tensor, vocab_size: int) -> None:
+    """Raises InputError if one of the tokens `[...]`, at least one, is outside the vocabulary."""
+    lowest, highest = (int(end) for end in token_ids.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise InputError(
+            f"token {lowest if lowest < 0 else highest} is outside the vocabulary of {vocab_size}; encode the text "
+            "with the model's own tokenizer"
+        )
+
+
+def check_width_shape(bit_widths: Tensor, num_rows: int, num_tokens: int | None = None) -> None:
+    """Raises InputError unless widths are int64 and one vector for all rows, or one for each.
+
+    Args:
+        bit_widths: `[U]`, `[R', U]`, or `[R', M, U]` where each token may have its own.
+        num_rows: R'.
+        num_tokens: M, where each token may have its own.
+    """
+    leading = bit_widths.shape[:-1]
+    allowed = [(), (num_rows,)] if num_tokens is None else [(), (num_rows,), (num_rows, num_tokens)]
+    if bit_widths.dtype != torch.int64 or not bit_widths.dim() or leading not in allowed:
+        raise InputError(
+            f"bit-widths are {bit_widths.dtype} {list(bit_widths.shape)}; give int64, one for each unit: [U], or "
+            f"[{num_rows}, U] for {num_rows} rows"
+        )
+
+
 def check_truncation(lengths: Tensor, held: Tensor) -> None:
-    """Raises ValueError unless rows that hold `held` tokens `[R]` can be cut to `lengths`."""
+    """Raises InputError unless rows that hold `held` tokens `[R]` can be cut to `lengths`, `[R]` int64."""
+    check_ids("lengths", lengths, "[R]", 1)
     if lengths.shape != held.shape or bool(((lengths < 0) | (lengths > held)).any()):
-        raise ValueError(
+        raise InputError(
             f"rows of {held.tolist()} tokens cannot be cut to {lengths.tolist()}; give each row a length from 0 to "
             "what it holds"
         )
 
 
 def check_bit_widths(bit_widths: Tensor, stored: Sequence[int], num_units: int) -> None:
-    """Raises InputError if a width vector has the wrong length or a width that is not stored."""
+    """Raises InputError if a width vector has the wrong length, another type, or a width that is not stored."""
+    if bit_widths.dtype != torch.int64:
+        raise InputError(f"bit-widths are {bit_widths.dtype}; give torch.int64")
     if bit_widths.shape[-1] != num_units:
         raise InputError(f"{bit_widths.shape[-1]} bit-widths were given, but the model has {num_units} units")
     allowed = torch.zeros(9, dtype=torch.bool)

@@ -149,7 +149,7 @@ class GraphDecoder:
         """
         if not len(prompt_ids):
             raise InputError("the prompt is empty; give at least one token of text")
-        num_tokens = len(prompt_ids) + max_new_tokens
+        num_tokens = len(prompt_ids) + max_new_tokens - 1  # nobody reads the last one
         if num_tokens > self.loop.weights.max_length:
             raise InputError(
                 f"{num_tokens} tokens do not fit into a row of {self.loop.weights.max_length}; shorten the prompt or "

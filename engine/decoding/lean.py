@@ -18,7 +18,9 @@ from flexquant_rl.engine.decoding.decoder import (
     check_bit_widths,
     check_max_length,
     check_room,
+    check_tokens,
     check_truncation,
+    check_width_shape,
 )
 from flexquant_rl.engine.decoding.llama_parts import decoder_weights, why_other_numbers
 from flexquant_rl.engine.decoding.session import DecodeSession
@@ -129,10 +131,9 @@ class LeanSession:
         """See `Decoder.prefill`; a prompt is read 16 tokens at a time."""
         if bit_widths is None:
             bit_widths = torch.full((self.model.num_units,), max(self.model.bit_widths))
-        if prompt_ids.shape[1] == 0:
-            raise InputError("the prompt is empty; at least one token is needed")
-        chosen = self._choose(rows, len(prompt_ids))
-        check_room(prompt_ids.shape[1], 0, self._decoder.max_length)
+        check_tokens(self, prompt_ids, rows, is_prompt=True)
+        check_width_shape(bit_widths, 1)
+        chosen = self._choose(rows)
         check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
         for row in chosen:
             row.length = 0
@@ -146,12 +147,11 @@ class LeanSession:
 
     def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
         """See `Decoder.extend`."""
+        check_tokens(self, token_ids, rows)
         num_rows, num_tokens = token_ids.shape
-        chosen = self._choose(rows, num_rows)
+        check_width_shape(bit_widths, num_rows)
+        chosen = self._choose(rows)
         lengths = [row.length for row in chosen]
-        check_room(num_tokens, max(lengths), self._decoder.max_length)
-        if num_tokens == 0:
-            raise InputError("there is nothing to extend by; at least one token is needed")
         widths = bit_widths.expand(num_rows, -1) if bit_widths.dim() == 1 else bit_widths
         try:
             return _stacked([self._read(*part, num_tokens) for part in zip(chosen, token_ids, widths, strict=True)])
@@ -163,11 +163,12 @@ class LeanSession:
     def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
         """See `Decoder.step`."""
         held = self._open()
-        if rows is not None or len(held) != 1 or len(token_ids) != 1:
-            return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+        is_vector = bit_widths.dim() == 1
+        if rows is not None or len(held) != 1 or len(token_ids) != 1 or not (is_vector or bit_widths.shape[:1] == (1,)):
+            return self.extend(token_ids[..., None], bit_widths, rows=rows).at(0)
         # One row, the case that is served: slicing and stacking tensors would take a twentieth of a small model's step.
         check_room(1, held[0].length, self._decoder.max_length)
-        return StepOutput(*self._call(held[0], token_ids, bit_widths if bit_widths.dim() == 1 else bit_widths[0], 1))
+        return StepOutput(*self._call(held[0], token_ids, bit_widths if is_vector else bit_widths[0], 1))
 
     def truncate(self, lengths: Tensor) -> None:
         """See `Decoder.truncate`."""
@@ -195,12 +196,9 @@ class LeanSession:
             raise RuntimeError("this LeanSession is closed")
         return self._rows
 
-    def _choose(self, rows: Tensor | None, num_sequences: int) -> list[_Row]:
+    def _choose(self, rows: Tensor | None) -> list[_Row]:
         held = self._open()
-        chosen = held if rows is None else [held[index] for index in rows.tolist()]
-        if num_sequences != len(chosen):
-            raise ValueError(f"{num_sequences} sequences were given for {len(chosen)} rows; give one for each")
-        return chosen
+        return held if rows is None else [held[index] for index in rows.tolist()]
 
     def _read(self, row: _Row, token_ids: Tensor, bit_widths: Tensor, keep: int) -> ExtendOutput:
         """Appends tokens `[T]` to a row at `[U]` widths; the output at the last `keep` of them, `[1, keep, ...]`."""
@@ -219,6 +217,8 @@ class LeanSession:
             result = self._decoder.native(row.cache, token_ids, row.length, bit_widths, num_logits=num_logits)
         except ValueError:
             # The native call refuses what is wrong without saying which: find out, at leisure.
+            check_tokens(self, token_ids[None], torch.tensor([0]), is_prompt=True)
+            check_width_shape(bit_widths, 1)
             check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
             if not self.model.has_reference and bool((bit_widths == 0).any()):
                 raise InputError(

@@ -10,8 +10,9 @@ from flexquant_rl.engine.decoding.decoder import (
     StepOutput,
     check_bit_widths,
     check_max_length,
-    check_room,
+    check_tokens,
     check_truncation,
+    check_width_shape,
 )
 from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError
@@ -68,11 +69,11 @@ class DecodeSession:
 
     def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
         """See `Decoder.extend`; widths may differ from token to token too, `[R', M, U]`."""
-        return self._run(token_ids, bit_widths, rows, keep=token_ids.shape[1], restart=False)
+        return self._run(token_ids, bit_widths, rows, keep=None, restart=False)
 
     def step(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> StepOutput:
         """See `Decoder.step`."""
-        return self.extend(token_ids[:, None], bit_widths, rows=rows).at(0)
+        return self.extend(token_ids[..., None], bit_widths, rows=rows).at(0)
 
     def truncate(self, lengths: Tensor) -> None:
         """See `Decoder.truncate`."""
@@ -153,23 +154,19 @@ class DecodeSession:
         return self._cache
 
     def _run(
-        self, token_ids: Tensor, bit_widths: Tensor, rows: Tensor | None, *, keep: int, restart: bool
+        self, token_ids: Tensor, bit_widths: Tensor, rows: Tensor | None, *, keep: int | None, restart: bool
     ) -> ExtendOutput:
+        """Reads tokens; the output at the last `keep` of them, None for all."""
         cache = self._open_cache()
+        check_tokens(self, token_ids, rows, is_prompt=restart)
         num_rows, length = token_ids.shape
-        expected_rows = self._num_rows if rows is None else len(rows)
-        if num_rows != expected_rows:
-            raise ValueError(f"{num_rows} sequences were given for {expected_rows} rows; give one for each")
-        if length == 0:
-            raise InputError("the prompt is empty; at least one token is needed")
+        check_width_shape(bit_widths, num_rows, length)
         device = self._model.device
         rows = None if rows is None else rows.to(device)
-        lengths = cache.lengths if rows is None else cache.lengths[rows]
-        check_room(length, 0 if restart else int(lengths.max()), self._max_length)
         widths = self._expand(bit_widths, num_rows, length)
         positions, mask = cache.begin(length, rows, restart=restart)
         result = self._model.forward(
-            token_ids.to(device), widths, keep=keep, cache=cache, positions=positions, mask=mask
+            token_ids.to(device), widths, keep=keep or length, cache=cache, positions=positions, mask=mask
         )
         cache.commit()
         return self._per_unit(result)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 from torch import Tensor
 
 from flexquant_rl.engine.linear import NestedLinear
@@ -13,6 +16,8 @@ _GAP_LINES = 6
 """Between planes. A product reads up to eight of them at the same place. Their sizes tend to be multiples of 4 KiB, and
 then all eight streams, with the lines fetched ahead of them, compete for the same few sets of the first-level cache.
 From 5 to 7 lines apart they read 10 to 30% faster at 8 bits (AMD Zen 4); fewer or many more help less."""
+_LOCKS: weakref.WeakKeyDictionary[NestedCausalLM, threading.Lock] = weakref.WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
 
 
 def placed_bytes(weight: NestedWeight) -> int:
@@ -34,17 +39,26 @@ def place(weight: NestedWeight, block: Tensor, first: int) -> NestedWeight:
 def gather_weights(model: NestedCausalLM) -> None:
     """Moves the nested weights of a model on the CPU into one block of huge pages; the second time does nothing.
 
+    Threads may call this for one model at once: the others wait for the first, and find nothing left to do.
+
     The model holds the same numbers as before, still once: a linear's old tensors go as soon as they are copied.
     """
     linears = list(model.nested_linears().values())
-    if _is_gathered(linears):
-        return
-    block = huge_pages.empty(sum(placed_bytes(linear.weight) for linear in linears))
-    first = 0
-    for linear in linears:
-        weight = place(linear.weight, block, first)
-        first += placed_bytes(weight)
-        linear.planes, linear.scale, linear.offset = weight.planes, weight.scale, weight.offset
+    with _lock_of(model):
+        if _is_gathered(linears):
+            return
+        block = huge_pages.empty(sum(placed_bytes(linear.weight) for linear in linears))
+        first = 0
+        for linear in linears:
+            weight = place(linear.weight, block, first)
+            first += placed_bytes(weight)
+            linear.planes, linear.scale, linear.offset = weight.planes, weight.scale, weight.offset
+
+
+def _lock_of(model: NestedCausalLM) -> threading.Lock:
+    """The model's own lock; not an attribute of it, since what holds a lock cannot be copied."""
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(model, threading.Lock())
 
 
 def _plane_stride(weight: NestedWeight) -> int:

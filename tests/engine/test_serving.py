@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.streamed_text import StreamedText
+from flexquant_rl.engine.decoding.graph_decode import TokenBatch
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -221,7 +226,12 @@ def test_one_token_needs_no_policy(nested_model: NestedCausalLM, profile: Profil
     ("prompt", "changes", "message"),
     [
         (torch.zeros(0, dtype=torch.int64), {}, "the prompt is empty"),
-        (torch.full((120,), 97), {"max_new_tokens": 9}, "do not fit into a row of 128"),
+        (torch.full((120,), 97), {"max_new_tokens": 10}, "do not fit into a row of 128"),
+        ([1, 5, 7], {}, r"prompt_ids: a list was given; give a tensor \[T\] of int64"),
+        (PROMPT[None], {}, r"prompt_ids: torch.int64 \[1, 6\] was given; give a tensor \[T\] of int64"),
+        (PROMPT.float(), {}, "prompt_ids: torch.float32"),
+        (torch.tensor([1, 128]), {}, "token 128 is outside the vocabulary of 128"),
+        (torch.tensor([-1, 2]), {}, "token -1 is outside the vocabulary of 128"),
         (torch.full((200,), 97), {}, "do not fit into a row of 128"),
         (PROMPT, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         (PROMPT, {"max_new_tokens": -3}, "max_new_tokens=-3"),
@@ -241,8 +251,8 @@ def test_wrong_prompts_and_numbers(
 def test_the_context_can_be_filled(nested_model: NestedCausalLM, profile: Profile) -> None:
     prompt = torch.full((120,), 97)
     policy = StaticAllocation("static", WIDTHS)
-    tokens = list(generate(nested_model, policy, profile, prompt, max_new_tokens=8, kl_weight=1.0))
-    assert len(tokens) == 8
+    tokens = list(generate(nested_model, policy, profile, prompt, max_new_tokens=9, kl_weight=1.0))
+    assert len(tokens) == 9  # nobody reads the last one
 
 
 def requests_of(count: int) -> list[Request]:
@@ -301,6 +311,120 @@ def test_closing_ends_what_runs_and_refuses_the_rest(nested_model: NestedCausalL
         next(engine.generate(Request(PROMPT, 5)))
     with pytest.raises(RuntimeError, match="Engine is closed"):
         engine.loglikelihood([([1], [2])], kl_weight=1.0)
+
+
+def test_one_request_in_two_threads_is_cancelled_twice_and_stays_the_callers(
+    nested_model: NestedCausalLM, profile: Profile
+) -> None:
+    engine = Engine(nested_model, StaticAllocation("static", WIDTHS), profile)
+    request = Request(PROMPT, 50)
+    first, second = engine.generate(request), engine.generate(request)
+    next(first), next(second)
+    first.close()  # type: ignore[attr-defined]  # an Iterator in its signature
+    engine.close()
+    assert [token.finish_reason for token in second] == ["cancelled"]
+    assert not request.cancel.is_set()
+    later = Engine(nested_model, StaticAllocation("static", WIDTHS), profile)
+    assert len(list(later.generate(request))) == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_weight": -1.0}, "kl_weight=-1 must be positive and finite"),
+        ({"kl_weight": float("nan")}, "kl_weight=nan must be positive and finite"),
+        ({"num_rows": 0}, "num_rows=0 must be at least 1"),
+        ({"pairs": [([1], [5]), ([1], [5, 6]), ([1], [])]}, "a context or continuation is empty"),
+        ({"pairs": [([1], [5]), ([1], [500])]}, "token 500 is outside the vocabulary of 128"),
+        ({"pairs": [([1], [5]), ([1] * 100, [5] * 30)]}, "100 and 30 tokens do not fit into a row of 128"),
+    ],
+)
+def test_wrong_likelihoods_are_refused_before_anything_runs(
+    nested_model: NestedCausalLM, profile: Profile, changes: dict[str, Any], message: str
+) -> None:
+    policy = Alternating()
+    engine = Engine(nested_model, policy, profile)
+    arguments = {"pairs": [([1], [5, 6])], "kl_weight": 1.0, "num_rows": 1} | changes
+    with pytest.raises(InputError, match=message):
+        engine.loglikelihood(**arguments)
+    assert not policy.seen
+    assert engine.loglikelihood([], kl_weight=1.0) == []
+
+
+def test_closing_ends_likelihoods(nested_model: NestedCausalLM, profile: Profile) -> None:
+    class Closing(Alternating):
+        def __call__(self, signals: Tensor) -> Decision:
+            closing.start()
+            return super().__call__(signals)
+
+    policy = Closing()
+    engine = Engine(nested_model, policy, profile)
+    closing = threading.Thread(target=engine.close)
+    with pytest.raises(RuntimeError, match="Engine is closed"):
+        engine.loglikelihood([([1], [5] * 20)], kl_weight=1.0)
+    assert len(policy.seen) == 1
+    closing.join()
+
+
+class FakeGraph:
+    """A captured graph that counts; its sequences have no end of their own."""
+
+    def __init__(self, model: NestedCausalLM, policy: Policy) -> None:
+        self.model, self.policy = model, policy
+        self.loop = SimpleNamespace(weights=SimpleNamespace(max_length=64), prepare=lambda first, last: None)
+
+    def start(self, prompt_ids: Tensor, max_new_tokens: int, **options: float) -> None:
+        self.first = int(prompt_ids[0])
+
+    def stream(self, max_new_tokens: int) -> Iterator[TokenBatch]:
+        for index in range(max_new_tokens):
+            yield TokenBatch([self.first + index], WIDTHS[None], 1.0)
+
+
+class TestTurnsOfAGraph:
+    @pytest.fixture
+    def engine(self, nested_model: NestedCausalLM, profile: Profile) -> Engine:
+        policy = StaticAllocation("static", WIDTHS)
+        graph: Any = FakeGraph(nested_model, policy)
+        return Engine(nested_model, policy, profile, graph=graph)
+
+    @staticmethod
+    def paused(engine: Engine) -> Iterator[GeneratedToken]:
+        stream = engine.generate(Request(torch.tensor([40]), 9))
+        assert next(stream).token_id == 40
+        return stream
+
+    def test_the_second_waits_for_the_first(self, engine: Engine) -> None:
+        stream = self.paused(engine)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(lambda: ids(list(engine.generate(Request(torch.tensor([60]), 3)))))
+            assert ids(list(stream)) == list(range(41, 49))
+            assert waiting.result(timeout=20) == [60, 61, 62]
+
+    def test_closing_frees_who_waits(self, engine: Engine) -> None:
+        stream = self.paused(engine)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(lambda: list(engine.generate(Request(torch.tensor([60]), 3))))
+            time.sleep(0.1)
+            engine.close()
+            with pytest.raises(RuntimeError, match="Engine is closed"):
+                waiting.result(timeout=20)
+        assert [token.finish_reason for token in stream] == ["cancelled"]
+
+    def test_who_waits_may_be_cancelled(self, engine: Engine) -> None:
+        stream, request = self.paused(engine), Request(torch.tensor([60]), 3)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(lambda: list(engine.generate(request)))
+            request.cancel.set()
+            assert waiting.result(timeout=20) == []
+        assert len(list(stream)) == 8
+
+    def test_a_thread_does_not_wait_for_itself(self, engine: Engine) -> None:
+        stream = self.paused(engine)
+        with pytest.raises(RuntimeError, match="this thread reads another request of the captured graph"):
+            next(engine.generate(Request(torch.tensor([60]), 3)))
+        assert len(list(stream)) == 8
+        assert len(list(engine.generate(Request(torch.tensor([60]), 3)))) == 3
 
 
 def test_a_prompt_may_be_text(nested_model: NestedCausalLM, profile: Profile) -> None:

@@ -138,6 +138,7 @@ def test_a_cancelled_request_ends_with_its_next_token(nested_model: NestedCausal
     [
         ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, "the prompt is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"prompt_ids": torch.tensor([500])}, "token 500 is outside the vocabulary of 128"),
         ({"max_new_tokens": 500}, "6 tokens of prompt and 500 new ones do not fit into a row of 128"),
         ({"kl_weight": 0.0}, "kl_weight=0 must be positive"),
         ({"kl_weight": float("nan")}, "kl_weight=nan must be positive"),
@@ -229,6 +230,7 @@ def test_likelihoods_at_fixed_widths_equal_a_score(nested_model: NestedCausalLM,
     [
         (([], [5]), "a context or continuation is empty"),
         (([5], []), "a context or continuation is empty"),
+        (([5], [500]), "token 500 is outside"),
         (([5] * 100, [6] * 30), "100 and 30 tokens do not fit into a row of 128"),
     ],
 )

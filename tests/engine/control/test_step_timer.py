@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control import runner
 from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer
+from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -21,20 +23,28 @@ class Clock:
     def __init__(self) -> None:
         self.slowness = 1.0
         self.calls = 0
+        self.widths = torch.zeros(0)
+        self.token_ids: list[int] = []
 
     def __call__(self, run: Callable[[], object], device: torch.device) -> float:
         del device
         self.calls += 1
         run()
         stall = 50.0 if self.calls % 7 == 0 else 0.0
-        widths: torch.Tensor = run.args[1]  # type: ignore[attr-defined]
-        return float(widths.float().mean()) * self.slowness + stall
+        return float(self.widths.float().mean()) * self.slowness + stall
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(step_timer, "clock_ms", clock)
+    clock, step = Clock(), DecodeSession.step
+
+    def noted(session: DecodeSession, token_ids: Tensor, bit_widths: Tensor, **options: Tensor) -> StepOutput:
+        clock.widths = bit_widths
+        clock.token_ids += token_ids.tolist()
+        return step(session, token_ids, bit_widths, **options)
+
+    monkeypatch.setattr(runner, "clock_ms", clock)
+    monkeypatch.setattr(DecodeSession, "step", noted)
     return clock
 
 
@@ -52,6 +62,7 @@ def test_what_slows_the_machine_down_cancels(clock: Clock, session: DecodeSessio
     clock.slowness = 3.0
     assert timer(widths) == pytest.approx(4.0)
     assert timer(torch.full_like(widths, 8)) == pytest.approx(8.0)
+    assert set(clock.token_ids) == {int(PROMPT[0, 0])}, "every step reads the token that was given"
 
 
 def test_short_steps_are_repeated_more_often(clock: Clock, session: DecodeSession) -> None:

@@ -185,3 +185,58 @@ def test_rows_are_not_cut_to_what_they_do_not_hold(opened: tuple[Open, float], l
     with pytest.raises(ValueError, match=r"rows of \[5\] tokens cannot be cut"):
         decoder.truncate(torch.tensor(lengths))
     assert decoder.lengths.tolist() == [5]
+
+
+@pytest.mark.parametrize("lengths", [[2.5], [True], 3])
+def test_lengths_are_whole_numbers(opened: tuple[Open, float], lengths: list[float]) -> None:
+    open_decoder, _ = opened
+    decoder = open_decoder(1)
+    decoder.prefill(Draws(decoder, 3).tokens(1, 5))
+    with pytest.raises(InputError, match=r"lengths: .* was given; give a tensor \[R\] of int64"):
+        decoder.truncate(torch.tensor(lengths))
+    assert decoder.lengths.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "message"),
+    [
+        ([0, 0], [[5], [6]], r"rows=\[0, 0\]: name one or more of the rows 0 to 1, each of them once"),
+        ([], [], r"rows=\[\]: name one or more|rows: torch.float32"),
+        ([-1], [[5]], r"rows=\[-1\]: name one"),
+        ([2], [[5]], r"rows=\[2\]: name one"),
+        ([1.0], [[5]], "rows: torch.float32"),
+        (None, [[5]], "1 sequences were given for 2 rows; give one for each"),
+        (None, [[], []], "at least one token is needed"),
+        (None, [5, 6], r"token ids: torch.int64 \[2\] was given; give a tensor \[R, M\] of int64"),
+        (None, [[5.0], [6.0]], r"token ids: torch.float32 \[2, 1\]"),
+        (None, [[5], [100_000]], "token 100000 is outside the vocabulary of"),
+        (None, [[-1], [5]], "token -1 is outside the vocabulary of"),
+    ],
+)
+def test_wrong_tokens_and_rows(opened: tuple[Open, float], rows: list[int], tokens: list[object], message: str) -> None:
+    """All decoders say the same, before anything is read."""
+    open_decoder, _ = opened
+    decoder = open_decoder(2)
+    decoder.prefill(Draws(decoder, 3).tokens(2, 5))
+    chosen = None if rows is None else torch.tensor(rows, dtype=None if rows else torch.int64)
+    given = torch.tensor(tokens) if any(tokens) and tokens[0] else torch.zeros(len(tokens), 0, dtype=torch.int64)
+    with pytest.raises(InputError, match=message) as error:
+        decoder.extend(given, Draws(decoder, 0).widths(), rows=chosen)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=message):
+        decoder.prefill(given, rows=chosen)
+    assert decoder.lengths.tolist() == [5, 5]
+
+
+def test_one_row_and_widths_of_two(opened: tuple[Open, float]) -> None:
+    open_decoder, _ = opened
+    decoder = open_decoder(1)
+    draws = Draws(decoder, 3)
+    decoder.prefill(draws.tokens(1, 5))
+    for widths in (draws.widths(2), draws.widths().float(), torch.tensor(4)):
+        with pytest.raises(InputError, match="bit-widths are .*; give int64, one for each unit"):
+            decoder.step(draws.tokens(1), widths)
+    for tokens, message in (([100_000], "outside the vocabulary"), ([5.0], "token ids: "), ([[5]], "token ids: ")):
+        with pytest.raises(InputError, match=message):
+            decoder.step(torch.tensor(tokens), draws.widths())
+    assert decoder.lengths.tolist() == [5]

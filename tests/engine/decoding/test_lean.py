@@ -37,6 +37,7 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity
 from flexquant_rl.fq_env.prompts import load_windows, spread
 from flexquant_rl.kernels.native import supported_isas
+from flexquant_rl.kernels.native_decoder import LayerCache, NativeDecoder
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
 
@@ -218,13 +219,22 @@ class TestSession:
         with pytest.raises(RuntimeError, match="closed"):
             session.step(token, widths)
 
-    def test_a_bad_prompt_leaves_an_empty_row(self, decoder: LeanDecoder) -> None:
+    def test_half_a_prompt_leaves_an_empty_row(self, decoder: LeanDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
         session = LeanSession(decoder)
         session.prefill(torch.ones(1, 3, dtype=torch.int64), bit_widths=torch.tensor([[4, 4, 4]]))
-        prompt = torch.ones(1, 20, dtype=torch.int64)
-        prompt[0, 18] = 10_000
-        with pytest.raises(ValueError, match="20 tokens|4 tokens"):
-            session.prefill(prompt)
+        call = NativeDecoder.__call__
+
+        def failing(
+            native: NativeDecoder, cache: LayerCache, token_ids: Tensor, position: int, *rest: Tensor
+        ) -> object:
+            if position:
+                raise RuntimeError("out of luck")
+            return call(native, cache, token_ids, position, *rest)
+
+        monkeypatch.setattr(NativeDecoder, "__call__", lambda *arguments, num_logits: failing(*arguments))
+        with pytest.raises(RuntimeError, match="out of luck"):
+            session.prefill(torch.ones(1, 20, dtype=torch.int64))
+        monkeypatch.undo()
         assert session.lengths.tolist() == [0]
 
     def test_no_unquantised_weights(self, tiny_llama: PreTrainedModel, tiny_tokenizer: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,35 @@ def test_a_gathered_model_is_the_same_model(build: Build, tmp_path: Path) -> Non
     before = [linear.planes.data_ptr() for linear in model.nested_linears().values()]
     gather_weights(model)
     assert [linear.planes.data_ptr() for linear in model.nested_linears().values()] == before
+
+
+def test_threads_gather_a_model_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = []
+
+    def empty(num_bytes: int) -> torch.Tensor:
+        blocks.append(huge_pages.zeros(torch.Size((num_bytes,)), torch.uint8))
+        return blocks[-1]
+
+    model = build("llama", device="cpu")
+    monkeypatch.setattr("flexquant_rl.engine.decoding.weight_block.huge_pages.empty", empty)
+    interval, barrier = sys.getswitchinterval(), threading.Barrier(4)
+
+    def run() -> None:
+        barrier.wait()
+        gather_weights(model)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    (block,) = blocks
+    storages = {linear.planes.untyped_storage().data_ptr() for linear in model.nested_linears().values()}
+    assert storages == {block.untyped_storage().data_ptr()}
 
 
 @pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
