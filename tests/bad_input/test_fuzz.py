@@ -95,7 +95,7 @@ def targets(shared: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         exported.card.check_model(model.fingerprint, path)
         exported.profile.check(model)
         exported.policy(torch.zeros(1, exported.card.schema.dim))
-        exported.policy.kl_weight_for_speed(1.5)
+        exported.card.setting_for_speed(1.5)
 
     shutil.copy(shared.policy / "profile.json", made("profile"))
     return {

@@ -62,7 +62,7 @@ def model_is_a_file(inputs: Inputs) -> Mistake:
 
 @case
 def model_name_unknown(inputs: Inputs) -> Mistake:
-    return bad_model(inputs, "no-such-model-anywhere", "no-such-model-anywhere", "check the directory or name")
+    return bad_model(inputs, "no-such-model-anywhere", "no-such-model-anywhere", "check the name or the network")
 
 
 @case
@@ -109,7 +109,7 @@ def weights_with_infinity(inputs: Inputs) -> Mistake:
 def weights_cut(inputs: Inputs) -> Mistake:
     model = inputs.copy(inputs.model)
     damage(model / "model.safetensors", "cut")
-    return bad_model(inputs, model, f"{model}: cannot be loaded", "check the directory")
+    return bad_model(inputs, model, f"{model}: cannot be loaded", "download the model again")
 
 
 @case
