@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a deployed policy imports this module, and must not pull in
 SIGNAL_SCHEMA_VERSION = constants.SIGNAL_SCHEMA_VERSION
 SIGNAL_LIMIT = constants.SIGNAL_LIMIT
 _PROJECTION_SEED = 20_250_612  # fixed: the projection is part of the schema
+_MAX_COUNT = 1 << 16  # of units, or of dimensions of the embedding, in a file: more would fill the memory with names
 _ROW_SCALARS = ("entropy", "entropy_ema", "surprisal", "step_kl", "probe_kl", "since_probe", "position", "dial")
 
 
@@ -136,8 +137,8 @@ class SignalSchema:
         """
         counts = data["num_units"], data["num_embedding_dims"]
         bit_widths = tuple(data["bit_widths"])
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("the signals' counts are not whole numbers")
+        if not all(type(count) is int and 0 <= count <= _MAX_COUNT for count in counts):
+            raise ValueError(f"the signals' counts are not whole numbers up to {_MAX_COUNT}")
         if not bit_widths or not all(type(width) is int and 0 < width <= NUM_PLANES for width in bit_widths):
             raise ValueError(f"the signals' bit_widths are not whole numbers from 1 to {NUM_PLANES}")
         horizon = data["horizon"]

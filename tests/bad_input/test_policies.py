@@ -223,6 +223,48 @@ def negative_temperature(inputs: Inputs) -> Mistake:
 
 
 @case
+def temperature_that_divides_to_no_number(inputs: Inputs) -> Mistake:
+    arguments = generation(inputs, "--temperature", "1e-42")
+    return Mistake(cli.main, arguments, "temperature=1e-42 is below 1e-06", "0 is greedy")
+
+
+@case
+def seed_beyond_64_bits(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, "--seed", 2**64), f"seed={2**64} is not one of 64 bits", "use 0 to")
+
+
+@case
+def seed_below_zero(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, generation(inputs, "--seed", -1), "seed=-1 is not one of 64 bits", "use 0 to")
+
+
+@case
+def prompt_not_utf_8(inputs: Inputs) -> Mistake:
+    # How Python hands on the byte 0xff of a command line.
+    arguments = generation(inputs, prompt="abc\udcff")
+    return Mistake(cli.main, arguments, r"the prompt is not UTF-8 text ('\udcff' at character 3)", "convert it")
+
+
+@case
+def policy_with_a_dial_of_words(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    card["dial"][0]["speedup_modelled"] = "fast"
+    (policy / "policy.json").write_text(json.dumps(card))
+    arguments = generation(inputs, "--speed", 1.2, policy=policy)
+    return Mistake(cli.main, arguments, "the dial's points are finite numbers", "export it again")
+
+
+@case
+def policy_of_more_signals_than_memory(inputs: Inputs) -> Mistake:
+    policy = inputs.copy(inputs.policy)
+    card = json.loads((policy / "policy.json").read_text())
+    card["schema"]["num_embedding_dims"] = 10**12
+    (policy / "policy.json").write_text(json.dumps(card))
+    return bad_policy(inputs, policy, "counts are not whole numbers up to 65536", "export it again")
+
+
+@case
 def generation_without_a_policy(inputs: Inputs) -> Mistake:
     arguments = generation(inputs, policy=inputs.own / "none")
     return Mistake(cli.main, arguments, "none is not the directory", "fq export RUN OUT")

@@ -213,6 +213,17 @@ def episodes_without_text(inputs: Inputs) -> Mistake:
 
 
 @case
+def probes_that_serving_does_not_make(inputs: Inputs) -> Mistake:
+    value = "env.probe_every=4: probes are for agents of your own"
+    return bad_option(inputs, "--env.probe-every", 4, value=value, fix="leave --env.probe-every out")
+
+
+@case
+def temperature_that_divides_to_no_number(inputs: Inputs) -> Mistake:
+    return bad_option(inputs, "--env.temperature", "1e-42", value="temperature=1e-42 is below", fix="0 is greedy")
+
+
+@case
 def discount_above_one(inputs: Inputs) -> Mistake:
     return bad_option(inputs, "--ppo.gamma", 1.5, value="ppo.gamma=1.5", fix="from 0 to 1")
 
@@ -299,6 +310,23 @@ def resume_of_another_version(inputs: Inputs) -> Mistake:
     data = json.loads((run_dir / "config.json").read_text())
     (run_dir / "config.json").write_text(json.dumps({**data, "version": 99}))
     return Mistake(train.main, ("--resume", run_dir), "run version 99", "start a new run")
+
+
+@case
+def resume_of_a_run_with_a_number_in_quotes(inputs: Inputs) -> Mistake:
+    run_dir = make_run(inputs)
+    data = json.loads((run_dir / "config.json").read_text())
+    data["config"]["env"]["prompt_tokens"] = "8"
+    (run_dir / "config.json").write_text(json.dumps(data))
+    value = f"{run_dir / 'config.json'}: env.prompt_tokens='8' must be an integer"
+    return Mistake(train.main, ("--resume", run_dir), value, "start a new run")
+
+
+@case
+def resume_of_a_run_that_nests_too_deeply(inputs: Inputs) -> Mistake:
+    run_dir = make_run(inputs)
+    (run_dir / "config.json").write_text("[" * 100_000)
+    return Mistake(train.main, ("--resume", run_dir), "nested too deeply", "pass a directory of train.py")
 
 
 @case
