@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flexquant_rl.engine.control.request import check_kl_weight
 from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import Task, check_kl_weight, draw_kl_weight, info_columns
+from flexquant_rl.fq_env.task import Task, draw_kl_weight, info_columns
 
 Observation = NDArray[np.float32]
 

@@ -22,6 +22,8 @@ _STDLIB_SPLITS: dict[Split, Literal["policy-train", "validation", "test"]] = {
     "validation": "validation",
     "test": "test",
 }
+PROFILE_WINDOWS = 12
+"""Training windows that a profile's sensitivities are measured on, `spread` over the text."""
 _CHUNK_CHARS = 4000
 _MAX_WINDOWS = 8192
 # Shares of the hash space for text files, in percent; the rest is for training.

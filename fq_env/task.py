@@ -18,8 +18,12 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.profile import Profile
+
+# cli.py takes it from here until its rewrite has landed: hence the alias.
+from flexquant_rl.engine.control.request import check_kl_weight as check_kl_weight
 from flexquant_rl.engine.control.signals import SIGNAL_LIMIT, SignalSchema
 from flexquant_rl.engine.decoding.decoder import DecoderModel
+from flexquant_rl.engine.decoding.next_token import check_sampling
 from flexquant_rl.engine.errors import InputError
 
 if TYPE_CHECKING:  # episodes take their shape from the configuration that is defined here
@@ -80,18 +84,11 @@ class EnvConfig:
                 f"kl_weight_min={self.kl_weight_min:g} and kl_weight_max={self.kl_weight_max:g} must be positive, "
                 "finite and ordered; swap or change them"
             )
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature={self.temperature:g} must be finite and not negative; 0 is greedy")
+        check_sampling(self.temperature)
         if self.action == "num_low_units" and self.low_width >= self.high_width:
             raise InputError(f"low_width={self.low_width} must be below high_width={self.high_width}; swap them")
         if self.probe_every < 0:
             raise InputError(f"probe_every={self.probe_every} must not be negative; 0 never probes")
-
-
-def check_kl_weight(kl_weight: float) -> None:
-    """Raises InputError on a dial setting that prices nothing."""
-    if not 0 < kl_weight < math.inf:
-        raise InputError(f"kl_weight={kl_weight:g} must be positive and finite; small means fast, large means exact")
 
 
 @dataclass(frozen=True)
