@@ -27,7 +27,7 @@ def fake_context(model: FakeModel | None = None) -> PolicyContext:
 def signals_of(
     schema: SignalSchema, entropy_nats: Tensor, *, last_widths: Tensor | None = None, tokens_decoded: int | Tensor = 0
 ) -> Tensor:
-    """Signals `[B, dim]` with a given smoothed entropy, last widths (default: 8) and tokens decoded, of all rows or `[B]`."""
+    """Signals `[B, dim]` with a given smoothed entropy, last widths (default: 8) and tokens since the prompt."""
     signals = torch.zeros(len(entropy_nats), schema.dim)
     signals[:, schema.index("token_entropy_ema")] = entropy_nats / NATS_SCALE
     signals[:, schema.index("position")] = torch.as_tensor(tokens_decoded).float().log1p() / POSITION_SCALE
