@@ -29,9 +29,8 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
-from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
+from flexquant_rl.fq_env.prompts import PROFILE_WINDOWS, PromptWindows, load_windows, spread
 
-_PROFILE_WINDOWS = 12
 _FRONT_WINDOWS = 16
 
 
@@ -129,7 +128,7 @@ def _profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
     say("profiling: output KL of every unit at every width")
     return profile_model(
         model,
-        spread(windows.train, _PROFILE_WINDOWS)[:, :-1],
+        spread(windows.train, PROFILE_WINDOWS)[:, :-1],
         roofline_cost(model),
         progress=lambda units: track(units, "profiling"),
     )

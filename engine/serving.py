@@ -10,17 +10,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
-from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.decision import Policy, StaticAllocation
+from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
-from flexquant_rl.engine.decoding.decoder import check_max_length
+from flexquant_rl.engine.decoding.decoder import check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
@@ -68,6 +70,9 @@ class Engine:
         self._closed = threading.Event()  # the engine's own: the requests' events are their callers'
         self._turn = GraphTurn(self._closed)
         self._max_length = check_max_length(max_length, model)
+        if decoder not in get_args(DecoderName):
+            raise InputError(f"decoder={decoder!r} is unknown; use one of {', '.join(get_args(DecoderName))}")
+        check_policy(policy, model)
         if graph is None and _takes_graph(model, policy, decoder):
             from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
 
@@ -192,7 +197,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     decoder: DecoderName = "auto",
     num_threads: int | None = None,
     graph: GraphDecoder | None = None,
@@ -209,7 +214,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: Only the likeliest tokens whose probabilities reach this sum are sampled.
         seed: Seed of the sampling.
-        stop: Each of these strings ends the text.
+        stop: Each of these strings ends the text, or the one that is given.
         decoder: As for `Engine`.
         num_threads: As for `Engine`.
         graph: As for `Engine`. Keep one for several prompts: compiling, fusing and capturing take their time.
@@ -227,7 +232,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        stop=tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
     request.check(model.max_context, model.vocab_size)
     engine = Engine(
@@ -235,6 +240,14 @@ def generate(
     )
     with closing(engine):
         yield from engine.generate(request)
+
+
+def check_policy(policy: Policy, model: NestedCausalLM) -> None:
+    """Raises InputError if a policy is one of another model, or a static one has widths that this model has not."""
+    if isinstance(policy, LearnedPolicy | StaticPolicy):
+        policy.card.check_model(model.fingerprint, Path(policy.name))
+    if isinstance(policy, StaticAllocation):
+        check_bit_widths(policy.bit_widths, model.bit_widths, model.num_units)
 
 
 def encode(model: NestedCausalLM, text: str) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.decoding.sampling_bounds import check_temperature
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import check_field_types
@@ -71,9 +72,3 @@ class EnvConfig:
             raise InputError(f"low_width={self.low_width} must be below high_width={self.high_width}; swap them")
         if self.probe_every < 0:
             raise InputError(f"probe_every={self.probe_every} must not be negative; 0 never probes")
-
-
-def check_kl_weight(kl_weight: float) -> None:
-    """Raises InputError on a dial setting that prices nothing."""
-    if not 0 < kl_weight < math.inf:
-        raise InputError(f"kl_weight={kl_weight:g} must be positive and finite; small means fast, large means exact")

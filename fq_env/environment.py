@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import shown
 from flexquant_rl.fq_env.arguments import actions_of, number_of, options_of, seed_of, window_of
-from flexquant_rl.fq_env.config import check_kl_weight
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import Task, draw_kl_weight, info_columns
 
@@ -46,6 +46,7 @@ class Environment(gym.Env[Observation, Any]):
         self.render_mode = render_mode
         self.action_space = task.action_space
         self.observation_space = task.observation_space
+        self._is_over = False
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -67,17 +68,21 @@ class Environment(gym.Env[Observation, Any]):
         dials = torch.tensor([draw.kl_weight], dtype=torch.float32)
         self.episodes.start(row, windows, dials, seeds)
         self.task.start(self.episodes, row)
+        self._is_over = False
         return self._observation(), {"window": draw.window, "kl_weight": draw.kl_weight}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Decodes one token as the action says.
 
         Raises:
-            InputError: If it is not in the action space.
+            InputError: If it is not in the action space, or the episode is over.
         """
+        if self._is_over:
+            raise InputError("the episode is over and has no further step; call reset()")
         actions = actions_of(action, self.action_space)
         facts = self.episodes.step(self.task.to_decision(actions))
         reward = self.task.reward(facts)
+        self._is_over = bool(facts.terminated | facts.truncated)
         info = {name: column.item() for name, column in info_columns(facts, reward).items()}
         return self._observation(), reward.total.item(), bool(facts.terminated), bool(facts.truncated), info
 

@@ -18,9 +18,7 @@ from flexquant_rl.engine.control.profile import Profile, profile_model, referenc
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
-from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
-
-_PROFILE_WINDOWS = 8
+from flexquant_rl.fq_env.prompts import PROFILE_WINDOWS, PromptWindows, load_windows, spread
 
 T = TypeVar("T")
 
@@ -84,7 +82,7 @@ def shared_windows(
 
 def shared_profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
     """The profile of a model, measured on training windows; latency from the roofline."""
-    read = spread(windows.train, _PROFILE_WINDOWS)[:, :-1]
+    read = spread(windows.train, PROFILE_WINDOWS)[:, :-1]
     key = (model.fingerprint, reference_name(model), tuple(read.shape), read.numpy().tobytes())
     return _PROFILES.get(key, lambda: profile_model(model, read, roofline_cost(model)))
 

@@ -2,7 +2,8 @@
 
 Between two matrix products of a small model Python and a tensor library take longer than the products themselves, so
 the walk through the layers is native too. This module describes the model to cpp/decoder.h and owns the buffers;
-what the numbers mean (which Hugging Face module they come from) is known one layer up, in engine/decoding/lean.py.
+what the numbers mean (which Hugging Face module they come from) is known one layer up, in
+engine/decoding/llama_parts.py.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.kernels.signal_constants import NATS_SCALE, POSITION_SCALE, WIDTH_SCALE
 
 
 def fake_context(model: FakeModel | None = None) -> PolicyContext:
@@ -24,14 +25,14 @@ def fake_context(model: FakeModel | None = None) -> PolicyContext:
 
 
 def signals_of(
-    schema: SignalSchema, entropy_nats: Tensor, *, last_widths: Tensor | None = None, position: float = 0.0
+    schema: SignalSchema, entropy_nats: Tensor, *, last_widths: Tensor | None = None, tokens_decoded: int | Tensor = 0
 ) -> Tensor:
-    """Signals `[B, dim]` with a given smoothed entropy, last widths (default: 8) and position."""
+    """Signals `[B, dim]` with a given smoothed entropy, last widths (default: 8) and tokens since the prompt."""
     signals = torch.zeros(len(entropy_nats), schema.dim)
-    signals[:, schema.index("token_entropy_ema")] = entropy_nats / 4
-    signals[:, schema.index("position")] = position
+    signals[:, schema.index("token_entropy_ema")] = entropy_nats / NATS_SCALE
+    signals[:, schema.index("position")] = torch.as_tensor(tokens_decoded).float().log1p() / POSITION_SCALE
     per_unit = signals[:, schema.num_global :].view(len(signals), schema.num_units, schema.num_per_unit)
-    per_unit[..., schema.index_in_unit("last_width")] = 1.0 if last_widths is None else last_widths / 8
+    per_unit[..., schema.index_in_unit("last_width")] = 1.0 if last_widths is None else last_widths / WIDTH_SCALE
     return signals
 
 

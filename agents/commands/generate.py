@@ -15,6 +15,7 @@ from flexquant_rl.agents.commands.servable import load_servable
 from flexquant_rl.agents.config import check_device
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
+from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.policy import DeployedPolicy, DialPoint, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
@@ -23,7 +24,6 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.serving import encode, encode_chat
 from flexquant_rl.engine.serving import generate as generate_tokens
-from flexquant_rl.fq_env.config import check_kl_weight
 
 
 def generate(options: GenerateOptions) -> None:

@@ -20,9 +20,7 @@ from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
-from flexquant_rl.fq_env.prompts import load_windows, spread
-
-_PROFILE_WINDOWS = 12
+from flexquant_rl.fq_env.prompts import PROFILE_WINDOWS, load_windows, spread
 
 
 def profile(options: ProfileOptions) -> None:
@@ -56,7 +54,7 @@ def profile(options: ProfileOptions) -> None:
         session.prefill(windows[:1, :num_held])
         timer = StepTimer(session, windows[0, :1])
         cost = measured_cost(nested, timer, num_steps=options.steps, num_threads=options.threads)
-    profiled = spread(windows, _PROFILE_WINDOWS)[:, :-1]
+    profiled = spread(windows, PROFILE_WINDOWS)[:, :-1]
     result = profile_model(nested, profiled, cost, progress=lambda units: track(units, "profiling"))
     result.save(target)
     by_width = {str(b): float(cost.latency_ms(torch.full((nested.num_units,), b))) for b in nested.bit_widths}

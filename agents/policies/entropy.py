@@ -78,7 +78,7 @@ class EntropyThreshold:
 
     def _num_low(self, schema: SignalSchema, signals: Tensor) -> Tensor:
         """How many units run low in each row, `[B, dim]` -> `[B]` int64."""
-        entropy = signals[:, schema.index("token_entropy_ema")] * 4
+        entropy = schema.entropy_ema_nats(signals)
         share_low = 0.5 + (self.threshold_nats - entropy) / self.spread_nats
         wanted = (share_low.clamp(0, 1) * schema.num_units).round().long()
         before = (schema.last_widths(signals) == self.low_width).sum(-1)

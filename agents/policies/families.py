@@ -70,7 +70,8 @@ def parse_policy(name: str) -> UnboundPolicy:
         if found is not None:
             return read_parameters(found, own[2], name)
     near = difflib.get_close_matches(family, [kind.family.name for kind in POLICIES], n=1, cutoff=0.5)
-    if near:
+    is_class = own is not None and own[1][0].isupper()
+    if near and not is_class:
         hint = f"did you mean {near[0]}:{parameters or '4'}?"
     elif own is not None:
         hint = f"there is no module {own[0]} here; give its name without .py, e.g. my_policies:MyPolicy"

@@ -20,14 +20,27 @@ def policy_name(policy: UnboundPolicy) -> str:
     """The shortest name that means these parameters: those at their defaults are left out.
 
     The first parameter stands without its key, e.g. `fixed:4` or `entropy:1.5,one_way=true`.
+
+    Raises:
+        InputError: If a value is text that a name cannot give back: with a comma, or spaces around it.
     """
     items = []
     for index, field in enumerate(_parameters(type(policy))):
         value = getattr(policy, field.name)
         if value != field.default:
+            _check_text(field.name, value)
             is_short = index == 0 and not isinstance(value, str)
             items.append(_printed(value) if is_short else f"{field.name}={_printed(value)}")
     return ":".join([prefix(type(policy)), *([",".join(items)] if items else [])])
+
+
+def _check_text(key: str, value: Parameter) -> None:
+    """Raises InputError if a value is text that `read_parameters` would cut."""
+    if isinstance(value, str) and ("," in value or value != value.strip()):
+        raise InputError(
+            f"{key}={value!r} cannot be part of a policy's name, which is cut at commas and stripped of spaces; leave "
+            "them out"
+        )
 
 
 def prefix(kind: type[UnboundPolicy]) -> str:

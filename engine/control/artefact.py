@@ -68,7 +68,7 @@ def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
 
 
 def load_policy(
-    directory: Path,
+    directory: Path | str,
     *,
     model_fingerprint: str | None = None,
     name: str | None = None,
@@ -85,6 +85,7 @@ def load_policy(
     Raises:
         InputError: If files are missing, damaged, of another schema or of another model.
     """
+    directory = Path(directory)
     card_path, weights_path = directory / CARD_FILE, directory / WEIGHTS_FILE
     try:
         data = read_json(card_path)

@@ -72,14 +72,14 @@ class Profile:
         )
 
     @staticmethod
-    def load(path: Path) -> Profile:
+    def load(path: Path | str) -> Profile:
         """Reads JSON.
 
         Raises:
             InputError: If the file is missing, unreadable or of another version.
         """
         try:
-            data: Any = read_json(path)
+            data: Any = read_json(Path(path))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: no readable profile ({error}); run `fq profile`") from error
         version = data.get("version") if isinstance(data, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.streamed_text import StopStrings, StreamedText
 from flexquant_rl.engine.decoding.decoder import check_ids, check_vocabulary
 from flexquant_rl.engine.decoding.sampling_bounds import check_sampling, check_seed
@@ -18,7 +18,7 @@ from flexquant_rl.engine.errors import InputError
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """What to continue, and how far.
 
@@ -42,7 +42,7 @@ class Request:
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
-    cancel: threading.Event = field(default_factory=threading.Event, compare=False)
+    cancel: threading.Event = field(default_factory=threading.Event)
 
     @property
     def num_held(self) -> int:
@@ -55,11 +55,13 @@ class Request:
         if not len(self.prompt_ids):
             raise InputError("the prompt is empty; give at least one token of text")
         check_vocabulary(self.prompt_ids, vocab_size)
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1; ask for a token or more")
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens!r} must be a whole number from 1; give e.g. 64")
         check_kl_weight(self.kl_weight)
         check_sampling(self.temperature, self.top_p)
         check_seed(self.seed)
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop={self.stop!r} must be a tuple of strings; give e.g. ({str(self.stop)!r},)")
         if "" in self.stop:
             raise InputError("a stop string is empty, which every text begins with; leave it out")
         if self.num_held > max_length:
@@ -67,12 +69,6 @@ class Request:
                 f"{len(self.prompt_ids)} tokens of prompt and {self.max_new_tokens} new ones do not fit into a row of "
                 f"{max_length}; shorten the prompt or the continuation"
             )
-
-
-def check_kl_weight(kl_weight: float) -> None:
-    """Raises InputError on a dial setting that prices nothing."""
-    if not 0 < kl_weight < math.inf:
-        raise InputError(f"kl_weight={kl_weight:g} must be positive and finite; small means fast, large means exact")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from flexquant_rl.engine.control.controller import Controller
 from flexquant_rl.engine.control.cost import clock_ms
 from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest, check_kl_weight
+from flexquant_rl.engine.control.dial import check_kl_weight
+from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput, check_vocabulary
 from flexquant_rl.engine.decoding.next_token import Greedy, NextTokens, Replay, Sampler
 from flexquant_rl.engine.errors import InputError

@@ -118,6 +118,18 @@ class SignalSchema:
         """`[B]` entropy of the last output distribution."""
         return signals[:, self.index("token_entropy")] * constants.NATS_SCALE
 
+    def entropy_ema_nats(self, signals: Tensor) -> Tensor:
+        """`[B]` moving average of the entropies of the output distributions."""
+        return signals[:, self.index("token_entropy_ema")] * constants.NATS_SCALE
+
+    def surprisal_nats(self, signals: Tensor) -> Tensor:
+        """`[B]` surprisal of the token about to be read."""
+        return signals[:, self.index("surprisal")] * constants.NATS_SCALE
+
+    def tokens_decoded(self, signals: Tensor) -> Tensor:
+        """`[B]` int64 tokens since the prompt; exact up to 100,000 of them, beyond that to six digits."""
+        return (signals[:, self.index("position")] * constants.POSITION_SCALE).expm1().round().long()
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the version."""
         return {

@@ -171,7 +171,9 @@ def greedy_tokens(logits: Tensor) -> Tensor:
 
 def check_max_length(max_length: int | None, model: NestedCausalLM) -> int:
     """Returns how many tokens a row shall hold, the model's context by default; InputError if that is exceeded."""
-    max_length = max_length or model.max_context
+    max_length = model.max_context if max_length is None else max_length
+    if max_length < 1:
+        raise InputError(f"max_length={max_length} must be at least 1; leave it out for the model's context")
     if max_length > model.max_context:
         raise InputError(
             f"{max_length} tokens (prompt and continuation) were asked for, but the model's context holds "

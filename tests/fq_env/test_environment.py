@@ -427,3 +427,16 @@ def test_default_model_and_text(monkeypatch: pytest.MonkeyPatch, tiny_model_dir:
     assert env.observation_space.contains(observation)
     env.close()
     forget_shared()  # of this part of the text
+
+
+def test_an_episode_that_is_over_says_so(env: gym.Env[Any, Any]) -> None:
+    plain = env.unwrapped
+    plain.reset(seed=3)
+    for _ in range(STEPS):
+        *_, terminated, truncated, _ = plain.step(np.full(3, 2))
+        if terminated or truncated:
+            break
+    with pytest.raises(InputError, match=r"the episode is over.*call reset\(\)"):
+        plain.step(np.full(3, 2))
+    plain.reset(seed=3)
+    plain.step(np.full(3, 2))

@@ -21,8 +21,8 @@ CONTEXT = fake_context()
 ORDER = CONTEXT.profile.sensitivity[:, CONTEXT.profile.bit_widths.index(4)].argsort(stable=True)
 
 
-def signals_of(entropy_nats: Tensor, *, last_widths: Tensor | None = None, position: float = 0.0) -> Tensor:
-    return signals_by_schema(CONTEXT.schema, entropy_nats, last_widths=last_widths, position=position)
+def signals_of(entropy_nats: Tensor, *, last_widths: Tensor | None = None, tokens_decoded: int = 0) -> Tensor:
+    return signals_by_schema(CONTEXT.schema, entropy_nats, last_widths=last_widths, tokens_decoded=tokens_decoded)
 
 
 def num_low(widths: Tensor) -> Tensor:
@@ -71,20 +71,20 @@ def test_hysteresis_ignores_small_changes() -> None:
     at = {count: torch.tensor([2.5 - count / 2]) for count in range(5)}  # the entropy that wants `count` low units
     for before in range(5):
         for wanted in range(5):
-            signals = signals_of(at[wanted], last_widths=widths_with(before), position=0.3)
+            signals = signals_of(at[wanted], last_widths=widths_with(before), tokens_decoded=2)
             expected = wanted if abs(wanted - before) > 1 else before
             assert int(num_low(policy(signals).bit_widths)) == expected
     fresh = signals_of(at[1], last_widths=widths_with(0))
     assert int(num_low(policy(fresh).bit_widths)) == 1  # nothing to hold on to at an episode's first step
     lively = EntropyThreshold(1.5, hysteresis_units=0).bind(CONTEXT)
-    assert int(num_low(lively(signals_of(at[3], last_widths=widths_with(2), position=0.3)).bit_widths)) == 3
+    assert int(num_low(lively(signals_of(at[3], last_widths=widths_with(2), tokens_decoded=2)).bit_widths)) == 3
 
 
 def episode(policy: Policy, entropies: list[float]) -> Iterator[int]:
     """Numbers of low units of one row, step by step."""
     last = torch.full((1, 4), 8)
     for position, entropy in enumerate(entropies):
-        last = policy(signals_of(torch.tensor([entropy]), last_widths=last, position=float(position))).bit_widths
+        last = policy(signals_of(torch.tensor([entropy]), last_widths=last, tokens_decoded=position)).bit_widths
         yield int(num_low(last))
 
 
@@ -96,7 +96,7 @@ def test_one_way_never_returns_within_an_episode() -> None:
     assert list(episode(one_way, entropies)) == [0, 2, 2, 4, 4, 4]
     assert list(episode(one_way, [4.0])) == [0]
     # A restarted row: the position is zero again and the last widths are full.
-    assert int(num_low(one_way(signals_of(torch.tensor([4.0]), position=0.0)).bit_widths)) == 0
+    assert int(num_low(one_way(signals_of(torch.tensor([4.0]), tokens_decoded=0)).bit_widths)) == 0
 
 
 def test_other_widths() -> None:

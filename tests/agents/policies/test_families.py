@@ -74,3 +74,9 @@ def test_unknown_names(name: str, message: str) -> None:
     assert f"unknown policy {name!r}" in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["my_entropy:Gate", "policies_random:Gate", "nowhere:Gate"])
+def test_a_class_of_a_missing_module_is_no_misspelt_family(name: str) -> None:
+    with pytest.raises(InputError, match=f"there is no module {name.partition(':')[0]} here"):
+        parse_policy(name)

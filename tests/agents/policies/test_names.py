@@ -132,6 +132,19 @@ def test_text_keeps_its_key() -> None:
     check_parameters(Labelled, "name")
 
 
+@given(st.text(), st.floats(allow_nan=False, allow_infinity=False))
+def test_text_is_given_back_or_refused(label: str, factor: float) -> None:
+    policy = Labelled(label, factor)
+    prefix = f"{__name__}:Labelled"
+    if label != "a" and ("," in label or label != label.strip()):
+        with pytest.raises(InputError, match="cannot be part of a policy's name") as error:
+            policy_name(policy)
+        assert "\n" not in str(error.value)
+        return
+    name = policy_name(policy)
+    assert read_parameters(Labelled, name.removeprefix(prefix).removeprefix(":"), name) == policy
+
+
 def test_a_class_without_parameters() -> None:
     assert policy_name(Unbound()) == usage(Unbound) == f"{__name__}:Unbound"
     assert read_parameters(Unbound, "", "name") == Unbound()

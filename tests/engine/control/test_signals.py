@@ -21,6 +21,7 @@ from flexquant_rl.engine.control.signals import (
     project_embedding,
 )
 from flexquant_rl.engine.decoding.decoder import StepOutput
+from flexquant_rl.kernels.signal_constants import NATS_SCALE, POSITION_SCALE
 
 WIDTHS = (3, 5, 8)
 NUM_UNITS, VOCAB_SIZE = 2, 6
@@ -370,3 +371,16 @@ def move(tracker: SignalTracker, output: StepOutput, rows: Tensor | None) -> Non
     count = len(output.logits)
     widths = torch.full((count, NUM_UNITS), 3)
     tracker.update(output, widths, torch.full((count,), 2), torch.full((count,), 3.0), rows)
+
+
+@given(st.lists(st.integers(0, 100_000), min_size=1, max_size=20))
+def test_signals_in_their_own_units(counts: list[int]) -> None:
+    schema = SignalSchema(2, (4, 8))
+    signals = torch.zeros(len(counts), schema.dim)
+    signals[:, schema.index("position")] = torch.tensor(counts).float().log1p() / POSITION_SCALE
+    nats = torch.arange(len(counts)).float()
+    for name in ("token_entropy", "token_entropy_ema", "surprisal"):
+        signals[:, schema.index(name)] = nats / NATS_SCALE
+    assert schema.tokens_decoded(signals).tolist() == counts
+    for read in (schema.token_entropy_nats, schema.entropy_ema_nats, schema.surprisal_nats):
+        assert torch.equal(read(signals), nats)

@@ -389,7 +389,7 @@ class TestChoice:
         with pytest.raises(InputError, match="prompt is empty"):
             decoder.start(torch.zeros(0, dtype=torch.int64), 3, kl_weight=1.0)
         with pytest.raises(InputError, match="21 tokens do not fit into a row of 20"):
-            decoder.start(torch.ones(10, dtype=torch.int64), 11, kl_weight=1.0)
+            decoder.start(torch.ones(10, dtype=torch.int64), 12, kl_weight=1.0)
 
     def test_a_sliding_window_bounds_the_sequence(self, build: Build) -> None:
         model = build("mistral")
