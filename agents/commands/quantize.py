@@ -18,7 +18,7 @@ from flexquant_rl.engine.files import check_new_directory
 from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
-from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread
+from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread, thinned
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 
 # Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
@@ -72,7 +72,8 @@ def _calibration_windows(tokenizer: PreTrainedTokenizerBase, options: QuantizeOp
         if files
         else list(stdlib_text("policy-train").values())
     )
-    windows = cut_windows(tokenizer, documents, tokens, tokens - 1)
+    chosen = thinned(tokenizer, documents, tokens, tokens - 1, _CALIBRATION_WINDOWS)
+    windows = cut_windows(tokenizer, chosen, tokens, tokens - 1)
     if not len(windows):
         raise InputError(
             f"the calibration text's training split ({sum(map(len, documents))} characters) holds no window of "

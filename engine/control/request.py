@@ -55,8 +55,10 @@ class Request:
         if not len(self.prompt_ids):
             raise InputError("the prompt is empty; give at least one token of text")
         check_vocabulary(self.prompt_ids, vocab_size)
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens!r} must be a whole number from 1; give e.g. 64")
+        if type(self.max_new_tokens) is not int:
+            raise InputError(f"max_new_tokens={self.max_new_tokens!r} must be a whole number; give e.g. 64")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1; ask for a token or more")
         check_kl_weight(self.kl_weight)
         check_sampling(self.temperature, self.top_p)
         check_seed(self.seed)

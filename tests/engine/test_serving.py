@@ -234,7 +234,7 @@ def test_one_token_needs_no_policy(nested_model: NestedCausalLM, profile: Profil
         (torch.tensor([1, 128]), {}, "token 128 is outside the vocabulary of 128"),
         (torch.tensor([-1, 2]), {}, "token -1 is outside the vocabulary of 128"),
         (torch.full((200,), 97), {}, "do not fit into a row of 128"),
-        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number from 1"),
+        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         (PROMPT, {"max_new_tokens": -3}, "max_new_tokens=-3"),
         (PROMPT, {"temperature": -1.0}, "temperature=-1"),
         (PROMPT, {"temperature": float("nan")}, "temperature=nan"),
