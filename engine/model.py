@@ -432,7 +432,13 @@ def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         snapshot_weights(path, directory)
     check_stored(path, weight_files(path, directory))
     hf_model, info = _from_files(
-        path, AutoModelForCausalLM, directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        path,
+        AutoModelForCausalLM,
+        directory,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the information, and refused by name
     )
     check_loaded(path, hf_model, info)
     check_vocabulary(path, tokenizer, hf_model)
@@ -450,10 +456,10 @@ def _from_files(what: str, kind: Any, directory: Path, **options: Any) -> Any:
             raise InputError(
                 f"{what} needs code of its own, which is never run; use a model that transformers itself knows"
             ) from error
-        raise InputError(
-            f"{what} cannot be loaded as a causal LM ({lines[0] if lines else type(error).__name__}); "
-            "check the directory or name"
-        ) from error
+        reason = lines[0] if lines else type(error).__name__
+        if "above report" in reason:  # which nobody sees
+            reason = "its tensors are not those of this architecture"
+        raise InputError(f"{what} cannot be loaded as a causal LM ({reason}); check the directory or name") from error
 
 
 def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_widths: tuple[int, ...]) -> str:
