@@ -385,7 +385,7 @@ def nest(
 def check_units(hf_model: PreTrainedModel, units: tuple[Unit, ...]) -> dict[str, int]:
     """Returns the unit of every linear by module name; InputError if the model cannot be decoded (see probe.py)."""
     unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
-    check_decoding(hf_model, unit_of, decoder_layers(hf_model), max_context(hf_model))
+    check_decoding(hf_model, unit_of, list(decoder_layers(hf_model)), max_context(hf_model))
     return unit_of
 
 

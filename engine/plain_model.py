@@ -212,7 +212,7 @@ def check_no_state(path: str, config: Any) -> None:
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
     others = sorted(str(kind) for kind in kinds if kind == "hybrid" or any(part in str(kind) for part in _STATES))
-    model_class = next((MODEL_FOR_CAUSAL_LM_MAPPING.get(type(part), None) for part in (config, text)), None)
+    model_class: Any = next((MODEL_FOR_CAUSAL_LM_MAPPING.get(type(part), None) for part in (config, text)), None)
     if isinstance(model_class, tuple):
         model_class = model_class[0]
     if others or (not kinds and getattr(model_class, "_is_stateful", False)):
@@ -261,7 +261,8 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, hf_model: Pr
         )
     placeholders = {str(getattr(tokenizer, f"{kind}_token", None)) for kind in ("image", "audio", "video")}
     largest = max((id_ for token, id_ in vocabulary.items() if token not in placeholders), default=0)
-    num_rows = int(hf_model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+    embedding: Any = hf_model.get_input_embeddings()
+    num_rows = int(embedding.weight.shape[0])
     if largest >= num_rows:
         raise InputError(
             f"{path}: the tokenizer's ids go up to {largest}, but the model's embedding ends at {num_rows - 1}; give "
