@@ -10,9 +10,8 @@ import json
 import threading
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, get_session
 
 from flexquant_rl.engine.errors import InputError
 
@@ -50,7 +49,6 @@ def snapshot_weights(name: str, directory: Path) -> None:
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
     silence = _why_silent()
-    disable_progress_bars()
     try:
         return Path(
             snapshot_download(

@@ -386,7 +386,7 @@ def nest(
 def check_units(hf_model: PreTrainedModel, units: tuple[Unit, ...]) -> dict[str, int]:
     """Returns the unit of every linear by module name; InputError if the model cannot be decoded (see probe.py)."""
     unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
-    check_decoding(hf_model, unit_of, decoder_layers(hf_model), max_context(hf_model))
+    check_decoding(hf_model, unit_of, list(decoder_layers(hf_model)), max_context(hf_model))
     return unit_of
 
 
@@ -433,7 +433,13 @@ def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         snapshot_weights(path, directory)
     check_stored(path, weight_files(path, directory))
     hf_model, info = _from_files(
-        path, AutoModelForCausalLM, directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        path,
+        AutoModelForCausalLM,
+        directory,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the information, and refused by name
     )
     check_loaded(path, hf_model, info)
     check_vocabulary(path, tokenizer, hf_model)
@@ -451,10 +457,10 @@ def _from_files(what: str, kind: Any, directory: Path, **options: Any) -> Any:
             raise InputError(
                 f"{what} needs code of its own, which is never run; use a model that transformers itself knows"
             ) from error
-        raise InputError(
-            f"{what} cannot be loaded as a causal LM ({lines[0] if lines else type(error).__name__}); "
-            "check the directory or name"
-        ) from error
+        reason = lines[0] if lines else type(error).__name__
+        if "above report" in reason:  # which nobody sees
+            reason = "its tensors are not those of this architecture"
+        raise InputError(f"{what} cannot be loaded as a causal LM ({reason}); check the directory or name") from error
 
 
 def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_widths: tuple[int, ...]) -> str:

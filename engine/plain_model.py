@@ -164,7 +164,7 @@ def check_stored(path: str, files: Iterable[Path]) -> None:
             raise InputError(f"{path}: already quantised by {marked[0]} ({marked[1]} is stored); {_ORIGINAL}")
         for name, dtype in stored.items():
             # Masks and counters are stored as integers and booleans; a weight is not.
-            if dtype.startswith(("F8", "F6", "F4")) or (dtype not in _PLAIN_STORED and name.endswith("weight")):
+            if dtype.startswith(("F8_", "F6_", "F4")) or (dtype not in _PLAIN_STORED and name.endswith("weight")):
                 raise InputError(f"{path}: already quantised ({name} is stored as {dtype}); {_ORIGINAL}")
 
 
@@ -186,10 +186,12 @@ def check_loaded(path: str, hf_model: PreTrainedModel, info: dict[str, Any]) -> 
         hf_model: The model.
         info: transformers' loading information. What it declares ignorable is not in it.
     """
-    missing = sorted(map(str, [*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))]))
+    shapes = {str(key[0]): f" {list(key[1])}, not {list(key[2])}" for key in info.get("mismatched_keys", ())}
+    missing = sorted({*map(str, info["missing_keys"]), *shapes})
     if missing:
         raise InputError(
-            f"{path}: {len(missing)} tensors are missing or misshapen, e.g. {missing[0]}; the checkpoint is incomplete"
+            f"{path}: {len(missing)} tensors are missing or misshapen, e.g. {missing[0]}{shapes.get(missing[0], '')}; "
+            "the checkpoint is incomplete: download the model again"
         )
     unexpected = sorted(map(str, info["unexpected_keys"]))
     if unexpected:
@@ -210,7 +212,7 @@ def check_no_state(path: str, config: Any) -> None:
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
     others = sorted(str(kind) for kind in kinds if kind == "hybrid" or any(part in str(kind) for part in _STATES))
-    model_class = next((MODEL_FOR_CAUSAL_LM_MAPPING.get(type(part), None) for part in (config, text)), None)
+    model_class: Any = next((MODEL_FOR_CAUSAL_LM_MAPPING.get(type(part), None) for part in (config, text)), None)
     if isinstance(model_class, tuple):
         model_class = model_class[0]
     if others or (not kinds and getattr(model_class, "_is_stateful", False)):
@@ -257,9 +259,10 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, hf_model: Pr
         raise InputError(
             f"{path}: the tokenizer knows no token; copy the tokenizer files of the original model into it"
         )
-    placeholders = {str(value) for key, value in tokenizer.init_kwargs.items() if key in ("image_token", "audio_token")}
+    placeholders = {str(getattr(tokenizer, f"{kind}_token", None)) for kind in ("image", "audio", "video")}
     largest = max((id_ for token, id_ in vocabulary.items() if token not in placeholders), default=0)
-    num_rows = int(hf_model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+    embedding: Any = hf_model.get_input_embeddings()
+    num_rows = int(embedding.weight.shape[0])
     if largest >= num_rows:
         raise InputError(
             f"{path}: the tokenizer's ids go up to {largest}, but the model's embedding ends at {num_rows - 1}; give "

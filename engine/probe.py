@@ -112,7 +112,8 @@ class _StandIn(nn.Module):
         # Of one size, so that no outlier decides what attention looks at.
         size = torch.linalg.vector_norm(flat, dim=-1, keepdim=True) + _TINY
         scaled = flat.index_select(1, self._chosen) * (factor / size)
-        return (scaled * self._sign).view(*x.shape[:-1], -1)
+        outputs: Tensor = (scaled * self._sign).view(*x.shape[:-1], -1)
+        return outputs
 
 
 class _Probe:
@@ -122,7 +123,8 @@ class _Probe:
         self._hf_model = hf_model
         self._num_layers = num_layers
         self._call = call
-        vocab_size = hf_model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        embedding: Any = hf_model.get_input_embeddings()
+        vocab_size = int(embedding.weight.shape[0])
         config = hf_model.config.get_text_config()
         special: set[Any] = set()
         for kind in ("pad", "bos", "eos"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from cli_runner import run, tree
 from mistakes import Cases, Inputs, Mistake, check_mistake, make_run
 from safetensors import SafetensorError
@@ -111,7 +112,11 @@ def test_full_disk_while_quantizing(inputs: Inputs, monkeypatch: pytest.MonkeyPa
 
 
 def test_machine_too_busy_to_time_steps(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "clock_ms", lambda step, device: -1.0)
+    def never(step: Callable[[], object], device: torch.device) -> float:
+        step()
+        return -1.0
+
+    monkeypatch.setattr(runner, "clock_ms", never)
     finished = run(cli.main, "profile", inputs.model, "--text", inputs.text, "--out", inputs.own / "profile.json")
     assert "takes -1 ms" in finished.error
     assert "--source roofline" in finished.error
