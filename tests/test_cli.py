@@ -26,7 +26,7 @@ from flexquant_rl.agents.runs.run import new_run
 from flexquant_rl.engine.benches.harness import BenchRefusedError
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
-from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control import runner
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, load_policy
 from flexquant_rl.engine.control.profile import Profile
@@ -66,7 +66,7 @@ def profiled(nested: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 
     model = shutil.copytree(nested, tmp_path_factory.mktemp("profiled") / "model")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(step_timer, "clock_ms", one_millisecond)
+        monkeypatch.setattr(runner, "clock_ms", one_millisecond)
         return model, run(cli.main, "profile", model, "--text", text, "--steps", 40)
 
 

@@ -16,7 +16,7 @@ from cli_runner import TINY_EPISODES, TINY_RUN, Finished, run, tree, write_text
 from flexquant_rl import cli, train
 from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
-from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control import runner
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
@@ -281,7 +281,7 @@ class TestThreads:
 
         path = tmp_path / "profile.json"
         with monkeypatch.context() as patch:
-            patch.setattr(step_timer, "clock_ms", one_millisecond)
+            patch.setattr(runner, "clock_ms", one_millisecond)
             options = ("--text", inputs.text, "--steps", 40, "--threads", 2, "--out", path)
             result = run(cli.main, "profile", inputs.model, *options).result
         cost = Profile.load(path).cost

@@ -10,7 +10,7 @@ from mistakes import Cases, Inputs, Mistake, check_mistake, make_run
 from safetensors import SafetensorError
 
 from flexquant_rl import cli
-from flexquant_rl.engine.control import step_timer
+from flexquant_rl.engine.control import runner
 
 case = Cases()
 
@@ -111,7 +111,11 @@ def test_full_disk_while_quantizing(inputs: Inputs, monkeypatch: pytest.MonkeyPa
 
 
 def test_machine_too_busy_to_time_steps(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_timer, "clock_ms", lambda step, device: -1.0)
+    def backwards(step: Callable[[], object], device: object) -> float:
+        step()
+        return -1.0
+
+    monkeypatch.setattr(runner, "clock_ms", backwards)
     finished = run(cli.main, "profile", inputs.model, "--text", inputs.text, "--out", inputs.own / "profile.json")
     assert "takes -1 ms" in finished.error
     assert "--source roofline" in finished.error
