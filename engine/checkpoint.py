@@ -41,7 +41,7 @@ from flexquant_rl.engine.model import (
     make_units,
     nest,
 )
-from flexquant_rl.engine.plain_model import check_vocabulary
+from flexquant_rl.engine.plain_model import check_no_pointers, check_vocabulary
 from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.bitplane import NUM_PLANES, WORD_BITS, NestedWeight, padded_inputs
@@ -205,6 +205,7 @@ def _write_config(model: NestedCausalLM, directory: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError(f"{path} is not a directory; pass the output directory of `fq quantize`")
+    check_no_pointers(path)
     file = path / MANIFEST_FILE
     manifest = _read_json(file)
     version = manifest.get("version")

@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 
 from flexquant_rl.engine.errors import InputError
 
-PATIENCE_S = 4.0
+PATIENCE_S = 3.0
 """Seconds that the hub has to answer: with the start of a command one line comes within 10."""
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]

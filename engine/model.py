@@ -428,7 +428,7 @@ def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     config = _from_files(path, AutoConfig, directory)
     check_no_state(path, config)
     # Before the weights: it takes less time.
-    tokenizer: PreTrainedTokenizerBase = _from_files(f"{path}: the tokenizer", AutoTokenizer, directory)
+    tokenizer: PreTrainedTokenizerBase = _from_files(f"{path}: its tokenizer", AutoTokenizer, directory)
     if is_name:
         snapshot_weights(path, directory)
     check_stored(path, weight_files(path, directory))
@@ -460,7 +460,8 @@ def _from_files(what: str, kind: Any, directory: Path, **options: Any) -> Any:
         reason = lines[0] if lines else type(error).__name__
         if "above report" in reason:  # which nobody sees
             reason = "its tensors are not those of this architecture"
-        raise InputError(f"{what} cannot be loaded as a causal LM ({reason}); check the directory or name") from error
+        where = "" if kind is AutoTokenizer else " as a causal LM"
+        raise InputError(f"{what} cannot be loaded{where} ({reason}); check the directory or name") from error
 
 
 def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_widths: tuple[int, ...]) -> str:

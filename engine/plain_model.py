@@ -42,8 +42,8 @@ _MARKS = {
     ".weight_scale_inv": "fp8",
     ".input_scale": "fp8 or compressed-tensors",
     ".codebooks": "aqlm",
-    "_blocks": "mxfp4",
-    "_scales": "mxfp4",
+    "_proj_blocks": "mxfp4",
+    "_proj_scales": "mxfp4",
 }
 # In the names of layer types that keep a state; `hybrid` has both at once.
 _STATES = ("mamba", "ssm", "conv", "recurrent", "linear_attention", "lightning", "delta", "rwkv", "lstm")
@@ -66,9 +66,7 @@ def check_directory(path: str, directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise InputError(f"{path} is not a directory; pass a Hugging Face model directory or a hub name")
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS_HEADER):
-            raise InputError(f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in {directory}")
+    check_no_pointers(directory)
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise InputError(f"{path} has no config.json; pass a Hugging Face model directory")
@@ -85,6 +83,13 @@ def check_directory(path: str, directory: Path) -> dict[str, Any]:
             "model into it"
         )
     return config
+
+
+def check_no_pointers(directory: Path) -> None:
+    """Raises InputError if git left a pointer in place of one of the files of a directory."""
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS_HEADER):
+            raise InputError(f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in {directory}")
 
 
 def _check_config(path: str, config: dict[str, Any]) -> None:
@@ -169,7 +174,7 @@ def check_stored(path: str, files: Iterable[Path]) -> None:
 
 
 def _quantiser(names: Iterable[str]) -> tuple[str, str] | None:
-    """Which quantiser left these names, and the name that says so; experts' `_scales` alone are no mark."""
+    """Which quantiser left these names, and the name that says so."""
     found = list(names)
     for ending, quantiser in _MARKS.items():
         for name in found:

@@ -189,6 +189,18 @@ class TestFiles:
             model_dir, f"{name} is a git-lfs pointer, not the file itself; run `git lfs pull` in {model_dir}"
         )
 
+    def test_git_lfs_pointer_in_a_nested_checkpoint(self, nested_model: NestedCausalLM, tmp_path: Path) -> None:
+        save_checkpoint(nested_model, tmp_path / "nested")
+        (tmp_path / "nested" / "model.safetensors").write_bytes(LFS_POINTER)
+        with pytest.raises(InputError, match=r"model\.safetensors is a git-lfs pointer, .* run `git lfs pull` in"):
+            load_model(str(tmp_path / "nested"))
+
+    def test_tokenizer_with_code_of_its_own(self, model_dir: Path) -> None:
+        (model_dir / "tokenizer.json").unlink()
+        config = {"tokenizer_class": "HouseTokenizer", "auto_map": {"AutoTokenizer": ["tok.HouseTokenizer", None]}}
+        (model_dir / "tokenizer_config.json").write_text(json.dumps(config))
+        assert_refused(model_dir, f"{model_dir}: its tokenizer ")
+
     def test_no_tokenizer(self, model_dir: Path) -> None:
         for file in model_dir.glob("*token*"):
             file.unlink()
@@ -196,7 +208,7 @@ class TestFiles:
 
     def test_half_a_tokenizer(self, model_dir: Path) -> None:
         (model_dir / "tokenizer.json").unlink()
-        assert_refused(model_dir, "tokenizer")
+        assert_refused(model_dir, f"{model_dir}: its tokenizer cannot be loaded (")
 
     def test_pickles(self, model_dir: Path) -> None:
         (model_dir / "model.safetensors").rename(model_dir / "pytorch_model-00001-of-00001.bin")

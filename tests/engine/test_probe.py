@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
-from flexquant_rl.engine.model import NestedCausalLM, check_units, make_units, nest
+from flexquant_rl.engine.model import NestedCausalLM, check_units, load_causal_lm, make_units, nest
 from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
 
 CONFIG = QuantizationConfig(group_size=32)
@@ -112,6 +115,16 @@ def test_what_is_refused_is_told_why(family: str, tiny_tokenizer: PreTrainedToke
         nest(tiny_causal_lm(tiny_config(family, **changes)), tiny_tokenizer, CONFIG)
     assert "\n" not in str(caught.value)
     assert "; use a" in str(caught.value)
+
+
+@pytest.mark.skipif("FQ_REAL_MODELS" not in os.environ, reason="FQ_REAL_MODELS names no folder of real models")
+def test_a_real_model_is_probed_in_no_time() -> None:
+    hf_model, _ = load_causal_lm(str(Path(os.environ["FQ_REAL_MODELS"]) / "smollm2-135m"))
+    units = make_units(hf_model, CONFIG)
+    check_units(hf_model, units)
+    began = time.process_time()
+    check_units(hf_model, units)
+    assert time.process_time() - began < 0.5  # 0.25 s alone
 
 
 class TestRopeSwitch:

@@ -47,7 +47,7 @@ def test_weights_exist_once(build: Build) -> None:
 
 def test_a_fused_model_is_the_same_model(build: Build, tmp_path: Path) -> None:
     """To Hugging Face's modules, to checkpoints, of which none gets a whole matrix, and to the CPU's decoder."""
-    model, twin = build("llama"), build("llama", device="cpu")
+    model, twin = build("llama", vocab_size=131), build("llama", device="cpu", vocab_size=131)
     prompt = torch.tensor([[7, 30, 5, 61]])
     expected = DecodeSession(twin).prefill(prompt).logits
     step_weights(model, 20)
