@@ -84,6 +84,8 @@ class TrainConfig:
     """Sequences of the final table."""
     oracle_masks: int = 96
     """Random choices of tokens per sequence from which the oracle learns their influence; 0 leaves it out."""
+    long_tokens: int = 512
+    """Tokens of a second, longer comparison, as far as the context goes; 0 leaves it out."""
     num_dials: int = 6
     """Settings of the dial in the final table."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -135,6 +137,8 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
     if not 0 <= config.seed <= 2**32 - config.seeds:
         raise InputError(f"seed={config.seed} is not one that NumPy takes; use 0 to {2**32 - config.seeds}")
+    if config.long_tokens < 0:
+        raise InputError(f"long_tokens={config.long_tokens} must not be negative; 0 leaves the long comparison out")
     if config.oracle_masks < 0 or config.oracle_masks == 1:
         raise InputError(f"oracle_masks={config.oracle_masks} must be at least 2; 0 leaves the oracle out")
     if config.env.source != "replay" or config.env.action != "bit_widths":

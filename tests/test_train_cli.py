@@ -69,6 +69,16 @@ class TestWholeRun:
         assert all(row["output_kl_nats"] >= 0 and 3 <= row["mean_bit_width"] <= 8 for row in rows)
         assert all(row["speedup_measured"] > 0 for row in rows if row["policy"] != "oracle:token")
 
+    def test_longer_than_in_training(self, finished: Finished, folder: Path) -> None:
+        """Ten tokens where four were trained: in files of their own, and told apart in the report."""
+        rows = finished.result["long_rows"]
+        assert {row["policy"].split(":")[0] for row in rows} == {"fixed", "knapsack", "ppo"}
+        assert {row["num_tokens"] // row["num_sequences"] for row in rows} == {10}
+        assert {row["num_tokens"] // row["num_sequences"] for row in finished.result["rows"]} == {4}
+        run_dir = folder / finished.result["run_dir"]
+        assert len((run_dir / "eval_long.jsonl").read_text().splitlines()) == len(rows)
+        assert "sequences of 10 tokens ([eval_long.jsonl](eval_long.jsonl))" in (run_dir / "report.md").read_text()
+
     def test_console_table_fits_the_screen(self, finished: Finished) -> None:
         lines = finished.out.splitlines()
         table = lines[: lines.index("")]

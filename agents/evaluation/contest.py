@@ -100,6 +100,34 @@ def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences
     ]
 
 
+def compete_long(
+    prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor, max_new_tokens: int
+) -> list[EvalRow]:
+    """The same on long continuations, beyond what the policies were trained to decode. Nothing is timed.
+
+    Args:
+        prepared: Model and profile.
+        contestants: The policies.
+        windows: `[S, prompt_tokens + max_new_tokens + 1]` int64.
+        max_new_tokens: Tokens to decode.
+    """
+    env = replace(prepared.env, max_new_tokens=max_new_tokens)
+    evaluator = Evaluator(prepared.model, prepared.profile, windows, env, cost=prepared.cost)
+    rows = [
+        summarise(
+            evaluator.run(contestant.policy, contestant.kl_weight or 1.0),
+            policy=contestant.name,
+            family=contestant.family,
+            reference=reference_name(prepared.model),
+            seed=contestant.seed,
+            kl_weight=contestant.kl_weight,
+        )
+        for contestant in track(contestants, f"evaluating {max_new_tokens} tokens")
+    ]
+    evaluator.close()
+    return rows
+
+
 def test_windows(prepared: Prepared, num_sequences: int) -> Tensor:
     """`[S, window_tokens]`, evenly spaced over the test split."""
     return spread(prepared.windows.test, num_sequences)

@@ -24,6 +24,7 @@ from flexquant_rl.engine.files import replacing
 PARETO_FILE = "pareto.png"
 BITS_FILE = "bits.png"
 ROWS_FILE = "eval.jsonl"
+LONG_ROWS_FILE = "eval_long.jsonl"
 REPORT_FILE = "report.md"
 
 _NOT_MEASURED = "not measured"
@@ -79,6 +80,7 @@ def write_report(
     rows: Sequence[EvalRow],
     sentences: Sequence[str],
     facts: Mapping[str, object],
+    long_rows: Sequence[EvalRow] = (),
     notes: Sequence[str] = (),
     title: str = "Precision controllers: evaluation",
 ) -> None:
@@ -90,6 +92,7 @@ def write_report(
         sentences: Results in words, e.g. of `Comparison.sentence`.
         facts: What was run, in order: name -> value (`model`, `text`, `profile source`, `training seeds`, `env steps`,
             `machine`, `threads`, ...). Underscores become spaces; reference and size of the test text are added.
+        long_rows: What was evaluated on longer continuations than the policies were trained on.
         notes: Limits beside those that every report states.
         title: The heading.
     """
@@ -102,6 +105,13 @@ def write_report(
         parts.append(
             f"One line for each policy, dial and seed, with the KL of each sequence: [{ROWS_FILE}]({ROWS_FILE})."
         )
+    if long_rows:
+        count, tokens = long_rows[0].num_sequences, long_rows[0].num_tokens // long_rows[0].num_sequences
+        parts += [
+            "## Longer than in training",
+            f"The same on {count} sequences of {tokens} tokens ([{LONG_ROWS_FILE}]({LONG_ROWS_FILE})):",
+            markdown_table(long_rows).rstrip(),
+        ]
     if (run_dir / BITS_FILE).is_file():
         parts += ["## One test sequence", f"![Bit-width of every token and unit]({BITS_FILE})"]
     parts += ["## Limits", _bullets([*_limits(rows, facts), *notes])]

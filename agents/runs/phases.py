@@ -14,17 +14,31 @@ import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.evaluation.comparison import compare_at_equal_speed
-from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, learned, oracle_row, showcase
+from flexquant_rl.agents.evaluation.contest import (
+    compete,
+    compete_long,
+    headroom,
+    heuristics,
+    learned,
+    oracle_row,
+    showcase,
+)
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
-from flexquant_rl.agents.evaluation.report import write_report
+from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, ROWS_FILE, write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
+from flexquant_rl.agents.policies.families import static_families
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.prompts import load_windows, spread
+
+# A second look, so less of everything: sequences, dials, and every fourth static allocation.
+_LONG_SEQUENCES, _LONG_DIALS, _LONG_STRIDE = 8, 3, 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,8 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
     if config.oracle_masks:
         rows.append(oracle_row(prepared, config.test_sequences, OracleConfig(num_masks=config.oracle_masks)))
     share = headroom(rows)
-    sentences = _publish(config, trained, rows, share, run_dir)
+    long_rows = _long_rows(config, trained)
+    sentences = _publish(config, trained, rows, share, run_dir, long_rows)
     rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
     return {
         "run_dir": str(run_dir),
@@ -89,16 +104,43 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
         "reference": reference_name(prepared.model),
         "findings": sentences,
         "rows": [public_dict(row) for row in rows],
+        "long_rows": [public_dict(row) for row in long_rows],
         "captured_headroom": share,
     }
 
 
+def _long_rows(config: TrainConfig, trained: TrainedRun) -> list[EvalRow]:
+    """Learned and static policies on continuations beyond the horizon of training; none where nothing is longer."""
+    prepared = trained.prepared
+    max_new_tokens = min(config.long_tokens, prepared.model.max_context - prepared.env.prompt_tokens)
+    if max_new_tokens <= prepared.env.max_new_tokens:
+        return []
+    length = prepared.env.prompt_tokens + max_new_tokens + 1
+    texts = [Path(text) for text in config.text]
+    try:
+        windows = load_windows(prepared.model.tokenizer, length, texts, text_field=config.text_field).test
+    except InputError as error:
+        say(f"no comparison on {max_new_tokens} tokens: {error}")
+        return []
+    static = [contestant for contestant in heuristics(prepared) if contestant.family in static_families()]
+    compared = [*static[::_LONG_STRIDE], *learned(prepared, [trained.best], _LONG_DIALS, trained.best)]
+    windows = spread(windows, min(config.test_sequences, _LONG_SEQUENCES))
+    return compete_long(prepared, compared, windows, max_new_tokens)
+
+
 def _publish(
-    config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None, run_dir: Path
+    config: TrainConfig,
+    trained: TrainedRun,
+    rows: list[EvalRow],
+    share: float | None,
+    run_dir: Path,
+    long_rows: list[EvalRow],
 ) -> list[str]:
     """Writes rows, pictures and report; returns the findings in words."""
     prepared = trained.prepared
-    write_rows(run_dir / "eval.jsonl", rows)
+    write_rows(run_dir / ROWS_FILE, rows)
+    if long_rows:
+        write_rows(run_dir / LONG_ROWS_FILE, long_rows)
     sentences = _findings(trained, rows, share)
     is_embedded = config.model is None or config.model == DEFAULT_MODEL
     name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
@@ -119,7 +161,7 @@ def _publish(
         "machine": f"{platform.machine()}, {prepared.model.device.type}",
         "threads": torch.get_num_threads(),
     }
-    write_report(run_dir, rows=rows, sentences=sentences, facts=facts)
+    write_report(run_dir, rows=rows, sentences=sentences, facts=facts, long_rows=long_rows)
     say(f"report: {run_dir / 'report.md'}")
     return sentences
 

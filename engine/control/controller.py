@@ -7,6 +7,7 @@ torch for everything else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -114,9 +115,24 @@ class TorchController:
 
     def __init__(self, model: DecoderModel, policy: Policy | None, profile: Profile, num_rows: int = 1) -> None:
         self._model = model
-        self.policy = policy
-        self.schema = SignalSchema(model.num_units, model.bit_widths, horizon=_horizon(policy))
-        self.tracker = SignalTracker(self.schema, profile, model.embedding_matrix(), unit_depths(model), num_rows)
+        self._policy = policy
+        schema = SignalSchema(model.num_units, model.bit_widths, horizon=_horizon(policy))
+        self.tracker = SignalTracker(schema, profile, model.embedding_matrix(), unit_depths(model), num_rows)
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy, if it has one."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy | None) -> None:
+        self._policy = policy
+        self.tracker.schema = replace(self.tracker.schema, horizon=_horizon(policy))
+
+    @property
+    def schema(self) -> SignalSchema:
+        """What the signals are."""
+        return self.tracker.schema
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
@@ -128,8 +144,8 @@ class TorchController:
 
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
-        assert self.policy is not None, "without a policy every step is given its decision"
-        decision = self.policy(self.tracker.signals(rows))
+        assert self._policy is not None, "without a policy every step is given its decision"
+        decision = self._policy(self.tracker.signals(rows))
         return Decision(decision.bit_widths.cpu(), decision.verify)
 
     def update(

@@ -115,6 +115,10 @@ def test_beyond_its_horizon_a_policy_sees_the_same_position(
         for controller in (native, reference):
             controller.update(output, torch.tensor([[3, 4, 8]]), token)
     assert seen == pytest.approx([math.log1p(min(step, 5)) / 4 for step in range(9)])
+    reference.policy = None  # exchanged as evaluations do it: the horizon goes with its policy
+    assert float(reference.signals()[0, schema.index("position")]) == pytest.approx(math.log1p(9) / 4)
+    reference.policy = policy
+    assert float(reference.signals()[0, schema.index("position")]) == pytest.approx(math.log1p(5) / 4)
 
 
 @needs_library
