@@ -73,10 +73,10 @@ class TestWholeRun:
         """Ten tokens where four were trained: in files of their own, and told apart in the report."""
         rows = finished.result["long_rows"]
         assert {row["policy"].split(":")[0] for row in rows} == {"fixed", "knapsack", "ppo"}
-        assert {row["num_tokens"] // row["num_sequences"] for row in rows} == {10}
-        assert {row["num_tokens"] // row["num_sequences"] for row in finished.result["rows"]} == {4}
         run_dir = folder / finished.result["run_dir"]
-        assert len((run_dir / "eval_long.jsonl").read_text().splitlines()) == len(rows)
+        for name, tokens, count in (("eval_long", 10, len(rows)), ("eval", 4, len(finished.result["rows"]))):
+            written = [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+            assert [row["num_tokens"] / row["num_sequences"] for row in written] == [tokens] * count
         assert "sequences of 10 tokens ([eval_long.jsonl](eval_long.jsonl))" in (run_dir / "report.md").read_text()
 
     def test_console_table_fits_the_screen(self, finished: Finished) -> None:

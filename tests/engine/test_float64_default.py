@@ -13,15 +13,16 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
+from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import Decision, Policy
-from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet, load_policy
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import profile_model
 from flexquant_rl.engine.control.request import Request
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.choice import open_session
 from flexquant_rl.engine.model import NestedCausalLM, nest
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.serving import Engine
 
 TOKEN_IDS = torch.arange(3, 27).view(1, 24)
@@ -116,9 +117,8 @@ def test_learned_policy(decoder: Any, nested_model: NestedCausalLM, tmp_path: Pa
     schema = SignalSchema(nested_model.num_units, nested_model.bit_widths)
     card = PolicyCard(schema, nested_model.fingerprint, tuple(unit.name for unit in nested_model.units), ())
     torch.manual_seed(0)
-    LearnedPolicy(PrecisionNet(schema), card).save(
-        tmp_path / "policy", profile_model(nested_model, TOKEN_IDS[:, :12], roofline_cost(nested_model))
-    )
+    profile = profile_model(nested_model, TOKEN_IDS[:, :12], roofline_cost(nested_model))
+    save_policy(LearnedPolicy(PrecisionNet(schema), card), profile, tmp_path / "policy")
     expected = served(nested_model, load_policy(tmp_path / "policy"), decoder)
     with float64_as_default():
         actual = served(nested_model, load_policy(tmp_path / "policy"), decoder)

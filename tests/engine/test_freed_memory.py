@@ -10,7 +10,7 @@ import pytest
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.linear import NestedLinear
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 
 def resident_bytes() -> int:

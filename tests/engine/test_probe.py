@@ -19,7 +19,7 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM, check_units, load_causal_lm, make_units, nest
-from flexquant_rl.engine.quantisation.quantize import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 CONFIG = QuantizationConfig(group_size=32)
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
