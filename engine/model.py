@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hub import snapshot_config, snapshot_weights
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, layer_hook, reading
 from flexquant_rl.engine.plain_model import (
@@ -155,6 +156,13 @@ class NestedCausalLM:
     def has_reference(self) -> bool:
         """Whether the unquantised weights are kept beside the nested ones."""
         return all(linear.reference_weight is not None for linear in self.nested_linears().values())
+
+    def drop_reference(self) -> NestedCausalLM:
+        """Gives up the unquantised weights: 4 bytes per weight that serving does not read."""
+        for linear in self.nested_linears().values():
+            linear.reference_weight = None
+        return_freed_memory()
+        return self
 
     @property
     def unit_weights(self) -> Tensor:

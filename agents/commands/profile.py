@@ -63,7 +63,7 @@ def profile(options: ProfileOptions) -> None:
             "profile": str(target),
             "source": options.source,
             "decoder": cost.decoder,
-            "num_threads": cost.num_threads if cost.decoder else None,
+            "num_threads": cost.num_threads,
             "latency_ms_by_width": by_width,
             "table_error_p50": cost.error_p50,
             "table_error_p95": cost.error_p95,

@@ -105,7 +105,8 @@ def _by_name(model: str, unbound: UnboundPolicy, profile: Path | None, text: Seq
             f"policy {policy_name(unbound)!r} looks at every token and needs the trainer's package; serve a static one "
             "(fixed:4, knapsack:4.5) or an exported policy, and compare this one with `fq evaluate`"
         )
-    return Servable(prepared.model, static_policy(prepared.model, bound), prepared.profile)
+    model_alone = prepared.model.drop_reference()
+    return Servable(model_alone, static_policy(model_alone, bound), prepared.profile)
 
 
 def static_policy(model: NestedCausalLM, allocation: StaticAllocation) -> StaticPolicy:

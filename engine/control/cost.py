@@ -40,7 +40,7 @@ class CostTable:
         bit_widths: The W widths, ascending.
         fingerprint: Fingerprint of the model.
         device: `cpu` or `cuda`.
-        num_threads: Threads of the decoder, which matter on a CPU.
+        num_threads: Threads of the decoder, which matter on a CPU; None for a roofline, which knows none.
         decoder: Whose steps were timed, `lean` or `hf`; None for a roofline.
         error_p50: Median relative error on held-out whole steps; None for a roofline.
         error_p95: 95th percentile of the same.
@@ -52,7 +52,7 @@ class CostTable:
     bit_widths: tuple[int, ...]
     fingerprint: str
     device: str
-    num_threads: int
+    num_threads: int | None
     decoder: Literal["lean", "hf"] | None = None
     error_p50: float | None = None
     error_p95: float | None = None
@@ -134,7 +134,8 @@ class CostTable:
             "source is roofline or measured": table.source in ("roofline", "measured"),
             "fingerprint and device are text": all(isinstance(text, str) for text in (table.fingerprint, table.device)),
             "decoder is lean, hf or null": table.decoder in ("lean", "hf", None),
-            "num_threads is a positive integer": type(table.num_threads) is int and table.num_threads > 0,
+            "num_threads of a measured one is a positive integer": table.source != "measured"
+            or (type(table.num_threads) is int and table.num_threads > 0),
             "fixed_ms and errors are finite numbers": all(
                 type(number) in (int, float) and math.isfinite(number) for number in numbers
             ),
@@ -181,7 +182,7 @@ def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BAND
         bit_widths=model.bit_widths,
         fingerprint=model.fingerprint,
         device=model.device.type,
-        num_threads=torch.get_num_threads(),
+        num_threads=None,
     )
 
 

@@ -44,3 +44,9 @@ def test_without_reference_nothing_holds_four_bytes_per_weight(
     plain = sum(tensor.numel() for tensor in others if id(tensor) not in nested)
     assert plain < 2 * model.embedding_matrix().numel()  # the embedding, norms, rotary frequencies
     assert all(isinstance(model.hf_model.get_submodule(name), NestedLinear) for name in model.nested_linears())
+
+
+def test_the_reference_can_be_dropped(tiny_model_dir: Path) -> None:
+    model = load_model(str(tiny_model_dir), QuantizationConfig())
+    assert model.has_reference
+    assert not model.drop_reference().has_reference

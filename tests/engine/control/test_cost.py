@@ -256,3 +256,16 @@ def test_clock_times_a_call() -> None:
     calls = []
     assert clock_ms(lambda: calls.append(1), torch.device("cpu")) >= 0
     assert calls == [1]
+
+
+def test_a_roofline_does_not_depend_on_threads(nested_model: NestedCausalLM) -> None:
+    before = torch.get_num_threads()
+    tables = []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            tables.append(roofline_cost(nested_model).to_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert tables[0] == tables[1]
+    assert CostTable.from_dict(tables[0]).num_threads is None

@@ -117,7 +117,7 @@ class TestFile:
     @pytest.fixture
     def profile(self, nested_model: NestedCausalLM) -> Profile:
         sensitivity = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
-        cost = replace(roofline_cost(nested_model), source="measured", error_p50=0.01, error_p95=0.1)
+        cost = replace(roofline_cost(nested_model), source="measured", num_threads=1, error_p50=0.01, error_p95=0.1)
         return Profile(cost, sensitivity, nested_model.bit_widths, nested_model.fingerprint, 100, "unquantised")
 
     def test_roundtrip(self, profile: Profile, tmp_path: Path) -> None:
