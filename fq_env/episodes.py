@@ -14,7 +14,8 @@ from flexquant_rl.engine.bits_display import coloured_text
 from flexquant_rl.engine.control.controller import StaticController, TorchController
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.decision import Decision, StaticAllocation
-from flexquant_rl.engine.control.profile import Profile, kl_nats
+from flexquant_rl.engine.control.output_kl import kl_nats
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput

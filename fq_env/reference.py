@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.controller import StaticController
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.profile import kl_nats, reference_width
+from flexquant_rl.engine.control.output_kl import kl_nats, reference_width
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.decoder import Decoder, DecoderModel
 from flexquant_rl.engine.decoding.next_token import NextTokens

@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.profile import Profile, profile_model, reference_name
+from flexquant_rl.engine.control.output_kl import reference_name
+from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig

@@ -15,8 +15,8 @@ from flexquant_rl.agents.export import ExportedPolicy, load_exported_together
 from flexquant_rl.agents.policies.families import PPO, parse_policy
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context, prepare
+from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import LearnedPolicy
-from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.engine.errors import InputError
 
 

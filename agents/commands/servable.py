@@ -21,8 +21,9 @@ from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import DeployedPolicy, PolicyCard, StaticPolicy
-from flexquant_rl.engine.control.profile import Profile, reference_name
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError

@@ -21,8 +21,8 @@ from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import SeedResult
 from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import LearnedPolicy
-from flexquant_rl.engine.control.profile import reference_name
 from flexquant_rl.fq_env.prompts import spread
 
 RANDOM_MEANS = (3.5, 4.5, 5.5)

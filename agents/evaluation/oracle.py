@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.evaluate import Trace
-from flexquant_rl.engine.control.profile import Profile, kl_nats, reference_width
+from flexquant_rl.engine.control.output_kl import kl_nats, reference_width
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig

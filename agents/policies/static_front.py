@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.profile import Profile, kl_nats, reference_width
+from flexquant_rl.engine.control.allocation_kl import allocation_kl_nats
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.errors import InputError
 
@@ -90,16 +91,9 @@ class StaticFront:
             windows: `[n, T]` int64.
             first: Positions before this one are context, read at the largest width as a prompt is.
         """
-        base = torch.full((decoder.model.num_units,), reference_width(decoder.model))
-        reference = decoder.score(windows, base, first=first).log_softmax(-1)
-
-        def mean_kl(bit_widths: Tensor) -> Tensor:
-            per_token = bit_widths.expand(*windows.shape, -1).clone()
-            per_token[:, :first] = max(decoder.model.bit_widths)
-            log_probs = decoder.score(windows, per_token, first=first).log_softmax(-1)
-            return kl_nats(reference, log_probs).mean().double().cpu()
-
-        kl = torch.stack([mean_kl(bit_widths) for bit_widths in self.bit_widths])
+        kl = allocation_kl_nats(
+            decoder, windows, self.bit_widths, first=first, prompt_width=max(decoder.model.bit_widths)
+        )
         # Fastest first: keep a point only if it is better than everything faster.
         best = torch.cummin(torch.cat([torch.tensor([float("inf")], dtype=torch.float64), kl[:-1]]), dim=0).values
         keep = kl < best

@@ -9,7 +9,7 @@ from flexquant_rl.agents.config import EnvBench, TrainConfig
 from flexquant_rl.agents.preparation import prepare
 from flexquant_rl.engine.benches.clocks import WALL
 from flexquant_rl.engine.benches.harness import Provider, Row, Track, interleave, quartiles, rows
-from flexquant_rl.engine.control.profile import reference_name
+from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.task import LossyTask

@@ -32,7 +32,7 @@ from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
 from flexquant_rl.engine.control.artefact import save_policy
-from flexquant_rl.engine.control.profile import reference_name
+from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.prompts import load_windows, spread

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.control.allocation_kl import allocation_kl_nats
 from flexquant_rl.engine.control.cost import CostTable, check_widths
-from flexquant_rl.engine.decoding.decoder import DecoderModel
+from flexquant_rl.engine.control.output_kl import reference_name, reference_width
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json, write_json
-from flexquant_rl.engine.linear import REFERENCE_WIDTH
 from flexquant_rl.engine.model import NestedCausalLM
 
 PROFILE_VERSION = 2
@@ -103,29 +103,6 @@ class Profile:
             raise InputError(f"{path}: not a whole profile ({error!r}); run `fq profile`") from error
 
 
-def reference_name(model: DecoderModel) -> str:
-    """The reference in words: `unquantised`, or `8-bit` where no other copy exists."""
-    return "unquantised" if model.has_reference else f"{max(model.bit_widths)}-bit"
-
-
-def reference_width(model: DecoderModel) -> int:
-    """The width that quality is compared against: 0 (unquantised) where kept, else the largest stored."""
-    return REFERENCE_WIDTH if model.has_reference else max(model.bit_widths)
-
-
-def output_kl_nats(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || quantised) of next-token distributions, `[..., vocab]` -> `[...]` nats, never negative."""
-    return kl_nats(reference_logits.log_softmax(-1), logits.log_softmax(-1))
-
-
-def kl_nats(reference_log_probs: Tensor, log_probs: Tensor) -> Tensor:
-    """KL(reference || other) of `[..., vocab]` log-probabilities -> `[...]` nats, never negative."""
-    probability = reference_log_probs.exp()
-    terms = probability * (reference_log_probs - log_probs)
-    # A token that the reference rules out adds nothing, whatever its logits are (0 * inf is NaN).
-    return terms.where(probability > 0, 0.0).sum(-1).clamp_min(0)
-
-
 def profile_model(
     model: NestedCausalLM,
     windows: Tensor,
@@ -141,20 +118,22 @@ def profile_model(
         windows: `[n, T]` int64 token windows; text that no evaluation uses.
         cost: Latency table to put beside the sensitivities.
         first: Positions before this one are context only.
-        progress: Wraps the loop over units.
+        progress: Wraps the loop over layers, the head last.
     """
-    session = DecodeSession(model, num_rows=1, max_length=min(windows.shape[1], model.max_context))
     base = torch.full((model.num_units,), reference_width(model))
-    reference_logits = session.score(windows, base, first=first)
+    changes = [
+        (unit, column)
+        for unit in range(model.num_units)
+        for column, bit_width in enumerate(model.bit_widths)
+        if bit_width != int(base[unit])
+    ]
+    units, columns = torch.tensor(changes, dtype=torch.int64).view(-1, 2).unbind(1)
+    allocations = base.repeat(len(changes), 1)
+    allocations[torch.arange(len(changes)), units] = torch.tensor(model.bit_widths)[columns]
+    session = DecodeSession(model, num_rows=1, max_length=min(windows.shape[1], model.max_context))
     sensitivity = torch.zeros(model.num_units, len(model.bit_widths), dtype=torch.float32)
-    for unit in progress(range(model.num_units)):
-        for column, bit_width in enumerate(model.bit_widths):
-            if bit_width == int(base[unit]):
-                continue
-            widths = base.clone()
-            widths[unit] = bit_width
-            logits = session.score(windows, widths, first=first)
-            sensitivity[unit, column] = output_kl_nats(reference_logits, logits).mean()
+    kl = allocation_kl_nats(session, windows, allocations, first=first, progress=progress)
+    sensitivity[units, columns] = kl.float()
     return Profile(
         cost=cost,
         sensitivity=sensitivity,

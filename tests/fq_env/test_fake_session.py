@@ -15,7 +15,7 @@ from fake_session import (
     token_class,
 )
 
-from flexquant_rl.engine.control.profile import output_kl_nats
+from flexquant_rl.engine.control.output_kl import output_kl_nats
 from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.errors import InputError
 

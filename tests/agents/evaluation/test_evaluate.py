@@ -19,7 +19,7 @@ from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
-from flexquant_rl.engine.control.profile import kl_nats
+from flexquant_rl.engine.control.output_kl import kl_nats
 from flexquant_rl.engine.decoding.session import DecodeSession
 
 TRACE_FIELDS = (

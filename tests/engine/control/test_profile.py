@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.profile import Profile, output_kl_nats, profile_model, reference_width
+from flexquant_rl.engine.control.output_kl import output_kl_nats, reference_width
+from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM

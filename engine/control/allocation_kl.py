@@ -1,0 +1,181 @@
+"""Output KL of many width allocations on one text, with each matrix decoded once and no work done twice.
+
+All allocations walk through the model together, layer by layer. Those that begin alike share their states until they
+part. Distributions over the vocabulary exist for a few tokens at a time, and are reduced at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.control.output_kl import ReferenceDistribution, reference_width
+from flexquant_rl.engine.decoding.decoder import Decoder, check_bit_widths
+from flexquant_rl.engine.layer_walk import LayerWalk, can_walk
+from flexquant_rl.engine.model import NestedCausalLM
+
+_STATE_BYTES = 1 << 30
+"""Hidden states held at once, those before and after a layer together."""
+_CALL_TOKENS = 2048
+_VOCABULARY_FLOATS = 1 << 23
+"""Logits of one piece of text: small enough to stay in a processor's cache while they are reduced."""
+
+Widths = tuple[tuple[int, int], ...]
+"""For each unit the width that the prompt is read at, and the width of what follows."""
+
+
+def allocation_kl_nats(
+    decoder: Decoder,
+    windows: Tensor,
+    allocations: Tensor,
+    *,
+    first: int,
+    prompt_width: int | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Tensor:
+    """Mean output KL of each allocation against the reference, which reads everything at the reference width.
+
+    Args:
+        decoder: Knows the model and scores text; its rows are not touched.
+        windows: `[n, T]` int64.
+        allocations: `[P, U]` int64 widths, for all tokens alike.
+        first: Positions before this one are context, and not in the means.
+        prompt_width: Width of the tokens before `first`; None: as the allocation has it.
+        progress: Wraps the loop over layers, the head last.
+
+    Returns:
+        `[P]` float64, nats per token.
+
+    Raises:
+        InputError: If a width is not stored.
+    """
+    model = decoder.model
+    check_bit_widths(allocations, model.bit_widths, model.num_units)
+    if len(allocations) == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    if isinstance(model, NestedCausalLM) and can_walk(model, windows, reference_width(model)):
+        total = _walked(model, windows.to(model.device), allocations, first, prompt_width, progress)
+    else:
+        total = _one_by_one(decoder, windows, allocations, first, prompt_width, progress)
+    return total / (len(windows) * (windows.shape[1] - first))
+
+
+def _one_by_one(
+    decoder: Decoder,
+    windows: Tensor,
+    allocations: Tensor,
+    first: int,
+    prompt_width: int | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> Tensor:
+    """Sums of KL `[P]`, each allocation in passes of its own: for any decoder."""
+    total = torch.zeros(len(allocations), dtype=torch.float64)
+    base = torch.full((decoder.model.num_units,), reference_width(decoder.model))
+    num_rows = max(1, _VOCABULARY_FLOATS // (windows.shape[1] * decoder.model.vocab_size))
+    for rows in progress(list(windows.split(num_rows))):
+        reference = ReferenceDistribution(decoder.score(rows, base, first=first))
+        for index, bit_widths in enumerate(allocations):
+            per_token = bit_widths.expand(*rows.shape, -1).clone()
+            if prompt_width is not None:
+                per_token[:, :first] = prompt_width
+            total[index] += reference.kl_nats(decoder.score(rows, per_token, first=first)).double().sum().cpu()
+    return total
+
+
+def _walked(
+    model: NestedCausalLM,
+    windows: Tensor,
+    allocations: Tensor,
+    first: int,
+    prompt_width: int | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> Tensor:
+    """Sums of KL `[P]`, layer by layer."""
+    width = model.embedding_matrix().shape[1]
+    held = 2 * (len(allocations) + 1) * windows.shape[1] * width * 4
+    batches = windows.split(max(1, _STATE_BYTES // held))
+    reference: Widths = ((reference_width(model),) * 2,) * model.num_units
+    wanted: list[Widths] = [
+        tuple((b if prompt_width is None else prompt_width, b) for b in row) for row in allocations.tolist()
+    ]
+    total = torch.zeros(len(allocations), dtype=torch.float64)
+    walk = LayerWalk(model)
+    stages = iter(progress(range(len(batches) * (model.num_layers + 1))))
+    for batch in batches:
+        states: dict[Widths, Tensor] = {(): walk.enter(batch)}
+        for layer_idx in range(model.num_layers):
+            next(stages)
+            states = _through_layer(walk, layer_idx, batch, states, {reference, *wanted}, first)
+        next(stages)
+        total += _through_head(walk, batch, states, reference, wanted, first)
+    next(stages, None)  # lets the progress end
+    return total
+
+
+def _through_layer(
+    walk: LayerWalk, layer_idx: int, tokens: Tensor, states: dict[Widths, Tensor], wanted: set[Widths], first: int
+) -> dict[Widths, Tensor]:
+    """The states after a layer by the widths up to it, from those before it; the widths of this layer outermost."""
+    model = walk.model
+    start, end = (sum(unit.layer_idx < bound for unit in model.units) for bound in (layer_idx, layer_idx + 1))
+    after: dict[Widths, Tensor] = {}
+    groups: dict[Widths, list[Widths]] = {}
+    for prefix in sorted({widths[:end] for widths in wanted}):
+        groups.setdefault(prefix[start:], []).append(prefix)
+    per_call = max(1, _CALL_TOKENS // tokens.numel())
+    for prefixes in groups.values():
+        for part in (prefixes[i : i + per_call] for i in range(0, len(prefixes), per_call)):
+            entry = torch.cat([states[prefix[:start]] for prefix in part])
+            read = _per_token(part[0], model.num_units, tokens.shape[1], first)
+            out = walk.layer(layer_idx, tokens.repeat(len(part), 1), entry, read)
+            after.update(zip(part, out.split(len(tokens)), strict=True))
+    return after
+
+
+def _through_head(
+    walk: LayerWalk,
+    tokens: Tensor,
+    states: dict[Widths, Tensor],
+    reference: Widths,
+    wanted: list[Widths],
+    first: int,
+) -> Tensor:
+    """Sums of KL `[P]` over a batch: few windows at a time, the widths of the head outermost."""
+    model, length = walk.model, tokens.shape[1]
+    num_body = sum(unit.kind != "head" for unit in model.units)
+
+    def logits(widths: Widths, rows: slice) -> Tensor:
+        read = _per_token(widths, model.num_units, length, first)
+        return walk.logits(tokens[rows], states[widths[:num_body]][rows], read, length - first)
+
+    total = torch.zeros(len(wanted), dtype=torch.float64)
+    for pieces, members in _by_head(wanted, num_body, len(tokens), (length - first) * model.vocab_size):
+        for rows in pieces:
+            base = ReferenceDistribution(logits(reference, rows))
+            for index in members:
+                total[index] += base.kl_nats(logits(wanted[index], rows)).double().sum().cpu()
+    return total
+
+
+def _by_head(
+    wanted: list[Widths], num_body: int, num_rows: int, row_floats: int
+) -> Iterator[tuple[list[slice], list[int]]]:
+    """Allocations with one width of the head, and the rows to take at a time."""
+    groups: dict[Widths, list[int]] = {}
+    for index, widths in enumerate(wanted):
+        groups.setdefault(widths[num_body:], []).append(index)
+    step = max(1, _VOCABULARY_FLOATS // row_floats)
+    for members in groups.values():
+        yield [slice(i, i + step) for i in range(0, num_rows, step)], members
+
+
+def _per_token(widths: Widths, num_units: int, length: int, first: int) -> Tensor:
+    """`[T, U]` widths of every token; units beyond the given ones are not called, and get 0."""
+    read = torch.zeros(length, num_units, dtype=torch.int64)
+    pairs = torch.tensor(widths)
+    read[:first, : len(widths)] = pairs[:, 0]
+    read[first:, : len(widths)] = pairs[:, 1]
+    return read
