@@ -86,8 +86,8 @@ def best_reward(model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFI
     assert model.carry == 0
     tokens = windows[:, config.prompt_tokens : -1].flatten()
     widths = optimal_bit_widths(model, tokens, config.kl_weight)
-    speedup = fake_profile(model).cost.speedup(widths)
-    return float((speedup - 1 - config.kl_weight * model.own_kl_nats(tokens, widths)).mean())
+    time_share = fake_profile(model).cost.time_share(widths)
+    return float((1 - time_share - config.kl_weight * model.own_kl_nats(tokens, widths)).mean())
 
 
 def toy_training(

@@ -197,8 +197,8 @@ class TrainingCallback(BaseCallback):
         assert facts is not None and reward is not None
         values = {
             "reward/total": reward.terms["reward_plain"],
-            "reward/quality": -reward.terms["reward_quality"],
-            "reward/latency": reward.terms["reward_latency"],
+            "reward/time_saved": reward.terms["time_saved"],
+            "reward/kl_cost": reward.terms["kl_cost"],
             "reward/over_static": reward.total,
             "bits/mean": facts.mean_bit_width,
             "quality/output_kl_nats": facts.output_kl_nats,

@@ -204,15 +204,15 @@ def test_reward_is_the_advantage_over_static() -> None:
     six, past = torch.full((4,), 6), 0.0
     for token in windows[0, :PROMPT]:
         past = float(model.own_kl_nats(token, torch.full((4,), 8))) + 0.5 * past
-    speedup = float(fake_profile(model).cost.speedup(six))
+    time_saved = 1 - float(fake_profile(model).cost.time_share(six))
     for number, action in enumerate(random_actions(STEPS, 2)):
         (_, rewards, _, infos), (_, plain_rewards, _, _) = env.step(action), plain.step(action)
         past = float(model.own_kl_nats(windows[0, PROMPT + number], six)) + 0.5 * past
-        static = speedup - 1 - dials * past
+        static = time_saved - dials * past
         np.testing.assert_allclose([info["reward_plain"] for info in infos], plain_rewards)
         np.testing.assert_allclose(rewards, plain_rewards - static, rtol=1e-3, atol=1e-3)
         for info, reward in zip(infos, plain_rewards, strict=True):
-            assert info["reward_latency"] - info["reward_quality"] == pytest.approx(reward, abs=1e-5)
+            assert info["time_saved"] - info["kl_cost"] == pytest.approx(reward, abs=1e-5)
 
 
 def test_flexquant_action_form() -> None:
