@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
@@ -199,8 +200,15 @@ def lossy_reward(time_share: Tensor, output_kl_nats: Tensor, kl_weight: Tensor) 
     return Reward(total, {"reward_plain": total, "time_saved": time_saved, "kl_cost": kl_cost})
 
 
-def draw_kl_weight(generator: np.random.Generator, config: EnvConfig) -> float:
-    """The fixed dial, or one drawn log-uniformly from the configured range."""
+def draw_kl_weights(generator: np.random.Generator, config: EnvConfig, count: int) -> NDArray[np.float64]:
+    """The fixed dial, or dials drawn from the configured range, evenly on a log scale: `[count]`.
+
+    One is drawn log-uniformly from each of `count` equal parts of the log range, in a random order. Each by itself is
+    log-uniform over the whole range, and together they leave no part of it out, as independent draws do.
+    """
     if config.kl_weight is not None:
-        return config.kl_weight
-    return float(np.exp(generator.uniform(np.log(config.kl_weight_min), np.log(config.kl_weight_max))))
+        return np.full(count, config.kl_weight, dtype=np.float64)
+    share = (generator.permutation(count) + generator.uniform(size=count)) / count
+    low, high = np.log(config.kl_weight_min), np.log(config.kl_weight_max)
+    dials: NDArray[np.float64] = np.exp(low + share * (high - low))
+    return dials

@@ -18,7 +18,7 @@ from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-from flexquant_rl.fq_env.task import LossyTask, draw_kl_weight, info_columns
+from flexquant_rl.fq_env.task import LossyTask, draw_kl_weights, info_columns
 
 
 def facts_of(latency_ms: list[float], output_kl_nats: list[float], kl_weight: list[float]) -> StepFacts:
@@ -154,12 +154,25 @@ def test_bad_values_are_refused_in_one_line(fields: dict[str, Any], says: str) -
 
 def test_dial_is_fixed_or_drawn_log_uniformly() -> None:
     generator = np.random.default_rng(0)
-    assert draw_kl_weight(generator, EnvConfig(kl_weight=7.0)) == 7.0
+    assert draw_kl_weights(generator, EnvConfig(kl_weight=7.0), 3).tolist() == [7.0] * 3
     config = EnvConfig(kl_weight_min=1.0, kl_weight_max=100.0)
-    drawn = np.array([draw_kl_weight(generator, config) for _ in range(4000)])
+    drawn = np.array([draw_kl_weights(generator, config, 1)[0] for _ in range(4000)])
     assert drawn.min() >= 1.0
     assert drawn.max() <= 100.0
     assert np.median(drawn) == pytest.approx(10.0, rel=0.15)
+
+
+def test_dials_that_are_drawn_together_leave_no_part_of_the_range_out() -> None:
+    config = EnvConfig(kl_weight_min=1.0, kl_weight_max=100.0)
+    generator = np.random.default_rng(0)
+    batches = np.stack([draw_kl_weights(generator, config, 20) for _ in range(500)])
+    strata = np.floor(np.log10(batches) / 2 * 20).astype(int)
+    np.testing.assert_array_equal(np.sort(strata, axis=1), np.arange(20) * np.ones((500, 1)))
+    assert strata[:, 0].std() > 4  # which row gets which is chance,
+    within = np.log10(batches) / 2 * 20 - strata
+    assert within.min() < 0.01  # and so is where it lies within its part
+    assert within.max() > 0.99
+    assert within.mean() == pytest.approx(0.5, abs=0.02)
 
 
 def test_bit_width_actions_cover_all_allocations(fake_model: FakeModel, fake_model_profile: Profile) -> None:

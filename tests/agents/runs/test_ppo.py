@@ -31,8 +31,9 @@ from toy_training import (
 
 from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.random_widths import RandomWidths
+from flexquant_rl.agents.runs.actor_critic import ActorCriticNet
 from flexquant_rl.agents.runs.imitation import collect_signals
-from flexquant_rl.agents.runs.ppo import ActorCriticNet, TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.engine.control.decision import Decision, StaticAllocation
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
