@@ -105,9 +105,7 @@ class UnitPPO(PPO):
         clip_range: float = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         log_probs, entropy = self.policy.unit_log_probs(batch.observations, batch.actions)
         log_ratio = log_probs - batch.log_probs
-        ratio, advantages = log_ratio.exp(), batch.advantages[:, None]
-        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-        policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
+        policy_loss = -unit_objective(log_ratio, batch.advantages, clip_range)
         # In units of the dial's own scale, or the highest dials would own the value function too.
         errors = (batch.returns - self.policy.net.values(batch.observations)[:, 0]) / batch.scale
         value_loss, entropy_loss = errors.square().mean(), -entropy.mean()
@@ -118,9 +116,9 @@ class UnitPPO(PPO):
         for parameters in self.policy.net.actor_and_critic():
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.policy.optimizer.step()
-        with torch.no_grad():
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
+        ratio, log_ratio = log_ratio.detach().exp(), log_ratio.detach()
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
         return {
             "policy_gradient_loss": policy_loss.item(),
             "value_loss": value_loss.item(),
@@ -128,6 +126,24 @@ class UnitPPO(PPO):
             "approx_kl": approx_kl.item(),
             "clip_fraction": clip_fraction.item(),
         }
+
+
+def unit_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's clipped objective, each unit by itself: mean of `min(r A, clip(r) A)`, which is to rise.
+
+    Args:
+        log_ratio: `[N, U]`, log-probability of each unit's choice now, less what it was when it was played.
+        advantages: `[N]`; all units of a token share one.
+        clip_range: A ratio beyond `1 +- clip_range` earns nothing more.
+
+    Returns:
+        Scalar.
+
+    References:
+        PPO, arXiv:1707.06347, equation 7, with one ratio per unit.
+    """
+    ratio, shared = log_ratio.exp(), advantages[:, None]
+    return torch.min(ratio * shared, ratio.clamp(1 - clip_range, 1 + clip_range) * shared).mean()
 
 
 def normalised_by_dial(advantages: Tensor, dial: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
