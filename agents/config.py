@@ -34,15 +34,15 @@ class PPOConfig:
     gae_lambda: float = 0.7
     """Bias and variance of the advantage."""
     clip_range: float = 0.2
-    """PPO's trust region."""
+    """PPO's trust region, for each unit by itself."""
     entropy_coefficient: float = 1e-4
-    """Bonus for policy entropy."""
+    """Bonus for policy entropy, mean over units."""
     value_coefficient: float = 0.5
-    """Weight of the value loss."""
+    """Weight of the value loss, in squared deviations of the dial's advantages."""
 
     def validate(self) -> None:
         """Raises InputError on values that PPO cannot learn with."""
-        # Advantages are normalised over a batch, which one transition does not allow.
+        # stable-baselines3 takes no batch of one transition.
         bounds: dict[str, tuple[float, float]] = {"num_envs": (1, math.inf), "batch_size": (2, math.inf)}
         bounds |= {"num_epochs": (1, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
         bounds |= {name: (0, math.inf) for name in ("entropy_coefficient", "value_coefficient")}

@@ -37,10 +37,10 @@ class EnvConfig:
     high_width: int = 8
     """With `num_low_units`: width of the others."""
     kl_weight: float | None = None
-    """Price of a nat of output KL in units of speedup; None draws it log-uniformly per episode."""
-    kl_weight_min: float = 2.0
+    """Price of a nat of output KL in full-width steps; None draws it log-uniformly per episode."""
+    kl_weight_min: float = 0.5
     """Lower end of the drawn dial."""
-    kl_weight_max: float = 200.0
+    kl_weight_max: float = 150.0
     """Upper end of the drawn dial."""
     probe_every: int = 0
     """Every so many tokens the reference width is run as well and its time charged, for agents of your own; 0 never."""

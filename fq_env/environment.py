@@ -16,7 +16,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import shown
 from flexquant_rl.fq_env.arguments import actions_of, number_of, options_of, seed_of, window_of
 from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import Task, draw_kl_weight, info_columns
+from flexquant_rl.fq_env.task import Task, draw_kl_weights, info_columns
 
 Observation = NDArray[np.float32]
 
@@ -122,7 +122,7 @@ def draw_episode(generator: np.random.Generator, episodes: Episodes, options: Ma
         InputError: If `options` fix a window that is no integer, or a dial that prices nothing.
     """
     window = int(generator.integers(len(episodes.windows)))
-    kl_weight = draw_kl_weight(generator, episodes.config)
+    kl_weight = float(draw_kl_weights(generator, episodes.config, 1)[0])
     seed = int(generator.integers(1 << 62, size=1)[0])
     window = window_of(options.get("window", window), len(episodes.windows))
     kl_weight = number_of(options.get("kl_weight", kl_weight), "kl_weight")

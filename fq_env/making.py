@@ -134,9 +134,10 @@ class DecodeEnvironment(Environment, EzPickle):
     update, crest, last width, depth.
 
     ## Rewards
-    `speedup - 1 - kl_weight * output_kl_nats`, where `speedup` is latency at the largest width everywhere over latency
-    of the step, and the KL is KL(reference || quantised) on the same prefix. The parts are in `info`: `speedup`,
-    `latency_ms`, `output_kl_nats`, `reward_latency`, `reward_quality`, `mean_bit_width`, `kl_weight`.
+    `1 - latency_ms / full_latency_ms - kl_weight * output_kl_nats`: the share of time saved against a step at the
+    largest width everywhere, less the priced KL(reference || quantised) on the same prefix. An episode of N tokens
+    earns N less its time in full-width steps less its priced KL. The parts are in `info`: `time_saved`, `kl_cost`,
+    `latency_ms`, `full_latency_ms`, `output_kl_nats`, `mean_bit_width`, `kl_weight`.
 
     ## Starting State
     A prompt drawn from the split's text and read at the largest width; a dial drawn log-uniformly unless fixed.
@@ -154,10 +155,12 @@ class DecodeEnvironment(Environment, EzPickle):
     `reset(options={"window": i, "kl_weight": x})` fixes the prompt or the dial.
 
     ## Version History
-    * v0: first version. `FlexQuant/Decode-v0` takes latency from the profile's table and is deterministic;
-      `FlexQuant/MeasuredDecode-v0` times each step with the wall clock and is not. Before the first release the action
-      of `num_low_units` became `Discrete(num_units + 1)`, from `MultiDiscrete([num_units + 1])`, and any of several EOS
-      tokens ends an episode; what the other actions give is as it was.
+    `FlexQuant/Decode-v1` takes latency from the profile's table and is deterministic; `FlexQuant/MeasuredDecode-v1`
+    times each step with the wall clock and is not.
+    * v1: a step earns the share of time saved; in v0 it earned its speedup less 1. The terms in `info` follow.
+    * v0: first version. Before the first release the action of `num_low_units` became `Discrete(num_units + 1)`, from
+      `MultiDiscrete([num_units + 1])`, and any of several EOS tokens ends an episode; what the other actions give is as
+      it was.
     """
 
     def __init__(
@@ -216,5 +219,5 @@ def make_environment(
     text_field: str | None = None,
     **config: Any,
 ) -> DecodeEnvironment:
-    """Makes the environment that `gymnasium.make("FlexQuant/Decode-v0")` wraps; arguments as for `make_episodes`."""
+    """Makes the environment that `gymnasium.make("FlexQuant/Decode-v1")` wraps; arguments as for `make_episodes`."""
     return DecodeEnvironment(model, texts, split, profile, measured, task, render_mode, text_field, **config)

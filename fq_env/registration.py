@@ -1,7 +1,7 @@
 """Which ids Gymnasium knows, and when it learns them: once it is loaded, which is never done for their sake.
 
 Gymnasium has had no plug-ins since its version 1, so an id is known once this package is imported, as
-`gymnasium.make("flexquant_rl.fq_env:FlexQuant/Decode-v0")` does. The package is imported for its configuration too, by
+`gymnasium.make("flexquant_rl.fq_env:FlexQuant/Decode-v1")` does. The package is imported for its configuration too, by
 commands that answer before Gymnasium could be loaded.
 """
 
@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _REGISTRY_MODULE = "gymnasium.envs.registration"
-_MEASURED = {"FlexQuant/Decode-v0": False, "FlexQuant/MeasuredDecode-v0": True}
+_MEASURED = {"FlexQuant/Decode-v1": False, "FlexQuant/MeasuredDecode-v1": True}
 
 
 def register() -> None:

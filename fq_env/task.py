@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
@@ -79,6 +80,7 @@ def info_columns(facts: StepFacts, reward: Reward) -> dict[str, Tensor]:
         **reward.terms,
         "output_kl_nats": facts.output_kl_nats,
         "latency_ms": facts.latency_ms.float(),
+        "full_latency_ms": torch.full_like(facts.latency_ms, facts.full_latency_ms).float(),
         "mean_bit_width": facts.mean_bit_width,
         "kl_weight": facts.kl_weight,
     }
@@ -148,8 +150,8 @@ class LossyTask:
         kl_weight = episodes.kl_weight[rows]
         widths = self._static(kl_weight)
         kl = episodes.text_kl_nats(rows, widths)
-        speedup = episodes.cost.speedup(widths)[:, None]
-        self._static_reward[rows] = lossy_reward(speedup, kl, kl_weight[:, None]).total
+        time_share = episodes.cost.time_share(widths)[:, None]
+        self._static_reward[rows] = lossy_reward(time_share, kl, kl_weight[:, None]).total
 
     def to_decision(self, actions: Tensor) -> Decision:
         """Actions `[R, U]`, or `[R]` with `num_low_units`, to bit-widths."""
@@ -165,9 +167,8 @@ class LossyTask:
         return torch.searchsorted(self._bit_widths, decision.bit_widths.contiguous())
 
     def reward(self, facts: StepFacts) -> Reward:
-        """`speedup - 1 - kl_weight * output_kl_nats`, less what the static allocation earns at the same token."""
-        speedup = (facts.full_latency_ms / facts.latency_ms).float()
-        plain = lossy_reward(speedup, facts.output_kl_nats, facts.kl_weight)
+        """See `lossy_reward`; less what the static allocation earns at the same token, where there is one."""
+        plain = lossy_reward(facts.latency_ms / facts.full_latency_ms, facts.output_kl_nats, facts.kl_weight)
         if self._static_reward is None:
             return plain
         rows = torch.arange(len(facts.position))
@@ -178,23 +179,36 @@ class LossyTask:
         return signals
 
 
-def lossy_reward(speedup: Tensor, output_kl_nats: Tensor, kl_weight: Tensor) -> Reward:
-    """`speedup - 1 - kl_weight * output_kl_nats`, a pure function; 0 at the largest width without any loss.
+def lossy_reward(time_share: Tensor, output_kl_nats: Tensor, kl_weight: Tensor) -> Reward:
+    """`1 - time_share - kl_weight * output_kl_nats`, a pure function; 0 at the largest width without any loss.
 
-    Its terms are `reward_plain`, the total; `reward_latency`, `speedup - 1`; `reward_quality`, the KL's cost; and
-    `speedup`.
+    It adds up: N tokens earn `N - T / t_full - kl_weight * KL`, where T is their time, t_full the time of a step at the
+    largest width and KL the sum of theirs. A mean of speedups would not: it pays for steps of unequal length.
+
+    Args:
+        time_share: Latency over that of a step at the largest width everywhere.
+        output_kl_nats: KL(reference || quantised), nats.
+        kl_weight: Price of a nat in full-width steps.
+
+    Returns:
+        The total, and its terms: `reward_plain`, the total; `time_saved`, `1 - time_share`; `kl_cost`, the priced KL.
+        All three are shares of a full-width step.
     """
-    latency = (speedup - 1).float()
-    quality = (kl_weight * output_kl_nats).float()
-    total = latency - quality
-    return Reward(
-        total,
-        {"reward_plain": total, "reward_latency": latency, "reward_quality": quality, "speedup": speedup.float()},
-    )
+    time_saved = (1 - time_share).float()
+    kl_cost = (kl_weight * output_kl_nats).float()
+    total = time_saved - kl_cost
+    return Reward(total, {"reward_plain": total, "time_saved": time_saved, "kl_cost": kl_cost})
 
 
-def draw_kl_weight(generator: np.random.Generator, config: EnvConfig) -> float:
-    """The fixed dial, or one drawn log-uniformly from the configured range."""
+def draw_kl_weights(generator: np.random.Generator, config: EnvConfig, count: int) -> NDArray[np.float64]:
+    """The fixed dial, or dials drawn from the configured range, evenly on a log scale: `[count]`.
+
+    One is drawn log-uniformly from each of `count` equal parts of the log range, in a random order. Each by itself is
+    log-uniform over the whole range, and together they leave no part of it out, as independent draws do.
+    """
     if config.kl_weight is not None:
-        return config.kl_weight
-    return float(np.exp(generator.uniform(np.log(config.kl_weight_min), np.log(config.kl_weight_max))))
+        return np.full(count, config.kl_weight, dtype=np.float64)
+    share = (generator.permutation(count) + generator.uniform(size=count)) / count
+    low, high = np.log(config.kl_weight_min), np.log(config.kl_weight_max)
+    dials: NDArray[np.float64] = np.exp(low + share * (high - low))
+    return dials

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from flexquant_rl.fq_env.arguments import actions_of, seed_of
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-from flexquant_rl.fq_env.task import Reward, Task, draw_kl_weight, info_columns
+from flexquant_rl.fq_env.task import Reward, Task, draw_kl_weights, info_columns
 
 
 class DecodeVecEnv(VecEnv):
     """R episodes in lockstep, with automatic restart. One generator draws for all rows.
+
+    The dials of rows that start together are stratified: they cover the log range evenly (`draw_kl_weights`).
 
     Args:
         episodes: R rows.
@@ -63,11 +65,9 @@ class DecodeVecEnv(VecEnv):
     def _start(self, rows: Tensor) -> None:
         count = len(rows)
         windows = self._rng.integers(len(self.episodes.windows), size=count)
-        dials = [draw_kl_weight(self._rng, self.episodes.config) for _ in range(count)]
+        dials = draw_kl_weights(self._rng, self.episodes.config, count)
         seeds = self._rng.integers(1 << 62, size=count)
-        self.episodes.start(
-            rows, torch.from_numpy(windows), torch.tensor(dials, dtype=torch.float32), torch.from_numpy(seeds)
-        )
+        self.episodes.start(rows, torch.from_numpy(windows), torch.from_numpy(dials).float(), torch.from_numpy(seeds))
         self.task.start(self.episodes, rows)
 
     def step_async(self, actions: NDArray[Any]) -> None:

@@ -246,4 +246,4 @@ def optimal_bit_widths(model: FakeModel, token_ids: Tensor, kl_weight: float | T
     candidates = torch.tensor(list(itertools.product(model.bit_widths, repeat=model.num_units)))
     kl = model.own_kl_nats(token_ids[:, None], candidates[None])  # [R, candidates]
     dial = torch.as_tensor(kl_weight, dtype=torch.float64).view(-1, 1)
-    return candidates[(cost.speedup(candidates) - 1 - dial * kl).argmax(-1)]
+    return candidates[(-cost.time_share(candidates) - dial * kl).argmax(-1)]

@@ -34,8 +34,21 @@ class UnitModel(FakeModel):
         return torch.tensor([0.3, 0.02, 0.08, 0.005], dtype=torch.float64).expand(NUM_CLASSES, 4).clone()
 
 
+@dataclass(frozen=True)
+class DeepModel(FakeModel):
+    """As many units as a real model; what each needs is drawn for each class of tokens, over two and a half decades."""
+
+    num_units: int = 16
+
+    @property
+    def need(self) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        decades = torch.rand(NUM_CLASSES, self.num_units, generator=generator, dtype=torch.float64)
+        return 10 ** (-0.5 - 2.5 * decades)
+
+
 def toy_front(model: FakeModel) -> StaticFront:
-    """Every static allocation worth having."""
+    """Every static allocation worth having, or a thousand of them."""
     return static_front(fake_profile(model), model.unit_weights, num_points=1000)
 
 
@@ -86,8 +99,8 @@ def best_reward(model: FakeModel, windows: Tensor, config: EnvConfig = TOY_CONFI
     assert model.carry == 0
     tokens = windows[:, config.prompt_tokens : -1].flatten()
     widths = optimal_bit_widths(model, tokens, config.kl_weight)
-    speedup = fake_profile(model).cost.speedup(widths)
-    return float((speedup - 1 - config.kl_weight * model.own_kl_nats(tokens, widths)).mean())
+    time_share = fake_profile(model).cost.time_share(widths)
+    return float((1 - time_share - config.kl_weight * model.own_kl_nats(tokens, widths)).mean())
 
 
 def toy_training(

@@ -36,7 +36,7 @@ class EvalRow:
         family: What draws one front: one of `agents/policies/families.py`, `module:Class` for a class of the user's, or
             `ppo:directory` for an exported policy.
         seed: Training seed of a learned policy, else None.
-        kl_weight: The dial, in units of speedup per nat; None for policies without one.
+        kl_weight: The dial, in full-width steps per nat; None for policies without one.
         mean_bit_width: Parameter-weighted mean, bits.
         output_kl_nats: Mean `KL(reference || quantised)` over all tokens, nats.
         output_kl_low: Lower end of its bootstrap 95% interval over sequences, nats.

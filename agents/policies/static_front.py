@@ -26,20 +26,23 @@ class StaticFront:
 
     Attributes:
         bit_widths: `[P, U]` int64.
-        speedup: `[P]` float64 over the largest width everywhere, falling.
+        time_share: `[P]` float64, latency over that of the largest width everywhere, rising.
         output_kl_nats: `[P]` float64, falling: the sum of sensitivities, or measured after `measured_on`.
         mean_bit_width: `[P]` float64, parameter-weighted.
     """
 
     bit_widths: Tensor
-    speedup: Tensor
+    time_share: Tensor
     output_kl_nats: Tensor
     mean_bit_width: Tensor
 
     def allocate(self, kl_weight: Tensor) -> Tensor:
         """The allocation with the best expected reward at each dial: `[R]` -> `[R, U]`."""
-        reward = self.speedup - kl_weight.double()[:, None] * self.output_kl_nats
-        return self.bit_widths[reward.argmax(-1)]
+        return self.bit_widths[self._best(kl_weight)]
+
+    def _best(self, kl_weight: Tensor) -> Tensor:
+        """`[R]` -> `[R]` int64, the point with the largest `1 - time_share - kl_weight * output_kl_nats`."""
+        return (self.time_share + kl_weight.double()[:, None] * self.output_kl_nats).argmin(-1)
 
     def marginal_rewards(self, profile: Profile, kl_weight: Tensor) -> Tensor:
         """What changing one unit alone from the best allocation to each width would gain or cost per token.
@@ -49,20 +52,18 @@ class StaticFront:
             kl_weight: `[R]` dials.
 
         Returns:
-            `[R, U, W]` float64; 0 at the allocation's own widths.
+            `[R, U, W]` float64, shares of a full-width step; 0 at the allocation's own widths.
         """
-        reward = self.speedup - kl_weight.double()[:, None] * self.output_kl_nats
-        picked = reward.argmax(-1)
+        picked = self._best(kl_weight)
         columns = torch.searchsorted(torch.tensor(profile.bit_widths), self.bit_widths[picked])
         sensitivity, unit_ms = profile.sensitivity.double(), profile.cost.unit_ms
         units = torch.arange(len(unit_ms))
         kl = sensitivity[units, columns]
         scale = (self.output_kl_nats[picked] / kl.sum(-1).clamp_min(1e-12))[:, None, None]
         added_kl = scale * (sensitivity - kl[..., None])
-        full_ms = profile.cost.latency_ms(profile.cost.full_width())
-        latency_ms = (full_ms / self.speedup[picked])[:, None, None] + unit_ms - unit_ms[units, columns][..., None]
-        gained = full_ms / latency_ms - self.speedup[picked][:, None, None]
-        return gained - kl_weight.double()[:, None, None] * added_kl
+        added_ms = unit_ms - unit_ms[units, columns][..., None]
+        added_time = added_ms / profile.cost.latency_ms(profile.cost.full_width())
+        return -added_time - kl_weight.double()[:, None, None] * added_kl
 
     def nearest(self, mean_bit_width: float) -> Tensor:
         """`[U]`: the allocation whose mean width is nearest."""
@@ -74,12 +75,12 @@ class StaticFront:
         Raises:
             InputError: If there is only one allocation, so that no weight moves anything.
         """
-        if len(self.speedup) < 2:
+        if len(self.time_share) < 2:
             raise InputError(
                 "only one allocation is left to choose: by the profile every other one is slower or worse; quantise "
                 "with more --bit-widths, or run `fq profile` again while the machine is quiet"
             )
-        slopes = (self.speedup[:-1] - self.speedup[1:]) / (self.output_kl_nats[:-1] - self.output_kl_nats[1:])
+        slopes = self.time_share.diff() / -self.output_kl_nats.diff()
         low, high = slopes.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
         return low, high
 
@@ -97,7 +98,7 @@ class StaticFront:
         # Fastest first: keep a point only if it is better than everything faster.
         best = torch.cummin(torch.cat([torch.tensor([float("inf")], dtype=torch.float64), kl[:-1]]), dim=0).values
         keep = kl < best
-        return StaticFront(self.bit_widths[keep], self.speedup[keep], kl[keep], self.mean_bit_width[keep])
+        return StaticFront(self.bit_widths[keep], self.time_share[keep], kl[keep], self.mean_bit_width[keep])
 
 
 def static_front(profile: Profile, unit_weights: Tensor, *, num_points: int = _FRONT_POINTS) -> StaticFront:
@@ -124,7 +125,7 @@ def static_front(profile: Profile, unit_weights: Tensor, *, num_points: int = _F
     weights = unit_weights.double() / unit_weights.sum()
     return StaticFront(
         bit_widths=bit_widths,
-        speedup=profile.cost.speedup(bit_widths),
+        time_share=profile.cost.time_share(bit_widths),
         output_kl_nats=kl[keep],
         mean_bit_width=(bit_widths.double() * weights).sum(-1),
     )

@@ -172,7 +172,8 @@ def _findings(trained: TrainedRun, rows: list[EvalRow], share: float | None) -> 
     before = ", ".join(f"{result.cloned_score:+.4f}" for result in trained.results)
     after = ", ".join(f"{result.best_score:+.4f}" for result in trained.results)
     sentences.append(
-        f"validation reward per token over the static allocation: {before} cloned, {after} after PPO, by seed"
+        f"validation reward per token over the static allocation, in full-width steps: {before} cloned, {after} after "
+        "PPO, by seed"
     )
     if share is not None:
         sentences.append(f"captured headroom at the oracle's speed: {share:.0%} of the way from static to oracle")

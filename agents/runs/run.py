@@ -20,7 +20,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import check_field_types
 from flexquant_rl.engine.files import read_json, write_json
 
-RUN_VERSION = 1
+RUN_VERSION = 2
 CONFIG_FILE = "config.json"
 
 

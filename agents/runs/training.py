@@ -35,7 +35,7 @@ from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One trained policy and its scores on validation text: reward per token over the static allocation."""
+    """One trained policy and its scores on validation text: reward per token over static, in full-width steps."""
 
     seed: int
     policy: LearnedPolicy

@@ -78,6 +78,10 @@ class CostTable:
         units = torch.arange(len(self.unit_ms))
         return self.fixed_ms + self.unit_ms[units, columns].sum(-1)
 
+    def time_share(self, bit_widths: Tensor) -> Tensor:
+        """Latency at `[..., U]` over latency at the largest width everywhere, `[...]` float64."""
+        return self.latency_ms(bit_widths) / self.latency_ms(self.full_width())
+
     def speedup(self, bit_widths: Tensor) -> Tensor:
         """Latency at the largest width everywhere over latency at `[..., U]`."""
         return self.latency_ms(self.full_width()) / self.latency_ms(bit_widths)

@@ -207,7 +207,7 @@ class SignalTracker:
         Args:
             output: Output of the prefill, `[R', ...]`.
             next_token_ids: `[R']` int64, the token that the first step will read.
-            kl_weight: `[R']` the dial: weight of a nat of output KL in units of speedup.
+            kl_weight: `[R']` the dial: price of a nat of output KL in full-width steps.
             rows: `[R']` int64; default all.
         """
         top = float(max(self.schema.bit_widths))

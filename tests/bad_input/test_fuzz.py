@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.export import load_exported
-from flexquant_rl.agents.runs.run import load_run
+from flexquant_rl.agents.runs.run import RUN_VERSION, load_run
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
@@ -56,7 +56,9 @@ def texts(folder: Path) -> Path:
 
 def run_directory(folder: Path) -> Path:
     config = TrainConfig(model="somewhere", text=("a.txt",), profile="profile.json", threads=2)
-    (folder / "config.json").write_text(json.dumps({"version": 1, "config": asdict(config)}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps({"version": RUN_VERSION, "config": asdict(config)}), encoding="utf-8"
+    )
     return folder
 
 

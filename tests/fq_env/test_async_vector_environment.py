@@ -39,7 +39,7 @@ def test_forked_workers_give_what_one_environment_gives(
 ) -> None:
     paths = {"model": str(tiny_model_dir), "texts": [str(text_file)], "profile": str(profile_path)}
     options = {**paths, "prompt_tokens": 4, "max_new_tokens": 4}
-    arguments = json.dumps([f"flexquant_rl.fq_env:FlexQuant/{name}-v0", options])
+    arguments = json.dumps([f"flexquant_rl.fq_env:FlexQuant/{name}-v1", options])
     with subprocess.Popen(
         [sys.executable, "-c", CODE, arguments],
         cwd=repo_root,

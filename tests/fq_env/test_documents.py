@@ -49,9 +49,8 @@ def test_environment_document(repo_root: Path, capsys: pytest.CaptureFixture[str
     first, vector, training, control_variate = blocks(repo_root / "docs" / "environment.md")
     run(first, "environment.md")
     shown = capsys.readouterr().out
-    assert (
-        len(re.findall(r"^\d\.\d\d bits  \d\.\d\dx  \d\.\d{4} nats  reward [+-]\d+\.\d\d$", shown, re.MULTILINE)) == 12
-    )
+    line = r"^\d\.\d\d bits  \d+% saved  \d\.\d{4} nats  reward [+-]\d+\.\d\d$"
+    assert len(re.findall(line, shown, re.MULTILINE)) == 12
     assert "\x1b[48;5;" in shown
     run(vector, "environment.md")
     run(training, "environment.md")
@@ -68,6 +67,6 @@ def test_a_new_task(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert env.observation_space.contains(observation)
     assert len(env.feature_names) == len(observation)
     assert observation[env.feature_names.index("tolerance")] == pytest.approx(0.02)
-    assert info["reward_bits"] == pytest.approx(1 - info["mean_bit_width"] / 8)
-    assert info["reward_quality"] == pytest.approx(20 * max(info["output_kl_nats"] - 0.02, 0), abs=1e-5)
-    assert names["reward"] == pytest.approx(info["reward_bits"] - info["reward_quality"], abs=1e-5)
+    assert info["bits_saved"] == pytest.approx(1 - info["mean_bit_width"] / 8)
+    assert info["kl_cost"] == pytest.approx(20 * max(info["output_kl_nats"] - 0.02, 0), abs=1e-5)
+    assert names["reward"] == pytest.approx(info["bits_saved"] - info["kl_cost"], abs=1e-5)

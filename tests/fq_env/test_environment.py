@@ -31,7 +31,7 @@ from flexquant_rl.fq_env.shared import forget_shared
 from flexquant_rl.fq_env.stdlib_text import StdlibSplit, stdlib_text
 from flexquant_rl.fq_env.task import LossyTask
 
-IDS = ("FlexQuant/Decode-v0", "FlexQuant/MeasuredDecode-v0")
+IDS = ("FlexQuant/Decode-v1", "FlexQuant/MeasuredDecode-v1")
 CARD = (
     "Description",
     "Action Space",
@@ -166,9 +166,9 @@ def test_any_actions_keep_observations_in_bounds(env: gym.Env[Any, Any], data: s
         assert env.observation_space.contains(observation)
         observation, reward, terminated, truncated, info = env.step(np.array(data.draw(action)))
         assert np.isfinite(reward)
-        assert reward == pytest.approx(info["reward_latency"] - info["reward_quality"], rel=1e-5, abs=1e-5)
-        assert info["reward_latency"] == pytest.approx(info["speedup"] - 1, abs=1e-6)
-        assert info["reward_quality"] == pytest.approx(info["kl_weight"] * info["output_kl_nats"], rel=1e-5)
+        assert reward == pytest.approx(info["time_saved"] - info["kl_cost"], rel=1e-5, abs=1e-5)
+        assert info["time_saved"] == pytest.approx(1 - info["latency_ms"] / info["full_latency_ms"], abs=1e-6)
+        assert info["kl_cost"] == pytest.approx(info["kl_weight"] * info["output_kl_nats"], rel=1e-5)
         assert info["kl_weight"] == pytest.approx(options["kl_weight"])
         assert 3 <= info["mean_bit_width"] <= 8
         assert (terminated, truncated) == (False, number == STEPS)
@@ -181,7 +181,7 @@ def test_deterministic_latency_is_the_table_s(env: gym.Env[Any, Any], tiny_profi
     *_, info = env.step(action)
     widths = tiny_profile.cost.full_width().new_tensor([3, 5, 8])
     assert info["latency_ms"] == pytest.approx(float(tiny_profile.cost.latency_ms(widths)))
-    assert info["speedup"] == pytest.approx(float(tiny_profile.cost.speedup(widths)))
+    assert info["time_saved"] == pytest.approx(1 - float(tiny_profile.cost.time_share(widths)))
 
 
 def test_measured_latency_is_the_clock_s(make: Callable[..., gym.Env[Any, Any]], tiny_profile: Any) -> None:

@@ -117,7 +117,7 @@ def test_replay_equals_decoding_alone(
         assert column(steps, "top1_agreement")[row].tolist() == slow.agrees
         static_widths = static_by_dial(DIALS)[row]
         static_slow = decode_alone(tiny_nested, tiny_windows[row], static_widths.expand(STEPS, -1))
-        static_speedup = full_ms / latency_by_hand(tiny_profile, static_widths)
+        static_time_share = latency_by_hand(tiny_profile, static_widths) / full_ms
         for t, (facts, reward) in enumerate(zip(steps, rewards, strict=True)):
             assert torch.equal(facts.decision.bit_widths, widths[t])
             assert facts.position[row] == t
@@ -125,9 +125,9 @@ def test_replay_equals_decoding_alone(
             latency_ms = latency_by_hand(tiny_profile, widths[t, row])
             assert float(facts.latency_ms[row]) == pytest.approx(latency_ms)
             assert facts.full_latency_ms == pytest.approx(full_ms)
-            plain = full_ms / latency_ms - 1 - float(DIALS[row]) * slow.kl[t]
+            plain = 1 - latency_ms / full_ms - float(DIALS[row]) * slow.kl[t]
             assert float(reward.terms["reward_plain"][row]) == pytest.approx(plain, rel=1e-3, abs=1e-3)
-            static = static_speedup - 1 - float(DIALS[row]) * static_slow.kl[t]
+            static = 1 - static_time_share - float(DIALS[row]) * static_slow.kl[t]
             assert float(reward.total[row]) == pytest.approx(plain - static, rel=1e-3, abs=2e-3)
             mean = float((widths[t, row] * tiny_nested.unit_weights).sum() / tiny_nested.unit_weights.sum())
             assert float(facts.mean_bit_width[row]) == pytest.approx(mean)
@@ -177,7 +177,7 @@ def test_full_width_without_loss_earns_nothing(fake_model: FakeModel, fake_model
     start(episodes)
     facts = episodes.step(at(8))
     reward = LossyTask(fake_model, fake_model_profile, CONFIG).reward(facts)
-    assert float(reward.terms["speedup"]) == 1.0
+    assert float(reward.terms["time_saved"]) == 0.0
     loss = float(fake_model.own_kl_nats(windows[:, PROMPT], torch.full((1, 4), 8)))
     assert 0 < loss < 1e-3
     assert float(reward.total) == pytest.approx(-loss, abs=1e-6)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-KNOWN = "assert {'FlexQuant/Decode-v0', 'FlexQuant/MeasuredDecode-v0'} <= {*gymnasium.registry}"
+KNOWN = "assert {'FlexQuant/Decode-v1', 'FlexQuant/MeasuredDecode-v1'} <= {*gymnasium.registry}"
 
 
 def run_code(code: str, cwd: Path) -> None:

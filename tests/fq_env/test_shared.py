@@ -42,12 +42,12 @@ def options(tiny_model_dir: Path, text_file: Path) -> dict[str, Any]:
 
 
 def test_making_twice_costs_once(calls: list[str], options: dict[str, Any]) -> None:
-    name = "flexquant_rl.fq_env:FlexQuant/Decode-v0"
+    name = "flexquant_rl.fq_env:FlexQuant/Decode-v1"
     one = gym.make(name, **options)
     assert sorted(calls) == ["load_model", "load_windows", "profile_model"]
     two = gym.make(name, **options, split="test", kl_weight=3.0)
     batch = gym.make_vec(name, num_envs=2, **options)
-    measured = gym.make("FlexQuant/MeasuredDecode-v0", **options)
+    measured = gym.make("FlexQuant/MeasuredDecode-v1", **options)
     assert len(calls) == 3
     assert isinstance(one.unwrapped, DecodeEnvironment)
     assert isinstance(two.unwrapped, DecodeEnvironment)

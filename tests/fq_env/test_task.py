@@ -18,7 +18,7 @@ from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-from flexquant_rl.fq_env.task import LossyTask, draw_kl_weight, info_columns
+from flexquant_rl.fq_env.task import LossyTask, draw_kl_weights, info_columns
 
 
 def facts_of(latency_ms: list[float], output_kl_nats: list[float], kl_weight: list[float]) -> StepFacts:
@@ -39,13 +39,12 @@ def facts_of(latency_ms: list[float], output_kl_nats: list[float], kl_weight: li
     )
 
 
-def test_reward_is_speedup_minus_one_minus_weighted_kl(fake_model: FakeModel, fake_model_profile: Profile) -> None:
+def test_reward_is_time_saved_minus_weighted_kl(fake_model: FakeModel, fake_model_profile: Profile) -> None:
     facts = facts_of([6.0, 4.0, 3.0], [0.0, 0.01, 0.2], [100.0, 20.0, 3.0])
     reward = LossyTask(fake_model, fake_model_profile, EnvConfig()).reward(facts)
-    torch.testing.assert_close(reward.total, torch.tensor([0.0, 0.3, 0.4]))
-    torch.testing.assert_close(reward.terms["reward_latency"], torch.tensor([0.0, 0.5, 1.0]))
-    torch.testing.assert_close(reward.terms["reward_quality"], torch.tensor([0.0, 0.2, 0.6]))
-    torch.testing.assert_close(reward.terms["speedup"], torch.tensor([1.0, 1.5, 2.0]))
+    torch.testing.assert_close(reward.total, torch.tensor([0.0, 1 / 3 - 0.2, -0.1]))
+    torch.testing.assert_close(reward.terms["time_saved"], torch.tensor([0.0, 1 / 3, 0.5]))
+    torch.testing.assert_close(reward.terms["kl_cost"], torch.tensor([0.0, 0.2, 0.6]))
     assert torch.equal(reward.terms["reward_plain"], reward.total)
     assert {term.dtype for term in (reward.total, *reward.terms.values())} == {torch.float32}
 
@@ -55,15 +54,43 @@ def test_info_holds_the_terms_the_facts_and_the_dial(fake_model: FakeModel, fake
     reward = LossyTask(fake_model, fake_model_profile, EnvConfig()).reward(facts)
     info = {name: column.tolist() for name, column in info_columns(facts, reward).items()}
     assert info == {
-        "reward_plain": [0.0],
-        "reward_latency": [1.0],
-        "reward_quality": [1.0],
-        "speedup": [2.0],
+        "reward_plain": [-0.5],
+        "time_saved": [0.5],
+        "kl_cost": [1.0],
         "output_kl_nats": [pytest.approx(0.2)],
         "latency_ms": [3.0],
+        "full_latency_ms": [6.0],
         "mean_bit_width": [4.0],
         "kl_weight": [5.0],
     }
+
+
+def test_uneven_steps_earn_no_more_than_even_ones(fake_model: FakeModel, fake_model_profile: Profile) -> None:
+    """Times 0.5 and 1.5 in turn against 1 throughout, at equal KL: a mean of speedups would pay 0.33 a step for it."""
+    task = LossyTask(fake_model, fake_model_profile, EnvConfig())
+    uneven = task.reward(facts_of([3.0, 9.0] * 8, [0.01] * 16, [20.0] * 16))
+    even = task.reward(facts_of([6.0] * 16, [0.01] * 16, [20.0] * 16))
+    assert float(uneven.total.sum()) <= float(even.total.sum()) + 1e-6
+
+
+def test_an_episode_earns_tokens_less_time_less_priced_kl() -> None:
+    """`N - T / t_full - kl_weight * KL` of episodes that are really played, at random widths and with carried KL."""
+    model = FakeModel(carry=0.5)
+    profile, config = fake_profile(model), EnvConfig(prompt_tokens=3, max_new_tokens=20)
+    episodes = Episodes(FakeSession(model, num_rows=2), profile, fake_windows(2, config.window_tokens), config)
+    rows, dials = torch.arange(2), torch.tensor([3.0, 40.0])
+    episodes.start(rows, rows, dials, rows)
+    generator = torch.Generator().manual_seed(0)
+    earned, time_ms, kl = torch.zeros(2), torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+    for _ in range(config.max_new_tokens):
+        columns = torch.randint(5, (2, 4), generator=generator)
+        facts = episodes.step(Decision(torch.tensor(model.bit_widths)[columns]))
+        earned += LossyTask(model, profile, config).reward(facts).total
+        time_ms += facts.latency_ms
+        kl += facts.output_kl_nats
+    full_ms = profile.cost.latency_ms(torch.tensor([8, 8, 8, 8]))
+    torch.testing.assert_close(earned, (20 - time_ms / full_ms - dials * kl).float(), rtol=1e-5, atol=1e-4)
+    assert float(kl.min()) > 0.1
 
 
 def test_control_variate_needs_a_fixed_text(fake_model: FakeModel, fake_model_profile: Profile) -> None:
@@ -127,12 +154,25 @@ def test_bad_values_are_refused_in_one_line(fields: dict[str, Any], says: str) -
 
 def test_dial_is_fixed_or_drawn_log_uniformly() -> None:
     generator = np.random.default_rng(0)
-    assert draw_kl_weight(generator, EnvConfig(kl_weight=7.0)) == 7.0
+    assert draw_kl_weights(generator, EnvConfig(kl_weight=7.0), 3).tolist() == [7.0] * 3
     config = EnvConfig(kl_weight_min=1.0, kl_weight_max=100.0)
-    drawn = np.array([draw_kl_weight(generator, config) for _ in range(4000)])
+    drawn = np.array([draw_kl_weights(generator, config, 1)[0] for _ in range(4000)])
     assert drawn.min() >= 1.0
     assert drawn.max() <= 100.0
     assert np.median(drawn) == pytest.approx(10.0, rel=0.15)
+
+
+def test_dials_that_are_drawn_together_leave_no_part_of_the_range_out() -> None:
+    config = EnvConfig(kl_weight_min=1.0, kl_weight_max=100.0)
+    generator = np.random.default_rng(0)
+    batches = np.stack([draw_kl_weights(generator, config, 20) for _ in range(500)])
+    strata = np.floor(np.log10(batches) / 2 * 20).astype(int)
+    np.testing.assert_array_equal(np.sort(strata, axis=1), np.arange(20) * np.ones((500, 1)))
+    assert strata[:, 0].std() > 4  # which row gets which is chance,
+    within = np.log10(batches) / 2 * 20 - strata
+    assert within.min() < 0.01  # and so is where it lies within its part
+    assert within.max() > 0.99
+    assert within.mean() == pytest.approx(0.5, abs=0.02)
 
 
 def test_bit_width_actions_cover_all_allocations(fake_model: FakeModel, fake_model_profile: Profile) -> None:

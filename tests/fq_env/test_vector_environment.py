@@ -25,7 +25,7 @@ from flexquant_rl.fq_env.making import VectorDecodeEnvironment
 from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vector_environment import VectorEnvironment
 
-ID = "flexquant_rl.fq_env:FlexQuant/Decode-v0"
+ID = "flexquant_rl.fq_env:FlexQuant/Decode-v1"
 ROWS, STEPS = 3, 5
 
 
@@ -279,7 +279,7 @@ def test_closing_frees_the_session(make: Callable[..., VectorEnv[Any, Any, Any]]
 
 
 def test_several_rows_are_not_timed(keywords: dict[str, Any]) -> None:
-    name = "flexquant_rl.fq_env:FlexQuant/MeasuredDecode-v0"
+    name = "flexquant_rl.fq_env:FlexQuant/MeasuredDecode-v1"
     with pytest.raises(InputError, match="a pass over several rows takes the time of none of them") as error:
         gym.make_vec(name, num_envs=2, **keywords)
     assert "\n" not in str(error.value)

@@ -89,7 +89,7 @@ def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None
     cost = tiny_prepared.profile.cost
     assert trace.speedup == pytest.approx(float(cost.speedup(allocation)))
     torch.testing.assert_close(
-        trace.reward, (trace.speedup - 1 - dials[:, None] * trace.output_kl_nats), atol=1e-5, rtol=1e-5
+        trace.reward, (1 - 1 / trace.speedup - dials[:, None] * trace.output_kl_nats), atol=1e-5, rtol=1e-5
     )
     row = summarise(trace, policy="static", family="static", reference="unquantised")
     assert row.perplexity == pytest.approx(float(nll.double().mean().exp()), rel=1e-4)

@@ -75,7 +75,7 @@ def test_dynamic_programming_equals_brute_force(seed: int, kind: str) -> None:
         torch.arange(len(profile.sensitivity)), torch.searchsorted(torch.tensor(WIDTHS), front.bit_widths)
     ].sum(-1)
     torch.testing.assert_close(front.output_kl_nats, sums)
-    torch.testing.assert_close(front.speedup, profile.cost.speedup(front.bit_widths))
+    torch.testing.assert_close(front.time_share, 1 / profile.cost.speedup(front.bit_widths))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -84,7 +84,7 @@ def test_front_falls_strictly_in_both(seed: int) -> None:
         static_front(random_profile(seed, integer_times=True), torch.ones(4), num_points=1000),
         static_front(random_profile(seed, 6), torch.ones(6)),
     ):
-        assert (front.speedup.diff() < 0).all()
+        assert (front.time_share.diff() > 0).all()
         assert (front.output_kl_nats.diff() < 0).all()
         low, high = front.dial_range()
         assert 0 < low <= high < float("inf")
@@ -95,13 +95,13 @@ def test_allocate_maximises_the_reward(seed: int) -> None:
     profile = random_profile(seed, 4)
     front = static_front(profile, torch.ones(4), num_points=10_000)
     widths, latency, kl = all_allocations(profile)
-    speedup = profile.cost.latency_ms(profile.cost.full_width()) / latency
+    time_saved = 1 - latency / profile.cost.latency_ms(profile.cost.full_width())
     dials = torch.tensor([0.01, 0.1, 0.5, 1.0, 3.0, 10.0, 1000.0])
     chosen = front.allocate(dials)
     assert chosen.shape == (7, 4)
     assert chosen.dtype == torch.int64
     for dial, allocation in zip(dials.tolist(), chosen, strict=True):
-        rewards = speedup - dial * kl
+        rewards = time_saved - dial * kl
         index = int((widths == allocation).all(-1).nonzero())
         assert float(rewards[index]) == pytest.approx(float(rewards.max()), abs=1e-9)
 
@@ -122,7 +122,7 @@ def test_thinning_keeps_the_ends() -> None:
     profile = random_profile(1, 6, integer_times=True)
     whole = static_front(profile, torch.ones(6), num_points=10_000)
     thin = static_front(profile, torch.ones(6), num_points=5)
-    assert 2 < len(thin.speedup) <= 5 < len(whole.speedup)
+    assert 2 < len(thin.time_share) <= 5 < len(whole.time_share)
     for index in (0, -1):
         assert thin.bit_widths[index].tolist() == whole.bit_widths[index].tolist()
     points = set(map(tuple, whole.bit_widths.tolist()))
@@ -145,8 +145,8 @@ def test_measured_on_replaces_sums_by_what_text_shows() -> None:
     front = static_front(fake_profile(model), model.unit_weights, num_points=20)
     windows = fake_windows(6, 12)
     measured = front.measured_on(FakeSession(model), windows, first=4)
-    assert 1 < len(measured.speedup) <= len(front.speedup)
-    assert (measured.speedup.diff() < 0).all()
+    assert 1 < len(measured.time_share) <= len(front.time_share)
+    assert (measured.time_share.diff() > 0).all()
     assert (measured.output_kl_nats.diff() < 0).all()
     for widths, kl in zip(measured.bit_widths, measured.output_kl_nats.tolist(), strict=True):
         per_token = widths.expand(6, 12, -1).clone()
@@ -166,7 +166,7 @@ def test_measured_on_drops_dominated_points() -> None:
     wrong = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).sort(-1, descending=True).values
     front = static_front(replace(fake_profile(model), sensitivity=wrong), model.unit_weights, num_points=1000)
     measured = front.measured_on(FakeSession(model), windows, first=2)
-    assert len(measured.speedup) < len(front.speedup)
+    assert len(measured.time_share) < len(front.time_share)
     own = model.own_kl_nats(torch.tensor(5), front.bit_widths)
     best = float("inf")
     expected = []
@@ -182,7 +182,7 @@ def test_prompts_are_read_at_the_models_largest_width() -> None:
     model = FakeModel(carry=0.9)
     whole = static_front(fake_profile(model), model.unit_weights, num_points=1000)
     fast = StaticFront(
-        *(getattr(whole, name)[:1] for name in ("bit_widths", "speedup", "output_kl_nats")), torch.ones(1)
+        *(getattr(whole, name)[:1] for name in ("bit_widths", "time_share", "output_kl_nats")), torch.ones(1)
     )
     assert int(fast.bit_widths.max()) == 3
     windows = fake_windows(4, 6)
@@ -207,7 +207,7 @@ def test_marginal_rewards_are_those_of_changed_allocations() -> None:
     def reward(widths: list[int], dial: float) -> float:
         columns = [model.bit_widths.index(width) for width in widths]
         kl = float(profile.sensitivity.double()[torch.arange(4), columns].sum())
-        return float(profile.cost.speedup(torch.tensor(widths))) - dial * kl
+        return -float(profile.cost.time_share(torch.tensor(widths))) - dial * kl
 
     for row, dial in enumerate(dials.tolist()):
         base = front.allocate(dials)[row].tolist()

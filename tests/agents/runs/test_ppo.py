@@ -31,8 +31,9 @@ from toy_training import (
 
 from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.policies.random_widths import RandomWidths
+from flexquant_rl.agents.runs.actor_critic import ActorCriticNet
 from flexquant_rl.agents.runs.imitation import collect_signals
-from flexquant_rl.agents.runs.ppo import ActorCriticNet, TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.engine.control.decision import Decision, StaticAllocation
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -90,7 +91,7 @@ def test_ppo_reads_the_token(tmp_path: Path) -> None:
     allocation = toy_front(model).allocate(torch.tensor([TOY_CONFIG.kl_weight]))[0]
     static = mean_reward(StaticAllocation("static", allocation), model, toy_windows())
     assert callback.first_score < 0.5 * best
-    assert static < 0.7 * best
+    assert static < 0.8 * best
     assert random_reward(model) < static
     assert 0.95 * best <= learned <= 1.0001 * best
     # And it is the token that decides: the unit that the class needs runs higher than the others.
@@ -116,7 +117,7 @@ def test_the_optimum_is_by_brute_force() -> None:
                     for d in model.bit_widths:
                         widths = torch.tensor([a, b, c, d])
                         kl = float(model.own_kl_nats(torch.tensor(token), widths))
-                        rewards[a, b, c, d] = float(cost.speedup(widths)) - 1 - 4.0 * kl
+                        rewards[a, b, c, d] = 1 - float(cost.time_share(widths)) - 4.0 * kl
         best = max(rewards, key=rewards.__getitem__)
         assert optimal_bit_widths(model, torch.tensor([token]), 4.0)[0].tolist() == list(best)
 
@@ -200,7 +201,7 @@ def test_the_control_variate_takes_away_what_static_gets(tmp_path: Path) -> None
         widths = front.allocate(env.episodes.kl_weight)
         _, rewards, _, infos = env.step(env.task.to_actions(Decision(widths)).numpy())
         np.testing.assert_allclose(rewards, 0, atol=1e-5)
-        assert min(abs(info["reward_plain"]) for info in infos) > 1e-3
+        assert max(abs(info["reward_plain"]) for info in infos) > 0.05
 
 
 @pytest.mark.parametrize("env_steps", [1, SMALL_ROLLOUT, 3 * SMALL_ROLLOUT - 5])
@@ -423,7 +424,7 @@ def test_logged_numbers_belong_to_their_rollout(tmp_path: Path) -> None:
     for index, (_, values) in enumerate(rows[:2]):
         mean = np.mean(plain[index * SMALL_ROLLOUT : (index + 1) * SMALL_ROLLOUT])
         assert values["reward/total"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
-        assert values["reward/latency"] + values["reward/quality"] == pytest.approx(values["reward/total"], abs=1e-4)
+        assert values["reward/time_saved"] - values["reward/kl_cost"] == pytest.approx(values["reward/total"], abs=1e-4)
         assert 3 <= values["bits/mean"] <= 8
         assert all(3 <= values[f"bits/unit_{unit}"] <= 8 for unit in range(4))
     assert rows[1][1]["policy/policy_entropy"] > 0
