@@ -77,8 +77,8 @@ class LayerWalk:
         with _WALKING:
             try:
                 for index, layer in enumerate(self._layers):
-                    # An attribute of the instance hides the method of its class.
-                    layer.forward = self._stand_in(index, layer, layer_idx, states)
+                    # What the instance has hides the method of its class.
+                    layer.__dict__["forward"] = self._stand_in(index, layer, layer_idx, states)
                 with torch.inference_mode():
                     return self.model.hf_model(input_ids=token_ids, use_cache=False, logits_to_keep=keep)
             finally:
