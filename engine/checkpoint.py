@@ -33,10 +33,10 @@ from flexquant_rl.engine.files import file_sha256, new_directory, write_json, wr
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
 from flexquant_rl.engine.model import (
-    DENSE_CACHE_BYTES,
     NestedCausalLM,
     Unit,
     check_units,
+    dense_cache_bytes,
     load_causal_lm,
     make_units,
     nest,
@@ -114,7 +114,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     except Exception as error:  # transformers raises a dozen types for what it cannot build
         raise InputError(f"{path}: cannot be built from its files ({_first_line(error)}); {_COPY_AGAIN}") from error
     units = make_units(hf_model, config)
-    cache = DenseCache(DENSE_CACHE_BYTES)
+    cache = DenseCache(dense_cache_bytes())
     _insert_empty_linears(hf_model, units, config, cache)
     _load_tensors(path, hf_model, manifest["tensors"])
     hf_model.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ norm and whatever a family does to its logits are its own. `can_walk` says wheth
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from flexquant_rl.engine.linear import WidthPlan, reading
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
 
+_WALKING = threading.Lock()
+"""One walker at a time: layers that stand aside do so for one thread."""
 _CHECK_TOKENS = 12
 _CHECK_TOLERANCE = 1e-3
 
@@ -28,7 +31,7 @@ class _ReachedError(Exception):
 
 
 class LayerWalk:
-    """Runs one part of a model at a time. Nothing else may run the model during a call.
+    """Runs one part of a model at a time. Other threads may run the whole model meanwhile.
 
     Args:
         model: The model.
@@ -71,20 +74,23 @@ class LayerWalk:
 
     def _call(self, token_ids: Tensor, states: Tensor, layer_idx: int, keep: int) -> Any:
         """One call of the model in which only one layer works: -1 for what comes before all, L for what comes after."""
-        try:
-            for index, layer in enumerate(self._layers):
-                # An attribute of the instance hides the method of its class.
-                layer.forward = self._stand_in(index, layer, layer_idx, states)
-            with torch.inference_mode():
-                return self.model.hf_model(input_ids=token_ids, use_cache=False, logits_to_keep=keep)
-        finally:
-            for layer in self._layers:
-                layer.__dict__.pop("forward", None)
+        with _WALKING:
+            try:
+                for index, layer in enumerate(self._layers):
+                    # What the instance has hides the method of its class.
+                    layer.__dict__["forward"] = self._stand_in(index, layer, layer_idx, states)
+                with torch.inference_mode():
+                    return self.model.hf_model(input_ids=token_ids, use_cache=False, logits_to_keep=keep)
+            finally:
+                for layer in self._layers:
+                    layer.__dict__.pop("forward", None)
 
     def _stand_in(self, index: int, layer: nn.Module, layer_idx: int, states: Tensor) -> Callable[..., Any]:
-        forward = layer.forward
+        forward, walker = layer.forward, threading.get_ident()
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != walker:
+                return forward(*args, **kwargs)
             if layer_idx < 0:
                 raise _ReachedError(args[0] if args else kwargs["hidden_states"])
             if index == layer_idx:

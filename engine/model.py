@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -35,8 +36,7 @@ from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.bitplane import NestedWeight
 
-DENSE_CACHE_BYTES = 2 << 30
-"""Default cap on dequantised matrices kept by one model."""
+_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 10 << 30
 
 CALIBRATION_MISSING = (
     "method='gptq' fits weights to text, but there is none; run `fq quantize SOURCE OUT --method gptq "
@@ -242,6 +242,19 @@ class NestedCausalLM:
         )
 
 
+def dense_cache_bytes() -> int:
+    """Default cap on dequantised matrices kept by one model: half of this machine's memory, 2 to 10 GiB.
+
+    Rows of a batch at different widths read all widths of all matrices in turn. If they do not all fit, each is decoded
+    again at every use, which takes many times as long as the product.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        memory = 0
+    return min(max(memory // 2, _MIN_CACHE_BYTES), _MAX_CACHE_BYTES)
+
+
 def max_context(hf_model: PreTrainedModel) -> int:
     """Tokens that a model can attend to; a sliding window, or the switch of longrope's factors, counts as the limit."""
     config = hf_model.config.get_text_config()
@@ -368,7 +381,7 @@ def nest(
         check_finite(name, parameter)
     units = make_units(hf_model, config)
     unit_of = check_units(hf_model, units)
-    cache = DenseCache(DENSE_CACHE_BYTES)
+    cache = DenseCache(dense_cache_bytes())
     hessians = repeat(None) if calibration is None else _input_hessians(hf_model, units, calibration)
     for (name, unit_idx), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
         linear = hf_model.get_submodule(name)

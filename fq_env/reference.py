@@ -18,6 +18,14 @@ from flexquant_rl.engine.control.output_kl import kl_nats, reference_width
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.decoder import Decoder, DecoderModel
 from flexquant_rl.engine.decoding.next_token import NextTokens
+from flexquant_rl.engine.layer_walk import LayerWalk, can_walk
+from flexquant_rl.engine.model import NestedCausalLM
+
+_DISTRIBUTION_BYTES = 1 << 29
+"""Distributions of a whole batch and episode are kept up to this size."""
+_PIECE_FLOATS = 1 << 25
+"""Logits made at a time (128 MiB)."""
+_CALL_TOKENS = 2048
 
 
 class Reference(Protocol):
@@ -36,6 +44,9 @@ class Reference(Protocol):
 class TextReference:
     """The reference over a given text: one parallel pass, then look-ups.
 
+    Distributions are kept where they are few. Else the states before the head are, a vocabulary's number of times
+    smaller, and every step makes the distributions that it needs.
+
     Args:
         decoder: Scores text; its rows are not touched.
         num_rows: R.
@@ -46,8 +57,7 @@ class TextReference:
         self._decoder = decoder
         self._rows = torch.arange(num_rows)
         self._first = first
-        self._widths = _reference_widths(decoder.model)
-        self._log_probs: Tensor | None = None  # [R, max_new_tokens, vocab]
+        self._kept: _KeptDistributions | _KeptStates | None = None
         self._windows: Tensor | None = None  # that all rows started with together
 
     def start(self, tokens: Tensor, rows: Tensor, windows: Tensor) -> None:
@@ -55,18 +65,15 @@ class TextReference:
         is_whole = torch.equal(rows, self._rows)
         if is_whole and self._windows is not None and torch.equal(windows, self._windows):
             return  # the same text again, as when several policies are compared
-        read = self._decoder.score(tokens[:, :-1], self._widths, first=self._first).log_softmax(-1)
         self._windows = windows.clone() if is_whole else None
-        if is_whole:
-            self._log_probs = read
-            return
-        if self._log_probs is None:
-            self._log_probs = read.new_zeros(len(self._rows), *read.shape[1:])
-        self._log_probs[rows] = read
+        read = tokens[:, :-1]
+        if self._kept is None:
+            self._kept = self._make_store(read)
+        self._kept.put(read, rows)
 
     def log_probs(self, position: Tensor) -> Tensor:
         """See `Reference.log_probs`."""
-        return self._of_all()[self._rows, position]
+        return self._store().at(self._rows, position)
 
     def kl_nats(self, tokens: Tensor, rows: Tensor, bit_widths: Tensor) -> Tensor:
         """Output KL at every token of the continuation, had it been read at given widths.
@@ -83,16 +90,110 @@ class TextReference:
         model = self._decoder.model
         per_token = torch.full((*read.shape, model.num_units), max(model.bit_widths))
         per_token[:, self._first :] = bit_widths[:, None].cpu()
-        log_probs = self._decoder.score(read, per_token, first=self._first).log_softmax(-1)
-        reference = self._of_all()
-        return kl_nats(reference if torch.equal(rows, self._rows) else reference[rows], log_probs).cpu()
+        found = []
+        for part in _pieces(len(rows), (read.shape[1] - self._first) * model.vocab_size):
+            log_probs = self._decoder.score(read[part], per_token[part], first=self._first).log_softmax(-1)
+            found.append(kl_nats(self._store().of(rows[part]), log_probs).cpu())
+        return torch.cat(found)
 
     def close(self) -> None:
         """The decoder is another's; there is nothing to free."""
 
-    def _of_all(self) -> Tensor:
-        assert self._log_probs is not None, "start() first"
-        return self._log_probs
+    def _make_store(self, read: Tensor) -> _KeptDistributions | _KeptStates:
+        model, num_rows = self._decoder.model, len(self._rows)
+        kept_bytes = num_rows * (read.shape[1] - self._first) * model.vocab_size * 4
+        if (
+            kept_bytes > _DISTRIBUTION_BYTES
+            and isinstance(model, NestedCausalLM)
+            and can_walk(model, read, reference_width(model))
+        ):
+            return _KeptStates(model, num_rows, self._first)
+        return _KeptDistributions(self._decoder, num_rows, self._first)
+
+    def _store(self) -> _KeptDistributions | _KeptStates:
+        assert self._kept is not None, "start() first"
+        return self._kept
+
+
+class _KeptDistributions:
+    """Log-probabilities of all positions, for vocabularies and batches that are small, and for any decoder."""
+
+    def __init__(self, decoder: Decoder, num_rows: int, first: int) -> None:
+        self._decoder = decoder
+        self._num_rows = num_rows
+        self._first = first
+        self._widths = _reference_widths(decoder.model)
+        self._log_probs: Tensor | None = None  # [R, max_new_tokens, vocab]
+
+    def put(self, read: Tensor, rows: Tensor) -> None:
+        """Reads text `[R', T]` for rows `[R']`."""
+        score, row_floats = self._decoder.score, (read.shape[1] - self._first) * self._decoder.model.vocab_size
+        if len(rows) * row_floats <= _PIECE_FLOATS and len(rows) == self._num_rows:
+            found = score(read, self._widths, first=self._first).log_softmax(-1)
+            self._log_probs = found if torch.equal(rows, torch.arange(len(rows))) else found[rows.argsort()]
+            return
+        for part in _pieces(len(rows), row_floats):
+            found = score(read[part], self._widths, first=self._first).log_softmax(-1)
+            if self._log_probs is None:
+                self._log_probs = found.new_zeros(self._num_rows, *found.shape[1:])
+            self._log_probs[rows[part]] = found
+
+    def at(self, rows: Tensor, position: Tensor) -> Tensor:
+        """`[R', vocab]` at a position `[R']` of each row."""
+        assert self._log_probs is not None
+        return self._log_probs[rows, position]
+
+    def of(self, rows: Tensor) -> Tensor:
+        """`[R', max_new_tokens, vocab]`, all positions."""
+        assert self._log_probs is not None
+        return self._log_probs[rows]
+
+
+class _KeptStates:
+    """What enters the final norm and the head, at all positions."""
+
+    def __init__(self, model: NestedCausalLM, num_rows: int, first: int) -> None:
+        self._walk = LayerWalk(model)
+        self._num_rows = num_rows
+        self._first = first
+        self._widths = _reference_widths(model)
+        self._states: Tensor | None = None  # [R, max_new_tokens, d]
+
+    def put(self, read: Tensor, rows: Tensor) -> None:
+        """Reads text `[R', T]` for rows `[R']`, layer by layer."""
+        read = read.to(self._walk.model.device)
+        batches = read.split(max(1, _CALL_TOKENS // read.shape[1]))
+        states = [self._walk.enter(batch) for batch in batches]
+        widths = self._widths.expand(read.shape[1], -1)
+        for layer_idx in range(self._walk.model.num_layers):
+            for index, batch in enumerate(batches):
+                states[index] = self._walk.layer(layer_idx, batch, states[index], widths)
+        found = torch.cat([part[:, self._first :] for part in states])
+        if self._states is None:
+            self._states = found.new_zeros(self._num_rows, *found.shape[1:])
+        self._states[rows] = found
+
+    def at(self, rows: Tensor, position: Tensor) -> Tensor:
+        """`[R', vocab]` at a position `[R']` of each row."""
+        assert self._states is not None
+        return self._log_probs(self._states[rows, position][:, None])[:, 0]
+
+    def of(self, rows: Tensor) -> Tensor:
+        """`[R', max_new_tokens, vocab]`, all positions."""
+        assert self._states is not None
+        return self._log_probs(self._states[rows])
+
+    def _log_probs(self, states: Tensor) -> Tensor:
+        """Of states `[R', T, d]`; what the tokens were no longer matters."""
+        tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
+        widths = self._widths.expand(states.shape[1], -1)
+        return self._walk.logits(tokens, states, widths, states.shape[1]).log_softmax(-1)
+
+
+def _pieces(num_rows: int, row_floats: int) -> list[slice]:
+    """Rows to take at a time, so that what has a vocabulary's size stays small."""
+    step = max(1, _PIECE_FLOATS // row_floats)
+    return [slice(i, i + step) for i in range(0, num_rows, step)]
 
 
 class SteppingReference:

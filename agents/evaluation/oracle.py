@@ -23,6 +23,8 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
 
 _RIDGE = 16.0
+_PIECE_FLOATS = 1 << 25
+"""Logits made at a time (128 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class _MaskScorer:
 
     def sequence_kl(self, masks: Tensor) -> Tensor:
         """Mean output KL of the sequence under each choice, `[n]`."""
-        parts = [kl_nats(self._reference, self.log_probs(chunk)).mean(1) for chunk in masks.split(32)]
+        per_pass = max(1, min(32, _PIECE_FLOATS // self._reference.numel()))
+        parts = [kl_nats(self._reference, self.log_probs(chunk)).mean(1) for chunk in masks.split(per_pass)]
         return torch.cat(parts).cpu().double()
 
     def run(self, mask: Tensor, profile: Profile) -> Trace:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import REFERENCE_WIDTH, DenseCache, NestedLinear, WidthPlan, active_plan, reading
+from flexquant_rl.engine.model import dense_cache_bytes
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.reference import dequantize
 
@@ -125,6 +126,13 @@ def test_reference_weights_and_dense_copies_are_not_part_of_the_state() -> None:
     linear = make_linear()
     linear.dense(4)
     assert set(linear.state_dict()) == {"planes", "scale", "offset", "bias"}
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(1, 2), (12, 6), (23, 10), (512, 10)])
+def test_the_cap_follows_the_memory(gib: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"SC_PHYS_PAGES": gib << 18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    assert dense_cache_bytes() == expected << 30
 
 
 class TestDenseCache:
