@@ -237,7 +237,7 @@ PHASES = {
     "front": ("agents.policies.static_front:kl_nats", 3),
     "cloning": ("agents.runs.imitation:_targets", 5),
     "seed 0, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 7),
-    "seed 0, update": ("agents.runs.ppo:UnitSharedPolicy.evaluate_actions", 7),
+    "seed 0, update": ("agents.runs.unit_ppo:UnitPPO._gradient_step", 7),
     "seed 0, checkpoint": ("engine.files:os.replace", 5),
     "seed 0, validation": ("agents.runs.training:Validation.__call__", 2),
     "seed 0, export": ("agents.runs.training:check_parity", 1),
