@@ -44,7 +44,7 @@ DESCRIPTION = """Precision control for LLM inference: nested weights, learned bi
 
 The last line of stdout is one JSON object.
 
-Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted, 143 terminated."""
+Exit: 0 done, 1 failure, 2 bad input, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM."""
 
 
 def run(name: str, options: object) -> None:

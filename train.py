@@ -21,7 +21,7 @@ DESCRIPTION = """Trains a precision controller: a model and text in, a policy ou
 
 The last line of stdout is one JSON object.
 
-Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted, 143 terminated."""
+Exit: 0 done, 1 failure, 2 bad input, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM."""
 
 
 def _train(options: TrainOptions) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from flexquant_rl.engine.benches.options import BenchConfig
 from flexquant_rl.engine.decoding.options import check_num_threads
@@ -58,9 +60,9 @@ class PPOConfig:
 class TrainConfig:
     """Everything that decides a run's result; saved as `config.json`."""
 
-    model: str | None = None
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
-    text: tuple[str, ...] = ()
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES")] = ()
     """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
     text_field: str | None = None
     """Field of the rows of .jsonl files that is the text, outer.inner for one inside another; default: all of them."""
@@ -72,7 +74,7 @@ class TrainConfig:
     """First seed."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model runs."""
-    profile: str | None = None
+    profile: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: one
     made here, its latencies modelled by the bytes read."""
     threads: int | None = None

@@ -105,11 +105,13 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     # the evaluation's to open.
     _ = windows.train, windows.validation
     DecodeSession(model, max_length=config.env.window_tokens - 1).close()
-    judging = given or (exported[0].profile if exported else _profile(model, windows))
+    # That of a fixed width has no sensitivities: nothing was measured for it.
+    carried = exported[0].profile if exported and exported[0].profile.num_tokens else None
+    judging = given or carried or _profile(model, windows)
     judging.check(model, config.threads)
     if profile_path is not None and not profile_path.exists():
         judging.save(profile_path)
-    profile = exported[0].profile if exported else judging
+    profile = carried or judging
     front = _front(model, windows, replace(profile, cost=judging.cost), config.env.prompt_tokens, run_dir)
     fixed = config.env.kl_weight
     low, high = (fixed, fixed) if fixed is not None else front.dial_range()

@@ -169,7 +169,9 @@ def check_stored(path: str, files: Iterable[Path]) -> None:
             raise InputError(f"{path}: already quantised by {marked[0]} ({marked[1]} is stored); {_ORIGINAL}")
         for name, dtype in stored.items():
             # Masks and counters are stored as integers and booleans; a weight is not.
-            if dtype.startswith(("F8_", "F6_", "F4")) or (dtype not in _PLAIN_STORED and name.endswith("weight")):
+            if dtype.startswith(("F8_", "F6_", "F4")) or (
+                dtype not in _PLAIN_STORED and name.endswith(("weight", "bias"))
+            ):
                 raise InputError(f"{path}: already quantised ({name} is stored as {dtype}); {_ORIGINAL}")
 
 

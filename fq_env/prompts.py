@@ -137,7 +137,7 @@ def _spaced(documents: Sequence[str], count: int) -> Sequence[str]:
 def _no_window(source: str, name: Split, parts: Sequence[str], length: int) -> InputError:
     return InputError(
         f"{source}: the {name} split ({sum(map(len, parts))} characters) holds no window of {length} tokens; "
-        "give more text, or shorter episodes with --env.prompt-tokens and --env.max-new-tokens"
+        "give more text (or, where there are episodes, shorter ones with --env.prompt-tokens and --env.max-new-tokens)"
     )
 
 

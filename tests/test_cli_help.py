@@ -45,6 +45,9 @@ def test_help(arguments: tuple[str, ...]) -> None:
     usage, _, rest = text.partition("\n")
     assert usage.startswith(" ".join(("usage: fq", *arguments)))
     assert max(map(len, rest.splitlines())) <= 80
+    assert len(usage) <= 80 or arguments == ("bench", "policy"), (
+        "tyro wraps none, and this is just too short for [OPTIONS]"
+    )
     assert not re.search(r"default: (None|)\)", text)
     assert "{None}" not in text
 
@@ -67,7 +70,7 @@ def test_arguments_are_named_and_choices_listed() -> None:
     for wanted in ("MODEL", "--policy POLICY", "--prompt-file FILE", "{auto,lean,hf}", "{cpu,cuda}"):
         assert wanted in text
     quantize = shown(start("cli.py", "quantize", "--help"))
-    for wanted in ("MODEL", "OUT", "--method {rtn,gptq}", "--group-size {32,64,128}", "--calibration [FILE ...]"):
+    for wanted in ("MODEL", "OUT", "--method {rtn,gptq}", "--group-size {32,64,128}", "--calibration FILES"):
         assert wanted in quantize
 
 

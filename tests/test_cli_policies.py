@@ -84,19 +84,28 @@ class TestExport:
         self, nested: Path, profile: Path, text: Path, tmp_path: Path, name: str
     ) -> None:
         out = tmp_path / "policy"
-        options = ("--model", nested, "--profile", profile, "--text", text)
+        options = ("--model", nested, "--profile", profile)
         result = run(cli.main, "export", name, out, *options).result
         assert (result["policy"], result["dial"]) == (name, [])
         policy = load_policy(out)
         assert isinstance(policy, StaticPolicy)
         assert generate(nested, out).result["mean_bit_width"] == pytest.approx(
-            generate(nested, name, "--profile", profile, "--text", text).result["mean_bit_width"]
+            generate(nested, name, "--profile", profile).result["mean_bit_width"]
         )
         rows = run(
             *(cli.main, "evaluate", nested, "--policy", out, name, "--text", text, "--sequences", 2),
             *("--env.prompt-tokens", 8, "--env.max-new-tokens", 4),
         ).result["rows"]
         assert [row["policy"] for row in rows] == [str(out), name]
+        assert rows[0]["output_kl_nats"] == rows[1]["output_kl_nats"]
+
+    def test_one_width_is_exported_without_measuring_anything(self, nested: Path, text: Path, tmp_path: Path) -> None:
+        """And is compared all the same: by a profile that is made for the comparison."""
+        out = tmp_path / "policy"
+        assert run(cli.main, "export", "fixed:4", out, "--model", nested).code == 0
+        assert Profile.load(out / "profile.json").num_tokens == 0
+        options = ("--text", text, "--sequences", 2, "--env.prompt-tokens", 8, "--env.max-new-tokens", 4)
+        rows = run(cli.main, "evaluate", nested, "--policy", out, "fixed:4", *options).result["rows"]
         assert rows[0]["output_kl_nats"] == rows[1]["output_kl_nats"]
 
     def test_a_name_needs_a_model(self, tmp_path: Path) -> None:
@@ -135,12 +144,21 @@ class TestPrompts:
 
     def test_mistakes(self, nested: Path, tmp_path: Path) -> None:
         (tmp_path / "latin").write_bytes(b"caf\xe9 abc")
-        assert (
-            "byte 3 is not UTF-8" in generate(nested, "fixed:8", "--prompt-file", tmp_path / "latin", prompt=None).error
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        cases: tuple[tuple[str | None, str | None, str], ...] = (
+            (None, "latin", "byte 3 is not UTF-8"),
+            (None, "none", "cannot be read (No such file or directory)"),
+            (None, ".", "cannot be read (Is a directory)"),
+            (None, "loop", "cannot be read (Too many levels of symbolic links)"),
+            ("abc", "latin", "both --prompt and --prompt-file"),
+            (None, None, "no prompt"),
         )
-        assert "does not exist" in generate(nested, "fixed:8", "--prompt-file", tmp_path / "none", prompt=None).error
-        assert "no prompt" in generate(nested, "fixed:8", prompt=None).error
-        assert "both --prompt and" in generate(nested, "fixed:8", "--prompt-file", tmp_path / "latin").error
+        for prompt, file, said in cases:
+            options = () if file is None else ("--prompt-file", tmp_path / file)
+            assert said in generate(nested, "fixed:8", *options, prompt=prompt).error
+
+    def test_an_option_without_effect_is_refused(self, nested: Path, tmp_path: Path) -> None:
+        assert "fixed:4 needs no profile" in generate(nested, "fixed:4", "--text", tmp_path / "nothere").error
 
 
 class TestOutput:

@@ -51,6 +51,6 @@ def _from_name(options: ExportOptions) -> DeployedPolicy:
     if options.model is None:
         raise InputError(f"{options.policy} is a policy of some model; name the model with --model MODEL")
     check_new_directory(options.out)
-    found = load_servable(options.model, options.policy, profile=options.profile, text=options.text, measured=True)
+    found = load_servable(options.model, options.policy, profile=options.profile, text=options.text)
     save_policy(found.policy, found.profile, options.out)
     return found.policy

@@ -32,7 +32,14 @@ def generate(options: GenerateOptions) -> None:
     if options.threads is not None:
         check_num_threads(options.threads)
     prompt = _prompt(options)
-    found = load_servable(options.model, options.policy, profile=options.profile, text=options.text)
+    found = load_servable(
+        options.model,
+        options.policy,
+        profile=options.profile,
+        text=options.text,
+        threads=options.threads,
+        device=options.device,
+    )
     setting = _setting(found.policy, options)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.tokenizer.chat_template)
@@ -81,8 +88,8 @@ def _prompt(options: GenerateOptions) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: byte {error.start} is not UTF-8; save the text as UTF-8") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{where} does not exist; give the name of a text file") from error
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({error.strerror}); give the name of a text file") from error
 
 
 def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | None:

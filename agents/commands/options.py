@@ -20,7 +20,7 @@ Model = Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 Run = Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 Out = Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
 PolicyName = Annotated[str, tyro.conf.arg(metavar="POLICY")]
-Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[FILE ...]")]
+Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
 
@@ -48,7 +48,7 @@ class QuantizeOptions:
     text: Files = ()
     """Text files. Perplexity by width is measured on their test split."""
     text_field: str | None = None
-    """Field of jsonl rows that holds the text; default: the usual names."""
+    """Field of jsonl rows that has the text; default: their chats, else all their strings."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ProfileOptions:
     text: Files = ()
     """Text files; default: the held-out standard library."""
     text_field: str | None = None
-    """Field of jsonl rows that holds the text; default: the usual names."""
+    """Field of jsonl rows that has the text; default: their chats, else all their strings."""
     out: File = None
     """Where to write; default: profile.json in the model's directory, for `default` in the current one."""
     source: Literal["measured", "roofline"] = "measured"
@@ -96,7 +96,7 @@ class EvaluateOptions:
     text: Files = ()
     """Text files; default: the held-out standard library."""
     text_field: str | None = None
-    """Field of jsonl rows that holds the text; default: the usual names."""
+    """Field of jsonl rows that has the text; default: their chats, else all their strings."""
     dials: int = 4
     """Settings of the dial at which learned policies are run."""
     sequences: int = 64

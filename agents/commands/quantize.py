@@ -20,6 +20,7 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread, thinned
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
+from flexquant_rl.fq_env.text_files import is_jsonl
 
 # Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
 # widest linear.
@@ -34,6 +35,8 @@ def quantize(options: QuantizeOptions) -> None:
     chosen = options.method or ("gptq" if calibration else "rtn")
     config = QuantizationConfig(chosen, options.group_size, options.bit_widths, options.unit, options.quantize_head)
     config.validate()
+    if options.text_field is not None and not any(map(is_jsonl, (*calibration, *text))):
+        raise InputError(f"--text-field {options.text_field}: no file is a .jsonl file; leave --text-field out")
     path = resolve_model(options.source)
     if is_nested_checkpoint(Path(path)):
         raise InputError(f"{options.source} is a nested checkpoint already; give the model that it was made from")
@@ -68,7 +71,7 @@ def _calibration_windows(tokenizer: PreTrainedTokenizerBase, options: QuantizeOp
         if not path.is_file():
             raise InputError(f"{path} is not a file; --calibration takes text files")
     documents = (
-        file_documents(files, tokenizer=tokenizer, text_field=options.text_field)["train"]
+        file_documents(files, tokenizer=tokenizer, text_field=_field(files, options))["train"]
         if files
         else list(stdlib_text("policy-train").values())
     )
@@ -82,9 +85,16 @@ def _calibration_windows(tokenizer: PreTrainedTokenizerBase, options: QuantizeOp
     return spread(windows, _CALIBRATION_WINDOWS)
 
 
+def _field(files: tuple[Path, ...], options: QuantizeOptions) -> str | None:
+    """The field of the text in these files: none where they have no rows, as one set of two may."""
+    return options.text_field if any(map(is_jsonl, files)) else None
+
+
 def _text_windows(model: NestedCausalLM, options: QuantizeOptions, tokens: int = 129) -> Tensor:
     """Windows of the test split of some text, `[n, tokens]` int64."""
     return spread(
-        load_windows(model.tokenizer, min(tokens, model.max_context), options.text, text_field=options.text_field).test,
+        load_windows(
+            model.tokenizer, min(tokens, model.max_context), options.text, text_field=_field(options.text, options)
+        ).test,
         _TEXT_WINDOWS,
     )

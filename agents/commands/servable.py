@@ -47,7 +47,13 @@ class Servable:
 
 
 def load_servable(
-    model: str, policy: str, *, profile: Path | None = None, text: Sequence[Path] = (), measured: bool = False
+    model: str,
+    policy: str,
+    *,
+    profile: Path | None = None,
+    text: Sequence[Path] = (),
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> Servable:
     """Loads a model and the policy of a directory, or the static allocation of a name.
 
@@ -56,7 +62,8 @@ def load_servable(
         policy: Directory of an exported policy or of a run, or a name such as `fixed:4` or `knapsack:4.5`.
         profile: With a name: profile of the model; default: the one in its directory, else made here where needed.
         text: With a name: text files to profile on; default: the held-out standard library.
-        measured: Whether the profile must hold sensitivities even where the policy needs none.
+        threads: Threads that a measured profile must be of.
+        device: Where a profile is made.
 
     Raises:
         InputError: If model or policy cannot be used, or not together.
@@ -78,9 +85,18 @@ def load_servable(
     beside = Path(model) / PROFILE_FILE
     if profile is None and beside.is_file():
         profile = beside
-    if isinstance(unbound, Fixed) and profile is None and not measured:
+    if isinstance(unbound, Fixed) and profile is None:
+        if text:
+            raise InputError(f"--text {text[0]} is to profile on, and {policy} needs no profile; leave it out")
         return _one_width(_load(model, QuantizationConfig()), unbound)
-    return _by_name(model, unbound, profile, text)
+    config = TrainConfig(
+        model=model,
+        profile=None if profile is None else str(profile),
+        text=tuple(map(str, text)),
+        threads=threads,
+        device="cuda" if device == "cuda" else "cpu",
+    )
+    return _by_name(config, unbound)
 
 
 def _load(model: str, quantization: QuantizationConfig) -> NestedCausalLM:
@@ -96,9 +112,8 @@ def _one_width(model: NestedCausalLM, unbound: Fixed) -> Servable:
     return Servable(model, static_policy(model, allocation), profile)
 
 
-def _by_name(model: str, unbound: UnboundPolicy, profile: Path | None, text: Sequence[Path]) -> Servable:
+def _by_name(config: TrainConfig, unbound: UnboundPolicy) -> Servable:
     """Binds a name to a model; only widths that are the same at every token can leave without the trainer."""
-    config = TrainConfig(model=model, profile=None if profile is None else str(profile), text=tuple(map(str, text)))
     prepared = prepare(config, None)
     bound = bind_policy(unbound, policy_context(prepared))
     if not isinstance(bound, StaticAllocation):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 from flexquant_rl.agents.commands.options import TrainOptions
@@ -24,16 +26,22 @@ def train(options: TrainOptions) -> None:
     others = [f"{name}={value}" for name, value in given.items() if value != default[name]]
     if others:
         raise InputError(f"--resume continues a run as it was started, but {others[0]} was given too; leave it out")
-    _finish(load_run(options.resume), options.resume)
+    config = load_run(options.resume)
+    with locked_run(options.resume):
+        _finish(config, options.resume)
+
+
+def _program() -> str:
+    """How the user has started this."""
+    return {"fq": "fq train", "fq-train": "fq-train"}.get(Path(sys.argv[0]).name, "python train.py")
 
 
 def _finish(config: TrainConfig, run_dir: Path) -> None:
     """Runs what is left of a run."""
     try:
-        with locked_run(run_dir):
-            result = evaluate_run(config, train_run(config, run_dir), run_dir)
+        result = evaluate_run(config, train_run(config, run_dir), run_dir)
     except KeyboardInterrupt as interruption:
-        raise KeyboardInterrupt(f"continue with: python train.py --resume {run_dir}") from interruption
+        raise KeyboardInterrupt(f"continue with: {_program()} --resume {shlex.quote(str(run_dir))}") from interruption
     print(console_table(read_rows(run_dir / "eval.jsonl")))
     for finding in result["findings"]:
         print(f"- {finding}")

@@ -26,7 +26,7 @@ CONFIG_FILE = "config.json"
 
 @contextmanager
 def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
-    """Makes the directory of a new run, writes its configuration (and the profile it names) and yields it.
+    """Makes the directory of a new run, writes its configuration (and the profile it names) and yields it, locked.
 
     Where the block fails on what it was given, or on the disk, before any phase left a result, all of it is taken away
     again: the corrected command may use the same name. After an interruption it stays, to be resumed.
@@ -36,7 +36,8 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
         run_dir: The directory; default: `runs/<model>-<time>`.
 
     Raises:
-        InputError: If the directory exists already, or the configuration's profile cannot be read.
+        InputError: If the directory exists already or another process takes it, or if the configuration's profile
+            cannot be read.
     """
     wanted = run_dir or Path("runs") / f"{Path(resolve_model(config.model)).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (wanted / CONFIG_FILE).exists() and run_dir is not None:
@@ -47,20 +48,24 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
     if run_dir is None:
         run_dir = _claimed(wanted)
         created = [run_dir, *created[1:]]
-    try:
-        write_json(run_dir / CONFIG_FILE, {"version": RUN_VERSION, "config": asdict(config)})
-        if config.profile is not None:  # kept, whatever becomes of the file: a resume must find the same one
-            Profile.load(Path(config.profile)).save(run_dir / PROFILE_FILE)
-        yield run_dir
-    except (InputError, OSError):
-        begun = {CONFIG_FILE} if config.profile is None else {CONFIG_FILE, PROFILE_FILE}
-        if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= begun:
-            for file in begun:
-                (run_dir / file).unlink(missing_ok=True)
-            for folder in created:
-                with suppress(OSError):  # another run may have come to use a parent
-                    folder.rmdir()
-        raise
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked_run(run_dir):  # whoever comes second in this moment is refused, and cleans nothing up
+        if (run_dir / CONFIG_FILE).exists():
+            raise InputError(f"{run_dir} holds a run by now; continue it with --resume {run_dir}")
+        try:
+            write_json(run_dir / CONFIG_FILE, {"version": RUN_VERSION, "config": asdict(config)})
+            if config.profile is not None:  # kept, whatever becomes of the file: a resume must find the same one
+                Profile.load(Path(config.profile)).save(run_dir / PROFILE_FILE)
+            yield run_dir
+        except (InputError, OSError):
+            begun = {CONFIG_FILE} if config.profile is None else {CONFIG_FILE, PROFILE_FILE}
+            if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= begun:
+                for file in begun:
+                    (run_dir / file).unlink(missing_ok=True)
+                for folder in created:
+                    with suppress(OSError):  # another run may have come to use a parent
+                        folder.rmdir()
+            raise
 
 
 def _claimed(wanted: Path) -> Path:

@@ -49,3 +49,16 @@ def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
         other.wait()
         with locked_run(tmp_path):
             assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_comes_second_is_refused_and_cleans_nothing_up(tmp_path: Path) -> None:
+    """Both have seen that there is no run yet."""
+    run_dir = tmp_path / "run"
+    with new_run(TrainConfig(seed=1), run_dir):
+        config = (run_dir / "config.json").read_bytes()
+        (run_dir / "config.json").rename(tmp_path / "hidden")  # the second one looked before it was written
+        with pytest.raises(InputError, match="another process is working on"), new_run(TrainConfig(seed=2), run_dir):
+            pytest.fail("two processes began one run")
+        (tmp_path / "hidden").rename(run_dir / "config.json")
+        assert (run_dir / "config.json").read_bytes() == config
+    assert load_run(run_dir).seed == 1
