@@ -50,7 +50,7 @@ class ReferenceDistribution:
         """KL(reference || other) of `[..., vocab]` logits -> `[...]` nats, never negative."""
         moved = logits - self._logits
         moved -= torch.linalg.vecdot(self._probability, moved)[..., None]
-        kl = torch.linalg.vecdot(self._probability, moved.expm1_()).log1p()
+        kl: Tensor = torch.linalg.vecdot(self._probability, moved.expm1_()).log1p()
         if bool(kl.isfinite().all()):
             return kl.clamp_min(0)
         return output_kl_nats(self._logits, logits)  # tokens that are ruled out, or logits far apart
