@@ -51,7 +51,7 @@ def command(run: Callable[[], None]) -> int:
         with _terminated_like_interrupted():
             run()
     except InputError as error:
-        return _bad_input(str(error))
+        return _bad_input(error)
     except KeyboardInterrupt as interruption:
         is_terminated = isinstance(interruption.__cause__ or interruption, _Terminated)
         word = "terminated" if is_terminated else "interrupted"
@@ -65,7 +65,7 @@ def command(run: Callable[[], None]) -> int:
         if advice is None:
             raise
         where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _bad_input(f"{where}; {advice}")
+        return _bad_input(InputError(f"{where}; {advice}"))
     return DONE
 
 
@@ -103,9 +103,8 @@ def _quieten_libraries() -> None:
         transformers_logging.set_verbosity_error()
 
 
-def _bad_input(message: str) -> int:
-    # What other libraries say may have several lines.
-    print("error: " + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+def _bad_input(error: InputError) -> int:
+    print(f"error: {error}", file=sys.stderr)
     return BAD_INPUT
 
 
