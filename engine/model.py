@@ -18,7 +18,7 @@ from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hub import snapshot_config, snapshot_weights
-from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, layer_hook, reading
+from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, layer_hook, logits_under
 from flexquant_rl.engine.plain_model import (
     check_directory,
     check_loaded,
@@ -224,19 +224,11 @@ class NestedCausalLM:
         body = bit_widths[..., self._body_units].flatten(0, 1)
         head = bit_widths[:, -keep:, -1].flatten() if self._has_head_unit else None
         plan = WidthPlan(body, head, collect=0 if cache is None else keep)
-        with reading(plan):
-            output = self.hf_model(
-                input_ids=token_ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
-            )
+        logits = logits_under(plan, self.hf_model, token_ids, keep=keep, cache=cache, positions=positions, mask=mask)
         if not plan.collect:
-            return ForwardResult(output.logits.float(), None, None)
+            return ForwardResult(logits, None, None)
         return ForwardResult(
-            output.logits.float(),
+            logits,
             torch.stack([plan.residual_update[index] for index in range(self.num_layers)], dim=-1),
             torch.stack([plan.crest[index] for index in range(self.num_layers)], dim=-1),
         )

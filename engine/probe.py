@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError, first_line
-from flexquant_rl.engine.linear import WidthPlan, layer_hook, reading
+from flexquant_rl.engine.linear import WidthPlan, layer_hook, logits_under
 
 _NUM_TOKENS = 5
 _TINY = 1e-6
@@ -210,23 +210,17 @@ class _Probe:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """`[R, T, vocab]`, called as `NestedCausalLM.forward` calls the model."""
+        """`[R, T, vocab]`."""
         keep = token_ids.shape[1]
         self._call.factors = [1 + column.reshape(-1, 1) / 8 for column in widths.to(self._hf_model.device).unbind(-1)]
         plan = WidthPlan(torch.empty(0, 0), None, collect=0 if cache is None else keep)
-        with torch.inference_mode(), reading(plan):
-            output = self._hf_model(
-                input_ids=token_ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
+        with torch.inference_mode():
+            logits = logits_under(
+                plan, self._hf_model, token_ids, keep=keep, cache=cache, positions=positions, mask=mask
             )
         if plan.collect and len(plan.residual_update) != self._num_layers:
             raise _UnfitError(f"a pass calls {len(plan.residual_update)} of its {self._num_layers} layers")
-        logits: Tensor = output.logits
-        return logits.float()
+        return logits
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:

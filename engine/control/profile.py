@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.cost import CostTable, check_widths
+from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.signals import check_widths
 from flexquant_rl.engine.decoding.decoder import DecoderModel
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
