@@ -5,10 +5,8 @@ Usage errors and --help answer at once, because nothing that is slow is imported
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 # See train.py.
@@ -25,7 +23,7 @@ from flexquant_rl.agents.commands.options import (
     TrainOptions,
 )
 from flexquant_rl.agents.commands.parsing import parse_command
-from flexquant_rl.agents.commands.process import command
+from flexquant_rl.agents.commands.process import ENDINGS, command, run_command
 
 COMMANDS: dict[str, type[Any]] = {
     "quantize": QuantizeOptions,
@@ -38,25 +36,16 @@ COMMANDS: dict[str, type[Any]] = {
 }
 """Options of every command; what it does is the function of its name in `agents/commands`, in the file of its name."""
 
-DESCRIPTION = """Precision control for LLM inference: nested weights, learned bit-widths.
+DESCRIPTION = f"""Precision control for LLM inference: nested weights, learned bit-widths.
 
 `fq COMMAND --help` lists the options of a command, `fq --version` the version.
 
-The last line of stdout is one JSON object.
-
-Exit: 0 done, 1 failure, 2 bad input, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM."""
-
-
-def run(name: str, options: object) -> None:
-    """Imports a command and runs it."""
-    module = importlib.import_module(f"flexquant_rl.agents.commands.{name}")
-    function: Callable[[object], None] = getattr(module, name)
-    function(options)
+{ENDINGS}"""
 
 
 def main() -> int:
     """The command `fq`."""
-    return command(lambda: run(*parse_command("fq", __version__, DESCRIPTION, COMMANDS, sys.argv[1:])))
+    return command(lambda: run_command(*parse_command("fq", __version__, DESCRIPTION, COMMANDS, sys.argv[1:])))
 
 
 if __name__ == "__main__":

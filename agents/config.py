@@ -18,6 +18,8 @@ from flexquant_rl.engine.field_types import check_field_types
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
 
+Device = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class PPOConfig:
@@ -72,7 +74,7 @@ class TrainConfig:
     """Environment steps per seed; rounded up to whole rollouts."""
     seed: int = 0
     """First seed."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where the model runs."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: one

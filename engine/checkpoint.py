@@ -8,7 +8,6 @@ config.json alone; the manifest says whether it is what was written.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,8 +27,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.embedded import resolve_model
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256, new_directory, write_json, write_tensors
+from flexquant_rl.engine.errors import InputError, first_line
+from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
 from flexquant_rl.engine.model import (
@@ -112,7 +111,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
         if (path / _GENERATION_FILE).is_file():
             hf_model.generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # transformers raises a dozen types for what it cannot build
-        raise InputError(f"{path}: cannot be built from its files ({_first_line(error)}); {_COPY_AGAIN}") from error
+        raise InputError(f"{path}: cannot be built from its files ({first_line(error)}); {_COPY_AGAIN}") from error
     units = make_units(hf_model, config)
     cache = DenseCache(dense_cache_bytes())
     _insert_empty_linears(hf_model, units, config, cache)
@@ -184,7 +183,7 @@ def _narrowed(tensor: Tensor) -> Tensor:
 def _write_config(model: NestedCausalLM, directory: Path) -> None:
     hf_model = model.hf_model
     hf_model.config.save_pretrained(directory)
-    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json(directory / CONFIG_FILE)
     config["architectures"] = [type(hf_model).__name__]
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
@@ -265,11 +264,11 @@ def _read_config(path: Path) -> tuple[Any, QuantizationConfig, Calibration | Non
         config.validate()
         calibration = Calibration(**stored["calibration"]) if "calibration" in stored else None
     except (KeyError, TypeError, InputError) as error:
-        raise InputError(f"{file}: bad quantization_config ({_first_line(error)}); {_COPY_AGAIN}") from error
+        raise InputError(f"{file}: bad quantization_config ({first_line(error)}); {_COPY_AGAIN}") from error
     try:
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the model's own configuration class does
-        raise InputError(f"{file}: not a model that transformers knows ({_first_line(error)}); update it") from error
+        raise InputError(f"{file}: not a model that transformers knows ({first_line(error)}); update it") from error
     del hf_config.quantization_config  # of the stored tensors, not of the model that is built
     return hf_config, config, calibration
 
@@ -335,7 +334,7 @@ def _load_tensors(path: Path, hf_model: PreTrainedModel, listed: dict[str, dict[
                 tensor = tensor.to(place.dtype)
                 loaded[id(place)] = nn.Parameter(tensor, False) if isinstance(place, nn.Parameter) else tensor
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: damaged or cut short ({_first_line(error)}); {_COPY_AGAIN}") from error
+        raise InputError(f"{file}: damaged or cut short ({first_line(error)}); {_COPY_AGAIN}") from error
     # Tied names get one parameter between them: the one that their common place was filled with.
     state = {name: loaded[id(place)] for name, place in hf_model.state_dict(keep_vars=True).items()}
     hf_model.load_state_dict(state, assign=True)
@@ -381,12 +380,7 @@ def _tensor_sha256(tensor: Tensor) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file, empty if there is none that can be read."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_json(path)
+    except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -3,6 +3,12 @@
 _MAX_CHARACTERS = 1000
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, its first line alone; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class InputError(ValueError):
     """A mistake in what the user gave: an option, a file or a tensor.
 

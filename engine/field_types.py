@@ -63,9 +63,10 @@ def _holds(value: Any, hint: Any) -> bool:
 
 def _is_float(value: float) -> bool:
     try:
-        return float(value) is not None
+        float(value)
     except OverflowError:  # an integer beyond the largest float
         return False
+    return True
 
 
 def _described(hint: Any) -> str:

@@ -6,20 +6,20 @@ seconds is treated as absent: what was downloaded before is used, and anything e
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.errors import InputError, first_line
+from flexquant_rl.engine.files import read_json
 
 PATIENCE_S = 3.0
 """Seconds that the hub has to answer: with the start of a command one line comes within 10."""
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-_WEIGHTS_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _FOLDERS = ["*/*"]  # other forms of the same model: onnx/, original/
 
 
@@ -39,12 +39,21 @@ def snapshot_weights(name: str, directory: Path) -> None:
         InputError: As `snapshot_config`.
     """
     try:
-        index = json.loads((directory / _INDEX_FILE).read_text(encoding="utf-8"))
-        files = sorted(set(index["weight_map"].values()))
+        files = sorted(indexed_files(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = [_WEIGHTS_FILE]
+        files = [WEIGHTS_FILE]
     if not all((directory / file).exists() for file in files):
         _snapshot(name, files)
+
+
+def indexed_files(directory: Path) -> set[str]:
+    """The names of the weight files that a directory's index names.
+
+    Raises:
+        OSError: If the index cannot be read.
+        ValueError, KeyError, TypeError, AttributeError: If it is none.
+    """
+    return {str(name) for name in read_json(directory / INDEX_FILE)["weight_map"].values()}
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
@@ -70,8 +79,9 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         raise InputError(f"{name} is neither a directory here nor a model on the hub; check the name") from error
     except Exception as error:  # of the client, of the network, of the file system
         if silence is None and not isinstance(error, LocalEntryNotFoundError):
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{name} cannot be downloaded ({lines[0]}); try again or give a directory") from error
+            raise InputError(
+                f"{name} cannot be downloaded ({first_line(error)}); try again or give a directory"
+            ) from error
         reason = silence or "it went silent"
         raise InputError(
             f"{name} is not a directory, was not downloaded before, and the hub cannot be asked ({reason}); "
@@ -90,7 +100,7 @@ def _why_silent() -> str | None:
             get_session().head(constants.ENDPOINT, timeout=PATIENCE_S)
             failure[0] = None
         except Exception as error:  # whatever the client of the day raises
-            failure[0] = f"{constants.ENDPOINT}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+            failure[0] = f"{constants.ENDPOINT}: {first_line(error)}"
 
     # In a thread: looking a name up has no time limit of its own.
     asking = threading.Thread(target=ask, daemon=True)

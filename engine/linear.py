@@ -100,6 +100,40 @@ def layer_hook(layer_idx: int) -> Callable[..., None]:
     return hook
 
 
+def logits_under(
+    plan: WidthPlan,
+    hf_model: Callable[..., Any],
+    token_ids: Tensor,
+    *,
+    keep: int,
+    cache: Any = None,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Calls a Hugging Face model whose nested linears read a plan; `[R, keep, vocab]` float32.
+
+    Args:
+        plan: Widths, and what is collected.
+        hf_model: The model.
+        token_ids: `[R, T]` int64.
+        keep: Logits are computed for the last `keep` tokens of each row.
+        cache: Keys and values so far, or None for a pass that keeps nothing.
+        positions: `[R, T]` int64, with `cache`.
+        mask: Additive `[R, 1, T, end]`, with `cache`.
+    """
+    with reading(plan):
+        output = hf_model(
+            input_ids=token_ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        )
+    logits: Tensor = output.logits
+    return logits.float()
+
+
 class DenseCache:
     """Keeps the most recently used dequantised matrices, up to a number of bytes.
 

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.decoding.kv_cache import RowCache
-from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hub import snapshot_config, snapshot_weights
-from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, layer_hook, reading
+from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, layer_hook, logits_under
 from flexquant_rl.engine.plain_model import (
     check_directory,
     check_loaded,
@@ -29,7 +29,7 @@ from flexquant_rl.engine.plain_model import (
     check_weights,
     weight_files,
 )
-from flexquant_rl.engine.probe import check_decoding
+from flexquant_rl.engine.probe import check_decoding, rotations
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
@@ -224,19 +224,11 @@ class NestedCausalLM:
         body = bit_widths[..., self._body_units].flatten(0, 1)
         head = bit_widths[:, -keep:, -1].flatten() if self._has_head_unit else None
         plan = WidthPlan(body, head, collect=0 if cache is None else keep)
-        with reading(plan):
-            output = self.hf_model(
-                input_ids=token_ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
-            )
+        logits = logits_under(plan, self.hf_model, token_ids, keep=keep, cache=cache, positions=positions, mask=mask)
         if not plan.collect:
-            return ForwardResult(output.logits.float(), None, None)
+            return ForwardResult(logits, None, None)
         return ForwardResult(
-            output.logits.float(),
+            logits,
             torch.stack([plan.residual_update[index] for index in range(self.num_layers)], dim=-1),
             torch.stack([plan.crest[index] for index in range(self.num_layers)], dim=-1),
         )
@@ -265,11 +257,10 @@ def max_context(hf_model: PreTrainedModel) -> int:
 
 def _rotary_limit(config: Any) -> int | None:
     """Where longrope takes other frequencies for all positions: keys that are held were rotated by the first ones."""
-    found = getattr(config, "rope_parameters", None) or {}
     limits = [
-        part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for part in (found, *found.values())  # some models have parameters for each type of layer
-        if isinstance(part, dict) and part.get("rope_type") == "longrope"
+        rotation.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for rotation in rotations(config)
+        if rotation["rope_type"] == "longrope"
     ]
     return min((int(limit) for limit in limits if limit), default=None)
 
@@ -473,12 +464,11 @@ def _from_files(what: str, kind: Any, directory: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # transformers and safetensors raise a dozen types for a bad directory
-        lines = str(error).strip().splitlines()
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"{what} needs code of its own, which is never run; use a model that transformers itself knows"
             ) from error
-        reason = lines[0] if lines else type(error).__name__
+        reason = first_line(error)
         if "above report" in reason:  # which nobody sees
             reason = "its tensors are not those of this architecture"
         where = "" if kind is AutoTokenizer else " as a causal LM"

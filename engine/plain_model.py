@@ -6,7 +6,6 @@ complaint and give garbage. So only floating-point tensors pass, each of them us
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_json
+from flexquant_rl.engine.hub import INDEX_FILE, WEIGHTS_FILE, indexed_files
 from flexquant_rl.engine.linear import NestedLinear
 
 # Newer ForCausalLM, older LMHeadModel (GPT-2).
@@ -71,8 +72,8 @@ def check_directory(path: str, directory: Path) -> dict[str, Any]:
     if not config_path.is_file():
         raise InputError(f"{path} has no config.json; pass a Hugging Face model directory")
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = read_json(config_path)
+    except ValueError as error:
         raise InputError(f"{config_path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(config, dict):
         raise InputError(f"{config_path} holds no JSON object; restore the file")
@@ -129,13 +130,13 @@ def weight_files(path: str, directory: Path) -> list[Path]:
     Raises:
         InputError: If there is none, or one that the index names is missing.
     """
-    single, index_path = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index_path = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if single.is_file():
         return [single]
     if index_path.is_file():
         try:
-            names = {str(name) for name in json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            names = indexed_files(directory)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index_path} is damaged ({error!r}); download it again") from error
         missing = sorted(name for name in names if not (directory / name).is_file())
         if missing or not names:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexquant_rl.engine.decoding.kv_cache import RowCache
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.linear import WidthPlan, layer_hook, reading
+from flexquant_rl.engine.errors import InputError, first_line
+from flexquant_rl.engine.linear import WidthPlan, layer_hook, logits_under
 
 _NUM_TOKENS = 5
 _TINY = 1e-6
@@ -66,9 +66,17 @@ def check_decoding(
 
 
 def _rotates_by_position(hf_model: PreTrainedModel) -> bool:
-    found = getattr(hf_model.config.get_text_config(), "rope_parameters", None) or {}
-    parts = [part for part in (found, *found.values()) if isinstance(part, dict) and "rope_type" in part]
-    return bool(parts) and all(part["rope_type"] in _BY_POSITION for part in parts)
+    found = rotations(hf_model.config.get_text_config())
+    return bool(found) and all(rotation["rope_type"] in _BY_POSITION for rotation in found)
+
+
+def rotations(config: Any) -> list[dict[str, Any]]:
+    """The parameters of a configuration's rotary embeddings, each with its `rope_type`.
+
+    Some models have some for each type of layer.
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    return [part for part in (found, *found.values()) if isinstance(part, dict) and "rope_type" in part]
 
 
 def _reason(hf_model: PreTrainedModel, error: Exception) -> str:
@@ -77,10 +85,10 @@ def _reason(hf_model: PreTrainedModel, error: Exception) -> str:
         return "multi-head latent attention, whose linears read the cache and not the new tokens alone"
     if getattr(config, "alibi", False):
         return "its attention takes positions from the mask (ALiBi), not from position_ids"
-    lines = str(error).strip().splitlines()
-    if isinstance(error, _UnfitError):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    line = first_line(error)
+    if isinstance(error, _UnfitError) or line == type(error).__name__:
+        return line
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 class _Call:
@@ -202,23 +210,17 @@ class _Probe:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """`[R, T, vocab]`, called as `NestedCausalLM.forward` calls the model."""
+        """`[R, T, vocab]`."""
         keep = token_ids.shape[1]
         self._call.factors = [1 + column.reshape(-1, 1) / 8 for column in widths.to(self._hf_model.device).unbind(-1)]
         plan = WidthPlan(torch.empty(0, 0), None, collect=0 if cache is None else keep)
-        with torch.inference_mode(), reading(plan):
-            output = self._hf_model(
-                input_ids=token_ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
+        with torch.inference_mode():
+            logits = logits_under(
+                plan, self._hf_model, token_ids, keep=keep, cache=cache, positions=positions, mask=mask
             )
         if plan.collect and len(plan.residual_update) != self._num_layers:
             raise _UnfitError(f"a pass calls {len(plan.residual_update)} of its {self._num_layers} layers")
-        logits: Tensor = output.logits
-        return logits.float()
+        return logits
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:

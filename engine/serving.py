@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_p
 from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
 from flexquant_rl.engine.decoding.decoder import check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
-from flexquant_rl.engine.decoding.options import DecoderName
+from flexquant_rl.engine.decoding.options import DecoderName, check_decoder_name
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -70,8 +70,7 @@ class Engine:
         self._closed = threading.Event()  # the engine's own: the requests' events are their callers'
         self._turn = GraphTurn(self._closed)
         self._max_length = check_max_length(max_length, model)
-        if decoder not in get_args(DecoderName):
-            raise InputError(f"decoder={decoder!r} is unknown; use one of {', '.join(get_args(DecoderName))}")
+        check_decoder_name(decoder)
         check_policy(policy, model)
         if graph is None and _takes_graph(model, policy, decoder):
             from flexquant_rl.engine.decoding.graph_decode import GraphDecoder

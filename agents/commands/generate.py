@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ def generate(options: GenerateOptions) -> None:
             "num_tokens": len(printed.widths),
             "finish_reason": printed.finish_reason,
             **printed.times(found.profile),
-            "mean_bit_width": printed.mean_bit_width,
+            # The first token is of the prompt, at the largest width.
+            "mean_bit_width": statistics.fmean(printed.mean_bit_widths),
             "speed_asked": options.speed,
             "kl_weight": None if setting is None else setting.kl_weight,
             "chat_template": is_chat,
@@ -126,28 +128,24 @@ class _Printed:
 
     model: NestedCausalLM
     widths: list[Tensor] = field(default_factory=list)
+    mean_bit_widths: list[float] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
     def follow(self, stream: Iterable[GeneratedToken], *, show_bits: bool) -> None:
         """Prints tokens as they come, on request with their widths."""
         colours = show_bits and has_colours(sys.stdout)
-        means = []
         for token in stream:
             self.widths.append(token.bit_widths)
             self.latencies_ms.append(token.latency_ms)
             self.finish_reason = token.finish_reason
-            means.append(float(self.model.mean_bit_width(token.bit_widths)))
-            piece = coloured(token.text, means[-1], self.model.bit_widths) if colours else token.text
+            mean = float(self.model.mean_bit_width(token.bit_widths))
+            self.mean_bit_widths.append(mean)
+            piece = coloured(token.text, mean, self.model.bit_widths) if colours else token.text
             print(piece, end="", flush=True)
         print()
         if show_bits:
-            print(legend(self.model.bit_widths) if colours else numbers(means))
-
-    @property
-    def mean_bit_width(self) -> float:
-        """Mean over all tokens; the first one is of the prompt, at the largest width."""
-        return float(self.model.mean_bit_width(torch.stack(self.widths)).mean())
+            print(legend(self.model.bit_widths) if colours else numbers(self.mean_bit_widths))
 
     def times(self, profile: Profile) -> dict[str, object]:
         """The clock's numbers, and the speedup that the profile models for the chosen widths."""

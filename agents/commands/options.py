@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from flexquant_rl.agents.config import EnvBench, TrainConfig
+from flexquant_rl.agents.config import Device, EnvBench, TrainConfig
 from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, PolicyBench
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -101,7 +101,7 @@ class EvaluateOptions:
     """Settings of the dial at which learned policies are run."""
     sequences: int = 64
     """Test sequences."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where the model runs."""
     profile: File = None
     """profile.json that `fq profile` wrote for this model, with the latencies to compare by; default: those that
@@ -168,7 +168,7 @@ class GenerateOptions:
     """With a policy's name: profile.json of the model; default: the one in its directory, else made here."""
     text: Files = ()
     """With a policy's name: text files to profile on, where there is no profile."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where the model runs."""
     decoder: DecoderName = "auto"
     """The lean decoder (Llama, Mistral, Qwen2 and Qwen3; a native call per token on a CPU, a captured graph on a GPU)

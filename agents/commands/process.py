@@ -6,6 +6,7 @@ Imports nothing that is slow.
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -22,6 +23,11 @@ from flexquant_rl.engine.errors import InputError
 
 DONE, FAILURE, BAD_INPUT, INTERRUPTED, READER_GONE, TERMINATED = 0, 1, 2, 130, 141, 143
 
+ENDINGS = """The last line of stdout is one JSON object.
+
+Exit: 0 done, 1 failure, 2 bad input, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM."""
+"""What the help of every program says last."""
+
 _NOT_A_PLACE = "choose another place to write to"
 # What the machine refuses although the program is right, and what to do about it.
 _ADVICE = {
@@ -35,6 +41,16 @@ _ADVICE = {
     errno.EEXIST: _NOT_A_PLACE,
     errno.ENAMETOOLONG: _NOT_A_PLACE,
 }
+
+
+def run_command(name: str, options: object) -> None:
+    """Imports a command, the function of its name in the file of its name, and runs it.
+
+    Not before its options are read: --help must not wait for torch.
+    """
+    module = importlib.import_module(f"flexquant_rl.agents.commands.{name}")
+    function: Callable[[object], None] = getattr(module, name)
+    function(options)
 
 
 def command(run: Callable[[], None]) -> int:
@@ -51,7 +67,7 @@ def command(run: Callable[[], None]) -> int:
         with _terminated_like_interrupted():
             run()
     except InputError as error:
-        return _bad_input(str(error))
+        return _bad_input(error)
     except KeyboardInterrupt as interruption:
         is_terminated = isinstance(interruption.__cause__ or interruption, _Terminated)
         word = "terminated" if is_terminated else "interrupted"
@@ -65,7 +81,7 @@ def command(run: Callable[[], None]) -> int:
         if advice is None:
             raise
         where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _bad_input(f"{where}; {advice}")
+        return _bad_input(InputError(f"{where}; {advice}"))
     return DONE
 
 
@@ -103,9 +119,8 @@ def _quieten_libraries() -> None:
         transformers_logging.set_verbosity_error()
 
 
-def _bad_input(message: str) -> int:
-    # What other libraries say may have several lines.
-    print("error: " + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+def _bad_input(error: InputError) -> int:
+    print(f"error: {error}", file=sys.stderr)
     return BAD_INPUT
 
 

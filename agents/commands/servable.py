@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.export import load_exported
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
@@ -53,7 +53,7 @@ def load_servable(
     profile: Path | None = None,
     text: Sequence[Path] = (),
     threads: int | None = None,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> Servable:
     """Loads a model and the policy of a directory, or the static allocation of a name.
 
@@ -94,7 +94,7 @@ def load_servable(
         profile=None if profile is None else str(profile),
         text=tuple(map(str, text)),
         threads=threads,
-        device="cuda" if device == "cuda" else "cpu",
+        device=device,
     )
     return _by_name(config, unbound)
 
@@ -127,10 +127,5 @@ def _by_name(config: TrainConfig, unbound: UnboundPolicy) -> Servable:
 
 def static_policy(model: NestedCausalLM, allocation: StaticAllocation) -> StaticPolicy:
     """A static allocation with the card that ties it to a model."""
-    card = PolicyCard(
-        schema=SignalSchema(model.num_units, model.bit_widths),
-        model_fingerprint=model.fingerprint,
-        unit_names=tuple(unit.name for unit in model.units),
-        config={"quantization": asdict(model.config)},
-    )
+    card = PolicyCard.of_model(model, {"quantization": asdict(model.config)})
     return StaticPolicy(allocation.name, allocation.bit_widths, card)

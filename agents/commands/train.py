@@ -9,7 +9,7 @@ from pathlib import Path
 from flexquant_rl.agents.commands.options import TrainOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import TrainConfig
-from flexquant_rl.agents.evaluation.report import console_table
+from flexquant_rl.agents.evaluation.report import ROWS_FILE, console_table
 from flexquant_rl.agents.evaluation.rows import read_rows
 from flexquant_rl.agents.runs.phases import evaluate_run, train_run
 from flexquant_rl.agents.runs.run import load_run, locked_run, new_run
@@ -42,7 +42,7 @@ def _finish(config: TrainConfig, run_dir: Path) -> None:
         result = evaluate_run(config, train_run(config, run_dir), run_dir)
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"continue with: {_program()} --resume {shlex.quote(str(run_dir))}") from interruption
-    print(console_table(read_rows(run_dir / "eval.jsonl")))
+    print(console_table(read_rows(run_dir / ROWS_FILE)))
     for finding in result["findings"]:
         print(f"- {finding}")
     print_result(result)

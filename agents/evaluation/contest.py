@@ -23,6 +23,7 @@ from flexquant_rl.agents.runs.training import SeedResult
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import LearnedPolicy
+from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import spread
 
 RANDOM_MEANS = (3.5, 4.5, 5.5)
@@ -80,24 +81,8 @@ def learned(prepared: Prepared, results: Sequence[SeedResult], num_dials: int, b
 def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences: int) -> list[EvalRow]:
     """Runs everyone on the same test windows and times one sequence of each at batch size 1."""
     windows = test_windows(prepared, num_sequences)
-    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
-    traces = [
-        evaluator.run(contestant.policy, contestant.kl_weight or 1.0) for contestant in track(contestants, "evaluating")
-    ]
-    evaluator.close()
-    speedups = _time(prepared, contestants, windows[0])
-    return [
-        summarise(
-            trace,
-            policy=contestant.name,
-            family=contestant.family,
-            reference=reference_name(prepared.model),
-            seed=contestant.seed,
-            kl_weight=contestant.kl_weight,
-            speedup_measured=speedup,
-        )
-        for contestant, trace, speedup in zip(contestants, traces, speedups, strict=True)
-    ]
+    traces = _replay(prepared, contestants, windows, prepared.env, "evaluating")
+    return _rows(prepared, contestants, traces, _time(prepared, contestants, windows[0]))
 
 
 def compete_long(
@@ -112,20 +97,34 @@ def compete_long(
         max_new_tokens: Tokens to decode.
     """
     env = replace(prepared.env, max_new_tokens=max_new_tokens)
+    traces = _replay(prepared, contestants, windows, env, f"evaluating {max_new_tokens} tokens")
+    return _rows(prepared, contestants, traces, [None] * len(contestants))
+
+
+def _replay(
+    prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor, env: EnvConfig, label: str
+) -> list[Trace]:
     evaluator = Evaluator(prepared.model, prepared.profile, windows, env, cost=prepared.cost)
-    rows = [
+    traces = [evaluator.run(contestant.policy, contestant.kl_weight or 1.0) for contestant in track(contestants, label)]
+    evaluator.close()
+    return traces
+
+
+def _rows(
+    prepared: Prepared, contestants: Sequence[Contestant], traces: Sequence[Trace], speedups: Sequence[float | None]
+) -> list[EvalRow]:
+    return [
         summarise(
-            evaluator.run(contestant.policy, contestant.kl_weight or 1.0),
+            trace,
             policy=contestant.name,
             family=contestant.family,
             reference=reference_name(prepared.model),
             seed=contestant.seed,
             kl_weight=contestant.kl_weight,
+            speedup_measured=speedup,
         )
-        for contestant in track(contestants, f"evaluating {max_new_tokens} tokens")
+        for contestant, trace, speedup in zip(contestants, traces, speedups, strict=True)
     ]
-    evaluator.close()
-    return rows
 
 
 def test_windows(prepared: Prepared, num_sequences: int) -> Tensor:

@@ -24,7 +24,6 @@ from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, pre
 from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
-from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.episodes import Episodes
@@ -80,12 +79,8 @@ class _PerSequence:
 
 def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> PolicyCard:
     """The card of a policy of this run, the dial's table still empty."""
-    return PolicyCard(
-        schema=SignalSchema(prepared.model.num_units, prepared.model.bit_widths, horizon=prepared.env.max_new_tokens),
-        model_fingerprint=prepared.model.fingerprint,
-        unit_names=tuple(unit.name for unit in prepared.model.units),
-        config={} if config is None else asdict(config),
-    )
+    recorded = {} if config is None else asdict(config)
+    return PolicyCard.of_model(prepared.model, recorded, horizon=prepared.env.max_new_tokens)
 
 
 def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Path) -> SeedResult:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flexquant_rl.engine.control.signals import check_widths
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.kernels.bitplane import NUM_PLANES
 
 NOMINAL_BANDWIDTH_GB_S = 16.0
 """Default of the roofline: one core's DRAM reads on a server. Every speedup of a pure roofline is independent of it."""
@@ -154,14 +154,6 @@ class CostTable:
         if broken:
             raise ValueError(f"in a latency table {broken[0]}")
         return table
-
-
-def check_widths(bit_widths: tuple[Any, ...]) -> None:
-    """Raises ValueError unless these are bit-widths of a nested model, ascending."""
-    if not bit_widths or not all(type(width) is int and 0 < width <= NUM_PLANES for width in bit_widths):
-        raise ValueError(f"bit_widths are not whole numbers from 1 to {NUM_PLANES}")
-    if sorted(set(bit_widths)) != [*bit_widths]:
-        raise ValueError("bit_widths do not ascend")
 
 
 def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BANDWIDTH_GB_S) -> CostTable:

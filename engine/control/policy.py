@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from flexquant_rl.engine.control.decision import Decision, StaticAllocation
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
+
+if TYPE_CHECKING:  # a deployed policy imports this module, and must not pull in transformers with it
+    from flexquant_rl.engine.decoding.decoder import DecoderModel
 
 HIDDEN = 64
 """Width of every hidden layer."""
@@ -106,6 +109,22 @@ class PolicyCard:
     unit_names: tuple[str, ...]
     dial: tuple[DialPoint, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of_model(model: DecoderModel, config: dict[str, Any], *, horizon: int | None = None) -> PolicyCard:
+        """The card of a policy for a model, the dial's table still empty.
+
+        Args:
+            model: The model that it controls.
+            config: The training configuration.
+            horizon: Tokens that it was trained to decode; None where it does not look at positions.
+        """
+        return PolicyCard(
+            schema=SignalSchema(model.num_units, model.bit_widths, horizon=horizon),
+            model_fingerprint=model.fingerprint,
+            unit_names=tuple(unit.name for unit in model.units),
+            config=config,
+        )
 
     def setting_for_speed(self, speedup: float) -> DialPoint:
         """The setting of the dial for a speedup, between two measured ones where it lies there.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.allocation_kl import allocation_kl_nats
-from flexquant_rl.engine.control.cost import CostTable, check_widths
+from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.output_kl import reference_name, reference_width
+from flexquant_rl.engine.control.signals import check_widths
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json, write_json

@@ -226,6 +226,7 @@ class PolicyRunner:
         Raises:
             InputError: As `check_pairs`.
         """
+        check_pairs(pairs, kl_weight, self.decoder.max_length, self.decoder.model.vocab_size)
         found: dict[int, Likelihood] = {}
         for ended in self.likelihood_steps(pairs, kl_weight):
             found |= ended
@@ -234,12 +235,11 @@ class PolicyRunner:
     def likelihood_steps(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float
     ) -> Iterator[dict[int, Likelihood]]:
-        """`loglikelihood`, a context or a step at a time, for those who take turns.
+        """`loglikelihood` of pairs that `check_pairs` has let pass, a context or a step at a time.
 
         Yields:
             The likelihoods that are complete now, by the index of their pair; most often none.
         """
-        check_pairs(pairs, kl_weight, self.decoder.max_length, self.decoder.model.vocab_size)
         # Continuations of like length end together, so that few passes run with few rows.
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
         num_rows = len(self._upcoming)

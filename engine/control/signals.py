@@ -151,12 +151,19 @@ class SignalSchema:
         bit_widths = tuple(data["bit_widths"])
         if not all(type(count) is int and 0 <= count <= _MAX_COUNT for count in counts):
             raise ValueError(f"the signals' counts are not whole numbers up to {_MAX_COUNT}")
-        if not bit_widths or not all(type(width) is int and 0 < width <= NUM_PLANES for width in bit_widths):
-            raise ValueError(f"the signals' bit_widths are not whole numbers from 1 to {NUM_PLANES}")
+        check_widths(bit_widths)
         horizon = data["horizon"]
         if horizon is not None and not (type(horizon) is int and horizon >= 0):
             raise ValueError("the signals' horizon is no whole number")
         return SignalSchema(counts[0], bit_widths, counts[1], horizon)
+
+
+def check_widths(bit_widths: tuple[Any, ...]) -> None:
+    """Raises ValueError unless these, read from a file, are bit-widths of a nested model, ascending."""
+    if not bit_widths or not all(type(width) is int and 0 < width <= NUM_PLANES for width in bit_widths):
+        raise ValueError(f"bit_widths are not whole numbers from 1 to {NUM_PLANES}")
+    if sorted(set(bit_widths)) != [*bit_widths]:
+        raise ValueError("bit_widths do not ascend")
 
 
 @dataclass(frozen=True)

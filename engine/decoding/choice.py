@@ -9,7 +9,7 @@ import torch
 
 from flexquant_rl.engine.decoding.decoder import check_max_length
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession, why_not_lean
-from flexquant_rl.engine.decoding.options import DecoderName, check_num_threads
+from flexquant_rl.engine.decoding.options import DecoderName, check_decoder_name, check_num_threads
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -34,9 +34,10 @@ def session_opener(
             Hugging Face's modules it is torch's number that is set, for the whole process.
 
     Raises:
-        InputError: If `max_length` exceeds the context, "lean" was asked for and cannot run the model, or there are not
-            as many processors.
+        InputError: If there is no such decoder, `max_length` exceeds the context, "lean" was asked for and cannot run
+            the model, or there are not as many processors.
     """
+    check_decoder_name(decoder)
     if num_threads is not None:
         check_num_threads(num_threads)
     if decoder == "lean" or (decoder == "auto" and default_decoder(model)[0] == "lean"):

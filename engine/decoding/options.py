@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 from flexquant_rl.engine.errors import InputError
 
 DecoderName = Literal["auto", "lean", "hf"]
 """`auto` is the lean decoder where it can run the model, else Hugging Face's modules."""
+
+
+def check_decoder_name(decoder: str) -> None:
+    """Raises InputError on a name that no decoder has."""
+    if decoder not in get_args(DecoderName):
+        raise InputError(f"decoder={decoder!r} is unknown; use one of {', '.join(get_args(DecoderName))}")
 
 
 def check_num_threads(num_threads: int) -> None:

@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -36,6 +38,13 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 def nested_model(tiny_model_dir: Path) -> NestedCausalLM:
     """The tiny Llama, nested, with its unquantised reference; units: two layers and the head. Read it only."""
     return load_model(str(tiny_model_dir), QuantizationConfig(group_size=32))
+
+
+@pytest.fixture(scope="session")
+def profile(nested_model: NestedCausalLM) -> Profile:
+    """Its profile, measured on random letters."""
+    windows = torch.randint(97, 123, (2, 12), generator=torch.Generator().manual_seed(0))
+    return profile_model(nested_model, windows, roofline_cost(nested_model))
 
 
 @pytest.fixture(scope="session")

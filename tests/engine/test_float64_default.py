@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from alternating import Alternating
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.decision import Decision, Policy
+from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import profile_model
 from flexquant_rl.engine.control.request import Request
@@ -74,20 +75,6 @@ def test_a_model_of_another_precision_is_nested_in_float32(
     session.prefill(TOKEN_IDS[:, :-1], bit_widths=torch.zeros(model.num_units, dtype=torch.int64))
     last = session.step(TOKEN_IDS[:, -1], torch.zeros(model.num_units, dtype=torch.int64)).logits
     torch.testing.assert_close(last, session.score(TOKEN_IDS)[:, -1], rtol=1e-4, atol=1e-4)
-
-
-class Alternating:
-    """Widths that follow the signals, which are kept."""
-
-    name = "alternating"
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def __call__(self, signals: Tensor) -> Decision:
-        self.seen.append(signals.clone())
-        low = (signals[:, 0] < signals[:, 1])[:, None]
-        return Decision(torch.where(low, torch.tensor([3, 4, 4]), torch.tensor([6, 5, 8])))
 
 
 def served(model: NestedCausalLM, policy: Policy, decoder: Any) -> list[Any]:

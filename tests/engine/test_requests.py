@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet, StaticPolicy
-from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
@@ -21,12 +20,6 @@ from flexquant_rl.engine.serving import Engine, generate
 
 PROMPT = torch.tensor([1, 104, 101, 108, 108, 111])
 WIDTHS = torch.tensor([4, 3, 6])
-
-
-@pytest.fixture(scope="module")
-def profile(nested_model: NestedCausalLM) -> Profile:
-    windows = torch.randint(97, 123, (2, 12), generator=torch.Generator().manual_seed(0))
-    return profile_model(nested_model, windows, roofline_cost(nested_model))
 
 
 def test_one_stop_string_is_not_its_letters(

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from alternating import Alternating
 from torch import Tensor
 
-from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
-from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.streamed_text import StreamedText
@@ -33,12 +33,6 @@ PROMPT = torch.tensor([1, 104, 101, 108, 108, 111])
 WIDTHS = torch.tensor([4, 3, 6])
 
 
-@pytest.fixture(scope="module")
-def profile(nested_model: NestedCausalLM) -> Profile:
-    windows = torch.randint(97, 123, (2, 12), generator=torch.Generator().manual_seed(0))
-    return profile_model(nested_model, windows, roofline_cost(nested_model))
-
-
 @pytest.fixture(autouse=True)
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights choose EOS soon; here it is a token like the others."""
@@ -48,20 +42,6 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
 def end_at(monkeypatch: pytest.MonkeyPatch, *eos: int) -> None:
     """Makes these tokens end a text, and no others."""
     monkeypatch.setattr(NestedCausalLM, "eos_token_ids", eos)
-
-
-class Alternating:
-    """Widths that follow the signals: another allocation whenever the entropy crosses its average."""
-
-    name = "alternating"
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def __call__(self, signals: Tensor) -> Decision:
-        self.seen.append(signals.clone())
-        low = (signals[:, 0] < signals[:, 1])[:, None] | (len(self.seen) % 3 == 0)
-        return Decision(torch.where(low, torch.tensor([3, 4, 4]), torch.tensor([6, 5, 8])))
 
 
 def tokens_of(

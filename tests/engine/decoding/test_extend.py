@@ -177,22 +177,24 @@ def test_rows_can_be_filled_to_the_last_token(opened: tuple[Open, float]) -> Non
         decoder.step(draws.tokens(1), draws.widths(1))
 
 
-@pytest.mark.parametrize("lengths", [[6], [-1], [3, 3]])
-def test_rows_are_not_cut_to_what_they_do_not_hold(opened: tuple[Open, float], lengths: list[int]) -> None:
+NOT_HELD = r"rows of \[5\] tokens cannot be cut"
+NO_LENGTHS = r"lengths: .* was given; give a tensor \[R\] of int64"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        *(([6], NOT_HELD), ([-1], NOT_HELD), ([3, 3], NOT_HELD)),
+        *(([2.5], NO_LENGTHS), ([True], NO_LENGTHS), (3, NO_LENGTHS)),
+    ],
+)
+def test_rows_are_cut_to_whole_numbers_of_what_they_hold(
+    opened: tuple[Open, float], lengths: list[float] | int, message: str
+) -> None:
     open_decoder, _ = opened
     decoder = open_decoder(1)
     decoder.prefill(Draws(decoder, 3).tokens(1, 5))
-    with pytest.raises(ValueError, match=r"rows of \[5\] tokens cannot be cut"):
-        decoder.truncate(torch.tensor(lengths))
-    assert decoder.lengths.tolist() == [5]
-
-
-@pytest.mark.parametrize("lengths", [[2.5], [True], 3])
-def test_lengths_are_whole_numbers(opened: tuple[Open, float], lengths: list[float]) -> None:
-    open_decoder, _ = opened
-    decoder = open_decoder(1)
-    decoder.prefill(Draws(decoder, 3).tokens(1, 5))
-    with pytest.raises(InputError, match=r"lengths: .* was given; give a tensor \[R\] of int64"):
+    with pytest.raises(InputError, match=message):
         decoder.truncate(torch.tensor(lengths))
     assert decoder.lengths.tolist() == [5]
 
