@@ -134,7 +134,8 @@ class Knob:
 
     def __init__(self, measure: Callable[[float], Outcome], grid: int = _GRID) -> None:
         self._measure = measure
-        self.known = {position: measure(position) for position in torch.linspace(0, 1, grid).tolist()}
+        positions: list[float] = torch.linspace(0, 1, grid, dtype=torch.float64).tolist()
+        self.known = {position: measure(position) for position in positions}
 
     def meet(self, budget: float) -> float:
         """The position of least KL among those known within a budget, after a search for one that uses it up.

@@ -26,13 +26,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import ArrayLike, NDArray
 
 from flexquant_rl.agents.evaluation.comparison import (
-    Array,
     SeedGroup,
     drawable_rows,
     families,
     ratios_to_static,
     seed_groups,
 )
+from flexquant_rl.agents.evaluation.resampling import Array
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.families import STATIC
 from flexquant_rl.agents.policies.unbound import Family
