@@ -15,6 +15,7 @@ from flexquant_rl.engine.files import replacing
 
 _PUBLIC = (
     "policy",
+    "family",
     "seed",
     "kl_weight",
     "time_budget",

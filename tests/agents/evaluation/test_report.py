@@ -46,7 +46,7 @@ def test_public_dict_has_the_fields_of_the_contract() -> None:
     assert (
         list(public_dict(evaluation()[0]))
         == (
-            "policy seed kl_weight time_budget mean_bit_width output_kl_nats output_kl_p99_nats perplexity "
+            "policy family seed kl_weight time_budget mean_bit_width output_kl_nats output_kl_p99_nats perplexity "
             "top1_agreement differs_from_static time_share_modelled speedup_modelled speedup_measured"
         ).split()
     )
