@@ -76,10 +76,11 @@ class TestWholeRun:
         """Ten tokens where four were trained: in files of their own, and told apart in the report."""
         rows = finished.result["long_rows"]
         assert {"static"} <= {row["family"] for row in rows} <= {"static", "ppo"}
-        assert {row["num_tokens"] // row["num_sequences"] for row in rows} == {10}
-        assert {row["num_tokens"] // row["num_sequences"] for row in finished.result["rows"]} == {4}
         run_dir = folder / finished.result["run_dir"]
-        assert len((run_dir / "eval_long.jsonl").read_text().splitlines()) == len(rows)
+        for name, tokens, expected in (("eval_long.jsonl", 10, rows), ("eval.jsonl", 4, finished.result["rows"])):
+            lines = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+            assert {line["num_tokens"] // line["num_sequences"] for line in lines} == {tokens}
+            assert len(lines) == len(expected)
         assert "sequences of 10 tokens ([eval_long.jsonl](eval_long.jsonl))" in (run_dir / "report.md").read_text()
 
     def test_console_table_fits_the_screen(self, finished: Finished) -> None:
