@@ -83,7 +83,7 @@ class TrainConfig:
     """Threads of the decode steps that are timed, and of those that the profile was measured on; default: 1 with the
     lean decoder, else torch's number."""
     validation_sequences: int = 48
-    """Sequences on which the best checkpoint is chosen."""
+    """Sequences on which the best checkpoint is chosen and the time budgets are met."""
     test_sequences: int = 32
     """Sequences of the final table."""
     oracle_masks: int = 96
@@ -91,7 +91,7 @@ class TrainConfig:
     long_tokens: int = 512
     """Tokens of a second, longer comparison, as far as the context goes; 0 leaves it out."""
     num_dials: int = 6
-    """Settings of the dial in the final table."""
+    """Settings of the dial for which the exported policy knows its speed and KL."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """How the weights are nested."""
     env: EnvConfig = field(default_factory=EnvConfig)

@@ -39,14 +39,15 @@ class PromptWindows:
     So that training never opens test text: what it does not ask for is neither tokenised nor seen.
 
     Args:
-        cut: Gives the windows of a split, `[n, length]` int64; those of `train` overlap by half, others are disjoint.
+        cut: Gives the windows of a split, `[n, length]` int64, and the document of each, `[n]` int64; windows of
+            `train` overlap by half, others are disjoint.
         source: Where the text came from, for reports.
     """
 
-    def __init__(self, cut: Callable[[Split], Tensor], source: str) -> None:
+    def __init__(self, cut: Callable[[Split], tuple[Tensor, Tensor]], source: str) -> None:
         self.source = source
         self._cut = cut
-        self._opened: dict[Split, Tensor] = {}
+        self._opened: dict[Split, tuple[Tensor, Tensor]] = {}
 
     @property
     def opened(self) -> frozenset[Split]:
@@ -59,6 +60,19 @@ class PromptWindows:
         Raises:
             InputError: If it has none.
         """
+        return self._open(name)[0]
+
+    def documents(self, name: Split) -> Tensor:
+        """The document of each window of a split, `[n]` int64, the unit that intervals resample.
+
+        Windows of one document share their subject and their difficulty.
+
+        Raises:
+            InputError: If the split has no window.
+        """
+        return self._open(name)[1]
+
+    def _open(self, name: Split) -> tuple[Tensor, Tensor]:
         if name not in self._opened:
             self._opened[name] = self._cut(name)
         return self._opened[name]
@@ -108,15 +122,15 @@ def load_windows(
         if max(documents.sizes, default=0) < length - 1:
             raise _no_window(source, name, documents, length)
 
-    def cut(name: Split) -> Tensor:
+    def cut(name: Split) -> tuple[Tensor, Tensor]:
         stride = length // 2 if name == "train" else length - 1
         parts: Sequence[str] = files[name] if texts else _stdlib_documents(name)
         if sum(files[name].sizes) > _READ_WHOLE_BYTES:
             parts = thinned(tokenizer, parts, length, stride, max_windows)
-        windows = cut_windows(tokenizer, parts, length, stride)
+        windows, documents = cut_windows(tokenizer, parts, length, stride)
         if not len(windows):
             raise _no_window(source, name, parts, length)
-        return spread(windows, max_windows)
+        return spread(windows, max_windows), spread(documents, max_windows)
 
     return PromptWindows(cut, source)
 
@@ -126,7 +140,7 @@ def thinned(
 ) -> Sequence[str]:
     """Documents evenly spaced from first to last that hold somewhat more than `num_windows` windows, by a sample."""
     sample = _spaced(documents, _SAMPLED_DOCUMENTS)
-    found = len(cut_windows(tokenizer, sample, length, stride))
+    found = len(cut_windows(tokenizer, sample, length, stride)[0])
     return _spaced(documents, math.ceil(1.25 * len(sample) * num_windows / found)) if found else documents
 
 
@@ -146,21 +160,28 @@ def spread(items: Tensor, count: int) -> Tensor:
     return items[torch.linspace(0, len(items) - 1, min(count, len(items)), dtype=torch.float32).round().long()]
 
 
-def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, stride: int) -> Tensor:
-    """Cuts each document on its own into windows, `[n, length]` int64; the remainder of a document is left out."""
+def cut_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """Cuts each document on its own into windows; the remainder of a document is left out.
+
+    Returns:
+        The windows, `[n, length]` int64, and the index of each one's document, `[n]` int64.
+    """
     bos = tokenizer.bos_token_id
     body = length - (bos is not None)
-    rows = []
-    for document in documents:
+    rows, owners = [], []
+    for index, document in enumerate(documents):
         ids = torch.tensor(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
         if len(ids) >= body:
             rows.append(ids.unfold(0, body, stride))
+            owners.append(torch.full((len(rows[-1]),), index))
     if not rows:
-        return torch.zeros(0, length, dtype=torch.int64)
+        return torch.zeros(0, length, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     windows = torch.cat(rows)
     if bos is not None:
         windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
-    return windows
+    return windows, torch.cat(owners)
 
 
 def file_documents(

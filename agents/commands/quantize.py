@@ -76,7 +76,7 @@ def _calibration_windows(tokenizer: PreTrainedTokenizerBase, options: QuantizeOp
         else list(stdlib_text("policy-train").values())
     )
     chosen = thinned(tokenizer, documents, tokens, tokens - 1, _CALIBRATION_WINDOWS)
-    windows = cut_windows(tokenizer, chosen, tokens, tokens - 1)
+    windows, _ = cut_windows(tokenizer, chosen, tokens, tokens - 1)
     if not len(windows):
         raise InputError(
             f"the calibration text's training split ({sum(map(len, documents))} characters) holds no window of "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
@@ -25,7 +26,6 @@ from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
 from flexquant_rl.fq_env.task import LossyTask
 
-_BOOTSTRAP_RESAMPLES = 1000
 _TIMING_WARMUP = 4
 _MIN_ROUNDS = 5
 _TIMING_S = 10.0
@@ -60,6 +60,10 @@ class Trace:
         """Time of all tokens at the largest width over time of all tokens as decided."""
         return self.full_latency_ms / float(self.latency_ms.double().mean())
 
+    def differs_from(self, bit_widths: Tensor) -> float:
+        """Share of steps whose widths are not `[U]`, 0 to 1."""
+        return float((self.bit_widths != bit_widths).any(-1).double().mean())
+
 
 class Evaluator:
     """Replays the same windows under one policy after another; the reference's pass is made once.
@@ -86,13 +90,13 @@ class Evaluator:
         session = DecodeSession(model, num_rows=len(windows), max_length=config.window_tokens - 1)
         self._episodes = Episodes(session, profile, windows, config, cost=cost)
         self._task = LossyTask(model, profile, config)
+        self._read = False
 
     def run(self, policy: Policy, kl_weight: Tensor | float = 1.0) -> Trace:
         """Plays every sequence to its end; `kl_weight` is the dial, one for all or `[S]`."""
-        episodes, rows = self._episodes, torch.arange(len(self.windows))
-        dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(len(rows))
+        episodes = self._episodes
         episodes.controller.policy = policy
-        episodes.start(rows, windows=rows, kl_weight=dials, seeds=torch.zeros_like(rows))
+        self._start(kl_weight)
         steps = [episodes.step() for _ in range(episodes.config.max_new_tokens)]
 
         def column(get: Callable[[StepFacts], Tensor]) -> Tensor:
@@ -109,51 +113,120 @@ class Evaluator:
             reward=column(lambda facts: self._task.reward(facts).total),
         )
 
+    def _start(self, kl_weight: Tensor | float) -> None:
+        rows = torch.arange(len(self.windows))
+        dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(len(rows))
+        self._episodes.start(rows, windows=rows, kl_weight=dials, seeds=torch.zeros_like(rows))
+        self._read = True
+
+    def static_kl_nats(self, bit_widths: Tensor) -> float:
+        """Mean output KL of one allocation `[U]` over all tokens, in one parallel pass."""
+        if not self._read:
+            self._start(1.0)
+        rows = torch.arange(len(self.windows))
+        return float(self._episodes.text_kl_nats(rows, bit_widths.expand(len(rows), -1)).double().mean())
+
     def close(self) -> None:
         """Frees the session."""
         self._episodes.close()
 
 
+@dataclass(frozen=True)
+class SharedTrace:
+    """Two static traces of the same text that share the time: each token is decided by the second with a probability.
+
+    Attributes:
+        first: The one trace.
+        second: The other one.
+        share: Probability of the second, 0 to 1.
+    """
+
+    first: Trace
+    second: Trace
+    share: float
+
+    def mean(self, get: Callable[[Trace], Tensor]) -> Tensor:
+        """The expected value of a column `[S, T]`, float64."""
+        return (1 - self.share) * get(self.first).double() + self.share * get(self.second).double()
+
+    def quantile(self, get: Callable[[Trace], Tensor], level: float) -> float:
+        """The quantile of a column over all tokens of both, each as probable as it is."""
+        if not 0 < self.share < 1:
+            return float(self.mean(get).flatten().quantile(level))
+        first, second = get(self.first).double().flatten(), get(self.second).double().flatten()
+        values, order = torch.cat([first, second]).sort()
+        weights = torch.cat([torch.full_like(first, 1 - self.share), torch.full_like(second, self.share)])[order]
+        reached = weights.cumsum(0) >= level * len(first)
+        return float(values[int(reached.double().argmax())])
+
+    def differs_from(self, bit_widths: Tensor) -> float:
+        """As `Trace.differs_from`, in expectation."""
+        return (1 - self.share) * self.first.differs_from(bit_widths) + self.share * self.second.differs_from(
+            bit_widths
+        )
+
+
 def summarise(
-    trace: Trace,
+    trace: Trace | SharedTrace,
     *,
     policy: str,
     family: str,
     reference: str,
     seed: int | None = None,
     kl_weight: float | None = None,
+    time_budget: float | None = None,
     speedup_measured: float | None = None,
+    static_widths: Tensor | None = None,
+    documents: Sequence[int] | None = None,
 ) -> EvalRow:
-    """One row of the table: means over all tokens, a bootstrap interval over sequences."""
-    per_sequence = trace.output_kl_nats.double().mean(1)
-    low, high = bootstrap_interval(per_sequence)
+    """One row of the table: means over all tokens, a bootstrap interval over documents.
+
+    Args:
+        trace: What happened.
+        policy: As in `EvalRow`; so are the others that are not listed.
+        family: See there.
+        reference: See there.
+        seed: See there.
+        kl_weight: See there.
+        time_budget: See there.
+        speedup_measured: See there.
+        static_widths: `[U]`: the static allocation of the same budget, where there is one.
+        documents: The document of each sequence; default: each is its own.
+    """
+    shared = trace if isinstance(trace, SharedTrace) else SharedTrace(trace, trace, 0.0)
+    per_sequence = shared.mean(lambda one: one.output_kl_nats).mean(1)
+    owners = tuple(range(len(per_sequence))) if documents is None else tuple(documents)
+    low, high = bootstrap_interval(per_sequence, owners)
+    time_share = float(shared.mean(lambda one: one.latency_ms).mean()) / shared.first.full_latency_ms
     return EvalRow(
         policy=policy,
         family=family,
         seed=seed,
         kl_weight=kl_weight,
-        mean_bit_width=float(trace.mean_bit_width.mean()),
+        time_budget=time_budget,
+        mean_bit_width=float(shared.mean(lambda one: one.mean_bit_width).mean()),
         output_kl_nats=float(per_sequence.mean()),
         output_kl_low=low,
         output_kl_high=high,
-        output_kl_p99_nats=float(trace.output_kl_nats.flatten().double().quantile(0.99)),
-        perplexity=float(trace.token_nll_nats.double().mean().exp()),
-        top1_agreement=float(trace.top1_agreement.float().mean()),
-        speedup_modelled=trace.speedup,
+        output_kl_p99_nats=shared.quantile(lambda one: one.output_kl_nats, 0.99),
+        perplexity=float(shared.mean(lambda one: one.token_nll_nats).mean().exp()),
+        top1_agreement=float(shared.mean(lambda one: one.top1_agreement).mean()),
+        differs_from_static=None if static_widths is None else shared.differs_from(static_widths),
+        time_share_modelled=time_share,
+        speedup_modelled=1 / time_share,
         speedup_measured=speedup_measured,
         num_sequences=len(per_sequence),
-        num_tokens=trace.output_kl_nats.numel(),
+        num_tokens=shared.first.output_kl_nats.numel(),
         reference=reference,
         sequence_kl_nats=tuple(per_sequence.tolist()),
+        sequence_documents=owners,
     )
 
 
-def bootstrap_interval(values: Tensor, *, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean of `[S]` values by resampling sequences."""
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (_BOOTSTRAP_RESAMPLES, len(values)), generator=generator)
-    low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
+def bootstrap_interval(values: Tensor, documents: Sequence[int] | None = None) -> tuple[float, float]:
+    """95% interval of the mean of `[S]` values by resampling documents; default: each value is one of its own."""
+    weights = document_weights(range(len(values)) if documents is None else documents)
+    return percentile_interval(weights[1:] @ values.double().numpy())
 
 
 def measured_speedups(

@@ -1,4 +1,4 @@
-"""The two pictures of a run: fronts of quality against speed, and the bit-widths of one sequence token by token.
+"""The two pictures of a run: quality against time at the budgets, and the bit-widths of one sequence token by token.
 
 Figures are drawn without pyplot, so nothing here depends on a display, a backend or global state. Text is never parsed
 as mathematics: tokens of real text are full of dollar signs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import ArrayLike, NDArray
 
 from flexquant_rl.agents.evaluation.comparison import (
-    Array,
     SeedGroup,
     drawable_rows,
     families,
-    log_ratio_to_static,
-    pareto_front,
+    ratios_to_static,
     seed_groups,
 )
+from flexquant_rl.agents.evaluation.resampling import Array
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.agents.policies.fixed import Fixed
-from flexquant_rl.agents.policies.knapsack import Knapsack
+from flexquant_rl.agents.policies.families import STATIC
 from flexquant_rl.agents.policies.unbound import Family
 from flexquant_rl.engine.files import replacing
 
@@ -47,7 +45,7 @@ _MAX_UNIT_LABELS = 26
 _MAX_TOKEN_CHARACTERS = 10
 _KL_DECADES = 5
 _MAX_RATIO_PERCENT = 60.0
-_PAIRED = "; in the lower panel paired with the best static front, and over training seeds."
+_PAIRED = "; in the lower panel paired with static, from 5 training seeds on over seeds instead."
 _GREY = "#5b5b5b"
 _LOWEST_ZORDER = 3  # above the grid and the line at zero; each family is drawn above those before it
 _RC: dict[Any, Any] = {
@@ -67,32 +65,34 @@ _RC: dict[Any, Any] = {
 
 
 def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str, source: str = "roofline") -> None:
-    """Draws output KL against modelled speedup, a PNG 1200 pixels wide.
+    """Draws output KL against the modelled share of full-width time, a PNG 1200 pixels wide.
 
-    One colour and marker for each family, a line along its Pareto front, bars for the 95% intervals over sequences.
-    Where there are several training seeds, each has a thin line and their mean a bold one; oracles are points. Fronts
-    that span decades hide the differences that matter, so a second panel shows KL relative to the best static front at
-    the same speed, with paired intervals, where there are both. A policy whose KL is not positive (the reference
-    itself) has no place on a logarithmic axis: the caption names it.
+    One colour and marker for each family, its points at the time that it took on the text of the rows, bars for the 95%
+    intervals over documents. Where there are several training seeds, each has a thin line and their mean a bold one;
+    oracles are points. Lines that span decades hide the differences that matter, so a second panel shows each family's
+    KL relative to that of static at the same time budget, with paired intervals, where there are both. A policy whose
+    KL is not positive (the reference itself) has no place on a logarithmic axis: the caption names it.
 
     Args:
-        rows: Rows of any families; those without a modelled speedup are left out.
+        rows: Rows of any families; those without a modelled time are left out.
         path: Path of the PNG, written atomically.
         title: One line.
         caption: The conditions (model, text, machine, seeds), wrapped below the axes; what the bars are is added.
         source: Source of the latency table, for the label of the x-axis.
     """
     drawable = drawable_rows(rows)
-    hidden = sorted({row.policy for row in rows if row.speedup_modelled is not None} - {row.policy for row in drawable})
+    hidden = sorted(
+        {row.policy for row in rows if row.time_share_modelled is not None} - {row.policy for row in drawable}
+    )
     if hidden:
         caption = f"{caption.rstrip(' .')}. Not drawn, as the KL is 0: {', '.join(hidden)}."
-    ratios = _ratios_to_static(drawable)
-    caption = f"{caption.rstrip(' .')}. Bars: 95% bootstrap intervals over test sequences{_PAIRED if ratios else '.'}"
+    drawn = families(drawable)
+    ratios = {name: points for name in drawn if len(points := _ratio_points(drawable, name))}
+    caption = f"{caption.rstrip(' .')}. Bars: 95% bootstrap intervals over test documents{_PAIRED if ratios else '.'}"
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(8, 7.0 if ratios else 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         grid = figure.add_gridspec(2 if ratios else 1, 1, height_ratios=(3, 1.35) if ratios else None)
         axes = lowest = figure.add_subplot(grid[0])
-        drawn = families(drawable)
         for zorder, family in enumerate(drawn.values(), start=_LOWEST_ZORDER):
             _draw_family(axes, drawable, family, zorder)
         _dress_fronts(axes, drawable)
@@ -100,8 +100,7 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
             lowest = figure.add_subplot(grid[1], sharex=axes)
             axes.tick_params(labelbottom=False)
             _draw_ratios(lowest, drawable, ratios, drawn)
-        lowest.set_xlabel(f"speedup over 8-bit, modelled ({source})")
-        lowest.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 6):g}x"))
+        lowest.set_xlabel(f"share of the time at the largest width, modelled ({source})")
         figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold")
         figure.supxlabel("\n".join(textwrap.wrap(caption, 118)), x=0.015, ha="left", fontsize=8.5, color=_GREY)
         figure.align_ylabels()
@@ -171,7 +170,7 @@ def _seeds(rows: Sequence[EvalRow], family: str) -> list[int]:
 
 
 def _front_line(rows: Sequence[EvalRow], family: Family) -> dict[str, Any]:
-    """Line style of a family's front: bold for a mean over seeds, none where points stand alone."""
+    """Line style of a family: bold for a mean over seeds, none where points stand alone."""
     return {
         "color": family.colour,
         "linewidth": 2.4 if len(_seeds(rows, family.name)) > 1 else 1.4,
@@ -198,10 +197,11 @@ def _legend_handle(rows: Sequence[EvalRow], family: Family) -> Line2D:
 def _draw_family(axes: Axes, rows: Sequence[EvalRow], family: Family, zorder: float) -> None:
     seeds = _seeds(rows, family.name)
     for seed in seeds if len(seeds) > 1 else ():
-        front = pareto_front(row for row in rows if row.family == family.name and row.seed == seed)
-        axes.plot(*_points(front), color=family.colour, linewidth=0.8, alpha=0.45, zorder=zorder - 0.5)
+        own = seed_groups([row for row in rows if row.seed == seed], family.name)
+        line = [group.rows[0] for group in own]
+        axes.plot(*_points(line), color=family.colour, linewidth=0.8, alpha=0.45, zorder=zorder - 0.5)
     means = [_mean_row(group) for group in seed_groups(rows, family.name)]
-    axes.plot(*_points(pareto_front(means)), zorder=zorder, **_front_line(rows, family))
+    axes.plot(*_points(means), zorder=zorder, **_front_line(rows, family))
     kl = _points(means)[1]
     bounds = np.array([(row.output_kl_low, row.output_kl_high) for row in means]).T
     _draw_points(axes, family, *_points(means), np.maximum([kl - bounds[0], bounds[1] - kl], 0), zorder)
@@ -221,45 +221,37 @@ def _draw_points(axes: Axes, family: Family, x: Array, y: Array, bars: Array, zo
     )
 
 
-def _ratios_to_static(rows: Sequence[EvalRow]) -> dict[str, Array]:
-    """What `_ratio_points` gives for each family that is not static and meets a static front."""
-    dynamic = [family.name for family in families(rows).values() if not family.is_static]
-    ratios = {family: _ratio_points(seed_groups(rows, family), rows) for family in dynamic}
-    return {family: points for family, points in ratios.items() if len(points)}
-
-
-def _ratio_points(groups: Iterable[SeedGroup], rows: Sequence[EvalRow], num_resamples: int = 1000) -> Array:
-    """`[P, 4]`: modelled speedup, percent by which the KL differs from the best static one, and its 95% interval."""
-    found = [
-        (group.mean("speedup_modelled"), log_ratio_to_static(group, rows, num_resamples=num_resamples))
-        for group in groups
+def _ratio_points(rows: Sequence[EvalRow], family: str) -> Array:
+    """`[P, 4]`: time budget, percent by which the KL differs from that of static, and its 95% interval."""
+    points = [
+        (budget, *(100 * math.expm1(value) for value in (ratio.value, ratio.low, ratio.high) if value is not None))
+        for budget, ratio in ratios_to_static(rows, family).items()
     ]
-    points = [(speed, *(100 * np.expm1(ratio))) for speed, ratio in found if ratio is not None]
-    return np.array(points, dtype=np.float64).reshape(-1, 4)
+    # One document gives no interval: its bars have no length.
+    return np.array([(*point, *point[1:2] * (4 - len(point))) for point in points], dtype=np.float64).reshape(-1, 4)
 
 
 def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], ratios: Mapping[str, Array], drawn: Mapping[str, Family]) -> None:
-    axes.axhline(0, color=Knapsack.family.colour, linewidth=1.6, zorder=2)
+    axes.axhline(0, color=STATIC.colour, linewidth=1.6, zorder=2)
     lowest, highest, above = -5.0, 5.0, []
     for zorder, (name, points) in enumerate(ratios.items(), start=_LOWEST_ZORDER):
         family = drawn[name]
-        speeds, percent, low, high = points.T
+        budgets, percent, low, high = points.T
         if percent.min() > _MAX_RATIO_PERCENT:
             above.append(family.label)
             continue
         seeds = _seeds(rows, name)
         for seed in seeds if len(seeds) > 1 else ():
-            own = seed_groups([row for row in rows if row.seed == seed], name)
-            line = _ratio_points(own, rows, num_resamples=1)
+            line = _ratio_points([row for row in rows if row.family != name or row.seed == seed], name)
             axes.plot(line[:, 0], line[:, 1], color=family.colour, linewidth=0.8, alpha=0.45)
-        axes.plot(speeds, percent, zorder=zorder, **_front_line(rows, family))
-        _draw_points(axes, family, speeds, percent, np.maximum([percent - low, high - percent], 0), zorder)
+        axes.plot(budgets, percent, zorder=zorder, **_front_line(rows, family))
+        _draw_points(axes, family, budgets, percent, np.maximum([percent - low, high - percent], 0), zorder)
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
     margin = 0.08 * (highest - lowest)
     axes.set_ylim(lowest - margin, min(highest, _MAX_RATIO_PERCENT) + margin)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0"))
-    axes.set_ylabel("KL against\nbest static")
+    axes.set_ylabel("KL against static,\nequal time budget")
     axes.grid(which="major", linewidth=0.8)
     if above:
         axes.set_title(f"above this range: {', '.join(above)}", loc="right", fontsize=8.5, color=_GREY)
@@ -270,13 +262,15 @@ def _mean_row(group: SeedGroup) -> EvalRow:
     low, high = group.kl_interval()
     kl = group.mean("output_kl_nats")
     assert kl is not None
-    speedup = group.mean("speedup_modelled")
-    return replace(group.rows[0], speedup_modelled=speedup, output_kl_nats=kl, output_kl_low=low, output_kl_high=high)
+    time_share = group.mean("time_share_modelled")
+    return replace(
+        group.rows[0], time_share_modelled=time_share, output_kl_nats=kl, output_kl_low=low, output_kl_high=high
+    )
 
 
 def _points(rows: Sequence[EvalRow]) -> tuple[Array, Array]:
     return (
-        np.array([row.speedup_modelled for row in rows], dtype=np.float64),
+        np.array([row.time_share_modelled for row in rows], dtype=np.float64),
         np.array([row.output_kl_nats for row in rows], dtype=np.float64),
     )
 
@@ -288,17 +282,8 @@ def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
     _label_log_axis(axes, [row.output_kl_nats for row in rows])
     axes.grid(which="major", linewidth=0.8)
     axes.text(
-        0.985, 0.03, "better \N{SOUTH EAST ARROW}", transform=axes.transAxes, ha="right", fontsize=10, color="#8a8a8a"
+        0.015, 0.03, "better \N{SOUTH WEST ARROW}", transform=axes.transAxes, ha="left", fontsize=10, color="#8a8a8a"
     )
-    fixed = {
-        row.policy.partition(":")[2]: row.speedup_modelled or 0.0 for row in rows if row.family == Fixed.family.name
-    }
-    if fixed:
-        top = axes.secondary_xaxis("top")
-        top.set_xticks([*fixed.values()], [*fixed], fontsize=9.5)
-        top.set_xlabel("fixed width of the same speed (bits)", fontsize=9.5)
-        top.tick_params(length=3, pad=2)
-        top.spines[:].set_visible(False)
 
 
 def _label_log_axis(axes: Axes, values: Sequence[float]) -> None:

@@ -10,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexquant_rl.agents.evaluation.comparison import (
+    LogRatio,
     SeedGroup,
-    best_static_front,
     families,
-    interpolated_kl,
-    log_ratio_to_static,
+    method_sentences,
+    ratios_to_static,
     seed_groups,
 )
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.agents.policies.families import static_families
 from flexquant_rl.engine.files import replacing
 
 PARETO_FILE = "pareto.png"
@@ -31,50 +30,44 @@ _NOT_MEASURED = "not measured"
 _COLUMNS = (
     ("family", ":--"),
     ("policy", ":--"),
-    ("dial (speedup per nat)", "--:"),
+    ("time budget", "--:"),
+    ("dial (price of a nat)", "--:"),
     ("mean bit-width (bits)", "--:"),
     ("output KL (nats)", "--:"),
-    ("95% CI over sequences (nats)", ":-:"),
+    ("95% CI over documents (nats)", ":-:"),
     ("KL p99 (nats)", "--:"),
     ("perplexity", "--:"),
     ("top-1 agreement (%)", "--:"),
-    ("speedup, modelled (x)", "--:"),
+    ("time share, modelled", "--:"),
     ("speedup, measured (x)", "--:"),
-    ("best static at this modelled speed: KL (nats)", ":--"),
-    ("KL against it (%, 95% CI)", "--:"),
+    ("steps unlike static (%)", "--:"),
+    ("KL against static at this budget (%, 95% CI)", "--:"),
 )
-_NUM_COMPARING = 2
-"""Columns at the end that compare with static allocations."""
 _CONSOLE_COLUMNS = (
-    *(("policy", 20), ("dial", 6), ("bits", 5), ("KL/nats", 8), ("95% CI", 20), ("seed sd", 7), ("p99", 8)),
-    *(("ppl", 7), ("top-1%", 6), ("x mod", 5), ("x meas", 6)),
+    *(("policy", 18), ("budget", 6), ("dial", 6), ("bits", 5), ("KL/nats", 8), ("95% CI", 20), ("p99", 8)),
+    *(("ppl", 7), ("top-1%", 6), ("time", 5), ("x meas", 6)),
 )
 
 
-def markdown_table(rows: Sequence[EvalRow], *, compares: bool = True) -> str:
+def markdown_table(rows: Sequence[EvalRow]) -> str:
     """The whole result as one Markdown table, grouped by family.
 
-    Learned policies are averaged over training seeds, mean ± standard deviation. Beside every policy that is not static
-    stands what the best static allocations reach at the same modelled speed, and between which two of them that lies.
-
-    Args:
-        rows: Everything that was evaluated.
-        compares: Whether to compare with static allocations. They must be many: a line between two that are far apart
-            is far above what an allocation between them would reach, and flatters whatever is compared with it.
+    Learned policies are averaged over training seeds, mean ± standard deviation. Beside every row with a time budget
+    stands how its KL differs from that of static at the same budget.
     """
-    shown = slice(None if compares else -_NUM_COMPARING)
-    lines = [_markdown_row([column[part] for column in _COLUMNS[shown]]) for part in (0, 1)]
+    lines = [_markdown_row([column[part] for column in _COLUMNS]) for part in (0, 1)]
     for family in families(rows):
+        ratios = ratios_to_static(rows, family)
         for index, group in enumerate(seed_groups(rows, family)):
-            cells = [f"**{_escape(family)}**" if index == 0 else "", *_cells(group, rows)]
-            lines.append(_markdown_row(cells[shown]))
+            ratio = None if group.time_budget is None else ratios.get(group.time_budget)
+            lines.append(_markdown_row([f"**{_escape(family)}**" if index == 0 else "", *_cells(group, ratio)]))
     return "\n".join(lines) + "\n"
 
 
 def console_table(rows: Sequence[EvalRow]) -> str:
     """The main columns as plain ASCII, at most 110 characters wide; learned policies averaged over seeds.
 
-    `x mod` is the modelled speedup, `x meas` the measured one, a dash where there is none.
+    `time` is the modelled share of full-width time, `x meas` the measured speedup, a dash where there is none.
     """
     header = _console_row([name for name, _ in _CONSOLE_COLUMNS])
     lines = [header, "-" * len(header)]
@@ -105,22 +98,26 @@ def write_report(
         notes: Limits beside those that every report states.
         title: The heading.
     """
-    parts = [f"# {title}", "## Result", _bullets(sentences) or "No two fronts could be compared at equal speed."]
+    parts = [
+        f"# {title}",
+        "## Result",
+        _bullets(sentences) or "No two families could be compared at an equal time budget.",
+    ]
     if (run_dir / PARETO_FILE).is_file():
-        parts.append(f"![Output KL against modelled speedup of every policy]({PARETO_FILE})")
+        parts.append(f"![Output KL against modelled time of every policy]({PARETO_FILE})")
     parts += ["## What was run", _facts_table({**facts, **_row_facts(rows)})]
+    parts += ["## How it was compared", _bullets(method_sentences(rows))]
     parts += ["## Every policy", markdown_table(rows).rstrip()]
     if (run_dir / ROWS_FILE).is_file():
         parts.append(
-            f"One line for each policy, dial and seed, with the KL of each sequence: [{ROWS_FILE}]({ROWS_FILE})."
+            f"One line for each policy, budget and seed, with the KL of each sequence: [{ROWS_FILE}]({ROWS_FILE})."
         )
     if long_rows:
         count, tokens = long_rows[0].num_sequences, long_rows[0].num_tokens // long_rows[0].num_sequences
         parts += [
             "## Longer than in training",
-            f"The same on {count} sequences of {tokens} tokens ([{LONG_ROWS_FILE}]({LONG_ROWS_FILE})), "
-            "with a few of the static allocations: too few to compare the others with.",
-            markdown_table(long_rows, compares=False).rstrip(),
+            f"The same on {count} sequences of {tokens} tokens ([{LONG_ROWS_FILE}]({LONG_ROWS_FILE})):",
+            markdown_table(long_rows).rstrip(),
         ]
     if (run_dir / BITS_FILE).is_file():
         parts += ["## One test sequence", f"![Bit-width of every token and unit]({BITS_FILE})"]
@@ -129,11 +126,12 @@ def write_report(
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _cells(group: SeedGroup, rows: Sequence[EvalRow]) -> list[str]:
+def _cells(group: SeedGroup, ratio: LogRatio | None) -> list[str]:
     low, high = group.kl_interval()
     seeds = f" ({group.num_seeds} seeds)" if group.num_seeds > 1 else ""
     return [
         _escape(group.policy) + seeds,
+        _budget(group),
         _dial(group),
         _mean_sd(group, "mean_bit_width", ".2f"),
         _mean_sd(group, "output_kl_nats", "#.3g"),
@@ -141,17 +139,20 @@ def _cells(group: SeedGroup, rows: Sequence[EvalRow]) -> list[str]:
         _mean_sd(group, "output_kl_p99_nats", "#.3g"),
         _mean_sd(group, "perplexity", "#.4g"),
         _mean_sd(group, "top1_agreement", ".2f", factor=100),
-        _mean_sd(group, "speedup_modelled", ".3f", missing="not modelled"),
+        _mean_sd(group, "time_share_modelled", ".3f", missing="not modelled"),
         _mean_sd(group, "speedup_measured", ".3f", missing=_NOT_MEASURED),
-        _static_neighbours(group, rows),
-        _against_static(group, rows),
+        _mean_sd(group, "differs_from_static", ".1f", factor=100),
+        _against_static(ratio),
     ]
 
 
+def _budget(group: SeedGroup) -> str:
+    return "" if group.time_budget is None else f"{group.time_budget:.3g}"
+
+
 def _dial(group: SeedGroup) -> str:
-    if group.kl_weight is None:
-        return ""
-    return format(group.kl_weight, ".0f" if group.kl_weight >= 1000 else ".3g")
+    dial = group.mean("kl_weight")
+    return "" if dial is None else format(dial, ".0f" if dial >= 1000 else ".3g")
 
 
 def _mean_sd(group: SeedGroup, field: str, spec: str, *, factor: float = 1.0, missing: str = "") -> str:
@@ -165,42 +166,29 @@ def _mean_sd(group: SeedGroup, field: str, spec: str, *, factor: float = 1.0, mi
     return f"{text} ± {_number(factor * sd, spec if spec.endswith('f') else '#.2g')}"
 
 
-def _static_neighbours(group: SeedGroup, rows: Sequence[EvalRow]) -> str:
-    speedup = group.mean("speedup_modelled")
-    if group.family in static_families() or speedup is None:
-        return ""
-    front = best_static_front(rows, speedup)
-    kl = interpolated_kl(front, speedup)
-    if kl is None:
-        return "no static policy at this speed" if any(row.family in static_families() for row in rows) else ""
-    slower = [row for row in front if row.speedup_modelled is not None and row.speedup_modelled <= speedup][-1]
-    faster = next(row for row in front if row.speedup_modelled is not None and row.speedup_modelled >= speedup)
-    names = slower.policy if slower is faster else f"{slower.policy} to {faster.policy}"
-    return f"{_number(kl, '#.3g')} ({_escape(names)})"
-
-
-def _against_static(group: SeedGroup, rows: Sequence[EvalRow]) -> str:
-    ratio = None if group.family in static_families() else log_ratio_to_static(group, rows)
+def _against_static(ratio: LogRatio | None) -> str:
     if ratio is None:
         return ""
-    estimate, low, high = (100 * math.expm1(value) for value in ratio)
-    return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
+    estimate = f"{100 * math.expm1(ratio.value):+.1f}"
+    if ratio.low is None or ratio.high is None:
+        return estimate
+    return f"{estimate} ({100 * math.expm1(ratio.low):+.1f} to {100 * math.expm1(ratio.high):+.1f})"
 
 
 def _console_cells(group: SeedGroup) -> list[str]:
     low, high = group.kl_interval()
     agreement = group.mean("top1_agreement")
     return [
-        _shortened(group.policy + (f" ({group.num_seeds} seeds)" if group.num_seeds > 1 else ""), 20),
+        _shortened(group.policy + (f" ({group.num_seeds} seeds)" if group.num_seeds > 1 else ""), 18),
+        _budget(group) or "-",
         _dial(group) or "-",
         _number(group.mean("mean_bit_width"), ".3f"),
         _number(group.mean("output_kl_nats"), "#.3g"),
         f"{_number(low, '#.3g')} .. {_number(high, '#.3g')}",
-        _number(group.sd("output_kl_nats"), "#.2g"),
         _number(group.mean("output_kl_p99_nats"), "#.3g"),
         _number(group.mean("perplexity"), "#.4g"),
         _number(None if agreement is None else 100 * agreement, ".2f"),
-        _number(group.mean("speedup_modelled"), ".3f"),
+        _number(group.mean("time_share_modelled"), ".3f"),
         _number(group.mean("speedup_measured"), ".3f"),
     ]
 
@@ -263,12 +251,9 @@ def _limits(rows: Sequence[EvalRow], facts: Mapping[str, object]) -> list[str]:
     source = facts.get("profile source", facts.get("profile_source"))
     named = f" (source: {source})" if source is not None else ""
     lines = [
-        f"*Speedup, modelled* is computed from the profile's latency table{named}, not timed; 1 is the largest width "
-        "everywhere. The table has no entry for the time of the policy itself.",
-        "Policies are compared at equal modelled speed: the logarithm of the KL is taken as linear in the speedup "
-        "between neighbouring points of a front.",
-        "Intervals resample test sequences; those of comparisons also resample training seeds. Another text, or "
-        "another model, may order the policies differently.",
+        f"*Time share, modelled* is computed from the profile's latency table{named}, not timed; 1 is the largest "
+        "width everywhere. The table has no entry for the time of the policy itself.",
+        "Another text, or another model, may order the policies differently.",
     ]
     measured = sum(row.speedup_measured is not None for row in rows)
     timed = (

@@ -15,13 +15,17 @@ from flexquant_rl.engine.files import replacing
 
 _PUBLIC = (
     "policy",
+    "family",
     "seed",
     "kl_weight",
+    "time_budget",
     "mean_bit_width",
     "output_kl_nats",
     "output_kl_p99_nats",
     "perplexity",
     "top1_agreement",
+    "differs_from_static",
+    "time_share_modelled",
     "speedup_modelled",
     "speedup_measured",
 )
@@ -32,30 +36,37 @@ class EvalRow:
     """What one policy at one dial scored on the test text.
 
     Attributes:
-        policy: Name, e.g. `fixed:4`, `knapsack:4.5`, `ppo`, `oracle`.
-        family: What draws one front: one of `agents/policies/families.py`, `module:Class` for a class of the user's, or
+        policy: Name, e.g. `fixed:4`, `knapsack:4.5`, `ppo`, `oracle`; `fixed:4+fixed:5` where two share the time.
+        family: What draws one line: one of `agents/policies/families.py`, `module:Class` for a class of the user's, or
             `ppo:directory` for an exported policy.
         seed: Training seed of a learned policy, else None.
         kl_weight: The dial, in full-width steps per nat; None for policies without one.
+        time_budget: Share of full-width time that the setting was chosen for, on validation text; None without one.
         mean_bit_width: Parameter-weighted mean, bits.
         output_kl_nats: Mean `KL(reference || quantised)` over all tokens, nats.
-        output_kl_low: Lower end of its bootstrap 95% interval over sequences, nats.
+        output_kl_low: Lower end of its bootstrap 95% interval over documents, nats.
         output_kl_high: Upper end, nats.
         output_kl_p99_nats: 99th percentile over tokens, nats.
         perplexity: `exp(mean negative log-likelihood in nats)`.
         top1_agreement: Share of tokens whose most probable continuation is the reference's, 0 to 1.
-        speedup_modelled: Over the largest width everywhere, by the profile's latency table.
+        differs_from_static: Share of steps whose widths are not those of the static row of the same budget, 0 to 1;
+            None where there is no such row.
+        time_share_modelled: Time of all steps over that at the largest width everywhere, by the latency table: what was
+            attained on test text, which may miss the budget a little.
+        speedup_modelled: One over it.
         speedup_measured: The same by wall clock of batch-1 decoding; None where not measured.
         num_sequences: Test sequences.
         num_tokens: Tokens judged, over all sequences.
         reference: `unquantised` or `8-bit`.
         sequence_kl_nats: Mean output KL of each test sequence in order, nats, for paired bootstraps.
+        sequence_documents: The document of each test sequence, the unit of the bootstraps.
     """
 
     policy: str
     family: str
     seed: int | None
     kl_weight: float | None
+    time_budget: float | None
     mean_bit_width: float
     output_kl_nats: float
     output_kl_low: float
@@ -63,12 +74,15 @@ class EvalRow:
     output_kl_p99_nats: float
     perplexity: float
     top1_agreement: float
+    differs_from_static: float | None
+    time_share_modelled: float | None
     speedup_modelled: float | None
     speedup_measured: float | None
     num_sequences: int
     num_tokens: int
     reference: str
     sequence_kl_nats: tuple[float, ...]
+    sequence_documents: tuple[int, ...]
 
 
 def public_dict(row: EvalRow) -> dict[str, Any]:
@@ -109,8 +123,9 @@ def _parse(line: str, where: str) -> EvalRow:
     for field in fields(EvalRow):
         if field.type == "float" and data[field.name] is None:
             data[field.name] = math.nan
-    sequence_kl = data.pop("sequence_kl_nats")
-    return EvalRow(**data, sequence_kl_nats=tuple(math.nan if kl is None else kl for kl in sequence_kl))
+    data["sequence_kl_nats"] = tuple(math.nan if kl is None else kl for kl in data["sequence_kl_nats"])
+    data["sequence_documents"] = tuple(data["sequence_documents"])
+    return EvalRow(**data)
 
 
 def _plain(value: Any) -> Any:

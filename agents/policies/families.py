@@ -21,7 +21,9 @@ from flexquant_rl.engine.errors import InputError
 
 # In the order of tables and legends.
 POLICIES: tuple[type[Baseline], ...] = (Fixed, RandomWidths, EntropyThreshold, Knapsack)
-# Two families without names to parse: one is loaded from a directory, the other looks at the text that it is judged on.
+# Three families without names to parse: the best static allocation of each time budget, what is loaded from a
+# directory, and what looks at the text that it is judged on.
+STATIC = Family("static", "static (best)", "#004B87", "p", is_static=True)
 PPO = Family("ppo", "ppo", "#D55E00", "o")
 ORACLE = Family("oracle", "oracle (bound)", "#009E73", "*", draws="points", is_oracle=True)
 
@@ -33,17 +35,12 @@ _SPARE_MARKERS = ("<", ">", "d", "H", "8", "P", "v")
 
 def family_facts(names: Iterable[str]) -> dict[str, Family]:
     """The facts of families by name, in the order of tables and legends: oracles last, and unknown ones before them."""
-    known = {family.name: family for family in (*(policy.family for policy in POLICIES), PPO, ORACLE)}
+    known = {family.name: family for family in (*(policy.family for policy in POLICIES), STATIC, PPO, ORACLE)}
     present = set(names)
     spare = cycle(zip(_SPARE_COLOURS, _SPARE_MARKERS, strict=True))
     facts = [family for name, family in known.items() if name in present]
     facts += [Family(name, name, *next(spare)) for name in sorted(present - known.keys())]
     return {family.name: family for family in sorted(facts, key=lambda family: family.is_oracle)}
-
-
-def static_families() -> tuple[str, ...]:
-    """Names of the families that all others must beat."""
-    return tuple(policy.family.name for policy in POLICIES if policy.family.is_static)
 
 
 def family_name(policy: UnboundPolicy) -> str:

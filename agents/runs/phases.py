@@ -13,21 +13,28 @@ from typing import Any
 import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
-from flexquant_rl.agents.evaluation.comparison import compare_at_equal_speed
+from flexquant_rl.agents.evaluation.budgets import TIME_BUDGETS
+from flexquant_rl.agents.evaluation.comparison import compare_at_budgets
 from flexquant_rl.agents.evaluation.contest import (
-    compete,
+    Settings,
+    compete_at_budgets,
     compete_long,
     headroom,
     heuristics,
     learned,
     oracle_row,
+    oracle_time_share,
     showcase,
+    tune,
 )
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, ROWS_FILE, write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
-from flexquant_rl.agents.policies.families import static_families
+from flexquant_rl.agents.policies.entropy import EntropyThreshold
+from flexquant_rl.agents.policies.families import PPO, STATIC
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
@@ -37,8 +44,8 @@ from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.prompts import load_windows, spread
 
-# A second look, so less of everything: sequences, dials, and every fourth static allocation.
-_LONG_SEQUENCES, _LONG_DIALS, _LONG_STRIDE = 8, 3, 4
+# A second look, so less of everything: sequences, families and budgets.
+_LONG_SEQUENCES, _LONG_BUDGETS = 8, (0.5, 0.6, 0.7, 0.8)
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,16 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
 def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dict[str, Any]:
     """Compares every policy on test text, writes rows, pictures and report, and returns the command's JSON."""
     prepared, results = trained.prepared, trained.results
-    contestants = [*heuristics(prepared), *learned(prepared, results, config.num_dials, trained.best)]
-    rows = compete(prepared, contestants, config.test_sequences)
-    if config.oracle_masks:
-        rows.append(oracle_row(prepared, config.test_sequences, OracleConfig(num_masks=config.oracle_masks)))
+    oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
+    budgets = [*TIME_BUDGETS, *([oracle_time_share(prepared, oracle)] if oracle else [])]
+    families = [*heuristics(prepared), *learned(prepared, results, trained.best)]
+    settings = tune(prepared, families, budgets, config.validation_sequences)
+    rows = compete_at_budgets(prepared, settings, config.test_sequences)
+    if oracle:
+        rows.append(oracle_row(prepared, config.test_sequences, oracle, settings))
     share = headroom(rows)
-    long_rows = _long_rows(config, trained)
-    sentences = _publish(config, trained, rows, share, run_dir, long_rows)
+    long_rows = _long_rows(config, trained, settings)
+    sentences = _publish(config, trained, settings, rows, share, run_dir, long_rows)
     rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
     return {
         "run_dir": str(run_dir),
@@ -103,13 +113,14 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
         "latency_source": prepared.cost.source,
         "reference": reference_name(prepared.model),
         "findings": sentences,
+        "budgets_out_of_reach": list(settings.missed),
         "rows": [public_dict(row) for row in rows],
         "long_rows": [public_dict(row) for row in long_rows],
         "captured_headroom": share,
     }
 
 
-def _long_rows(config: TrainConfig, trained: TrainedRun) -> list[EvalRow]:
+def _long_rows(config: TrainConfig, trained: TrainedRun, settings: Settings) -> list[EvalRow]:
     """Learned and static policies on continuations beyond the horizon of training; none where nothing is longer."""
     prepared = trained.prepared
     max_new_tokens = min(config.long_tokens, prepared.model.max_context - prepared.env.prompt_tokens)
@@ -118,19 +129,27 @@ def _long_rows(config: TrainConfig, trained: TrainedRun) -> list[EvalRow]:
     length = prepared.env.prompt_tokens + max_new_tokens + 1
     texts = [Path(text) for text in config.text]
     try:
-        windows = load_windows(prepared.model.tokenizer, length, texts, text_field=config.text_field).test
+        windows = load_windows(prepared.model.tokenizer, length, texts, text_field=config.text_field)
+        tokens, documents = windows.test, windows.documents("test")
     except InputError as error:
         say(f"no comparison on {max_new_tokens} tokens: {error}")
         return []
-    static = [contestant for contestant in heuristics(prepared) if contestant.family in static_families()]
-    compared = [*static[::_LONG_STRIDE], *learned(prepared, [trained.best], _LONG_DIALS, trained.best)]
-    windows = spread(windows, min(config.test_sequences, _LONG_SEQUENCES))
-    return compete_long(prepared, compared, windows, max_new_tokens)
+    count = min(config.test_sequences, _LONG_SEQUENCES)
+    entries = tuple(
+        entry
+        for entry in settings.entries
+        if entry.family in (STATIC.name, PPO.name)
+        and entry.time_budget in _LONG_BUDGETS
+        and entry.first.seed in (None, trained.best.seed)
+    )
+    chosen = Settings(entries, ())
+    return compete_long(prepared, chosen, spread(tokens, count), spread(documents, count).tolist(), max_new_tokens)
 
 
 def _publish(
     config: TrainConfig,
     trained: TrainedRun,
+    settings: Settings,
     rows: list[EvalRow],
     share: float | None,
     run_dir: Path,
@@ -150,7 +169,7 @@ def _publish(
         f"KL against the {reference_name(prepared.model)} model."
     )
     source = prepared.cost.source
-    plot_pareto(rows, run_dir / "pareto.png", title="Output KL against speed", caption=conditions, source=source)
+    plot_pareto(rows, run_dir / "pareto.png", title="Output KL at equal time", caption=conditions, source=source)
     _picture_bits(trained, run_dir / "bits.png")
     facts = {
         "model": name,
@@ -161,14 +180,17 @@ def _publish(
         "machine": f"{platform.machine()}, {prepared.model.device.type}",
         "threads": torch.get_num_threads(),
     }
-    write_report(run_dir, rows=rows, sentences=sentences, facts=facts, long_rows=long_rows)
+    write_report(run_dir, rows=rows, sentences=sentences, facts=facts, long_rows=long_rows, notes=_missed(settings))
     say(f"report: {run_dir / 'report.md'}")
     return sentences
 
 
 def _findings(trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
-    comparisons = [compare_at_equal_speed(rows, "ppo", other) for other in ("knapsack", "fixed", "random", "entropy")]
-    sentences = [comparison.sentence() for comparison in comparisons if comparison is not None]
+    others = (STATIC.name, Fixed.family.name, RandomWidths.family.name, EntropyThreshold.family.name)
+    found = [compare_at_budgets(rows, PPO.name, other, budgets=TIME_BUDGETS) for other in others]
+    comparisons = [comparison for comparison in found if comparison is not None]
+    sentences = [comparison.sentence() for comparison in comparisons]
+    sentences += [comparison.budget_sentence() for comparison in comparisons]
     before = ", ".join(f"{result.cloned_score:+.4f}" for result in trained.results)
     after = ", ".join(f"{result.best_score:+.4f}" for result in trained.results)
     sentences.append(
@@ -176,8 +198,13 @@ def _findings(trained: TrainedRun, rows: list[EvalRow], share: float | None) -> 
         "PPO, by seed"
     )
     if share is not None:
-        sentences.append(f"captured headroom at the oracle's speed: {share:.0%} of the way from static to oracle")
+        sentences.append(f"captured headroom at the oracle's time share: {share:.0%} of the way from static to oracle")
     return sentences
+
+
+def _missed(settings: Settings) -> list[str]:
+    """What was out of reach, in the words of a report."""
+    return [f"Out of reach: {reason}." for reason in settings.missed]
 
 
 def _picture_bits(trained: TrainedRun, path: Path) -> None:

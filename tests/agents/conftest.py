@@ -45,5 +45,6 @@ def tiny_prepared(tiny_nested: NestedCausalLM, tiny_profile: Profile, tiny_windo
     front = static_front(tiny_profile, tiny_nested.unit_weights).measured_on(
         DecodeSession(tiny_nested), tiny_windows[:, :-1], TINY_CONFIG.prompt_tokens
     )
-    windows = PromptWindows(lambda split: tiny_windows, "random letters")
+    # Two windows of each document.
+    windows = PromptWindows(lambda split: (tiny_windows, torch.arange(8) // 2), "random letters")
     return Prepared(tiny_nested, windows, tiny_profile, tiny_profile.cost, front, TINY_CONFIG)

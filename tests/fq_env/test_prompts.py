@@ -36,13 +36,14 @@ def test_windows_have_the_length_and_begin_with_bos(tiny_tokenizer: PreTrainedTo
 
 
 def test_windows_are_the_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    windows = cut_windows(tiny_tokenizer, ["abcdefgh", "xy", "123456"], 4, 3)
+    windows, documents = cut_windows(tiny_tokenizer, ["abcdefgh", "xy", "123456"], 4, 3)
     assert decoded(tiny_tokenizer, windows) == ["abc", "def", "123", "456"]
+    assert documents.tolist() == [0, 0, 2, 2], "a document without a window keeps its number"
 
 
 def test_without_bos_neighbours_share_the_target(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     tiny_tokenizer.bos_token = None
-    windows = cut_windows(tiny_tokenizer, ["abcdefg"], 4, 3)
+    windows, _ = cut_windows(tiny_tokenizer, ["abcdefg"], 4, 3)
     assert decoded(tiny_tokenizer, windows) == ["abcd", "defg"]
 
 
@@ -58,6 +59,9 @@ def test_training_windows_overlap_and_the_others_do_not(
             for start in range(0, len(document) - LENGTH + 2, stride)
         ]
         assert decoded(tiny_tokenizer, windows.split(name)) == expected
+        owners = windows.documents(name).tolist()
+        for text, owner in zip(decoded(tiny_tokenizer, windows.split(name)), owners, strict=True):
+            assert text in documents[name][owner]
 
 
 def test_splits_hold_different_text(text_file: Path) -> None:
@@ -115,6 +119,7 @@ def test_windows_are_thinned_out_evenly(tiny_tokenizer: PreTrainedTokenizerFast,
         rows, thinned = every.split(name), few.split(name)
         assert len(thinned) == 5
         assert torch.equal(thinned[[0, -1]], rows[[0, -1]])
+        assert torch.equal(few.documents(name)[[0, -1]], every.documents(name)[[0, -1]])
 
 
 def test_jsonl_fields_become_text(tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluation_rows import row
 from fake_session import FakeModel, fake_profile
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation import contest
-from flexquant_rl.agents.evaluation.contest import Contestant, compete, headroom, heuristics, oracle_row, showcase
+from flexquant_rl.agents.evaluation.budgets import TIME_BUDGETS, Contestant, Entry, KnobFamily
+from flexquant_rl.agents.evaluation.comparison import compare_at_budgets
+from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, oracle_row, showcase
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.static_front import static_front
@@ -20,101 +23,66 @@ from flexquant_rl.agents.runs.training import SeedResult, policy_card
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
 from flexquant_rl.fq_env.config import EnvConfig
+from flexquant_rl.fq_env.prompts import PromptWindows
+
+BUDGET = 0.6
+STATIC = row("static", BUDGET, 0.025)
+ORACLE = row("oracle", BUDGET, 0.005)
 
 
-def row(family: str, speedup: float, kl: float, *, seed: int | None = None) -> EvalRow:
-    return EvalRow(
-        policy=family,
-        family=family,
-        seed=seed,
-        kl_weight=None,
-        mean_bit_width=5.0,
-        output_kl_nats=kl,
-        output_kl_low=kl,
-        output_kl_high=kl,
-        output_kl_p99_nats=kl,
-        perplexity=2.0,
-        top1_agreement=1.0,
-        speedup_modelled=speedup,
-        speedup_measured=None,
-        num_sequences=1,
-        num_tokens=1,
-        reference="unquantised",
-        sequence_kl_nats=(kl,),
-    )
-
-
-# KL is linear in time: between 1x and 2x, at three quarters of the time (4/3x), the static KL is 0.025.
-MIDDLE = 4 / 3
-STATIC = [row("knapsack", 1.0, 0.01), row("knapsack", 2.0, 0.04)]
-ORACLE = row("oracle", MIDDLE, 0.005)
+def learned_row(kl: float, seed: int = 0, budget: float = BUDGET) -> EvalRow:
+    return row("ppo", budget, kl, seed=seed)
 
 
 @pytest.mark.parametrize(("kl", "share"), [(0.015, 0.5), (0.025, 0.0), (0.005, 1.0), (0.045, -1.0)])
 def test_headroom_by_hand(kl: float, share: float) -> None:
-    assert headroom([*STATIC, ORACLE, row("ppo", MIDDLE, kl, seed=0)]) == pytest.approx(share, abs=1e-9)
+    assert headroom([STATIC, ORACLE, learned_row(kl)]) == pytest.approx(share, abs=1e-9)
 
 
-def test_headroom_is_the_mean_over_seeds() -> None:
-    rows = [*STATIC, ORACLE, row("ppo", MIDDLE, 0.015, seed=0), row("ppo", MIDDLE, 0.025, seed=1)]
+def test_headroom_is_the_mean_over_seeds_at_the_oracles_budget() -> None:
+    rows = [STATIC, ORACLE, learned_row(0.015), learned_row(0.025, seed=1)]
     assert headroom(rows) == pytest.approx(0.25)
-    # Each seed's own front is interpolated: 0.01 and 0.02 at 1x and 2x are 0.015 in the middle.
-    rows = [*STATIC, ORACLE, row("ppo", 1.0, 0.01, seed=0), row("ppo", 2.0, 0.02, seed=0)]
-    assert headroom(rows) == pytest.approx(0.5)
-    # A seed that does not reach the oracle's speed is left out, not counted as nothing.
-    assert headroom([*rows, row("ppo", 1.1, 0.001, seed=1)]) == pytest.approx(0.5)
-
-
-def test_headroom_of_other_families_does_not_count() -> None:
-    rows = [*STATIC, ORACLE, row("ppo", MIDDLE, 0.015, seed=0)]
-    others = [row("fixed", MIDDLE, 0.001), row("entropy", MIDDLE, 0.001)]
-    assert headroom([*rows, *others]) == pytest.approx(0.5)
+    others = [row("fixed", BUDGET, 0.001), row("static", 0.7, 0.001), learned_row(0.001, budget=0.7)]
+    assert headroom([*rows, *others]) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
     "rows",
     [
-        [*STATIC, row("ppo", MIDDLE, 0.015, seed=0)],  # no oracle
-        [*STATIC, ORACLE],  # nothing learned
-        [*STATIC, ORACLE, row("ppo", 1.2, 0.015, seed=0)],  # never at the oracle's speed
-        [STATIC[0], ORACLE, row("ppo", MIDDLE, 0.015, seed=0)],  # static never at the oracle's speed
-        [*STATIC, row("oracle", MIDDLE, 0.05), row("ppo", MIDDLE, 0.015, seed=0)],  # an oracle worse than static
+        [STATIC, learned_row(0.015)],  # no oracle
+        [STATIC, ORACLE],  # nothing learned
+        [STATIC, ORACLE, learned_row(0.015, budget=0.7)],  # never at the oracle's budget
+        [ORACLE, learned_row(0.015)],  # static never at the oracle's budget
+        [STATIC, row("oracle", BUDGET, 0.05), learned_row(0.015)],  # an oracle worse than static
     ],
 )
 def test_no_headroom_without_both_ends(rows: list[EvalRow]) -> None:
     assert headroom(rows) is None
 
 
-def test_heuristics(tiny_prepared: Prepared) -> None:
-    contestants = heuristics(tiny_prepared)
-    names = [contestant.name for contestant in contestants]
-    assert names[:5] == ["fixed:3", "fixed:4", "fixed:5", "fixed:6", "fixed:8"]
-    assert {"random:3.5", "random:4.5", "random:5.5", "entropy:0.5", "entropy:3.5"} <= set(names)
-    assert len(names) == len(set(names))
-    for contestant in contestants:
-        assert contestant.family == contestant.name.split(":")[0]
-        assert contestant.seed is None
-        assert contestant.kl_weight is None
-        assert contestant.timed
-    knapsack = [contestant for contestant in contestants if contestant.family == "knapsack"]
-    assert 3 <= len(knapsack) <= contest._KNAPSACK_POINTS
-    # The names say what they are: the ends of the front are among them.
-    front = tiny_prepared.front
-    chosen = [contestant.policy.bit_widths.tolist() for contestant in knapsack]  # type: ignore[attr-defined]
-    assert front.bit_widths[0].tolist() in chosen
-    assert front.bit_widths[-1].tolist() in chosen
-    for contestant, widths in zip(knapsack, chosen, strict=True):
-        mean = tiny_prepared.model.mean_bit_width(torch.tensor(widths))
-        assert float(contestant.name.split(":")[1]) == pytest.approx(float(mean), abs=0.01)
+def test_static_candidates_are_within_the_budget(tiny_prepared: Prepared) -> None:
+    family = contest.static_family(tiny_prepared)
+    for budget in (0.5, 0.7, 1.0):
+        candidates = list(family.candidates(budget))
+        shares = [1 / float(tiny_prepared.cost.speedup(one.bit_widths)) for one in candidates]
+        assert max(shares) <= budget + 1e-9
+        # The knapsack at the very budget comes first: no allocation of its front is nearer.
+        assert shares[0] == pytest.approx(max(shares[:2]))
+        names = {one.name for one in candidates}
+        assert ("fixed:8" in names) == (budget == 1.0)
+        assert "fixed:3" in names
+    assert max(1 / float(tiny_prepared.cost.speedup(one.bit_widths)) for one in family.candidates(1.0)) == 1.0
 
 
-def test_heuristics_of_a_model_without_four_bits() -> None:
+def test_entropy_of_a_model_without_four_bits() -> None:
     model = FakeModel(bit_widths=(3, 6, 8))
     profile = fake_profile(model)
     front = static_front(profile, model.unit_weights)
     prepared = Prepared(model, None, profile, profile.cost, front, EnvConfig())  # type: ignore[arg-type]
-    names = [contestant.name for contestant in heuristics(prepared) if contestant.family == "entropy"]
-    assert names[0] == "entropy:0.5,low_width=3", "a name says what runs"
+    (entropy,) = [family for family in heuristics(prepared) if family.name == "entropy"]
+    assert isinstance(entropy, KnobFamily)
+    assert entropy.at(0.0).name == "entropy:11,low_width=3", "a name says what runs"
+    assert entropy.at(1.0).name == "entropy:-1,low_width=3"
 
 
 def learned_result(prepared: Prepared, seed: int) -> SeedResult:
@@ -123,48 +91,118 @@ def learned_result(prepared: Prepared, seed: int) -> SeedResult:
     return SeedResult(seed, LearnedPolicy(PrecisionNet(card.schema), card, f"ppo seed {seed}"), 0.0, 0.1 * seed, None)
 
 
-def test_compete_judges_all_on_the_same_text(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[str] = []
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the policies that were timed; the n-th is n times as fast as the largest width."""
+    found: list[str] = []
 
     def fake_speedups(model: object, profile: object, window: Tensor, config: object, policies: list, **_: object):
-        timed.extend(policy.name for policy, _ in policies)
-        assert len(window) == tiny_prepared.env.window_tokens
-        return [float(index) for index in range(len(policies))]
+        found.extend(policy.name for policy, _ in policies)
+        return [1.0 + index for index in range(len(policies))]
 
     monkeypatch.setattr(contest, "measured_speedups", fake_speedups)
-    results = [learned_result(tiny_prepared, seed) for seed in (0, 1)]
+    return found
+
+
+def test_compete_judges_all_on_the_same_text(tiny_prepared: Prepared, timed: list[str]) -> None:
+    policy = learned_result(tiny_prepared, 0).policy
     entries = [
         Contestant("fixed", StaticAllocation("fixed:4", torch.full((3,), 4))),
-        *contest.learned(tiny_prepared, results, 2, results[1]),
+        Contestant("ppo", policy, 5.0, 0, timed=False),
+        Contestant("ppo", policy, 50.0, 1),
     ]
-    assert [entry.timed for entry in entries] == [True, False, False, True, True]
-    assert [entry.seed for entry in entries] == [None, 0, 0, 1, 1]
-    dials = tiny_prepared.dials(2).tolist()
-    assert [entry.kl_weight for entry in entries] == [None, *dials, *dials]
-    assert dials == pytest.approx([tiny_prepared.env.kl_weight_min, tiny_prepared.env.kl_weight_max], rel=1e-5)
     rows = compete(tiny_prepared, entries, 4)
-    assert timed == ["fixed:4", "ppo seed 1", "ppo seed 1"]
-    assert [result.policy for result in rows] == ["fixed:4", "ppo", "ppo", "ppo", "ppo"]
-    assert [result.speedup_measured for result in rows] == [0.0, None, None, 1.0, 2.0]
+    assert timed == ["fixed:4", "ppo seed 0"]
+    assert [result.policy for result in rows] == ["fixed:4", "ppo", "ppo"]
+    assert [result.speedup_measured for result in rows] == [1.0, None, 2.0]
     assert {result.num_sequences for result in rows} == {4}
     assert {result.num_tokens for result in rows} == {4 * tiny_prepared.env.max_new_tokens}
     assert {result.reference for result in rows} == {"unquantised"}
+    assert {result.time_budget for result in rows} == {None}
+    assert rows[0].sequence_documents == tuple(contest.test_windows(tiny_prepared, 4)[1])
     again = compete(tiny_prepared, entries[::-1], 4)[::-1]
     strip = {"speedup_measured": None}
     assert [replace(result, **strip) for result in again] == [replace(result, **strip) for result in rows]
 
 
+def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: Prepared, timed: list[str]) -> None:
+    tokens = tiny_prepared.windows.test
+    windows = PromptWindows(lambda split: (tokens, torch.arange(8) // 2), "letters")
+    prepared = replace(tiny_prepared, windows=windows)
+    results = [learned_result(prepared, seed) for seed in (0, 1)]
+    families = [*heuristics(prepared), *contest.learned(prepared, results, results[1])]
+    settings = contest.tune(prepared, families, (0.2, 0.6, 0.8), 4)
+    assert windows.opened == {"validation"}
+    rows = contest.compete_at_budgets(prepared, settings, 4)
+    assert windows.opened == {"validation", "test"}
+    assert {reason.split(" has no")[0] for reason in settings.missed} >= {"static", "fixed"}
+    assert 0.2 not in {result.time_budget for result in rows}
+    for family in ("static", "fixed", "random"):
+        assert [r.time_budget for r in rows if r.family == family] == [0.6, 0.8], family
+    for result in rows:
+        if result.family in ("static", "fixed"):
+            assert (result.time_share_modelled or 9) <= (result.time_budget or 0) + 1e-6
+        if result.family == "fixed":
+            assert result.time_share_modelled == pytest.approx(result.time_budget, abs=1e-6)
+        assert result.differs_from_static == (0.0 if result.family == "static" else pytest.approx(0.5, abs=0.5))
+        assert result.speedup_modelled == pytest.approx(1 / (result.time_share_modelled or 0))
+        assert (result.speedup_measured is None) == (result.seed == 0)
+    assert len(timed) == len(set(timed)) or "ppo seed 1" in timed
+
+
+def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) -> None:
+    three, four = (Contestant("fixed", StaticAllocation(f"fixed:{w}", torch.full((3,), w))) for w in (3, 4))
+    entries = [Entry("fixed", 0.4, three), Entry("fixed", 0.45, three, four, 0.25), Entry("fixed", 0.5, four)]
+    first, mixed, last = contest.compete_at_budgets(tiny_prepared, contest.Settings(tuple(entries), ()), 4)
+    assert len(timed) == 2, "each member is run once"
+    for field in ("output_kl_nats", "time_share_modelled", "mean_bit_width", "top1_agreement"):
+        expected = 0.75 * getattr(first, field) + 0.25 * getattr(last, field)
+        assert getattr(mixed, field) == pytest.approx(expected), field
+    assert mixed.output_kl_nats == pytest.approx(sum(mixed.sequence_kl_nats) / 4)
+    assert math.log(mixed.perplexity) == pytest.approx(
+        0.75 * math.log(first.perplexity) + 0.25 * math.log(last.perplexity)
+    )
+    # The largest KL of a small sample: the quantile of a mixture is not interpolated.
+    assert last.output_kl_p99_nats <= mixed.output_kl_p99_nats <= 1.1 * first.output_kl_p99_nats
+    assert 1 / (mixed.speedup_measured or 0) == pytest.approx(0.75 / 1.0 + 0.25 / 2.0)
+
+
+def test_equal_policies_get_equal_rows(tiny_prepared: Prepared, timed: list[str]) -> None:
+    """The same policies under two names: the same settings, rows, and a ratio of one."""
+    (ours,) = [family for family in heuristics(tiny_prepared) if family.name == "random"]
+    assert isinstance(ours, KnobFamily)
+    twin = KnobFamily("twin", lambda position: replace(ours.at(position), family="twin"))
+    families = [ours, twin]
+    settings = contest.tune(tiny_prepared, [contest.static_family(tiny_prepared), *families], TIME_BUDGETS, 4)
+    rows = contest.compete_at_budgets(tiny_prepared, settings, 4)
+    one, other = ([r for r in rows if r.family == name] for name in ("random", "twin"))
+    assert len(one) == len(TIME_BUDGETS)
+    strip = {"family": "", "policy": "", "speedup_measured": None}
+    assert [replace(r, **strip) for r in one] == [replace(r, **strip) for r in other]
+    comparison = compare_at_budgets(rows, "random", "twin")
+    assert comparison is not None
+    assert [ratio.value for _, ratio in comparison.by_budget] == [0.0] * len(one)
+
+
 def test_test_windows_are_spread(tiny_prepared: Prepared) -> None:
     windows = tiny_prepared.windows.test
-    assert torch.equal(contest.test_windows(tiny_prepared, 99), windows)
-    assert torch.equal(contest.test_windows(tiny_prepared, 2), windows[[0, -1]])
+    assert torch.equal(contest.test_windows(tiny_prepared, 99)[0], windows)
+    some, documents = contest.test_windows(tiny_prepared, 2)
+    assert torch.equal(some, windows[[0, -1]])
+    assert documents == [0, 3]
 
 
 def test_oracle_row_is_on_the_same_text(tiny_prepared: Prepared) -> None:
-    result = oracle_row(tiny_prepared, 2, OracleConfig(num_masks=8))
+    config = OracleConfig(num_masks=8)
+    budget = contest.oracle_time_share(tiny_prepared, config)
+    settings = contest.tune(tiny_prepared, [contest.static_family(tiny_prepared)], [budget], 4)
+    result = oracle_row(tiny_prepared, 2, config, settings)
     assert (result.policy, result.family, result.num_sequences) == ("oracle:token", "oracle", 2)
     assert result.speedup_measured is None
-    assert 1 < (result.speedup_modelled or 0) < math.inf
+    # Its time is known beforehand, and static is asked for that very time.
+    assert result.time_share_modelled == pytest.approx(budget)
+    assert result.time_budget == budget
+    assert result.differs_from_static is not None
     assert 0 < result.output_kl_nats < math.inf
     # Half of the tokens at each of the two allocations.
     mean = [float(tiny_prepared.model.mean_bit_width(tiny_prepared.front.nearest(bits))) for bits in (4.0, 5.0)]

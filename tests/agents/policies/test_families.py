@@ -11,11 +11,11 @@ from flexquant_rl.agents.policies.families import (
     ORACLE,
     POLICIES,
     PPO,
+    STATIC,
     bind_policy,
     family_facts,
     family_name,
     parse_policy,
-    static_families,
 )
 from flexquant_rl.agents.policies.knapsack import Knapsack
 from flexquant_rl.engine.control.decision import StaticAllocation
@@ -23,15 +23,15 @@ from flexquant_rl.engine.errors import InputError
 
 
 def test_simple_families_come_first_and_bounds_last() -> None:
-    names = ["oracle", "ppo", "my_module:Mine", "fixed", "ppo:policy", "knapsack", "entropy", "random"]
-    expected = ["fixed", "random", "entropy", "knapsack", "ppo", "my_module:Mine", "ppo:policy", "oracle"]
+    names = ["oracle", "ppo", "static", "my_module:Mine", "fixed", "ppo:policy", "knapsack", "entropy", "random"]
+    expected = ["fixed", "random", "entropy", "knapsack", "static", "ppo", "my_module:Mine", "ppo:policy", "oracle"]
     assert list(family_facts(names)) == expected
     assert list(family_facts(name for name in ("ppo", "fixed", "ppo"))) == ["fixed", "ppo"]
     assert not family_facts([])
 
 
 def test_families_are_told_apart() -> None:
-    known = [*(policy.family for policy in POLICIES), PPO, ORACLE]
+    known = [*(policy.family for policy in POLICIES), STATIC, PPO, ORACLE]
     unknown = [family for name, family in family_facts([*"abcdefg", "ppo"]).items() if name != "ppo"]
     for fact in ("name", "label", "colour", "marker"):
         values = [getattr(family, fact) for family in (*known, *unknown)]
@@ -40,8 +40,9 @@ def test_families_are_told_apart() -> None:
     assert len(family_facts("abcdefghijklmn")) == 14, "spare colours come again where they run out"
 
 
-def test_what_must_be_beaten_and_what_cannot_be_deployed() -> None:
-    assert static_families() == ("fixed", "knapsack")
+def test_what_looks_at_no_token_and_what_cannot_be_deployed() -> None:
+    known = family_facts(["fixed", "random", "entropy", "knapsack", "static", "ppo"]).values()
+    assert [family.name for family in known if family.is_static] == ["fixed", "knapsack", "static"]
     assert [family.name for family in family_facts(["ppo", "oracle"]).values() if family.is_oracle] == ["oracle"]
 
 

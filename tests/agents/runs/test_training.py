@@ -189,7 +189,9 @@ def test_training_never_opens_test_text(
     tiny_model_dir: Path, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training profiles, solves, learns and exports; the evaluation alone opens the test split, and only then."""
-    monkeypatch.setattr(phases, "compete", lambda prepared, *_: pytest.fail(str(sorted(prepared.windows.opened))))
+    monkeypatch.setattr(
+        phases, "compete_at_budgets", lambda prepared, *_: pytest.fail(str(sorted(prepared.windows.opened)))
+    )
     config = replace(
         CONFIG,
         model=str(tiny_model_dir),

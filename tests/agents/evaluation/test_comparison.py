@@ -1,0 +1,186 @@
+"""Comparisons at equal time budgets: known ratios, pairing, seeds and words; the intervals behind them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from evaluation_rows import BUDGETS, evaluation, row, static_kl
+
+from flexquant_rl.agents.evaluation.comparison import (
+    Comparison,
+    captured_headroom,
+    compare_at_budgets,
+    method_sentences,
+    ratios_to_static,
+)
+from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, t_interval
+from flexquant_rl.agents.evaluation.rows import EvalRow
+
+
+@pytest.mark.parametrize(
+    ("static", "policy", "oracle", "expected"),
+    [(0.4, 0.3, 0.2, 0.5), (0.4, 0.4, 0.2, 0.0), (0.4, 0.5, 0.2, -0.5), (0.4, 0.3, 0.4, None), (None, 0.3, 0.2, None)],
+)
+def test_captured_headroom(static: float | None, policy: float, oracle: float, expected: float | None) -> None:
+    assert captured_headroom(static, policy, oracle) == (expected if expected is None else pytest.approx(expected))
+
+
+def compared(rows: list[EvalRow], a: str = "ppo", b: str = "static") -> Comparison:
+    """A comparison that must exist."""
+    result = compare_at_budgets(rows, a, b)
+    assert result is not None
+    return result
+
+
+def test_a_known_ratio_is_found() -> None:
+    result = compared(evaluation(factor=0.9, noise=0.02))
+    assert math.exp(result.overall.value) == pytest.approx(0.9, abs=0.01)
+    assert result.overall.low is not None
+    assert result.overall.high is not None
+    assert result.overall.low < result.overall.value < result.overall.high < 0
+    assert [budget for budget, _ in result.by_budget] == [*BUDGETS]
+    # The geometric mean of the ratios over budgets.
+    assert np.mean([ratio.value for _, ratio in result.by_budget]) == pytest.approx(result.overall.value)
+    assert [seed for seed, _ in result.seed_log_ratios] == [0, 1, 2]
+    assert np.mean([ratio for _, ratio in result.seed_log_ratios]) == pytest.approx(result.overall.value)
+    assert re.fullmatch(
+        r"output KL of ppo against static at equal time: \d+\.\d% less \(95% interval \d+\.\d% less to \d+\.\d% less, "
+        r"excludes zero\); geometric mean over 4 time budgets from 0\.5 to 0\.8; "
+        r"3 seeds: (\d+\.\d, ){2}\d+\.\d% less; mean time share on test text 0\.6500 against 0\.6500",
+        result.sentence(),
+    )
+    assert len(re.findall(r"at 0\.\d \d+\.\d% less \(95% interval", result.budget_sentence())) == 4
+
+
+def test_equal_policies_have_a_ratio_of_exactly_one() -> None:
+    rows = [r for r in evaluation() if r.family == "static"]
+    twins = [replace(r, family="twin", policy="twin") for r in rows]
+    result = compared([*rows, *twins], "twin", "static")
+    assert [(ratio.value, ratio.low, ratio.high) for _, ratio in result.by_budget] == [(0.0, 0.0, 0.0)] * 4
+    assert (result.overall.value, result.overall.excludes_zero) == (0.0, False)
+    assert "0.0% more (95% interval 0.0% more to 0.0% more, includes zero)" in result.sentence()
+
+
+def test_pairing_removes_what_documents_share() -> None:
+    # Documents differ by a factor of several, yet two families with one ratio everywhere leave nothing to doubt.
+    overall = compared(evaluation(factor=0.97, noise=0.0)).overall
+    assert [overall.value, overall.low, overall.high] == pytest.approx([math.log(0.97)] * 3)
+
+
+def test_comparison_is_antisymmetric_and_repeatable() -> None:
+    rows = evaluation(noise=0.1)
+    forth, back = compared(rows), compared(rows, "static", "ppo")
+    assert back.overall.value == pytest.approx(-forth.overall.value)
+    assert back.overall.low == pytest.approx(-(forth.overall.high or 0))
+    assert forth == compared(rows)
+
+
+def test_few_seeds_are_not_called_significant() -> None:
+    for seeds in (1, 2, 4):
+        rows = evaluation(factor=0.5, seeds=seeds)
+        words = " ".join([compared(rows).sentence(), compared(rows).budget_sentence(), *method_sentences(rows)])
+        assert "significant" not in words
+        assert "excludes zero" in words
+    assert ", significant)" in compared(evaluation(factor=0.5, seeds=5)).sentence()
+    rows = [r for r in evaluation() if r.family == "static"]
+    for seed, factor in enumerate((0.7, 0.9, 1.0, 1.1, 1.4)):
+        rows += [row("ppo", b, factor * static_kl(b), policy="ppo", seed=seed) for b in BUDGETS]
+    assert ", not significant)" in compared(rows).sentence()
+
+
+def test_five_seeds_have_a_t_interval() -> None:
+    rows = [r for r in evaluation() if r.family == "static"]
+    factors = (0.7, 0.8, 0.9, 1.0, 1.1)
+    for seed, factor in enumerate(factors):
+        rows += [row("ppo", b, factor * static_kl(b), policy="ppo", seed=seed) for b in BUDGETS]
+    logs = np.log(factors)
+    half = 2.776445 * logs.std(ddof=1) / math.sqrt(5)  # Student's t with 4 degrees of freedom
+    overall = compared(rows).overall
+    assert overall.value == pytest.approx(logs.mean())
+    assert [overall.low, overall.high] == pytest.approx([logs.mean() - half, logs.mean() + half], abs=1e-3)
+
+
+def test_equal_seeds_are_paired() -> None:
+    rows = []
+    for seed, level in enumerate((0.5, 1.0, 3.0)):
+        for family, factor in (("ppo", 0.9), ("other", 1.0)):
+            rows += [row(family, b, level * factor * static_kl(b), policy=family, seed=seed) for b in BUDGETS]
+    result = compared(rows, "ppo", "other")
+    assert [ratio for _, ratio in result.seed_log_ratios] == pytest.approx([math.log(0.9)] * 3)
+    with pytest.raises(ValueError, match="no training seed in common"):
+        compare_at_budgets([replace(r, seed=r.seed + 9 * (r.family == "ppo")) for r in rows], "ppo", "other")  # type: ignore[operator]
+
+
+def test_only_budgets_of_all_seeds_are_compared() -> None:
+    rows = [r for r in evaluation() if not (r.family == "ppo" and r.seed == 1 and r.time_budget == 0.5)]
+    assert [budget for budget, _ in compared(rows).by_budget] == [0.6, 0.7, 0.8]
+    chosen = compare_at_budgets(rows, "ppo", "static", budgets=(0.5, 0.7))
+    assert chosen is not None
+    assert [budget for budget, _ in chosen.by_budget] == [0.7]
+    assert compare_at_budgets(rows, "ppo", "oracle") is None
+    assert compare_at_budgets(rows, "ppo", "missing") is None
+    assert list(ratios_to_static(rows, "ppo")) == [0.6, 0.7, 0.8]
+    assert ratios_to_static(rows, "static") == {}
+
+
+def test_one_document_has_no_interval() -> None:
+    result = compared([replace(r, sequence_documents=(7,) * 24) for r in evaluation()])
+    assert (result.overall.low, result.overall.excludes_zero) == (None, False)
+    assert "one document gives no interval" in result.sentence()
+
+
+def test_rows_of_other_sequences_are_refused() -> None:
+    rows = evaluation()
+    rows[0] = replace(rows[0], sequence_documents=rows[0].sequence_documents[:-1])
+    with pytest.raises(ValueError, match="same test sequences"):
+        compare_at_budgets(rows, "ppo", "static")
+
+
+def test_sequences_without_any_kl_stay_finite() -> None:
+    rows = [replace(r, sequence_kl_nats=(0.0,) * 23 + (1.0,)) for r in evaluation(noise=0.0)]
+    assert math.isfinite(compared(rows).overall.low or 0.0)
+
+
+def test_documents_are_drawn_whole() -> None:
+    documents = [3, 3, 3, 9, 5, 5]
+    weights = document_weights(documents, num_resamples=50)
+    assert weights.shape == (51, 6)
+    assert weights.sum(1) == pytest.approx(np.ones(51))
+    assert weights[0] == pytest.approx(np.full(6, 1 / 6))
+    assert (weights[:, :3] == weights[:, :1]).all()
+    assert (weights[:, 4] == weights[:, 5]).all()
+    assert (weights[1:].min(1) == 0).any()
+
+
+def test_paired_document_bootstrap_covers() -> None:
+    """Two policies that differ by a noise of each document: the nominal 95% hold for documents, not for sequences."""
+    generator = np.random.default_rng(0)
+    covered = {"documents": 0, "sequences": 0}
+    documents = np.repeat(np.arange(30), 4)
+    for _ in range(200):
+        level = np.repeat(generator.lognormal(0, 1, 30), 4)
+        change = np.repeat(generator.normal(0, 0.3, 30), 4)  # the true mean of the difference is 0
+        difference = level * 0 + change + generator.normal(0, 0.05, 120)
+        for unit, owners in (("documents", documents), ("sequences", np.arange(120))):
+            weights = document_weights(owners.tolist(), num_resamples=300)
+            low, high = percentile_interval(weights[1:] @ (level + difference) - weights[1:] @ level)
+            covered[unit] += low <= 0 <= high
+    assert 0.88 <= covered["documents"] / 200 <= 0.99
+    assert covered["sequences"] / 200 < 0.85
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(5, 2.7764), (6, 2.5706), (11, 2.2281), (31, 2.0423)])
+def test_t_interval(count: int, quantile: float) -> None:
+    values = np.random.default_rng(count).normal(3, 2, count)
+    low, high = t_interval(values.tolist())
+    assert (low + high) / 2 == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(quantile * values.std(ddof=1) / math.sqrt(count), rel=0.004)
+
+
+def test_four_values_have_no_t_interval() -> None:
+    with pytest.raises(ValueError, match="4 values"):
+        t_interval([1.0, 2.0, 3.0, 4.0])
