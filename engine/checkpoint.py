@@ -8,35 +8,28 @@ config.json alone; the manifest says whether it is what was written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
-from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 from flexquant_rl.engine.freed_memory import return_freed_memory
-from flexquant_rl.engine.linear import DenseCache, NestedLinear
+from flexquant_rl.engine.hf_modules import empty_causal_lm, fill, stored_tensors
+from flexquant_rl.engine.linear import DenseCache, NestedLinear, is_dense
+from flexquant_rl.engine.llama_tree import LlamaTree
+from flexquant_rl.engine.loading import GENERATION_FILE, empty_tree, load_causal_lm, load_for_serving, load_tokenizer
 from flexquant_rl.engine.model import (
     NestedCausalLM,
     Unit,
     check_units,
     dense_cache_bytes,
-    load_causal_lm,
     make_units,
     nest,
 )
@@ -45,13 +38,15 @@ from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.bitplane import NUM_PLANES, WORD_BITS, NestedWeight, padded_inputs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CHECKPOINT_VERSION = 1
 """Raised with every change of the format; checkpoints of another version are refused."""
 
 QUANT_METHOD = "flexquant"
 BIT_ORDER = "8c+t"  # bit 8c+t of a word is its input 4t+c (kernels/bitplane.py)
 CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE = "config.json", "model.safetensors", "manifest.json"
-_GENERATION_FILE = "generation_config.json"
 _COPY_AGAIN = "copy or quantise the checkpoint again"
 
 
@@ -74,7 +69,8 @@ def save_checkpoint(model: NestedCausalLM, out: Path) -> int:
         model.tokenizer.save_pretrained(directory)
         _write_config(model, directory)
         tensors = {
-            name: _narrowed(tensor.detach()).cpu().contiguous() for name, tensor in _stored(model.hf_model).items()
+            name: _narrowed(tensor.detach()).cpu().contiguous()
+            for name, tensor in stored_tensors(model.hf_model).items()
         }
         write_tensors(directory / TENSORS_FILE, tensors)
         files = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -103,23 +99,47 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     """
     manifest = _read_manifest(path)
     _check_files(path, manifest["files"])
-    hf_config, config, calibration = _read_config(path)
+    entries, config, calibration = _read_config(path)
+    tree = _empty_model(path, entries)
     try:
-        with _parameters_on_meta():
-            hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if (path / _GENERATION_FILE).is_file():
+        tokenizer = load_tokenizer(path, entries)
+    except Exception as error:  # transformers raises a dozen types for what it cannot build
+        raise _unbuildable(path, error) from error
+    units = make_units(tree, config)
+    cache = DenseCache(dense_cache_bytes())
+    _insert_empty_linears(tree, units, config, cache)
+    _load_tensors(path, tree, manifest["tensors"])
+    tree.eval().requires_grad_(False)
+    check_vocabulary(str(path), tokenizer, tree)
+    check_units(tree, units)
+    return NestedCausalLM(tree, tokenizer, config, units, cache, calibration)
+
+
+def _empty_model(path: Path, entries: dict[str, Any]) -> PreTrainedModel | LlamaTree:
+    """The modules that config.json describes, without storage: those of transformers where they must be."""
+    tree = empty_tree(path, entries)
+    if tree is not None:
+        return tree
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the model's own configuration class does
+        raise InputError(
+            f"{path / CONFIG_FILE}: not a model that transformers knows ({first_line(error)}); update it"
+        ) from error
+    del hf_config.quantization_config  # of the stored tensors, not of the model that is built
+    try:
+        hf_model = empty_causal_lm(hf_config)
+        if (path / GENERATION_FILE).is_file():
             hf_model.generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # transformers raises a dozen types for what it cannot build
-        raise InputError(f"{path}: cannot be built from its files ({first_line(error)}); {_COPY_AGAIN}") from error
-    units = make_units(hf_model, config)
-    cache = DenseCache(dense_cache_bytes())
-    _insert_empty_linears(hf_model, units, config, cache)
-    _load_tensors(path, hf_model, manifest["tensors"])
-    hf_model.eval().requires_grad_(False)
-    check_vocabulary(str(path), tokenizer, hf_model)
-    check_units(hf_model, units)
-    return NestedCausalLM(hf_model, tokenizer, config, units, cache, calibration)
+        raise _unbuildable(path, error) from error
+    return hf_model
+
+
+def _unbuildable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be built from its files ({first_line(error)}); {_COPY_AGAIN}")
 
 
 def is_nested_checkpoint(path: Path) -> bool:
@@ -152,22 +172,11 @@ def load_model(
     path = resolve_model(path)
     if is_nested_checkpoint(Path(path)):
         return load_checkpoint(Path(path))
-    hf_model, tokenizer = load_causal_lm(path)
     config = config or QuantizationConfig()
-    model = nest(hf_model, tokenizer, config, keep_reference=keep_reference, progress=progress)
+    loaded, tokenizer = load_causal_lm(path) if keep_reference else load_for_serving(path)
+    model = nest(loaded, tokenizer, config, keep_reference=keep_reference, progress=progress)
     return_freed_memory()
     return model
-
-
-def _stored(hf_model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; a tied one only under the first of its names."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in hf_model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor
-    return tensors
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
@@ -198,7 +207,7 @@ def _write_config(model: NestedCausalLM, directory: Path) -> None:
     generation = getattr(hf_model, "generation_config", None)
     if generation is not None:
         # Not save_pretrained: it refuses what many published models have, such as a temperature without sampling.
-        generation.to_json_file(directory / _GENERATION_FILE)
+        generation.to_json_file(directory / GENERATION_FILE)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -241,10 +250,11 @@ def _check_files(path: Path, hashes: dict[str, Any]) -> None:
             )
 
 
-def _read_config(path: Path) -> tuple[Any, QuantizationConfig, Calibration | None]:
-    """Reads config.json, whose hash is right, into transformers' configuration and ours."""
+def _read_config(path: Path) -> tuple[dict[str, Any], QuantizationConfig, Calibration | None]:
+    """Reads config.json, whose hash is right, into the entries of the unquantised model and our configuration."""
     file = path / CONFIG_FILE
-    stored = _read_json(file).get("quantization_config")
+    entries = _read_json(file)
+    stored = entries.pop("quantization_config", None)
     if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
         raise InputError(f"{file} has no quantization_config of method {QUANT_METHOD!r}; pass a nested checkpoint")
     for key, expected in (("version", CHECKPOINT_VERSION), ("planes", NUM_PLANES), ("bit_order", BIT_ORDER)):
@@ -265,43 +275,17 @@ def _read_config(path: Path) -> tuple[Any, QuantizationConfig, Calibration | Non
         calibration = Calibration(**stored["calibration"]) if "calibration" in stored else None
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{file}: bad quantization_config ({first_line(error)}); {_COPY_AGAIN}") from error
-    try:
-        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever the model's own configuration class does
-        raise InputError(f"{file}: not a model that transformers knows ({first_line(error)}); update it") from error
-    del hf_config.quantization_config  # of the stored tensors, not of the model that is built
-    return hf_config, config, calibration
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside the block hold parameters without storage: no memory, no random initialisation.
-
-    Unlike on torch's meta device, buffers are real: rotary frequencies are computed at construction and stored nowhere.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        # A parameter that is on meta already must keep its identity: that is how embeddings are tied.
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return entries, config, calibration
 
 
 def _insert_empty_linears(
-    hf_model: PreTrainedModel, units: tuple[Unit, ...], config: QuantizationConfig, cache: DenseCache
+    model: PreTrainedModel | LlamaTree, units: tuple[Unit, ...], config: QuantizationConfig, cache: DenseCache
 ) -> None:
     """Replaces the linears of a model without storage by nested ones without storage."""
     for unit_idx, unit in enumerate(units):
         for name in unit.linears:
-            linear = hf_model.get_submodule(name)
-            assert isinstance(linear, nn.Linear | Conv1D)
+            linear = model.get_submodule(name)
+            assert is_dense(linear)
             shape = linear.weight.shape
             num_outputs, num_inputs = shape if isinstance(linear, nn.Linear) else (shape[1], shape[0])
             num_padded = padded_inputs(num_inputs)
@@ -315,15 +299,15 @@ def _insert_empty_linears(
                 num_inputs,
             )
             bias = None if linear.bias is None else linear.bias.detach()
-            hf_model.set_submodule(name, NestedLinear(weight, bias, unit_idx=unit_idx, cache=cache))
+            model.set_submodule(name, NestedLinear(weight, bias, unit_idx=unit_idx, cache=cache))
 
 
-def _load_tensors(path: Path, hf_model: PreTrainedModel, listed: dict[str, dict[str, Any]]) -> None:
+def _load_tensors(path: Path, model: PreTrainedModel | LlamaTree, listed: dict[str, dict[str, Any]]) -> None:
     """Fills a model without storage, checking every tensor against the model, the manifest and its hash."""
     file = path / TENSORS_FILE
-    wanted = _stored(hf_model)
+    wanted = stored_tensors(model)
     _check_names(listed, wanted, f"{path / MANIFEST_FILE}")
-    loaded: dict[int, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     try:
         with safe_open(file, framework="pt") as tensors:
             _check_names(tensors.keys(), wanted, f"{file}")
@@ -331,13 +315,10 @@ def _load_tensors(path: Path, hf_model: PreTrainedModel, listed: dict[str, dict[
                 # A copy: what safetensors returns is mapped from the file and would change with it after the check.
                 tensor = tensors.get_tensor(name).clone()
                 _check_tensor(f"{file}: {name}", tensor, place, listed[name])
-                tensor = tensor.to(place.dtype)
-                loaded[id(place)] = nn.Parameter(tensor, False) if isinstance(place, nn.Parameter) else tensor
+                loaded[name] = tensor.to(place.dtype)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: damaged or cut short ({first_line(error)}); {_COPY_AGAIN}") from error
-    # Tied names get one parameter between them: the one that their common place was filled with.
-    state = {name: loaded[id(place)] for name, place in hf_model.state_dict(keep_vars=True).items()}
-    hf_model.load_state_dict(state, assign=True)
+    fill(model, loaded)
 
 
 def _check_names(found: Iterable[str], wanted: Iterable[str], where: str) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from huggingface_hub import constants, get_session, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import constants
 
 from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import read_json
@@ -57,6 +56,15 @@ def indexed_files(directory: Path) -> set[str]:
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
+    # Here, not above: the client takes a quarter of a second, and a directory needs none of it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
     silence = _why_silent()
     try:
         return Path(
@@ -91,6 +99,8 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
 
 def _why_silent() -> str | None:
     """Why the hub is not asked, or None if it answers."""
+    from huggingface_hub import get_session
+
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     failure: list[str | None] = [f"{constants.ENDPOINT} did not answer within {PATIENCE_S:g} s"]

@@ -12,19 +12,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.kernels import launching, reference
+from flexquant_rl.kernels import reference
 from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.signal_constants import NORM_FLOOR
 
+if TYPE_CHECKING:  # serving imports this module, and must not pull in transformers with it
+    from transformers.pytorch_utils import Conv1D
+
 REFERENCE_WIDTH = 0
 """Stands for the unquantised weights wherever a bit-width is expected."""
+CONV1D = "transformers.pytorch_utils.Conv1D"
+"""The class of GPT-2's linears, by name: an import of it would pull in transformers."""
 
 
 class _UnitGroups:
@@ -134,6 +139,16 @@ def logits_under(
     return logits.float()
 
 
+def is_conv1d(module: nn.Module) -> TypeGuard[Conv1D]:
+    """Whether a module is GPT-2's linear, whose matrix is transposed; does not import it."""
+    return any(f"{kind.__module__}.{kind.__name__}" == CONV1D for kind in type(module).__mro__)
+
+
+def is_dense(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a module is a linear that can be nested."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 class DenseCache:
     """Keeps the most recently used dequantised matrices, up to a number of bytes.
 
@@ -176,8 +191,7 @@ def _decoded(weight: NestedWeight, bit_width: int) -> Tensor:
     if _has_kernel(weight.planes.device) and bit_width >= weight.bit_widths[0]:
         with torch.cuda.device_of(weight.planes):  # Triton launches on the current device
             width = torch.full((1,), bit_width, dtype=torch.int32, device=weight.planes.device)
-            # Here, not above: Triton takes a quarter of a second, and a CPU needs none of it.
-            from flexquant_rl.kernels import dequantize as device_kernel
+            from flexquant_rl.kernels import dequantize as device_kernel  # here, not above: as in _has_kernel
 
             return device_kernel.dequantize(weight, width, dtype=torch.float32)
     # Stored by columns: a matrix product of few tokens runs up to twice as fast that way round on a CPU.
@@ -185,7 +199,12 @@ def _decoded(weight: NestedWeight, bit_width: int) -> Tensor:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and launching.why_not_triton(device) is None
+    if device.type != "cuda":
+        return False
+    # Here, not above: Triton takes a quarter of a second, and a CPU needs none of it.
+    from flexquant_rl.kernels import launching
+
+    return launching.why_not_triton(device) is None
 
 
 class NestedLinear(nn.Module):

@@ -7,34 +7,37 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from flexquant_rl.engine.decoding.kv_cache import RowCache
-from flexquant_rl.engine.errors import InputError, first_line
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.freed_memory import return_freed_memory
-from flexquant_rl.engine.hub import snapshot_config, snapshot_weights
-from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, layer_hook, logits_under
-from flexquant_rl.engine.plain_model import (
-    check_directory,
-    check_loaded,
-    check_no_state,
-    check_stored,
-    check_vocabulary,
-    check_weights,
-    weight_files,
+from flexquant_rl.engine.hf_modules import full_model
+from flexquant_rl.engine.linear import (
+    DenseCache,
+    NestedLinear,
+    WidthPlan,
+    is_conv1d,
+    is_dense,
+    layer_hook,
+    logits_under,
 )
+from flexquant_rl.engine.llama_tree import LlamaTree
+from flexquant_rl.engine.plain_model import check_no_state, check_weights
 from flexquant_rl.engine.probe import check_decoding, rotations
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.bitplane import NestedWeight
+
+if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving needs none of it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.pytorch_utils import Conv1D
+
+    from flexquant_rl.engine.decoding.kv_cache import RowCache
 
 _MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 10 << 30
 
@@ -80,7 +83,7 @@ class NestedCausalLM:
     """A causal LM with one stored copy of nested weights.
 
     Attributes:
-        hf_model: The Hugging Face model, evaluation mode, float32, its linears replaced by `NestedLinear`.
+        tree: Its modules under Hugging Face's names, evaluation mode, float32, linears replaced by `NestedLinear`.
         tokenizer: Its tokenizer.
         config: How it was quantised.
         calibration: The text that it was calibrated on, or None.
@@ -90,14 +93,14 @@ class NestedCausalLM:
 
     def __init__(
         self,
-        hf_model: PreTrainedModel,
+        tree: PreTrainedModel | LlamaTree,
         tokenizer: PreTrainedTokenizerBase,
         config: QuantizationConfig,
         units: tuple[Unit, ...],
         dense_cache: DenseCache,
         calibration: Calibration | None = None,
     ) -> None:
-        self.hf_model = hf_model
+        self.tree = tree
         self.tokenizer = tokenizer
         self.config = config
         self.calibration = calibration
@@ -106,11 +109,24 @@ class NestedCausalLM:
         self.bit_widths = config.bit_widths
         self._body_units = [index for index, unit in enumerate(units) if unit.kind != "head"]
         self._has_head_unit = units[-1].kind == "head"
-        self._layers = decoder_layers(hf_model)
-        for layer_idx, layer in enumerate(self._layers):
-            layer.register_forward_hook(layer_hook(layer_idx), with_kwargs=True)
+        if not isinstance(tree, LlamaTree):  # whose layers are not called
+            _observe_layers(tree)
         self._unit_layer = torch.tensor([unit.layer_idx for unit in units])
         self.fingerprint = _fingerprint(self.nested_linears(), units, self.bit_widths)
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """Hugging Face's model, which can be called.
+
+        Made on first use from a `LlamaTree`, and from then on the tree.
+        """
+        tree = self.tree
+        if isinstance(tree, LlamaTree):
+            # Two threads at once make one each, of the same weights: either will do.
+            tree = full_model(tree)
+            _observe_layers(tree)
+            self.tree = tree
+        return tree
 
     @property
     def num_units(self) -> int:
@@ -120,22 +136,22 @@ class NestedCausalLM:
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
-        return len(self._layers)
+        return int(self.tree.config.get_text_config().num_hidden_layers)
 
     @property
     def vocab_size(self) -> int:
         """Size of the output distribution."""
-        return int(self.hf_model.config.get_text_config().vocab_size)
+        return int(self.tree.config.get_text_config().vocab_size)
 
     @property
     def max_context(self) -> int:
         """Tokens that the model can attend to; a sliding window counts as the limit."""
-        return max_context(self.hf_model)
+        return max_context(self.tree)
 
     @property
     def context_note(self) -> str:
         """Why the context ends earlier than the model's configuration says, in brackets, or nothing."""
-        config = self.hf_model.config.get_text_config()
+        config = self.tree.config.get_text_config()
         if self.max_context == _rotary_limit(config):
             return " (where longrope changes the rotary factors of all positions)"
         return " (its sliding window)" if self.max_context == getattr(config, "sliding_window", None) else ""
@@ -143,12 +159,13 @@ class NestedCausalLM:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.hf_model.device
+        return self.tree.device
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text: those of the generation configuration, often several, and the tokenizer's own."""
-        configured = getattr(self.hf_model.generation_config, "eos_token_id", None)
+        source = self.tree if isinstance(self.tree, LlamaTree) else self.tree.generation_config
+        configured = getattr(source, "eos_token_id", None)
         listed = configured if isinstance(configured, list | tuple) else [configured]
         return tuple(sorted({int(t) for t in (*listed, self.tokenizer.eos_token_id) if t is not None}))
 
@@ -171,7 +188,7 @@ class NestedCausalLM:
 
     def nested_linears(self) -> dict[str, NestedLinear]:
         """All nested linears by module name, in model order."""
-        return {name: m for name, m in self.hf_model.named_modules() if isinstance(m, NestedLinear)}
+        return {name: m for name, m in self.tree.named_modules() if isinstance(m, NestedLinear)}
 
     def weight_bytes(self, unit_idx: int, bit_width: int) -> int:
         """Bytes of nested weights that one token's pass reads for a unit at a width."""
@@ -180,7 +197,7 @@ class NestedCausalLM:
 
     def embedding_matrix(self) -> Tensor:
         """Input embeddings, `[vocab, d]`."""
-        embedding = self.hf_model.get_input_embeddings()
+        embedding = self.tree.get_input_embeddings()
         assert isinstance(embedding, nn.Embedding)
         return embedding.weight.detach()
 
@@ -197,7 +214,7 @@ class NestedCausalLM:
     def to(self, device: torch.device | str) -> NestedCausalLM:
         """Moves the model; dequantised copies are dropped."""
         self.dense_cache.clear()
-        self.hf_model.to(device)  # type: ignore[arg-type]
+        self.tree.to(device)  # type: ignore[arg-type]
         return self
 
     @torch.inference_mode()
@@ -247,7 +264,13 @@ def dense_cache_bytes() -> int:
     return min(max(memory // 2, _MIN_CACHE_BYTES), _MAX_CACHE_BYTES)
 
 
-def max_context(hf_model: PreTrainedModel) -> int:
+def _observe_layers(hf_model: PreTrainedModel) -> None:
+    """Has the layers' statistics taken in every pass."""
+    for layer_idx, layer in enumerate(decoder_layers(hf_model)):
+        layer.register_forward_hook(layer_hook(layer_idx), with_kwargs=True)
+
+
+def max_context(hf_model: PreTrainedModel | LlamaTree) -> int:
     """Tokens that a model can attend to; a sliding window, or the switch of longrope's factors, counts as the limit."""
     config = hf_model.config.get_text_config()
     limit = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
@@ -265,7 +288,7 @@ def _rotary_limit(config: Any) -> int | None:
     return min((int(limit) for limit in limits if limit), default=None)
 
 
-def decoder_layers(hf_model: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(hf_model: PreTrainedModel | LlamaTree) -> nn.ModuleList:
     """Finds the list of decoder layers, whatever the architecture calls it.
 
     Raises:
@@ -283,10 +306,10 @@ def decoder_layers(hf_model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear | Conv1D | NestedLinear]:
-    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D | NestedLinear)}
+    return {n: m for n, m in module.named_modules() if isinstance(m, NestedLinear) or is_dense(m)}
 
 
-def make_units(hf_model: PreTrainedModel, config: QuantizationConfig) -> tuple[Unit, ...]:
+def make_units(hf_model: PreTrainedModel | LlamaTree, config: QuantizationConfig) -> tuple[Unit, ...]:
     """Cuts a model into units, before or after its linears have been replaced."""
     names = {module: name for name, module in hf_model.named_modules()}
     units = []
@@ -316,7 +339,7 @@ def make_units(hf_model: PreTrainedModel, config: QuantizationConfig) -> tuple[U
     return tuple(units)
 
 
-def _has_experts(hf_model: PreTrainedModel) -> bool:
+def _has_experts(hf_model: PreTrainedModel | LlamaTree) -> bool:
     config = hf_model.config.get_text_config()
     return any(getattr(config, f"{prefix}_experts", None) for prefix in ("num", "num_local", "n_routed", "moe_num"))
 
@@ -339,7 +362,7 @@ def _num_weights(linear: nn.Linear | Conv1D | NestedLinear) -> int:
 
 
 def nest(
-    hf_model: PreTrainedModel,
+    hf_model: PreTrainedModel | LlamaTree,
     tokenizer: PreTrainedTokenizerBase,
     config: QuantizationConfig,
     *,
@@ -366,19 +389,23 @@ def nest(
     if config.method == "gptq" and calibration is None:
         raise InputError(CALIBRATION_MISSING)
     check_weights(hf_model)
-    check_no_state(type(hf_model).__name__, hf_model.config)
+    if not isinstance(hf_model, LlamaTree):
+        check_no_state(type(hf_model).__name__, hf_model.config)
     hf_model.float().eval()
     for name, parameter in hf_model.named_parameters():
         check_finite(name, parameter)
     units = make_units(hf_model, config)
     unit_of = check_units(hf_model, units)
     cache = DenseCache(dense_cache_bytes())
-    hessians = repeat(None) if calibration is None else _input_hessians(hf_model, units, calibration)
+    hessians: Iterator[Tensor | None] = repeat(None)
+    if calibration is not None:
+        assert not isinstance(hf_model, LlamaTree), "calibration runs the model"
+        hessians = _input_hessians(hf_model, units, calibration)
     for (name, unit_idx), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
         linear = hf_model.get_submodule(name)
-        assert isinstance(linear, nn.Linear | Conv1D)
+        assert is_dense(linear)
         dense = linear.weight.detach().float()
-        dense = dense.T.contiguous() if isinstance(linear, Conv1D) else dense
+        dense = dense.T.contiguous() if is_conv1d(linear) else dense
         nested = _quantize(dense, hessian, config, name)
         bias = None if linear.bias is None else linear.bias.detach()
         replacement = NestedLinear(
@@ -395,10 +422,11 @@ def nest(
     return NestedCausalLM(hf_model, tokenizer, config, units, cache, facts)
 
 
-def check_units(hf_model: PreTrainedModel, units: tuple[Unit, ...]) -> dict[str, int]:
+def check_units(hf_model: PreTrainedModel | LlamaTree, units: tuple[Unit, ...]) -> dict[str, int]:
     """Returns the unit of every linear by module name; InputError if the model cannot be decoded (see probe.py)."""
     unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
-    check_decoding(hf_model, unit_of, list(decoder_layers(hf_model)), max_context(hf_model))
+    if not isinstance(hf_model, LlamaTree):  # all of its families can be
+        check_decoding(hf_model, unit_of, list(decoder_layers(hf_model)), max_context(hf_model))
     return unit_of
 
 
@@ -426,53 +454,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"{name} holds {count} NaN or infinite values; weights must be finite: repair the checkpoint")
-
-
-def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads an unquantised causal LM in float32 from a directory or, by name, from the hub.
-
-    Raises:
-        InputError: If it is missing, not a causal LM, incomplete, quantised already or unreadable.
-    """
-    is_name = not Path(path).exists() and not path.startswith((".", "/", "~")) and path.count("/") <= 1
-    directory = snapshot_config(path) if is_name else Path(path)
-    check_directory(path, directory)
-    config = _from_files(path, AutoConfig, directory)
-    check_no_state(path, config)
-    # Before the weights: it takes less time.
-    tokenizer: PreTrainedTokenizerBase = _from_files(f"{path}: its tokenizer", AutoTokenizer, directory)
-    if is_name:
-        snapshot_weights(path, directory)
-    check_stored(path, weight_files(path, directory))
-    hf_model, info = _from_files(
-        path,
-        AutoModelForCausalLM,
-        directory,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the information, and refused by name
-    )
-    check_loaded(path, hf_model, info)
-    check_vocabulary(path, tokenizer, hf_model)
-    hf_model.eval()
-    return hf_model, tokenizer
-
-
-def _from_files(what: str, kind: Any, directory: Path, **options: Any) -> Any:
-    """`kind.from_pretrained`, whatever it raises as an InputError."""
-    try:
-        return kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
-    except Exception as error:  # transformers and safetensors raise a dozen types for a bad directory
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{what} needs code of its own, which is never run; use a model that transformers itself knows"
-            ) from error
-        reason = first_line(error)
-        if "above report" in reason:  # which nobody sees
-            reason = "its tensors are not those of this architecture"
-        where = "" if kind is AutoTokenizer else " as a causal LM"
-        raise InputError(f"{what} cannot be loaded{where} ({reason}); check the directory or name") from error
 
 
 def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_widths: tuple[int, ...]) -> str:

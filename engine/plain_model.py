@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json
 from flexquant_rl.engine.hub import INDEX_FILE, WEIGHTS_FILE, indexed_files
-from flexquant_rl.engine.linear import NestedLinear
+from flexquant_rl.engine.linear import CONV1D, is_dense
+from flexquant_rl.engine.llama_tree import LlamaTree
+
+if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving needs none of it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Newer ForCausalLM, older LMHeadModel (GPT-2).
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -48,8 +50,8 @@ _MARKS = {
 }
 # In the names of layer types that keep a state; `hybrid` has both at once.
 _STATES = ("mamba", "ssm", "conv", "recurrent", "linear_attention", "lightning", "delta", "rwkv", "lstm")
-# Computes what nn.Linear does, term by term.
-_LIKE_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
+# They compute what nn.Linear does, term by term.
+_LIKE_LINEAR = (CONV1D, "transformers.models.falcon.modeling_falcon.FalconLinear")
 
 
 def check_directory(path: str, directory: Path) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _check_config(path: str, config: dict[str, Any]) -> None:
         if quantization:
             raise InputError(f"{path}: already quantised by {_method(quantization)}; {_ORIGINAL}")
     kind = config.get("model_type")
-    if "auto_map" in config and kind not in CONFIG_MAPPING:
+    if "auto_map" in config and not _is_known(kind):
         raise InputError(
             f"{path} needs code of its own (model_type={kind!r}, auto_map in config.json), which is never run; use a "
             "model that transformers itself knows"
@@ -112,6 +114,12 @@ def _check_config(path: str, config: dict[str, Any]) -> None:
         raise InputError(
             f"{path} is a {architectures[0]}, not a causal language model; a decoder that generates text is needed"
         )
+
+
+def _is_known(kind: Any) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING
 
 
 def _method(quantization: Any) -> str:
@@ -217,6 +225,8 @@ def check_no_state(path: str, config: Any) -> None:
         path: What the user called the model.
         config: transformers' configuration.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
     others = sorted(str(kind) for kind in kinds if kind == "hybrid" or any(part in str(kind) for part in _STATES))
@@ -231,18 +241,16 @@ def check_no_state(path: str, config: Any) -> None:
         )
 
 
-def check_weights(hf_model: PreTrainedModel) -> None:
+def check_weights(hf_model: PreTrainedModel | LlamaTree) -> None:
     """Raises InputError unless all weights of a model in memory are plain: known linears, floating-point tensors."""
     quantization = getattr(hf_model.config, "quantization_config", None)
     if quantization:
         raise InputError(f"{type(hf_model).__name__}: already quantised by {_method(quantization)}; {_ORIGINAL}")
     for name, module in hf_model.named_modules():
         kind = type(module)
-        if isinstance(module, nn.Linear | Conv1D) and kind not in (nn.Linear, Conv1D, NestedLinear):
+        if is_dense(module) and kind is not nn.Linear and f"{kind.__module__}.{kind.__name__}" not in _LIKE_LINEAR:
             library = kind.__module__.partition(".")[0]
             if library == "transformers":
-                if f"{kind.__module__}.{kind.__name__}" == _LIKE_LINEAR:
-                    continue
                 raise InputError(
                     f"{name} is a {kind.__name__}, which computes more than nn.Linear does and cannot be nested; use a "
                     "model whose layers are made of plain linears"
@@ -257,7 +265,7 @@ def check_weights(hf_model: PreTrainedModel) -> None:
             raise InputError(f"{name} is a {holder.__name__} of {dtype}: already quantised; {_ORIGINAL}")
 
 
-def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, hf_model: PreTrainedModel) -> None:
+def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, hf_model: PreTrainedModel | LlamaTree) -> None:
     """Raises InputError if a tokenizer has an id that the model has no embedding for.
 
     A placeholder for images or sound that a text model shares with its larger sibling (Gemma 3) is no token of a text.

@@ -11,15 +11,18 @@ import inspect
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.linear import WidthPlan, layer_hook, logits_under
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flexquant_rl.engine.decoding.kv_cache import RowCache
 
 _NUM_TOKENS = 5
 _TINY = 1e-6
@@ -147,7 +150,7 @@ class _Probe:
 
     def check_rows(self) -> None:
         """Compares rows that are extended together, one of them two tokens behind, with both of them read at once."""
-        cache = RowCache(self._num_layers, 2, _NUM_TOKENS, self._hf_model.device)
+        cache = self._cache(2, _NUM_TOKENS)
         ahead = self._continue(cache, self._token_ids[1:, :2], self._widths[1:, :2], row=1)
         outputs: list[list[Tensor]] = [[], [ahead[0]]]
         for begin, end in ((0, 2), (2, 3)):  # several tokens, and one: models may have a way of their own for that
@@ -166,7 +169,7 @@ class _Probe:
         """Compares a step to the last position with one pass over the same tokens and positions."""
         token_ids, widths = self._token_ids[:1, :4], self._widths[:1, :4]
         positions = torch.tensor([[0, 1, 2, max_context - 1]], device=self._hf_model.device)
-        caches = [RowCache(self._num_layers, 1, 4, self._hf_model.device) for _ in range(2)]
+        caches = [self._cache(1, 4) for _ in range(2)]
         whole = self._continue(caches[0], token_ids, widths, positions=positions)
         parts = [
             self._continue(caches[1], token_ids[:, part], widths[:, part], positions=positions[:, part])
@@ -185,6 +188,11 @@ class _Probe:
                 return "it is an encoder, whose earlier tokens see the later ones"
         error = float((stepped - whole[row, : len(stepped)]).abs().max())
         return f"its logits differ by {error:.2g} from those of the same text read at once"
+
+    def _cache(self, num_rows: int, max_length: int) -> RowCache:
+        from flexquant_rl.engine.decoding.kv_cache import RowCache  # a cache of transformers
+
+        return RowCache(self._num_layers, num_rows, max_length, self._hf_model.device)
 
     def _continue(
         self,

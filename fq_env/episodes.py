@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.bits_display import coloured_text
 from flexquant_rl.engine.control.controller import StaticController, TorchController
@@ -23,6 +23,9 @@ from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.reference import Reference, SteppingReference, TextReference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

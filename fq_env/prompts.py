@@ -6,15 +6,17 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.fq_env.text_files import Documents, documents_of, is_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "validation", "test"]
 

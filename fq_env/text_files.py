@@ -12,12 +12,13 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, overload
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.json_rows import field_names, row_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A document ends with the first paragraph that reaches _CHUNK_CHARS; a paragraph is cut only where it is much longer.
 _CHUNK_CHARS = 4000

@@ -15,7 +15,8 @@ from flexquant_rl.engine.checkpoint import is_nested_checkpoint, save_checkpoint
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory
-from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, max_context, nest
+from flexquant_rl.engine.loading import load_causal_lm
+from flexquant_rl.engine.model import NestedCausalLM, max_context, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread, thinned

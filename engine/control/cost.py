@@ -165,7 +165,7 @@ def roofline_cost(model: NestedCausalLM, *, bandwidth_gb_s: float = NOMINAL_BAND
     per_ms = bandwidth_gb_s * 1e6
     unit_bytes = [[model.weight_bytes(unit, b) for b in model.bit_widths] for unit in range(model.num_units)]
     other = 0
-    for module in model.hf_model.modules():
+    for module in model.tree.modules():
         if isinstance(module, nn.Embedding):
             continue  # a step reads one row of it; a head tied to it is a module of its own
         other += sum(tensor.nbytes for tensor in module.parameters(recurse=False))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.streamed_text import StopStrings, StreamedText
 from flexquant_rl.engine.decoding.decoder import check_ids, check_vocabulary
 from flexquant_rl.engine.decoding.sampling_bounds import check_sampling, check_seed
 from flexquant_rl.engine.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 

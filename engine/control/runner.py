@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.control.controller import Controller
 from flexquant_rl.engine.control.cost import clock_ms
@@ -23,6 +23,9 @@ from flexquant_rl.engine.control.request import GeneratedToken, Request, Running
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput, check_vocabulary
 from flexquant_rl.engine.decoding.next_token import Greedy, NextTokens, Replay, Sampler
 from flexquant_rl.engine.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def why_not_graph(model: NestedCausalLM, policy: Policy) -> str | None:
 
 
 def _why_not_by_kernels(model: NestedCausalLM) -> str | None:
-    reason = why_other_numbers(model.hf_model)
+    reason = why_other_numbers(model.tree)
     if reason is not None:
         return reason
     device = model.device
@@ -51,7 +51,7 @@ def _why_not_by_kernels(model: NestedCausalLM) -> str | None:
     reason = launching.why_not_triton(device)
     if reason is not None:
         return reason
-    for name, module in decoder_layers(model.hf_model).named_modules():
+    for name, module in decoder_layers(model.tree).named_modules():
         if name.endswith("_proj") and not isinstance(module, NestedLinear):
             return f"layers.{name} is not nested"
     num_inputs = model.embedding_matrix().shape[1]

@@ -105,7 +105,7 @@ def fuse_weights(model: NestedCausalLM) -> None:
     The model holds the same numbers as before, still once: its modules' tensors become rows of these matrices, one
     layer after the other, so that no more than a layer ever exists twice.
     """
-    for layer in decoder_layers(model.hf_model):
+    for layer in decoder_layers(model.tree):
         parts: Any = layer
         attention, mlp = parts.self_attn, parts.mlp
         _put_together([attention.q_proj, attention.k_proj, attention.v_proj])

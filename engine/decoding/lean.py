@@ -37,7 +37,7 @@ def why_not_lean(model: NestedCausalLM) -> str | None:
     Raises:
         InputError: If `FQ_CPU_ISA` names a body that this machine cannot run.
     """
-    reason = why_other_numbers(model.hf_model)
+    reason = why_other_numbers(model.tree)
     if reason is not None:
         return reason
     if model.device.type != "cpu":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flexquant_rl.engine.linear import NestedLinear
+from flexquant_rl.engine.llama_tree import LlamaTree
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
 from flexquant_rl.kernels.native_decoder import DecoderWeights, LayerWeights, LinearWeights
 
@@ -26,6 +27,8 @@ def why_other_numbers(hf_model: Any) -> str | None:
     heads and the factor of yarn are read from the modules. What a configuration holds beyond these (logit scaling, soft
     caps) transformers' classes of these four types ignore too.
     """
+    if isinstance(hf_model, LlamaTree):  # which holds no other model
+        return None
     config = hf_model.config.get_text_config()
     kind = config.model_type
     if kind not in LEAN_MODEL_TYPES:
@@ -59,22 +62,22 @@ def _head_dim(config: Any) -> int:
 
 def decoder_weights(model: NestedCausalLM, max_length: int) -> DecoderWeights:
     """Finds the parts of a Llama-family model under the names that Hugging Face gives them."""
-    hf_model: Any = model.hf_model
-    config: Any = hf_model.config.get_text_config()
+    tree: Any = model.tree
+    config: Any = tree.config.get_text_config()
     head_dim = _head_dim(config)
     positions = torch.arange(max_length)[None]
-    cosine, sine = hf_model.model.rotary_emb(torch.zeros(1, 1, dtype=torch.float32), positions)
+    cosine, sine = tree.model.rotary_emb(torch.zeros(1, 1, dtype=torch.float32), positions)
     half = head_dim // 2
     by_layer: dict[int, dict[str, int]] = {}
     for index, unit in enumerate(model.units):
         kinds = ("attention", "mlp") if unit.kind == "layer" else (unit.kind,)
         by_layer.setdefault(unit.layer_idx, {}).update(dict.fromkeys(kinds, index))
-    layers = [_layer(layer, by_layer[index]) for index, layer in enumerate(decoder_layers(model.hf_model))]
-    head = hf_model.get_output_embeddings()
+    layers = [_layer(layer, by_layer[index]) for index, layer in enumerate(decoder_layers(model.tree))]
+    head = tree.get_output_embeddings()
     return DecoderWeights(
         layers=layers,
         embedding=_plain(model.embedding_matrix()),
-        final_norm=_plain(hf_model.model.norm.weight),
+        final_norm=_plain(tree.model.norm.weight),
         head=_linear(head),
         head_unit=by_layer[model.num_layers]["head"] if isinstance(head, NestedLinear) else -1,
         cosine=_plain(cosine[0, :, :half]),
@@ -83,7 +86,7 @@ def decoder_weights(model: NestedCausalLM, max_length: int) -> DecoderWeights:
         num_key_value_heads=int(config.num_key_value_heads),
         head_dim=head_dim,
         norm_epsilon=float(config.rms_norm_eps),
-        attention_scale=float(hf_model.model.layers[0].self_attn.scaling),
+        attention_scale=float(tree.model.layers[0].self_attn.scaling),
         num_units=model.num_units,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,12 @@ from flexquant_rl.engine.decoding.decoder import (
     check_truncation,
     check_width_shape,
 )
-from flexquant_rl.engine.decoding.kv_cache import RowCache
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import REFERENCE_WIDTH
 from flexquant_rl.engine.model import ForwardResult, NestedCausalLM
+
+if TYPE_CHECKING:
+    from flexquant_rl.engine.decoding.kv_cache import RowCache
 
 _SCORE_TOKENS_PER_PASS = 8192
 """Tokens per parallel pass: bounds the logits' memory (8,192 x 4,096 x 4 bytes = 128 MiB on the embedded model)."""
@@ -38,6 +42,9 @@ class DecodeSession:
     """
 
     def __init__(self, model: NestedCausalLM, *, num_rows: int = 1, max_length: int | None = None) -> None:
+        # Here, not above: it is a cache of transformers, which the lean decoder needs not.
+        from flexquant_rl.engine.decoding.kv_cache import RowCache
+
         max_length = check_max_length(max_length, model)
         self._model = model
         self._num_rows = num_rows

@@ -11,14 +11,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.linear import is_conv1d, is_dense
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tokens of one pass: bounds the memory of activations.
 _BATCH_TOKENS = 2048
@@ -146,8 +148,8 @@ def _gathering(hf_model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict
     linears = {name: hf_model.get_submodule(name) for name in names}
     sums: dict[str, Tensor] = {}
     for name, linear in linears.items():
-        assert isinstance(linear, nn.Linear | Conv1D)
-        num_inputs = linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+        assert is_dense(linear)
+        num_inputs = linear.weight.shape[0 if is_conv1d(linear) else 1]
         sums[name] = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=linear.weight.device)
     latest: list[Tensor] = []  # the last input and its product: attention and MLP feed one input to several linears
 

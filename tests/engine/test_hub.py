@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from flexquant_rl.engine import hub
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.model import load_causal_lm
+from flexquant_rl.engine.loading import load_causal_lm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

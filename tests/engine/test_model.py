@@ -33,7 +33,8 @@ from transformers import (
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
-from flexquant_rl.engine.model import NestedCausalLM, load_causal_lm, nest
+from flexquant_rl.engine.loading import load_causal_lm
+from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.reference import dequantize
 

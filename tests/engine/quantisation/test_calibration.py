@@ -28,7 +28,8 @@ from transformers import (
 from flexquant_rl import cli
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.model import NestedCausalLM, decoder_layers, load_causal_lm, make_units, nest
+from flexquant_rl.engine.loading import load_causal_lm
+from flexquant_rl.engine.model import NestedCausalLM, decoder_layers, make_units, nest
 from flexquant_rl.engine.quantisation import calibration
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
 from flexquant_rl.engine.quantisation.config import QuantizationConfig

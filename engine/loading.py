@@ -1,0 +1,154 @@
+"""Plain models from directories and hub names: as Hugging Face's modules, or as what serving needs of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from flexquant_rl.engine.errors import InputError, first_line
+from flexquant_rl.engine.files import read_json
+from flexquant_rl.engine.hf_modules import fill, parameters_on_meta, stored_tensors
+from flexquant_rl.engine.hub import snapshot_config, snapshot_weights
+from flexquant_rl.engine.llama_tree import LlamaTree, is_token_id, read_shape
+from flexquant_rl.engine.plain_model import (
+    check_directory,
+    check_loaded,
+    check_no_state,
+    check_stored,
+    check_vocabulary,
+    weight_files,
+)
+
+if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving needs none of it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GENERATION_FILE = "generation_config.json"
+
+
+def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads an unquantised causal LM in float32 from a directory or, by name, from the hub.
+
+    Raises:
+        InputError: If it is missing, not a causal LM, incomplete, quantised already or unreadable.
+    """
+    hf_model, tokenizer = _load(path, as_tree=False)
+    assert not isinstance(hf_model, LlamaTree)
+    return hf_model, tokenizer
+
+
+def load_for_serving(path: str) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase]:
+    """`load_causal_lm`, without Hugging Face's modules where the model can be served without them."""
+    return _load(path, as_tree=True)
+
+
+def _load(path: str, *, as_tree: bool) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase]:
+    is_name = not Path(path).exists() and not path.startswith((".", "/", "~")) and path.count("/") <= 1
+    directory = snapshot_config(path) if is_name else Path(path)
+    entries = check_directory(path, directory)
+    tree = empty_tree(directory, entries) if as_tree else None
+    if tree is None:
+        from transformers import AutoConfig
+
+        check_no_state(path, _from_files(path, AutoConfig, directory))
+    # Before the weights: it takes less time.
+    tokenizer = _tokenizer(path, directory, entries)
+    if is_name:
+        snapshot_weights(path, directory)
+    files = weight_files(path, directory)
+    check_stored(path, files)
+    loaded = tree if tree is not None and _fill_from(files, tree) else _hf_model(path, directory)
+    check_vocabulary(path, tokenizer, loaded)
+    return loaded.eval(), tokenizer
+
+
+def empty_tree(directory: Path, entries: dict[str, Any]) -> LlamaTree | None:
+    """The modules that a directory with this config.json describes, without storage; None if transformers must say."""
+    shape = read_shape(entries)
+    generation = None
+    if (directory / GENERATION_FILE).is_file():
+        try:
+            generation = read_json(directory / GENERATION_FILE)
+        except (OSError, ValueError):
+            return None
+        if not isinstance(generation, dict) or not is_token_id(generation.get("eos_token_id"), several=True):
+            return None
+    if shape is None:
+        return None
+    with parameters_on_meta():
+        return LlamaTree(shape, generation)
+
+
+def _fill_from(files: Sequence[Path], tree: LlamaTree) -> bool:
+    """Reads the weights of a tree; False, and nothing read, unless the files hold its tensors and no others."""
+    shapes = {name: list(place.shape) for name, place in stored_tensors(tree).items()}
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        found: dict[str, Any] = {}
+        for file in files:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            found |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+        if {name: part.get_shape() for name, part in found.items()} != shapes:
+            return False
+        # Copies: what safetensors returns is mapped from the file and would change with it.
+        tensors = {name: part[:].to(torch.float32, copy=True) for name, part in found.items()}
+    fill(tree, tensors)
+    return True
+
+
+def _hf_model(path: str, directory: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    hf_model: PreTrainedModel
+    hf_model, info = _from_files(
+        path,
+        AutoModelForCausalLM,
+        directory,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the information, and refused by name
+    )
+    check_loaded(path, hf_model, info)
+    return hf_model
+
+
+def load_tokenizer(directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's directory; whatever transformers raises where there is none."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer
+
+
+def _tokenizer(path: str, directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(directory, entries)
+    except Exception as error:  # as _from_files
+        raise _unloadable(f"{path}: its tokenizer", "", error) from error
+
+
+def _from_files(path: str, kind: Any, directory: Path, **options: Any) -> Any:
+    """`kind.from_pretrained`, whatever it raises as an InputError."""
+    try:
+        return kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # transformers and safetensors raise a dozen types for a bad directory
+        raise _unloadable(path, " as a causal LM", error) from error
+
+
+def _unloadable(what: str, where: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"{what} needs code of its own, which is never run; use a model that transformers itself knows"
+        )
+    reason = first_line(error)
+    if "above report" in reason:  # which nobody sees
+        reason = "its tensors are not those of this architecture"
+    return InputError(f"{what} cannot be loaded{where} ({reason}); check the directory or name")
