@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta() -> Iterator[None]:
     """Modules built inside the block hold parameters without storage: no memory, no random initialisation.
 
     Unlike on torch's meta device, buffers are real: rotary frequencies are computed at construction and stored nowhere.
@@ -46,7 +46,7 @@ def empty_causal_lm(hf_config: Any) -> PreTrainedModel:
     """The model of a transformers configuration, its parameters without storage."""
     from transformers import AutoModelForCausalLM
 
-    with parameters_on_meta():
+    with _parameters_on_meta():
         hf_model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
     return hf_model
 

@@ -152,7 +152,7 @@ def _rope(entries: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class LlamaTree(nn.Module):
-    """The tree of modules of a causal LM, evaluation mode; a call of it is `hf_modules.full_model`'s.
+    """The tree of modules of a causal LM without storage, to be filled; a call of it is `hf_modules.full_model`'s.
 
     Args:
         shape: What to build.
@@ -164,7 +164,7 @@ class LlamaTree(nn.Module):
         self.config = shape
         self.generation = generation
         self.model = _Body(shape)
-        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.lm_head = _linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.eval()
@@ -172,7 +172,8 @@ class LlamaTree(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        device: torch.device = self.model.embed_tokens.weight.device
+        return device
 
     @property
     def eos_token_id(self) -> int | list[int] | None:
@@ -194,7 +195,9 @@ class LlamaTree(nn.Module):
 class _Body(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        # Not nn.Embedding(...): its initialisation imports torch's compiler where there is no storage.
+        place = torch.empty(shape.vocab_size, shape.hidden_size, device="meta")
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(place)
         self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = _Norm(shape.hidden_size)
         self.rotary_emb = _Rotary(shape)
@@ -214,10 +217,10 @@ class _Attention(nn.Module):
         super().__init__()
         self.scaling = shape.head_dim**-0.5
         query_size, key_size = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, query_size, bias=shape.query_bias)
-        self.k_proj = nn.Linear(shape.hidden_size, key_size, bias=shape.query_bias)
-        self.v_proj = nn.Linear(shape.hidden_size, key_size, bias=shape.query_bias)
-        self.o_proj = nn.Linear(query_size, shape.hidden_size, bias=shape.output_bias)
+        self.q_proj = _linear(shape.hidden_size, query_size, bias=shape.query_bias)
+        self.k_proj = _linear(shape.hidden_size, key_size, bias=shape.query_bias)
+        self.v_proj = _linear(shape.hidden_size, key_size, bias=shape.query_bias)
+        self.o_proj = _linear(query_size, shape.hidden_size, bias=shape.output_bias)
         if shape.model_type == "qwen3":
             self.q_norm, self.k_norm = _Norm(shape.head_dim), _Norm(shape.head_dim)
 
@@ -225,15 +228,19 @@ class _Attention(nn.Module):
 class _Mlp(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.gate_proj = _linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.up_proj = _linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = _linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+
+
+def _linear(num_inputs: int, num_outputs: int, *, bias: bool) -> nn.Linear:
+    return nn.Linear(num_inputs, num_outputs, bias=bias, device="meta")
 
 
 class _Norm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(size, device="meta"), requires_grad=False)
 
 
 class _Rotary(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import read_json
-from flexquant_rl.engine.hf_modules import fill, parameters_on_meta, stored_tensors
+from flexquant_rl.engine.hf_modules import fill, stored_tensors
 from flexquant_rl.engine.hub import snapshot_config, snapshot_weights
 from flexquant_rl.engine.llama_tree import LlamaTree, is_token_id, read_shape
 from flexquant_rl.engine.plain_model import (
@@ -24,6 +24,7 @@ from flexquant_rl.engine.plain_model import (
     check_vocabulary,
     weight_files,
 )
+from flexquant_rl.engine.token_text import TokenText, read_text
 
 if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving needs none of it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,15 +40,15 @@ def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     hf_model, tokenizer = _load(path, as_tree=False)
     assert not isinstance(hf_model, LlamaTree)
-    return hf_model, tokenizer
+    return hf_model, tokenizer.full() if isinstance(tokenizer, TokenText) else tokenizer
 
 
-def load_for_serving(path: str) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase]:
-    """`load_causal_lm`, without Hugging Face's modules where the model can be served without them."""
+def load_for_serving(path: str) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase | TokenText]:
+    """`load_causal_lm`, without transformers where the model can be served without it."""
     return _load(path, as_tree=True)
 
 
-def _load(path: str, *, as_tree: bool) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase]:
+def _load(path: str, *, as_tree: bool) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase | TokenText]:
     is_name = not Path(path).exists() and not path.startswith((".", "/", "~")) and path.count("/") <= 1
     directory = snapshot_config(path) if is_name else Path(path)
     entries = check_directory(path, directory)
@@ -78,10 +79,7 @@ def empty_tree(directory: Path, entries: dict[str, Any]) -> LlamaTree | None:
             return None
         if not isinstance(generation, dict) or not is_token_id(generation.get("eos_token_id"), several=True):
             return None
-    if shape is None:
-        return None
-    with parameters_on_meta():
-        return LlamaTree(shape, generation)
+    return None if shape is None else LlamaTree(shape, generation)
 
 
 def _fill_from(files: Sequence[Path], tree: LlamaTree) -> bool:
@@ -118,8 +116,11 @@ def _hf_model(path: str, directory: Path) -> PreTrainedModel:
     return hf_model
 
 
-def load_tokenizer(directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's directory; whatever transformers raises where there is none."""
+def load_tokenizer(directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase | TokenText:
+    """The tokenizer in a directory with this config.json; whatever transformers raises where there is none."""
+    text = read_text(directory, entries.get("model_type"))
+    if text is not None:
+        return text
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -128,7 +129,7 @@ def load_tokenizer(directory: Path, entries: dict[str, Any]) -> PreTrainedTokeni
     return tokenizer
 
 
-def _tokenizer(path: str, directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _tokenizer(path: str, directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase | TokenText:
     try:
         return load_tokenizer(directory, entries)
     except Exception as error:  # as _from_files

@@ -31,6 +31,7 @@ from flexquant_rl.engine.quantisation.calibration import Calibration, input_hess
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
+from flexquant_rl.engine.token_text import TokenText
 from flexquant_rl.kernels.bitplane import NestedWeight
 
 if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving needs none of it
@@ -84,7 +85,7 @@ class NestedCausalLM:
 
     Attributes:
         tree: Its modules under Hugging Face's names, evaluation mode, float32, linears replaced by `NestedLinear`.
-        tokenizer: Its tokenizer.
+        token_text: Its tokenizer, for tokens from text and text from tokens.
         config: How it was quantised.
         calibration: The text that it was calibrated on, or None.
         units: What a policy controls, in the order of every `[..., num_units]` tensor.
@@ -94,14 +95,14 @@ class NestedCausalLM:
     def __init__(
         self,
         tree: PreTrainedModel | LlamaTree,
-        tokenizer: PreTrainedTokenizerBase,
+        token_text: PreTrainedTokenizerBase | TokenText,
         config: QuantizationConfig,
         units: tuple[Unit, ...],
         dense_cache: DenseCache,
         calibration: Calibration | None = None,
     ) -> None:
         self.tree = tree
-        self.tokenizer = tokenizer
+        self.token_text = token_text
         self.config = config
         self.calibration = calibration
         self.units = units
@@ -127,6 +128,14 @@ class NestedCausalLM:
             _observe_layers(tree)
             self.tree = tree
         return tree
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Transformers' tokenizer, made on first use like `hf_model`."""
+        token_text = self.token_text
+        if isinstance(token_text, TokenText):
+            token_text = self.token_text = token_text.full()
+        return token_text
 
     @property
     def num_units(self) -> int:
@@ -167,7 +176,7 @@ class NestedCausalLM:
         source = self.tree if isinstance(self.tree, LlamaTree) else self.tree.generation_config
         configured = getattr(source, "eos_token_id", None)
         listed = configured if isinstance(configured, list | tuple) else [configured]
-        return tuple(sorted({int(t) for t in (*listed, self.tokenizer.eos_token_id) if t is not None}))
+        return tuple(sorted({int(t) for t in (*listed, self.token_text.eos_token_id) if t is not None}))
 
     @property
     def has_reference(self) -> bool:
@@ -363,7 +372,7 @@ def _num_weights(linear: nn.Linear | Conv1D | NestedLinear) -> int:
 
 def nest(
     hf_model: PreTrainedModel | LlamaTree,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | TokenText,
     config: QuantizationConfig,
     *,
     keep_reference: bool = True,

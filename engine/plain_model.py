@@ -19,6 +19,7 @@ from flexquant_rl.engine.files import read_json
 from flexquant_rl.engine.hub import INDEX_FILE, WEIGHTS_FILE, indexed_files
 from flexquant_rl.engine.linear import CONV1D, is_dense
 from flexquant_rl.engine.llama_tree import LlamaTree
+from flexquant_rl.engine.token_text import TokenText
 
 if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving needs none of it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -265,7 +266,9 @@ def check_weights(hf_model: PreTrainedModel | LlamaTree) -> None:
             raise InputError(f"{name} is a {holder.__name__} of {dtype}: already quantised; {_ORIGINAL}")
 
 
-def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, hf_model: PreTrainedModel | LlamaTree) -> None:
+def check_vocabulary(
+    path: str, tokenizer: PreTrainedTokenizerBase | TokenText, hf_model: PreTrainedModel | LlamaTree
+) -> None:
     """Raises InputError if a tokenizer has an id that the model has no embedding for.
 
     A placeholder for images or sound that a text model shares with its larger sibling (Gemma 3) is no token of a text.

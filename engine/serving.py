@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
@@ -109,7 +110,7 @@ class Engine:
         with self._lock:
             runner = self._runner(1)
         with closing(runner.decoder):
-            yield from self._in_turns(runner.generate([request], self.model.tokenizer, self._closed))
+            yield from self._in_turns(runner.generate([request], self.model.token_text, self._closed))
 
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, kl_weight: float, num_rows: int = 8
@@ -165,7 +166,7 @@ class Engine:
         request.check(graph.loop.weights.max_length, self.model.vocab_size)
         if request.top_p < 1:
             raise InputError(f"top_p={request.top_p:g}: the captured graph samples from all tokens; use decoder='hf'")
-        running = RunningRequest(0, request, self.model.tokenizer, self.model.eos_token_ids, self._closed)
+        running = RunningRequest(0, request, self.model.token_text, self.model.eos_token_ids, self._closed)
         prompt_ids, count = request.prompt_ids, request.max_new_tokens
         with self._turn.taken(request.cancel) as is_mine:
             if not is_mine:
@@ -261,8 +262,7 @@ def encode(model: NestedCausalLM, text: str) -> Tensor:
         raise InputError(
             f"the prompt is not UTF-8 text ({text[error.start : error.end]!a} at character {error.start}); convert it"
         ) from error
-    ids: Tensor = model.tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"][0]
-    return ids.long()
+    return torch.tensor(model.token_text.encode(text), dtype=torch.int64)
 
 
 def encode_chat(model: NestedCausalLM, message: str) -> Tensor:
@@ -271,11 +271,10 @@ def encode_chat(model: NestedCausalLM, message: str) -> Tensor:
     Raises:
         InputError: If the tokenizer has no chat template, or it refuses the message.
     """
-    tokenizer = model.tokenizer
-    if not tokenizer.chat_template:
+    if not model.token_text.chat_template:
         raise InputError("the model's tokenizer has no chat template; give the prompt as plain text")
     try:
-        ids = tokenizer.apply_chat_template(
+        ids = model.tokenizer.apply_chat_template(
             [{"role": "user", "content": message}], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
     except Exception as error:  # a template is a program of the model's author, and raises what it likes

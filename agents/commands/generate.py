@@ -43,7 +43,7 @@ def generate(options: GenerateOptions) -> None:
     )
     setting = _setting(found.policy, options)
     model = found.model.to(options.device)
-    is_chat = not options.raw and bool(model.tokenizer.chat_template)
+    is_chat = not options.raw and bool(model.token_text.chat_template)
     prompt_ids = encode_chat(model, prompt) if is_chat else encode(model, prompt)
     stream = generate_tokens(
         model,

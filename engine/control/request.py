@@ -17,6 +17,8 @@ from flexquant_rl.engine.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from flexquant_rl.engine.token_text import TokenText
+
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
 
@@ -112,7 +114,7 @@ class RunningRequest:
         self,
         index: int,
         request: Request,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase | TokenText | None,
         eos_token_ids: tuple[int, ...],
         cancel: threading.Event | None = None,
     ) -> None:

@@ -27,6 +27,8 @@ from flexquant_rl.engine.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from flexquant_rl.engine.token_text import TokenText
+
 
 @dataclass(frozen=True)
 class TokenStep:
@@ -165,7 +167,7 @@ class PolicyRunner:
     def generate(
         self,
         requests: Sequence[Request],
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | TokenText | None = None,
         cancel: threading.Event | None = None,
     ) -> Iterator[GeneratedToken]:
         """Continues prompts of any lengths, as many at a time as there are rows; a row that ends takes the next one.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from flexquant_rl.engine.token_text import TokenText
+
 
 _CONTEXT_TOKENS = 8
 """Tokens that are decoded again with each new one."""
@@ -24,7 +26,7 @@ class StreamedText:
         prompt_ids: What the tokens continue.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | TokenText, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._shown = len(self._ids)
