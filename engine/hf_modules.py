@@ -82,7 +82,8 @@ def full_model(tree: LlamaTree) -> PreTrainedModel:
     for name, module in tree.named_modules():
         if isinstance(module, NestedLinear):
             hf_model.set_submodule(name, module)
-    hf_model.load_state_dict(tree.state_dict(keep_vars=True), assign=True)
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(hf_model.get_submodule(name), key, parameter)
     if tree.generation is not None:
         hf_model.generation_config = GenerationConfig.from_dict(copy.deepcopy(tree.generation))
     hf_model.to(tree.device)  # type: ignore[arg-type]  # the rotary frequencies

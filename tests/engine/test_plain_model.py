@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.loading import load_causal_lm
+from flexquant_rl.engine.loading import load_causal_lm, load_for_serving
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -48,7 +48,7 @@ def edit_config(path: Path, **changes: Any) -> None:
 
 
 def assert_refused(path: Path | str, *matches: str) -> None:
-    for load in (load_causal_lm, load_model):
+    for load in (load_causal_lm, load_for_serving, load_model):
         with pytest.raises(InputError) as caught:
             load(str(path))
         message = str(caught.value)
@@ -266,7 +266,7 @@ class TestVocabulary:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         tiny_tokenizer.add_tokens(["<more>"])
-        monkeypatch.setattr(nested_model, "tokenizer", tiny_tokenizer)
+        monkeypatch.setattr(nested_model, "token_text", tiny_tokenizer)
         save_checkpoint(nested_model, tmp_path / "nested")
         with pytest.raises(InputError, match="ids go up to 128, but the model's embedding ends at 127"):
             load_model(str(tmp_path / "nested"))
