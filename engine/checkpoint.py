@@ -102,7 +102,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     entries, config, calibration = _read_config(path)
     tree = _empty_model(path, entries)
     try:
-        tokenizer = load_tokenizer(path, entries)
+        tokenizer = load_tokenizer(path, entries.get("model_type"))
     except Exception as error:  # transformers raises a dozen types for what it cannot build
         raise _unbuildable(path, error) from error
     units = make_units(tree, config)

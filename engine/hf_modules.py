@@ -7,6 +7,7 @@ needs none of it.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,26 +21,31 @@ from flexquant_rl.engine.llama_tree import LlamaTree
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_REGISTERING = threading.Lock()
+"""One builder at a time: it replaces a method of all modules."""
+
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Modules built inside the block hold parameters without storage: no memory, no random initialisation.
 
     Unlike on torch's meta device, buffers are real: rotary frequencies are computed at construction and stored nowhere.
+    What other threads build meanwhile is as always.
     """
-    register = nn.Module.register_parameter
+    with _REGISTERING:
+        register, builder = nn.Module.register_parameter, threading.get_ident()
 
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        # A parameter that is on meta already must keep its identity: that is how embeddings are tied.
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, param)
+        def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            # A parameter that is on meta already must keep its identity: that is how embeddings are tied.
+            if param is not None and not param.is_meta and threading.get_ident() == builder:
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            register(self, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def empty_causal_lm(hf_config: Any) -> PreTrainedModel:

@@ -91,7 +91,7 @@ def read_shape(entries: dict[str, Any]) -> LlamaShape | None:
         and all(isinstance(flag, bool) for flag in flags)
         and isinstance(entries.get("rms_norm_eps"), float)
         and entries.get("hidden_act") == "silu"
-        and (_is_size(head_dim) or (head_dim is None and kind != "qwen3"))  # whose default is 128
+        and (_is_size(head_dim) or ("head_dim" not in entries and kind != "qwen3"))  # whose default is 128
         and not _has_window(kind, entries)
     )
     if not well_formed:
@@ -258,7 +258,7 @@ class _Rotary(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """`positions`: `[R, T]` -> two of `[R, T, head_dim]` in the dtype of `x`."""
-        angles = positions[..., None].float() * self.inv_freq
+        angles = positions[..., None].float() * self.inv_freq.to(x.device)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

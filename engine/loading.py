@@ -40,7 +40,8 @@ def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     hf_model, tokenizer = _load(path, as_tree=False)
     assert not isinstance(hf_model, LlamaTree)
-    return hf_model, tokenizer.full() if isinstance(tokenizer, TokenText) else tokenizer
+    assert not isinstance(tokenizer, TokenText)
+    return hf_model, tokenizer
 
 
 def load_for_serving(path: str) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase | TokenText]:
@@ -58,7 +59,7 @@ def _load(path: str, *, as_tree: bool) -> tuple[PreTrainedModel | LlamaTree, Pre
 
         check_no_state(path, _from_files(path, AutoConfig, directory))
     # Before the weights: it takes less time.
-    tokenizer = _tokenizer(path, directory, entries)
+    tokenizer = _tokenizer(path, directory, entries.get("model_type") if as_tree else None)
     if is_name:
         snapshot_weights(path, directory)
     files = weight_files(path, directory)
@@ -116,9 +117,14 @@ def _hf_model(path: str, directory: Path) -> PreTrainedModel:
     return hf_model
 
 
-def load_tokenizer(directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase | TokenText:
-    """The tokenizer in a directory with this config.json; whatever transformers raises where there is none."""
-    text = read_text(directory, entries.get("model_type"))
+def load_tokenizer(directory: Path, model_type: Any) -> PreTrainedTokenizerBase | TokenText:
+    """The tokenizer in the directory of a model; whatever transformers raises where there is none.
+
+    Args:
+        directory: The directory.
+        model_type: The model's, or None for a tokenizer of transformers in any case.
+    """
+    text = read_text(directory, model_type)
     if text is not None:
         return text
     from transformers import AutoTokenizer
@@ -129,9 +135,9 @@ def load_tokenizer(directory: Path, entries: dict[str, Any]) -> PreTrainedTokeni
     return tokenizer
 
 
-def _tokenizer(path: str, directory: Path, entries: dict[str, Any]) -> PreTrainedTokenizerBase | TokenText:
+def _tokenizer(path: str, directory: Path, model_type: Any) -> PreTrainedTokenizerBase | TokenText:
     try:
-        return load_tokenizer(directory, entries)
+        return load_tokenizer(directory, model_type)
     except Exception as error:  # as _from_files
         raise _unloadable(f"{path}: its tokenizer", "", error) from error
 

@@ -173,7 +173,8 @@ class NestedCausalLM:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text: those of the generation configuration, often several, and the tokenizer's own."""
-        source = self.tree if isinstance(self.tree, LlamaTree) else self.tree.generation_config
+        tree = self.tree
+        source = tree if isinstance(tree, LlamaTree) else tree.generation_config
         configured = getattr(source, "eos_token_id", None)
         listed = configured if isinstance(configured, list | tuple) else [configured]
         return tuple(sorted({int(t) for t in (*listed, self.token_text.eos_token_id) if t is not None}))

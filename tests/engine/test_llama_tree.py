@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from flexquant_rl.engine import loading
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
@@ -93,6 +95,19 @@ def test_a_nested_checkpoint_gives_the_same_numbers(plain_dir: Path, tmp_path: P
     assert_same(served(tmp_path / "nested"), by_transformers(tmp_path / "nested"))
 
 
+@pytest.mark.parametrize("ends", [{}, {"eos_token_id": 7}, {"eos_token_id": [7, 9]}, None], ids=str)
+def test_the_tokens_that_end_a_text(tiny_model_dir: Path, tmp_path: Path, ends: dict[str, Any] | None) -> None:
+    path = shutil.copytree(tiny_model_dir, tmp_path / "plain")
+    (path / "generation_config.json").unlink()
+    if ends is not None:
+        (path / "generation_config.json").write_text(json.dumps(ends))
+    models = [served(path), by_transformers(path)]
+    found = [model.eos_token_ids for model in models]
+    assert found[0] == found[1] == models[0].eos_token_ids
+    assert isinstance(models[0].hf_model.generation_config, GenerationConfig)
+    assert models[0].eos_token_ids == found[0], "also after Hugging Face's model is made"
+
+
 def test_hugging_faces_model_is_there_when_it_is_asked_for(plain_dir: Path, tmp_path: Path) -> None:
     model, other = served(plain_dir, BY_HALVES), by_transformers(plain_dir, BY_HALVES)
     held = {id(tensor) for tensor in model.tree.state_dict(keep_vars=True).values()}
@@ -125,6 +140,15 @@ def test_layers_are_observed_in_a_model_made_later(plain_dir: Path) -> None:
     torch.testing.assert_close(lean.logits, reference.logits, rtol=1e-3, atol=1e-3)
 
 
+def test_threads_that_ask_for_hugging_faces_model_at_once(plain_dir: Path) -> None:
+    model, register = served(plain_dir), torch.nn.Module.register_parameter
+    token_ids, widths = torch.arange(3, 30)[None], torch.full((1, 27, model.num_units), 4)
+    with ThreadPoolExecutor(4) as pool:
+        logits = [*pool.map(lambda _: model.forward(token_ids, widths, keep=27).logits, range(4))]
+    assert all(torch.equal(each, logits[0]) for each in logits)
+    assert torch.nn.Module.register_parameter is register
+
+
 def llama_entries(**changes: Any) -> dict[str, Any]:
     entries = json.loads((embedded_model_path() / "config.json").read_text())
     return {name: value for name, value in (entries | changes).items() if value != "leave out"}
@@ -136,6 +160,7 @@ def llama_entries(**changes: Any) -> dict[str, Any]:
         {"model_type": "gemma"},
         {"architectures": ["LlamaForSequenceClassification"]},
         {"hidden_act": "gelu"},
+        {"head_dim": None},
         {"num_key_value_heads": 3},
         {"num_key_value_heads": "leave out"},
         {"hidden_size": 256.0},
@@ -155,7 +180,7 @@ def llama_entries(**changes: Any) -> dict[str, Any]:
         {"model_type": "mistral", "architectures": None},
         {"model_type": "mistral", "architectures": None, "sliding_window": 64},
         {"model_type": "qwen2", "architectures": None, "use_sliding_window": True},
-        {"model_type": "qwen3", "architectures": None, "head_dim": None},
+        {"model_type": "qwen3", "architectures": None, "head_dim": "leave out"},
     ],
     ids=str,
 )
@@ -165,7 +190,9 @@ def test_transformers_reads_what_is_unusual(changes: dict[str, Any]) -> None:
 
 
 def test_older_configurations_are_read_too() -> None:
-    shape = read_shape(llama_entries(rope_parameters="leave out", rope_theta=5e5, rope_scaling=None, head_dim=None))
+    shape = read_shape(
+        llama_entries(rope_parameters="leave out", rope_theta=5e5, rope_scaling=None, head_dim="leave out")
+    )
     assert shape is not None
     assert shape.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
     assert shape.head_dim == 32
@@ -197,6 +224,14 @@ def test_a_generation_configuration_that_says_something_else(plain_dir: Path, sp
     assert loading.empty_tree(plain_dir, entries) is None
 
 
+def json_or_text(file: Path) -> Any:
+    text = file.read_text()
+    if file.suffix != ".json":
+        return text
+    # How it was loaded, which transformers saves too.
+    return {name: value for name, value in json.loads(text).items() if name not in ("is_local", "local_files_only")}
+
+
 class TestTokenText:
     TEXTS = ("", "def f(x):\n    return x", "<|bos|>é 漢字 \t<|eos|>!", "a  b\n\n c")
 
@@ -207,7 +242,7 @@ class TestTokenText:
         return tmp_path
 
     @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"])
-    def test_is_transformers_tokenizer(self, directory: Path, template: str | None) -> None:
+    def test_is_transformers_tokenizer(self, directory: Path, tmp_path: Path, template: str | None) -> None:
         if template is not None:
             (directory / "chat_template.jinja").write_text(template)
         text, tokenizer = read_text(directory, "llama"), AutoTokenizer.from_pretrained(directory)
@@ -224,6 +259,10 @@ class TestTokenText:
                 expected = tokenizer.decode(ids, skip_special_tokens=skip)
                 assert text.decode(ids, skip_special_tokens=skip) == expected
                 assert full.decode(ids, skip_special_tokens=skip) == expected
+        for number, each in enumerate((tokenizer, full)):
+            each.save_pretrained(tmp_path / str(number))
+        for file in (tmp_path / "0").iterdir():
+            assert json_or_text(file) == json_or_text(tmp_path / "1" / file.name), file.name
         if template is not None:
             chats = [each.apply_chat_template([{"role": "user", "content": "hi"}]) for each in (tokenizer, full)]
             assert chats[0]["input_ids"] == chats[1]["input_ids"]
