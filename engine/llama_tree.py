@@ -196,7 +196,7 @@ class _Body(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         # Not nn.Embedding(...): its initialisation imports torch's compiler where there is no storage.
-        place = torch.empty(shape.vocab_size, shape.hidden_size, device="meta")
+        place = torch.empty(shape.vocab_size, shape.hidden_size, dtype=torch.float32, device="meta")
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(place)
         self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = _Norm(shape.hidden_size)
@@ -234,13 +234,13 @@ class _Mlp(nn.Module):
 
 
 def _linear(num_inputs: int, num_outputs: int, *, bias: bool) -> nn.Linear:
-    return nn.Linear(num_inputs, num_outputs, bias=bias, device="meta")
+    return nn.Linear(num_inputs, num_outputs, bias=bias, dtype=torch.float32, device="meta")
 
 
 class _Norm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, device="meta"), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device="meta"), requires_grad=False)
 
 
 class _Rotary(nn.Module):
