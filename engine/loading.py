@@ -86,7 +86,6 @@ def empty_tree(directory: Path, entries: dict[str, Any]) -> LlamaTree | None:
 def _fill_from(files: Sequence[Path], tree: LlamaTree) -> bool:
     """Reads the weights of a tree; False, and nothing read, unless the files hold its tensors and no others."""
     shapes = {name: list(place.shape) for name, place in stored_tensors(tree).items()}
-    tensors: dict[str, Tensor] = {}
     with ExitStack() as stack:
         found: dict[str, Any] = {}
         for file in files:
@@ -95,7 +94,7 @@ def _fill_from(files: Sequence[Path], tree: LlamaTree) -> bool:
         if {name: part.get_shape() for name, part in found.items()} != shapes:
             return False
         # Copies: what safetensors returns is mapped from the file and would change with it.
-        tensors = {name: part[:].to(torch.float32, copy=True) for name, part in found.items()}
+        tensors: dict[str, Tensor] = {name: part[:].to(torch.float32, copy=True) for name, part in found.items()}
     fill(tree, tensors)
     return True
 
