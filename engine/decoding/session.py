@@ -42,14 +42,15 @@ class DecodeSession:
     """
 
     def __init__(self, model: NestedCausalLM, *, num_rows: int = 1, max_length: int | None = None) -> None:
-        # Here, not above: it is a cache of transformers, which the lean decoder needs not.
+        # Here, not above: it is a cache of transformers, and the lean decoder needs none of it.
         from flexquant_rl.engine.decoding.kv_cache import RowCache
 
         max_length = check_max_length(max_length, model)
         self._model = model
         self._num_rows = num_rows
         self._max_length = max_length
-        self._cache: RowCache | None = RowCache(model.num_layers, num_rows, max_length, model.device)
+        device = model.hf_model.device  # the modules are made now, where they must be, and not in the first call
+        self._cache: RowCache | None = RowCache(model.num_layers, num_rows, max_length, device)
 
     @property
     def model(self) -> NestedCausalLM:
