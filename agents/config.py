@@ -21,6 +21,9 @@ from flexquant_rl.fq_env.config import EnvConfig
 Device = Literal["cpu", "cuda"]
 
 
+_LEAST_WINDOWS = 10
+
+
 @dataclass(frozen=True)
 class PPOConfig:
     """Hyper-parameters; saved with every run."""
@@ -86,6 +89,11 @@ class TrainConfig:
     """Sequences on which the best checkpoint is chosen and the time budgets are met."""
     test_sequences: int = 32
     """Sequences of the final table."""
+    importance_windows: int = 192
+    """Sequences of training text on which the start of PPO learns what tokens need their bits; 0 starts it from plain
+    static allocations."""
+    time_budgets: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARES")] = (0.5, 0.6, 0.7, 0.8)
+    """Shares of the time at the largest width that every family is asked for in the final table."""
     oracle_masks: int = 96
     """Random choices of tokens per sequence from which the oracle learns their influence; 0 leaves it out."""
     long_tokens: int = 512
@@ -141,8 +149,19 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
     if not 0 <= config.seed <= 2**32 - config.seeds:
         raise InputError(f"seed={config.seed} is not one that NumPy takes; use 0 to {2**32 - config.seeds}")
+    if config.importance_windows and config.importance_windows < _LEAST_WINDOWS:
+        raise InputError(
+            f"importance_windows={config.importance_windows} must be at least {_LEAST_WINDOWS}, as every fifth one is "
+            "held out; 0 leaves the importance of tokens out"
+        )
     if config.long_tokens < 0:
         raise InputError(f"long_tokens={config.long_tokens} must not be negative; 0 leaves the long comparison out")
+    for budget in config.time_budgets or (math.nan,):
+        if not 0 < budget <= 1:
+            raise InputError(
+                f"time_budgets={' '.join(map(str, config.time_budgets))!r} must be shares of full-width time above 0 "
+                "and up to 1, at least one; give e.g. --time-budgets 0.5 0.6 0.7 0.8"
+            )
     if config.oracle_masks < 0 or config.oracle_masks == 1:
         raise InputError(f"oracle_masks={config.oracle_masks} must be at least 2; 0 leaves the oracle out")
     if config.env.source != "replay" or config.env.action != "bit_widths":

@@ -185,9 +185,13 @@ class Episodes:
         )
 
     def text_kl_nats(self, rows: Tensor, bit_widths: Tensor) -> Tensor:
-        """Output KL at every token of the text of rows `[R']` that is read at widths `[R', U]`; replay only.
+        """Output KL at every token of the text of rows `[R']` that is read at given widths; replay only.
 
         The prompts are read at the largest width, as they are in the episodes. The episodes themselves do not move.
+
+        Args:
+            rows: `[R']` int64.
+            bit_widths: `[R', U]`, or `[R', max_new_tokens, U]` for tokens that differ, int64.
 
         Returns:
             `[R', max_new_tokens]` float32.
@@ -228,7 +232,9 @@ class Episodes:
     def _latency_ms(self, decision: Decision, pass_ms: float | None) -> Tensor:
         if pass_ms is not None:
             return torch.full((self.num_rows,), pass_ms, dtype=torch.float64)
-        return self.cost.latency_ms(decision.bit_widths)
+        # Fixed widths need no signals; whoever else decides has looked at them.
+        is_fixed = isinstance(self.controller.policy, StaticAllocation)
+        return self.cost.latency_ms(decision.bit_widths) + (0.0 if is_fixed else self.cost.controller_ms)
 
     def _probe(self, kl: Tensor) -> Tensor:
         """Shows the output KL to the rows whose turn it is and returns what that costs, `[R]` ms."""

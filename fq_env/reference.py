@@ -81,7 +81,8 @@ class TextReference:
         Args:
             tokens: `[R', window_tokens]` int64, the text of the rows.
             rows: `[R']` int64.
-            bit_widths: `[R', U]` int64; the prompt is read at the largest width, as it is in an episode.
+            bit_widths: `[R', U]`, or `[R', max_new_tokens, U]` for tokens that differ, int64; the prompt is read at the
+                largest width, as it is in an episode.
 
         Returns:
             `[R', max_new_tokens]` float32 on the CPU.
@@ -89,7 +90,7 @@ class TextReference:
         read = tokens[:, :-1]
         model = self._decoder.model
         per_token = torch.full((*read.shape, model.num_units), max(model.bit_widths))
-        per_token[:, self._first :] = bit_widths[:, None].cpu()
+        per_token[:, self._first :] = (bit_widths if bit_widths.dim() == 3 else bit_widths[:, None]).cpu()
         found = []
         for part in _pieces(len(rows), (read.shape[1] - self._first) * model.vocab_size):
             log_probs = self._decoder.score(read[part], per_token[part], first=self._first).log_softmax(-1)

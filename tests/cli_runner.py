@@ -24,7 +24,7 @@ TINY_RUN = (
     *TINY_EPISODES,
     *("--env-steps", 48, "--ppo.num-envs", 4, "--ppo.batch-size", 8, "--ppo.num-epochs", 2),
     *("--validation-sequences", 3, "--test-sequences", 3, "--num-dials", 2, "--oracle-masks", 8),
-    *("--long-tokens", 10),
+    *("--long-tokens", 10, "--importance-windows", 10),
 )
 
 

@@ -18,7 +18,7 @@ def row(
 ) -> EvalRow:
     """A row at the budget that it takes, whose sequences are as hard as everyone's, with its own noise on top."""
     generator = np.random.default_rng(zlib.crc32(f"{family} {time_share} {kl} {changes}".encode()))
-    sequences = kl * DIFFICULTY / DIFFICULTY.mean() * generator.lognormal(0, noise, NUM_SEQUENCES)
+    sequences = np.array(sequence_kl(kl)) * generator.lognormal(0, noise, NUM_SEQUENCES)
     mean = float(sequences.mean())
     values: dict[str, object] = {
         "policy": policy or f"{family}:{time_share}",
@@ -35,15 +35,23 @@ def row(
         "top1_agreement": 0.9512,
         "differs_from_static": None if family == "oracle" else 0.25,
         "time_share_modelled": time_share,
+        "time_share_measured": None,
         "speedup_modelled": None if time_share is None else 1 / time_share,
         "speedup_measured": None,
         "num_sequences": NUM_SEQUENCES,
         "num_tokens": NUM_SEQUENCES * 100,
         "reference": "unquantised",
         "sequence_kl_nats": tuple(sequences.tolist()),
+        "static_kl_nats": None if time_share is None else sequence_kl(static_kl(time_share)),
+        "static_kl_nats_measured": None,
         "sequence_documents": tuple(index % NUM_DOCUMENTS for index in range(NUM_SEQUENCES)),
     }
     return EvalRow(**(values | changes))  # type: ignore[arg-type]
+
+
+def sequence_kl(kl: float) -> tuple[float, ...]:
+    """KL of every sequence where the mean is `kl`, nats."""
+    return tuple((kl * DIFFICULTY / DIFFICULTY.mean()).tolist())
 
 
 def static_kl(time_share: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what takes long and has nothing to do with profiles."""
     monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
     monkeypatch.setattr(
-        "flexquant_rl.agents.evaluation.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4])
+        "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
     )
     for name in ("plot_pareto", "plot_bits"):
         monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)
@@ -148,8 +149,12 @@ class TestTrain:
     def test_trains_and_compares_by_the_profile(self, trained: tuple[Path, Finished], inputs: Inputs) -> None:
         run_dir, finished = trained
         assert finished.result["latency_source"] == "measured"
-        (row,) = [row for row in finished.result["rows"] if row["policy"] == "fixed:4"]
-        assert row["speedup_modelled"] == pytest.approx(FOUR_BIT_SPEEDUP)
+        shared = [row for row in finished.result["rows"] if row["policy"].startswith("fixed:4+")]
+        assert shared, "a budget between two fixed widths"
+        for row in shared:
+            # The time of a mix follows from its mean width where every bit takes the same time.
+            assert row["time_share_modelled"] == pytest.approx(row["time_budget"])
+            assert row["speedup_modelled"] < FOUR_BIT_SPEEDUP
         assert "profiling" not in finished.err, "the sensitivities are the profile's too"
         assert "| profile source | measured |" in (run_dir / "report.md").read_text()
         assert (run_dir / "profile.json").read_bytes() == inputs.profile.read_bytes()
@@ -290,14 +295,14 @@ class TestThreads:
         assert "2 threads" in evaluate(inputs, "--profile", path).error
         seen: list[int | None] = []
 
-        def spy(*args: object, num_threads: int | None, **_: object) -> list[float]:
+        def spy(*args: Any, num_threads: int | None, **_: object) -> list[float]:
             seen.append(num_threads)
-            return [1.0]
+            return [1.0] * len(args[4])
 
         profile = Profile.load(path)  # at one time for all widths there is nothing to choose
         unit_ms = profile.cost.unit_ms + torch.tensor(profile.bit_widths, dtype=torch.float64)
         replace(profile, cost=replace(profile.cost, unit_ms=unit_ms)).save(path)
-        monkeypatch.setattr("flexquant_rl.agents.evaluation.contest.measured_speedups", spy)
+        monkeypatch.setattr("flexquant_rl.agents.evaluation.contest.measured_time_shares", spy)
         assert evaluate(inputs, "--profile", path, "--threads", 2).result["latency_source"] == "measured"
         assert seen == [2]
 

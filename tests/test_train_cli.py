@@ -65,9 +65,9 @@ class TestWholeRun:
         learned = [row for row in rows if row["family"] == "ppo"]
         assert {row["seed"] for row in learned} <= {0}
         for family in ("fixed", "static"):
-            # Ten common budgets, and that of the oracle.
+            # Four common budgets, and that of the oracle.
             budgets = [row["time_budget"] for row in rows if row["family"] == family]
-            assert len(set(budgets)) == len(budgets) == 11, family
+            assert len(set(budgets)) == len(budgets) == 5, family
         assert isinstance(finished.result["budgets_out_of_reach"], list)
         assert all(row["output_kl_nats"] >= 0 and 3 <= row["mean_bit_width"] <= 8 for row in rows)
         assert all(row["speedup_measured"] > 0 for row in rows if row["policy"] != "oracle:token")
@@ -95,6 +95,9 @@ class TestWholeRun:
             "quantising",
             "profiling",
             "solving",
+            "learning which tokens",
+            "the signals explain",
+            "validation reward over static",
             "PPO seed 0",
             "meeting the time budgets",
             "evaluating",
@@ -169,10 +172,9 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "flexquant_rl.agents.runs.phases.heuristics",
         lambda prepared: [family for family in heuristics(prepared) if family.name in ("static", "fixed")],
     )
-    monkeypatch.setattr("flexquant_rl.agents.runs.phases.TIME_BUDGETS", (0.5, 0.7))
     monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
     monkeypatch.setattr(
-        "flexquant_rl.agents.evaluation.contest.measured_speedups", lambda *args, **_: [1.0] * len(args[4])
+        "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
     )
     for name in ("plot_pareto", "plot_bits"):
         monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)
@@ -181,7 +183,7 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def start(tiny_model_dir: Path, text: Path) -> tuple[object, ...]:
     """The options of every run below: two seeds."""
-    return ("--model", tiny_model_dir, "--text", text, "--seeds", 2, *TINY_RUN)
+    return ("--model", tiny_model_dir, "--text", text, "--seeds", 2, *TINY_RUN, "--time-budgets", 0.5, 0.7)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +201,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     files = [f"{folder}/policy.safetensors" for folder in ("policy", "seeds/0/policy", "seeds/1/policy")]
     # The last checkpoints too: where no update beats the clone, the policy says nothing about training.
     files += ["seeds/0/checkpoint.safetensors", "seeds/1/checkpoint.safetensors"]
-    files += ["profile.json", "static_front.safetensors"]
+    files += ["profile.json", "static_front.safetensors", "importance.safetensors"]
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     dial = json.loads((run_dir / "policy" / "policy.json").read_text())["dial"]
     return {"rows": rows, "dial": dial} | {name: (run_dir / name).read_bytes() for name in files}
@@ -240,7 +242,8 @@ def interrupt() -> None:
 PHASES = {
     "quantising": ("engine.model:quantize_rtn", 4),
     "profiling": ("engine.control.profile:allocation_kl_nats", 1),
-    "front": ("agents.policies.static_front:kl_nats", 3),
+    "front": ("agents.policies.static_front:allocation_kl_nats", 1),
+    "importance": ("agents.runs.importance:_from_here_on", 5),
     "cloning": ("agents.runs.imitation:_targets", 5),
     "seed 0, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 7),
     "seed 0, update": ("agents.runs.unit_ppo:UnitPPO._gradient_step", 7),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from flexquant_rl.agents.commands.options import EvaluateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.evaluation.budgets import Contestant
+from flexquant_rl.agents.evaluation.comparison import Clock, compare, families
 from flexquant_rl.agents.evaluation.contest import compete, contestant
 from flexquant_rl.agents.evaluation.report import console_table
 from flexquant_rl.agents.evaluation.rows import public_dict
@@ -46,10 +50,15 @@ def evaluate(options: EvaluateOptions) -> None:
     prepared = prepare(config, None, tuple(exported.values()))
     rows = compete(prepared, _contestants(prepared, options, unbound, exported), options.sequences)
     print(console_table(rows))
+    clocks: tuple[Clock, ...] = ("modelled", "measured")
+    found = [compare(rows, family, clock=clock) for family in families(rows) for clock in clocks]
+    findings = [comparison.sentence() for comparison in found if comparison is not None]
+    print(*(f"{finding}." for finding in findings), sep="\n", end="\n\n")
     print_result(
         {
             "latency_source": prepared.cost.source,
             "reference": reference_name(prepared.model),
+            "findings": findings,
             "rows": [public_dict(row) for row in rows],
         }
     )
@@ -70,6 +79,14 @@ def _contestants(
             continue
         policy = exported[name].policy
         family = f"{PPO.name}:{name}" if isinstance(policy, LearnedPolicy) else name  # each a front of its own
-        dials = prepared.dials(options.dials).tolist() if isinstance(policy, LearnedPolicy) else [None]
+        dials = _dials(prepared, policy, options.dials) if isinstance(policy, LearnedPolicy) else [None]
         found += [Contestant(family, policy, dial) for dial in dials]
     return found
+
+
+def _dials(prepared: Prepared, policy: LearnedPolicy, count: int) -> list[float]:
+    """Settings of a policy's dial: over the range that its card knows, or the one asked for."""
+    known = [point.kl_weight for point in policy.card.dial]
+    if prepared.env.kl_weight is not None or not known:
+        return prepared.dials(count).tolist()
+    return torch.logspace(math.log10(min(known)), math.log10(max(known)), count, dtype=torch.float64).tolist()

@@ -1,8 +1,8 @@
-"""Families compared at equal time budgets: ratios of their output KL, with intervals over documents or seeds.
+"""Families compared at equal time: ratios of their output KL, with intervals over documents or seeds.
 
-A policy that is faster and worse than another proves nothing. So families are only compared where both were asked for
-the same time, and nothing is interpolated. Test sequences differ far more from each other than policies do, so
-resamples draw the same documents for both.
+A policy that is faster and worse than another proves nothing. So what counts of a policy is its KL over that of the
+best static allocation in the very time that it took, by the latency table or by the clock. Test sequences differ far
+more from each other than policies do, so resamples draw the same documents for both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,10 +19,15 @@ from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.families import STATIC, family_facts
 from flexquant_rl.agents.policies.unbound import Family
 
+Clock = Literal["modelled", "measured"]
+"""Whose time is equal: that of the latency table, or that of a clock on the wall."""
+
 ENOUGH_SEEDS = 5
 """Training seeds from which on a comparison may be called significant."""
-# A resampled KL may be exactly zero where whole sequences are; its logarithm must stay finite.
-_SMALLEST_KL_NATS = 1e-12
+Setting = float | str
+"""A time budget; of rows without one the dial or the policy's name."""
+SMALLEST_KL_NATS = 1e-12
+"""A resampled KL may be exactly zero where whole sequences are; its logarithm must stay finite."""
 
 
 @dataclass(frozen=True)
@@ -146,51 +152,60 @@ class LogRatio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Output KL of family a against family b at the time budgets that both reach.
+    """Output KL of family a against family b in equal time, at the settings that both have.
 
     Attributes:
         family_a: The one that is judged.
         family_b: What it is judged against.
-        by_budget: The budgets, ascending, and the ratio at each.
-        overall: The mean of the logarithms over budgets: the geometric mean of the ratios.
+        clock: Whose time is equal.
+        by_setting: The settings, time budgets ascending where they have them, and the ratio at each.
+        overall: The mean of the logarithms over settings: the geometric mean of the ratios.
         seed_log_ratios: `(seed, log ratio)` of each training seed, overall; empty where neither family is trained.
-        time_shares: Mean time share that each family attained on test text.
         num_documents: Documents of the test text.
     """
 
     family_a: str
     family_b: str
-    by_budget: tuple[tuple[float, LogRatio], ...]
+    clock: Clock
+    by_setting: tuple[tuple[Setting, LogRatio], ...]
     overall: LogRatio
     seed_log_ratios: tuple[tuple[int, float], ...]
-    time_shares: tuple[float, float]
     num_documents: int
 
     def sentence(self) -> str:
-        """The result over all budgets in words, for reports and terminals, without a full stop."""
-        budgets = [budget for budget, _ in self.by_budget]
-        parts = [f"geometric mean over {len(budgets)} time budgets from {budgets[0]:.3g} to {budgets[-1]:.3g}"]
+        """The result over all settings in words, for reports and terminals, without a full stop."""
+        settings = [setting for setting, _ in self.by_setting]
+        parts = [f"geometric mean over {len(settings)} {_range(settings)}"] if len(settings) > 1 else []
         if len(self.seed_log_ratios) == 1:
             parts.append("1 seed")
         elif self.seed_log_ratios:
             parts.append(f"{len(self.seed_log_ratios)} seeds: {_changes([ratio for _, ratio in self.seed_log_ratios])}")
-        a, b = self.time_shares
-        parts.append(f"mean time share on test text {a:.4f} against {b:.4f}")
-        return (
-            f"output KL of {self.family_a} against {self.family_b} at equal time: {self.overall.words()}; "
-            f"{'; '.join(parts)}"
+        return "; ".join(
+            [
+                f"output KL of {self.family_a} against {self.family_b} at equal {self.clock} time: "
+                f"{self.overall.words()}",
+                *parts,
+            ]
         )
 
-    def budget_sentence(self) -> str:
-        """The result at each budget in words, without a full stop."""
-        parts = [f"at {budget:.3g} {ratio.words()}" for budget, ratio in self.by_budget]
-        return f"{self.family_a} against {self.family_b} by time budget: {'; '.join(parts)}"
+    def setting_sentence(self) -> str:
+        """The result at each setting in words, without a full stop."""
+        parts = [f"at {_name(setting)} {ratio.words()}" for setting, ratio in self.by_setting]
+        return f"{self.family_a} against {self.family_b} at equal {self.clock} time, one by one: {'; '.join(parts)}"
 
 
-def compare_at_budgets(
-    rows: Sequence[EvalRow], family_a: str, family_b: str, *, budgets: Sequence[float] | None = None
+def compare(
+    rows: Sequence[EvalRow],
+    family_a: str,
+    family_b: str = STATIC.name,
+    *,
+    clock: Clock = "modelled",
+    budgets: Sequence[float] | None = None,
 ) -> Comparison | None:
-    """Compares two families at the time budgets at which every training seed of both has a row.
+    """Compares two families in equal time, at the settings at which every training seed of both has a row.
+
+    Static needs no rows: what it reaches in the time of a row stands in the row. Two other families are compared by
+    what each of them leaves of static's KL.
 
     Below `ENOUGH_SEEDS` training seeds the interval is that of the mean over these very seeds on other documents, from
     that number on a t interval over seeds: what another training would give on this text.
@@ -199,29 +214,36 @@ def compare_at_budgets(
         rows: Rows of any families; those of the two must be of the same sequences.
         family_a: The one that is judged.
         family_b: What it is judged against.
-        budgets: Budgets to compare at, where both have rows; default: all of these.
+        clock: Whose time is equal.
+        budgets: Time budgets to compare at, where both have rows; default: all settings.
 
     Returns:
-        None where the families have no budget in common.
+        None where the families have no setting in common, or nothing was timed.
 
     Raises:
         ValueError: If the rows differ in their test sequences, or if the families have several training seeds each and
             none in common.
     """
-    a, b = _by_seed(rows, family_a), _by_seed(rows, family_b)
+    a, b = (_by_seed(rows, family, clock) for family in (family_a, family_b))
+    a, b = (b if family_a == STATIC.name else a), (a if family_b == STATIC.name else b)
     if not a or not b:
         return None
     common = set.intersection(*(set(found) for found in (*a.values(), *b.values())))
-    chosen = sorted(common if budgets is None else common & set(budgets))
+    chosen = sorted(common if budgets is None else common & set(budgets), key=_order)
     if not chosen:
         return None
-    used = [found[budget] for found in (*a.values(), *b.values()) for budget in chosen]
+    used = [found[setting] for found in (*a.values(), *b.values()) for setting in chosen]
     documents = _documents(used)
     weights = document_weights(documents)
     pairs = _paired_by_seed(a, b)
+
+    def left(row: EvalRow, family: str) -> Array:
+        # Static against itself: nothing, whatever row stands for it.
+        return np.zeros(len(weights)) if family == STATIC.name else _log_left(row, weights, clock)
+
     # [S, G, 1 + R]: column 0 is the text itself.
     logs = np.stack(
-        [[_log_kl(one[g], weights) - _log_kl(other[g], weights) for g in chosen] for one, other in pairs.values()]
+        [[left(one[g], family_a) - left(other[g], family_b) for g in chosen] for one, other in pairs.values()]
     )
     seeds = [seed for seed in pairs if seed is not None]
     num_documents = len(set(documents))
@@ -229,48 +251,27 @@ def compare_at_budgets(
     def ratio(values: Array) -> LogRatio:
         return _log_ratio(values, len(seeds), num_documents)
 
-    shares = [
-        float(np.mean([row.time_share_modelled for found in family.values() for row in (found[g] for g in chosen)]))
-        for family in (a, b)
-    ]
     return Comparison(
         family_a=family_a,
         family_b=family_b,
-        by_budget=tuple((budget, ratio(logs[:, index])) for index, budget in enumerate(chosen)),
+        clock=clock,
+        by_setting=tuple((setting, ratio(logs[:, index])) for index, setting in enumerate(chosen)),
         overall=ratio(logs.mean(1)),
         seed_log_ratios=tuple((seed, float(values[0])) for seed, values in zip(seeds, logs.mean(1), strict=False)),
-        time_shares=(shares[0], shares[1]),
         num_documents=num_documents,
     )
 
 
-def ratios_to_static(rows: Sequence[EvalRow], family: str) -> dict[float, LogRatio]:
-    """The ratio of a family to static at each time budget that both reach; empty for static itself."""
-    comparison = None if family == STATIC.name else compare_at_budgets(rows, family, STATIC.name)
-    return {} if comparison is None else dict(comparison.by_budget)
+def ratios_to_static(rows: Sequence[EvalRow], family: str, clock: Clock = "modelled") -> dict[Setting, LogRatio]:
+    """The ratio of a family to static in equal time at each of its settings; empty for static itself."""
+    comparison = None if family == STATIC.name else compare(rows, family, clock=clock)
+    return {} if comparison is None else dict(comparison.by_setting)
 
 
-def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
-    """How rows with time budgets came about and are compared, for reports."""
-    documents = len({document for row in rows for document in row.sequence_documents})
-    seeds = len({row.seed for row in rows if row.seed is not None})
-    lines = [
-        "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
-        "validation text: the knob of a policy by bisection, for `static` the allocation of least KL on that text "
-        "among the knapsack solved at the very budget, its neighbours and the fixed widths. `fixed` shares the time "
-        "between two widths.",
-        "Test text is opened once, at these settings; nothing is interpolated on it. What a policy takes there may "
-        "miss the budget a little, so the attained time share stands in the table.",
-        f"Intervals resample the {documents} documents of the test text, the same ones for both policies.",
-    ]
-    if seeds >= ENOUGH_SEEDS:
-        lines.append(f"Comparisons of trained policies have a t interval over the {seeds} training seeds instead.")
-    elif seeds:
-        lines.append(
-            f"With {seeds} training seed{'s' if seeds > 1 else ''} nothing is said about another training: intervals "
-            "of trained policies are those of these very seeds on other documents."
-        )
-    return lines
+def left_of_static(row: EvalRow, clock: Clock = "modelled") -> float | None:
+    """The KL of a row over that of static in equal time; None where static has none."""
+    side = row.static_kl_nats if clock == "modelled" else row.static_kl_nats_measured
+    return None if side is None else row.output_kl_nats / max(float(np.mean(side)), SMALLEST_KL_NATS)
 
 
 def _log_ratio(values: Array, num_seeds: int, num_documents: int) -> LogRatio:
@@ -302,12 +303,35 @@ def _percent(log_ratio: float) -> str:
     return f"{percent:.0f}" if percent >= 100 else f"{percent:.1f}"
 
 
-def _by_seed(rows: Sequence[EvalRow], family: str) -> dict[int | None, dict[float, EvalRow]]:
-    """The rows of a family with a budget, by training seed and budget."""
-    found: dict[int | None, dict[float, EvalRow]] = {}
+def setting_of(row: EvalRow) -> Setting:
+    """What tells the rows of one policy apart: the time budget, else the dial, else the name."""
+    if row.time_budget is not None:
+        return row.time_budget
+    return row.policy if row.kl_weight is None else f"dial {row.kl_weight:.6g}"
+
+
+def _order(setting: Setting) -> tuple[bool, float, str]:
+    """Budgets by size, then names as they are."""
+    return (False, setting, "") if isinstance(setting, float) else (True, 0.0, str(setting))
+
+
+def _name(setting: Setting) -> str:
+    return setting if isinstance(setting, str) else f"{setting:.3g}"
+
+
+def _range(settings: Sequence[Setting]) -> str:
+    budgets = [setting for setting in settings if not isinstance(setting, str)]
+    if len(budgets) < len(settings):
+        return "settings"
+    return f"time budgets from {budgets[0]:.3g} to {budgets[-1]:.3g}"
+
+
+def _by_seed(rows: Sequence[EvalRow], family: str, clock: Clock) -> dict[int | None, dict[Setting, EvalRow]]:
+    """The rows of a family that static has an other side of, by training seed and setting."""
+    found: dict[int | None, dict[Setting, EvalRow]] = {}
     for row in rows:
-        if row.family == family and row.time_budget is not None:
-            found.setdefault(row.seed, {})[row.time_budget] = row
+        if row.family == family and left_of_static(row, clock) is not None:
+            found.setdefault(row.seed, {})[setting_of(row)] = row
     return dict(sorted(found.items(), key=lambda item: -1 if item[0] is None else item[0]))
 
 
@@ -320,13 +344,15 @@ def _documents(rows: Iterable[EvalRow]) -> tuple[int, ...]:
     return documents.pop()
 
 
-def _log_kl(row: EvalRow, weights: Array) -> Array:
-    """Log of the mean KL under each weighting of the sequences, `[1 + R, n]` -> `[1 + R]`."""
-    kl = weights @ np.array(row.sequence_kl_nats, dtype=np.float64)
-    return np.asarray(np.log(np.maximum(kl, _SMALLEST_KL_NATS)), dtype=np.float64)
+def _log_left(row: EvalRow, weights: Array, clock: Clock) -> Array:
+    """Log of what a row leaves of static's KL, under each weighting of the sequences, `[1 + R, n]` -> `[1 + R]`."""
+    side = row.static_kl_nats if clock == "modelled" else row.static_kl_nats_measured
+    own, static = (weights @ np.array(kl, dtype=np.float64) for kl in (row.sequence_kl_nats, side))
+    logs = (np.log(np.maximum(kl, SMALLEST_KL_NATS)) for kl in (own, static))
+    return np.asarray(np.subtract(*logs), dtype=np.float64)
 
 
-_Rows = Mapping[float, EvalRow]
+_Rows = Mapping[Setting, EvalRow]
 
 
 def _paired_by_seed(

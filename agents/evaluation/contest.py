@@ -12,20 +12,18 @@ from flexquant_rl.agents.evaluation.budgets import (
     Contestant,
     Entry,
     KnobFamily,
-    Outcome,
     SharingFamily,
-    StaticFamily,
     TimedFamily,
 )
-from flexquant_rl.agents.evaluation.comparison import captured_headroom
-from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_speedups, summarise
+from flexquant_rl.agents.evaluation.comparison import captured_headroom, left_of_static
+from flexquant_rl.agents.evaluation.equal_time import ClockLine, beside_static, on_validation_text, static_family
+from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_time_shares, summarise
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
 from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC, bind_policy, family_name
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.random_widths import RandomWidths
-from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import say, track
@@ -39,10 +37,7 @@ from flexquant_rl.fq_env.prompts import spread
 _ENTROPY_RANGE_NATS = (-1.0, 11.0)
 # The dial goes a little beyond the range that was trained: the ends of the budgets may lie there.
 _DIAL_MARGIN = 4.0
-_FRONT_POINTS = 4000
-_NEIGHBOURS = 2
-_TUNING_SEQUENCES = 24
-_TIMED_TOKENS = 24
+_TIMED_WINDOWS, _TIMED_TOKENS = 3, 32
 
 
 @dataclass(frozen=True)
@@ -88,41 +83,18 @@ def heuristics(prepared: Prepared) -> list[TimedFamily]:
     ]
 
 
-def static_family(prepared: Prepared) -> StaticFamily:
-    """Static allocations: the knapsack solved at the very budget, its neighbours on both fronts, the fixed widths."""
-    judged = replace(prepared.profile, cost=prepared.cost)
-    solved = static_front(judged, prepared.model.unit_weights, num_points=_FRONT_POINTS)
-    context = policy_context(prepared)
-
-    def candidates(budget: float) -> list[StaticAllocation]:
-        found = []
-        for front in (solved, prepared.front):
-            share = 1 / prepared.cost.speedup(front.bit_widths)
-            within = (share <= budget + 1e-9).nonzero()[:, 0]
-            nearest = within[share[within].argsort(descending=True, stable=True)][:_NEIGHBOURS]
-            for bit_widths in front.bit_widths[nearest]:
-                mean = float(prepared.model.mean_bit_width(bit_widths))
-                found.append(StaticAllocation(f"static:{mean:.3f}", bit_widths))
-        fixed = [Fixed(width).bind(context) for width in prepared.model.bit_widths]
-        return [*found, *(one for one in fixed if 1 / float(prepared.cost.speedup(one.bit_widths)) <= budget + 1e-9)]
-
-    return StaticFamily(candidates)
+def learned(prepared: Prepared, results: Sequence[SeedResult]) -> list[TimedFamily]:
+    """The family of every training seed, its knob the dial on a log scale."""
+    return [dial_family(prepared, PPO.name, result.policy, result.seed) for result in results]
 
 
-def learned(prepared: Prepared, results: Sequence[SeedResult], best: SeedResult) -> list[TimedFamily]:
-    """The family of every training seed, its knob the dial on a log scale; only the best one's steps are timed."""
-    return [dial_family(prepared, PPO.name, result.policy, result.seed, timed=result is best) for result in results]
-
-
-def dial_family(
-    prepared: Prepared, name: str, policy: LearnedPolicy, seed: int | None, *, timed: bool = True
-) -> KnobFamily:
+def dial_family(prepared: Prepared, name: str, policy: LearnedPolicy, seed: int | None) -> KnobFamily:
     """A learned policy at all settings of its dial, from a little below the trained range to a little above."""
     margin = 1.0 if prepared.env.kl_weight is not None else _DIAL_MARGIN
     low, high = math.log(prepared.env.kl_weight_min / margin), math.log(prepared.env.kl_weight_max * margin)
 
     def at(position: float) -> Contestant:
-        return Contestant(name, policy, math.exp(low + position * (high - low)), seed, timed)
+        return Contestant(name, policy, math.exp(low + position * (high - low)), seed)
 
     return KnobFamily(name, at, seed)
 
@@ -141,32 +113,22 @@ def tune(prepared: Prepared, families: Sequence[TimedFamily], budgets: Sequence[
         budgets: Shares of the time at the largest width everywhere.
         num_sequences: Sequences of validation text, as far as they help.
     """
-    windows = spread(prepared.windows.validation, min(num_sequences, _TUNING_SEQUENCES))
-    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
-
-    def measure(one: Contestant) -> Outcome:
-        if isinstance(one.policy, StaticAllocation):
-            widths = one.policy.bit_widths
-            return Outcome(1 / float(prepared.cost.speedup(widths)), evaluator.static_kl_nats(widths))
-        trace = evaluator.run(one.policy, one.kl_weight or 1.0)
-        return Outcome(1 / trace.speedup, float(trace.output_kl_nats.double().mean()))
-
     entries: list[Entry] = []
     missed: list[str] = []
-    for family in track(families, "meeting the time budgets"):
-        found, reasons = family.entries(budgets, measure)
-        entries += found
-        missed += reasons
-    evaluator.close()
+    with on_validation_text(prepared, num_sequences) as measure:
+        for family in track(families, "meeting the time budgets"):
+            found, reasons = family.entries(budgets, measure)
+            entries += found
+            missed += reasons
     return Settings(tuple(entries), tuple(missed))
 
 
 def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences: int) -> list[EvalRow]:
-    """Runs single policies on the same test windows and times one sequence of each at batch size 1."""
+    """Runs single policies on the same test windows, and static ones in the time that each of them took."""
     windows, documents = test_windows(prepared, num_sequences)
     traces = _traces(prepared, contestants, windows)
-    speedups = _time(prepared, contestants, windows[0])
-    return [
+    shares, line = _clocked(prepared, contestants, windows)
+    rows = [
         summarise(
             trace,
             policy=contestant.name,
@@ -174,20 +136,33 @@ def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences
             reference=reference_name(prepared.model),
             seed=contestant.seed,
             kl_weight=contestant.kl_weight,
-            speedup_measured=speedup,
+            time_share_measured=share,
             documents=documents,
         )
-        for contestant, trace, speedup in zip(contestants, traces, speedups, strict=True)
+        for contestant, trace, share in zip(contestants, traces, shares, strict=True)
     ]
+    return beside_static(prepared, rows, windows, prepared.env, line)
 
 
-def compete_at_budgets(prepared: Prepared, settings: Settings, num_sequences: int) -> list[EvalRow]:
-    """Runs every family at the settings that were found, on the same test windows, each policy once."""
+def compete_at_budgets(
+    prepared: Prepared, settings: Settings, num_sequences: int, oracle: OracleConfig | None = None
+) -> list[EvalRow]:
+    """Runs every family at the settings that were found, on the same test windows, each policy once.
+
+    Args:
+        prepared: Model and profile.
+        settings: What is run.
+        num_sequences: Sequences of test text.
+        oracle: How hard the oracle looks; None leaves it out.
+    """
     windows, documents = test_windows(prepared, num_sequences)
     members = _members(settings.entries)
     traces = dict(zip(members, _traces(prepared, [*members.values()], windows), strict=True))
-    speedups = dict(zip(members, _time(prepared, [*members.values()], windows[0]), strict=True))
-    return _rows(prepared, settings, traces, speedups, documents)
+    shares, line = _clocked(prepared, [*members.values()], windows)
+    rows = _rows(prepared, settings, traces, dict(zip(members, shares, strict=True)), documents)
+    if oracle is not None:
+        rows.append(oracle_row(prepared, num_sequences, oracle, settings))
+    return beside_static(prepared, rows, windows, prepared.env, line)
 
 
 def compete_long(
@@ -205,7 +180,8 @@ def compete_long(
     longer = replace(prepared, env=replace(prepared.env, max_new_tokens=max_new_tokens))
     members = _members(settings.entries)
     traces = dict(zip(members, _traces(longer, [*members.values()], windows), strict=True))
-    return _rows(longer, settings, traces, {}, documents)
+    rows = _rows(longer, settings, traces, {}, documents)
+    return beside_static(prepared, rows, windows, longer.env, None)
 
 
 _Key = tuple[object, ...]
@@ -234,16 +210,16 @@ def _rows(
     prepared: Prepared,
     settings: Settings,
     traces: dict[_Key, Trace],
-    speedups: dict[_Key, float | None],
+    measured: dict[_Key, float],
     documents: Sequence[int],
 ) -> list[EvalRow]:
     rows = []
     for entry in settings.entries:
         keys = [_key(member) for member in entry.members]
         static = settings.static_at(entry.time_budget)
-        times = [1 / speedup for key in keys if (speedup := speedups.get(key)) is not None]
+        times = [measured[key] for key in keys if key in measured]
         # Time shares mix as the tokens do.
-        time = None if len(times) < len(keys) else (1 - entry.share) * times[0] + entry.share * times[-1]
+        time = (1 - entry.share) * times[0] + entry.share * times[-1] if times else None
         rows.append(
             summarise(
                 traces[keys[0]] if len(keys) == 1 else SharedTrace(traces[keys[0]], traces[keys[1]], entry.share),
@@ -253,7 +229,7 @@ def _rows(
                 seed=entry.first.seed,
                 kl_weight=entry.first.kl_weight,
                 time_budget=entry.time_budget,
-                speedup_measured=None if time is None else 1 / time,
+                time_share_measured=time,
                 static_widths=None if static is None else static.bit_widths,
                 documents=documents,
             )
@@ -267,24 +243,31 @@ def test_windows(prepared: Prepared, num_sequences: int) -> tuple[Tensor, list[i
     return spread(prepared.windows.test, num_sequences), documents
 
 
-def _time(prepared: Prepared, contestants: Sequence[Contestant], window: Tensor) -> list[float | None]:
-    say("timing single steps")
+def _clocked(
+    prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor
+) -> tuple[list[float], ClockLine | None]:
+    """Measured time share of each contestant, and how the clock's shares of static allocations follow the modelled."""
+    say("timing whole continuations")
     env = replace(prepared.env, max_new_tokens=min(_TIMED_TOKENS, prepared.env.max_new_tokens))
-    timed = [index for index, contestant in enumerate(contestants) if contestant.timed]
-    pairs = [(contestants[index].policy, contestants[index].kl_weight or 1.0) for index in timed]
-    measured = measured_speedups(
+    context = policy_context(prepared)
+    fixed = [contestant(Fixed(width), context) for width in prepared.model.bit_widths]
+    asked = [*contestants, *(one for one in fixed if _key(one) not in {_key(other) for other in contestants})]
+    measured = measured_time_shares(
         prepared.model,
         prepared.profile,
-        window[: env.window_tokens],
+        spread(windows, _TIMED_WINDOWS)[:, : env.window_tokens],
         env,
-        pairs,
+        [(one.policy, one.kl_weight or 1.0) for one in asked],
         num_threads=prepared.num_threads,
         progress=lambda rounds: track(rounds, "timing"),
     )
-    speedups: list[float | None] = [None] * len(contestants)
-    for index, value in zip(timed, measured, strict=True):
-        speedups[index] = value
-    return speedups
+    static = [
+        (float(prepared.cost.time_share(one.policy.bit_widths)), share)
+        for one, share in zip(asked, measured, strict=True)
+        if isinstance(one.policy, StaticAllocation)
+    ]
+    line = ClockLine.fit([modelled for modelled, _ in static], [share for _, share in static])
+    return measured[: len(contestants)], line
 
 
 def oracle_time_share(prepared: Prepared, config: OracleConfig) -> float:
@@ -333,15 +316,12 @@ def headroom(rows: Sequence[EvalRow]) -> float | None:
     The mean over training seeds; None without an oracle, or where a family has no row at its budget.
     """
     oracles = [row for row in rows if row.family == ORACLE.name]
-    if not oracles or oracles[0].time_budget is None:
+    if not oracles:
         return None
-    at_budget = [row for row in rows if row.time_budget == oracles[0].time_budget]
-    static = next((row.output_kl_nats for row in at_budget if row.family == STATIC.name), None)
-    shares = [
-        captured_headroom(static, row.output_kl_nats, oracles[0].output_kl_nats)
-        for row in at_budget
-        if row.family == PPO.name
-    ]
+    # Each in the time that it took: the share of static's KL that is left.
+    bound = left_of_static(oracles[0])
+    learned_rows = [row for row in rows if row.family == PPO.name and row.time_budget == oracles[0].time_budget]
+    shares = [captured_headroom(1.0, left_of_static(row), bound) for row in learned_rows]
     known = [share for share in shares if share is not None]
     return sum(known) / len(known) if known else None
 

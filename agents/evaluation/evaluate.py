@@ -26,9 +26,8 @@ from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
 from flexquant_rl.fq_env.task import LossyTask
 
-_TIMING_WARMUP = 4
 _MIN_ROUNDS = 5
-_TIMING_S = 10.0
+_TIMING_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Trace:
         output_kl_nats: `[S, T]`.
         token_nll_nats: `[S, T]`.
         top1_agreement: `[S, T]` bool.
-        latency_ms: `[S, T]`, from the profile's table.
+        latency_ms: `[S, T]` float64, from the profile's table.
         mean_bit_width: `[S, T]`.
         full_latency_ms: Latency at the largest width everywhere.
         reward: `[S, T]` at the dial that the policy was given.
@@ -107,7 +106,7 @@ class Evaluator:
             output_kl_nats=column(lambda facts: facts.output_kl_nats),
             token_nll_nats=column(lambda facts: facts.token_nll_nats),
             top1_agreement=column(lambda facts: facts.top1_agreement),
-            latency_ms=column(lambda facts: facts.latency_ms.float()),
+            latency_ms=column(lambda facts: facts.latency_ms),
             mean_bit_width=column(lambda facts: facts.mean_bit_width),
             full_latency_ms=steps[0].full_latency_ms,
             reward=column(lambda facts: self._task.reward(facts).total),
@@ -119,12 +118,12 @@ class Evaluator:
         self._episodes.start(rows, windows=rows, kl_weight=dials, seeds=torch.zeros_like(rows))
         self._read = True
 
-    def static_kl_nats(self, bit_widths: Tensor) -> float:
-        """Mean output KL of one allocation `[U]` over all tokens, in one parallel pass."""
+    def static_kl_nats(self, bit_widths: Tensor) -> Tensor:
+        """Mean output KL of each sequence under one allocation `[U]`, `[S]` float64, in one parallel pass."""
         if not self._read:
             self._start(1.0)
         rows = torch.arange(len(self.windows))
-        return float(self._episodes.text_kl_nats(rows, bit_widths.expand(len(rows), -1)).double().mean())
+        return self._episodes.text_kl_nats(rows, bit_widths.expand(len(rows), -1)).double().mean(1)
 
     def close(self) -> None:
         """Frees the session."""
@@ -175,7 +174,7 @@ def summarise(
     seed: int | None = None,
     kl_weight: float | None = None,
     time_budget: float | None = None,
-    speedup_measured: float | None = None,
+    time_share_measured: float | None = None,
     static_widths: Tensor | None = None,
     documents: Sequence[int] | None = None,
 ) -> EvalRow:
@@ -189,7 +188,7 @@ def summarise(
         seed: See there.
         kl_weight: See there.
         time_budget: See there.
-        speedup_measured: See there.
+        time_share_measured: See there.
         static_widths: `[U]`: the static allocation of the same budget, where there is one.
         documents: The document of each sequence; default: each is its own.
     """
@@ -213,12 +212,15 @@ def summarise(
         top1_agreement=float(shared.mean(lambda one: one.top1_agreement).mean()),
         differs_from_static=None if static_widths is None else shared.differs_from(static_widths),
         time_share_modelled=time_share,
+        time_share_measured=time_share_measured,
         speedup_modelled=1 / time_share,
-        speedup_measured=speedup_measured,
+        speedup_measured=None if time_share_measured is None else 1 / time_share_measured,
         num_sequences=len(per_sequence),
         num_tokens=shared.first.output_kl_nats.numel(),
         reference=reference,
         sequence_kl_nats=tuple(per_sequence.tolist()),
+        static_kl_nats=None,
+        static_kl_nats_measured=None,
         sequence_documents=owners,
     )
 
@@ -229,49 +231,60 @@ def bootstrap_interval(values: Tensor, documents: Sequence[int] | None = None) -
     return percentile_interval(weights[1:] @ values.double().numpy())
 
 
-def measured_speedups(
+def measured_time_shares(
     model: NestedCausalLM,
     profile: Profile,
-    window: Tensor,
+    windows: Tensor,
     config: EnvConfig,
-    policies: list[tuple[Policy, float]],
+    policies: Sequence[tuple[Policy, float]],
     *,
     rounds: int = 21,
     num_threads: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[float]:
-    """Wall-clock speedup of batch-1 decoding over the largest width, the policy's own cost included.
+    """Wall-clock time of batch-1 decoding as a share of that at the largest width, signals and policy included.
 
-    In every round each policy and the baseline decode the same window, one after the other in a new random order: the
-    weights are as warm in the caches as when a policy decodes alone, and drift of the machine hits all alike. What
-    counts is the median over rounds of the baseline's median step over the policy's.
+    In every round each policy and the baseline decode the same windows, one after the other in a new random order:
+    drift of the machine hits all alike, and the weights are as warm in the caches as when a policy decodes alone. Of
+    each token the median over rounds counts, so that a stall does not; the medians are added up over all tokens, so
+    that dear tokens count as they are.
 
     Args:
         model: The model.
         profile: Profile that the signals are made with.
-        window: `[window_tokens]` int64.
-        config: Shape of the episode.
+        windows: `[n, window_tokens]` int64.
+        config: Shape of the episodes.
         policies: Policies, each with its dial.
-        rounds: Turns of every policy; after the fifth no new round begins once 10 s have passed.
+        rounds: Turns of every policy; after the fifth no new round begins once 20 s have passed.
         num_threads: Threads of a step, as for `open_session`.
         progress: Wraps the rounds.
     """
     baseline = StaticAllocation("baseline", profile.cost.full_width())
     contestants = [(baseline, 1.0), *policies]
     controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
-    first = config.prompt_tokens
-    parent = open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads)
-    prompt = parent.prefill(window[None, :first])
-    turn_ms: list[list[float]] = [[] for _ in contestants]
+    first, num_steps = config.prompt_tokens, config.max_new_tokens
+    parents = [open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads) for _ in windows]
+    prompts = [parent.prefill(window[None, :first]) for parent, window in zip(parents, windows, strict=True)]
+
+    def turn_ms(which: int) -> list[float]:
+        """Times of all tokens of all windows."""
+        times = []
+        for parent, prompt, window in zip(parents, prompts, windows, strict=True):
+            runner = PolicyRunner(parent.fork(), controllers[which], Replay(window[None, first:]))
+            runner.begin(prompt, torch.tensor([contestants[which][1]]))
+            times += [clock_ms(runner.step, model.device) for _ in range(num_steps)]
+            runner.decoder.close()
+        return times
+
+    turns: list[list[list[float]]] = [[] for _ in contestants]
     generator = torch.Generator().manual_seed(0)
     began = time.monotonic()
     for done in progress(range(rounds)):
         if done >= _MIN_ROUNDS and time.monotonic() - began > _TIMING_S:
             break
         for which in torch.randperm(len(contestants), generator=generator).tolist():
-            runner = PolicyRunner(parent.fork(), controllers[which], Replay(window[None, first:]))
-            runner.begin(prompt, torch.tensor([contestants[which][1]]))
-            times = [clock_ms(runner.step, model.device) for _ in range(len(window) - 1 - first)]
-            turn_ms[which].append(statistics.median(times[_TIMING_WARMUP:] or times))
-    full_ms, *own_ms = turn_ms
-    return [statistics.median(full / ms for full, ms in zip(full_ms, own, strict=True)) for own in own_ms]
+            turns[which].append(turn_ms(which))
+    for parent in parents:
+        parent.close()
+    full_ms, *own_ms = (sum(map(statistics.median, zip(*own, strict=True))) for own in turns)
+    return [ms / full_ms for ms in own_ms]

@@ -10,7 +10,6 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import ArrayLike, NDArray
 
 from flexquant_rl.agents.evaluation.comparison import (
+    Clock,
     SeedGroup,
     drawable_rows,
     families,
     ratios_to_static,
     seed_groups,
+    setting_of,
 )
 from flexquant_rl.agents.evaluation.resampling import Array
 from flexquant_rl.agents.evaluation.rows import EvalRow
@@ -45,7 +46,7 @@ _MAX_UNIT_LABELS = 26
 _MAX_TOKEN_CHARACTERS = 10
 _KL_DECADES = 5
 _MAX_RATIO_PERCENT = 60.0
-_PAIRED = "; in the lower panel paired with static, from 5 training seeds on over seeds instead."
+_PAIRED = "; in the lower panels paired with static, from 5 training seeds on over seeds instead."
 _GREY = "#5b5b5b"
 _LOWEST_ZORDER = 3  # above the grid and the line at zero; each family is drawn above those before it
 _RC: dict[Any, Any] = {
@@ -65,13 +66,13 @@ _RC: dict[Any, Any] = {
 
 
 def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str, source: str = "roofline") -> None:
-    """Draws output KL against the modelled share of full-width time, a PNG 1200 pixels wide.
+    """Draws output KL against the share of full-width time, modelled on the left and measured on the right, as a PNG.
 
     One colour and marker for each family, its points at the time that it took on the text of the rows, bars for the 95%
     intervals over documents. Where there are several training seeds, each has a thin line and their mean a bold one;
-    oracles are points. Lines that span decades hide the differences that matter, so a second panel shows each family's
-    KL relative to that of static at the same time budget, with paired intervals, where there are both. A policy whose
-    KL is not positive (the reference itself) has no place on a logarithmic axis: the caption names it.
+    oracles are points. Lines that span decades hide the differences that matter, so panels below show each family's KL
+    relative to what static reaches in the same time. What was not timed has no panel on the right. A policy whose KL is
+    not positive (the reference itself) has no place on a logarithmic axis: the caption names it.
 
     Args:
         rows: Rows of any families; those without a modelled time are left out.
@@ -86,23 +87,41 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
     )
     if hidden:
         caption = f"{caption.rstrip(' .')}. Not drawn, as the KL is 0: {', '.join(hidden)}."
+    timed = [row for row in drawable if row.time_share_measured is not None]
+    columns: dict[Clock, list[EvalRow]] = {"modelled": drawable, **({"measured": timed} if timed else {})}
     drawn = families(drawable)
-    ratios = {name: points for name in drawn if len(points := _ratio_points(drawable, name))}
-    caption = f"{caption.rstrip(' .')}. Bars: 95% bootstrap intervals over test documents{_PAIRED if ratios else '.'}"
+    has_ratios = any(len(_ratio_points(drawable, name, "modelled")) for name in drawn)
+    caption = (
+        f"{caption.rstrip(' .')}. Bars: 95% bootstrap intervals over test documents{_PAIRED if has_ratios else '.'}"
+    )
+    labels: dict[Clock, str] = {
+        "modelled": f"share of full-width time, modelled ({source})",
+        "measured": "the same, by the clock",
+    }
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(8, 7.0 if ratios else 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
-        grid = figure.add_gridspec(2 if ratios else 1, 1, height_ratios=(3, 1.35) if ratios else None)
-        axes = lowest = figure.add_subplot(grid[0])
-        for zorder, family in enumerate(drawn.values(), start=_LOWEST_ZORDER):
-            _draw_family(axes, drawable, family, zorder)
-        _dress_fronts(axes, drawable)
-        if ratios:
-            lowest = figure.add_subplot(grid[1], sharex=axes)
-            axes.tick_params(labelbottom=False)
-            _draw_ratios(lowest, drawable, ratios, drawn)
-        lowest.set_xlabel(f"share of the time at the largest width, modelled ({source})")
+        size = (8 if len(columns) == 1 else 13, 7.0 if has_ratios else 5.6)
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+        panels = figure.subplots(
+            1 + has_ratios,
+            len(columns),
+            sharex="col",
+            sharey="row",
+            squeeze=False,
+            height_ratios=(3, 1.35) if has_ratios else None,
+        )
+        for column, (clock, shown) in enumerate(columns.items()):
+            for zorder, family in enumerate(families(shown).values(), start=_LOWEST_ZORDER):
+                _draw_family(panels[0, column], shown, family, clock, zorder)
+            _dress_fronts(panels[0, column], shown)
+            if has_ratios:
+                _draw_ratios(panels[1, column], shown, drawn, clock)
+            panels[-1, column].set_xlabel(labels[clock])
+        panels[0, 0].set_ylabel("output KL from the reference (nats, log scale)")
+        if has_ratios:
+            panels[1, 0].set_ylabel("KL against static\nin equal time")
         figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold")
-        figure.supxlabel("\n".join(textwrap.wrap(caption, 118)), x=0.015, ha="left", fontsize=8.5, color=_GREY)
+        wrapped = textwrap.wrap(caption, 118 if len(columns) == 1 else 190)
+        figure.supxlabel("\n".join(wrapped), x=0.015, ha="left", fontsize=8.5, color=_GREY)
         figure.align_ylabels()
         handles = [_legend_handle(drawable, family) for family in drawn.values()]
         figure.legend(handles=handles, loc="outside right upper", labelspacing=0.8, handlelength=2.6)
@@ -194,17 +213,16 @@ def _legend_handle(rows: Sequence[EvalRow], family: Family) -> Line2D:
     return Line2D([], [], label=label, **_front_line(rows, family), **_marker(family))
 
 
-def _draw_family(axes: Axes, rows: Sequence[EvalRow], family: Family, zorder: float) -> None:
+def _draw_family(axes: Axes, rows: Sequence[EvalRow], family: Family, clock: Clock, zorder: float) -> None:
     seeds = _seeds(rows, family.name)
     for seed in seeds if len(seeds) > 1 else ():
         own = seed_groups([row for row in rows if row.seed == seed], family.name)
-        line = [group.rows[0] for group in own]
-        axes.plot(*_points(line), color=family.colour, linewidth=0.8, alpha=0.45, zorder=zorder - 0.5)
-    means = [_mean_row(group) for group in seed_groups(rows, family.name)]
-    axes.plot(*_points(means), zorder=zorder, **_front_line(rows, family))
-    kl = _points(means)[1]
-    bounds = np.array([(row.output_kl_low, row.output_kl_high) for row in means]).T
-    _draw_points(axes, family, *_points(means), np.maximum([kl - bounds[0], bounds[1] - kl], 0), zorder)
+        axes.plot(*_points(own, clock), color=family.colour, linewidth=0.8, alpha=0.45, zorder=zorder - 0.5)
+    groups = seed_groups(rows, family.name)
+    x, kl = _points(groups, clock)
+    axes.plot(x, kl, zorder=zorder, **_front_line(rows, family))
+    bounds = np.array([group.kl_interval() for group in groups]).T
+    _draw_points(axes, family, x, kl, np.maximum([kl - bounds[0], bounds[1] - kl], 0), zorder)
 
 
 def _draw_points(axes: Axes, family: Family, x: Array, y: Array, bars: Array, zorder: float) -> None:
@@ -221,64 +239,60 @@ def _draw_points(axes: Axes, family: Family, x: Array, y: Array, bars: Array, zo
     )
 
 
-def _ratio_points(rows: Sequence[EvalRow], family: str) -> Array:
-    """`[P, 4]`: time budget, percent by which the KL differs from that of static, and its 95% interval."""
-    points = [
-        (budget, *(100 * math.expm1(value) for value in (ratio.value, ratio.low, ratio.high) if value is not None))
-        for budget, ratio in ratios_to_static(rows, family).items()
-    ]
-    # One document gives no interval: its bars have no length.
-    return np.array([(*point, *point[1:2] * (4 - len(point))) for point in points], dtype=np.float64).reshape(-1, 4)
+def _ratio_points(rows: Sequence[EvalRow], family: str, clock: Clock) -> Array:
+    """`[P, 4]`: time share, percent by which the KL differs from that of static, and its 95% interval."""
+    ratios = ratios_to_static(rows, family, clock)
+    points = []
+    for group in seed_groups(rows, family):
+        ratio = ratios.get(setting_of(group.rows[0]))
+        if ratio is not None:
+            ends = [ratio.value if end is None else end for end in (ratio.low, ratio.high)]  # one document: no bars
+            points.append((_time_share(group, clock), *(100 * math.expm1(value) for value in (ratio.value, *ends))))
+    return np.array(points, dtype=np.float64).reshape(-1, 4)
 
 
-def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], ratios: Mapping[str, Array], drawn: Mapping[str, Family]) -> None:
+def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], drawn: Mapping[str, Family], clock: Clock) -> None:
     axes.axhline(0, color=STATIC.colour, linewidth=1.6, zorder=2)
     lowest, highest, above = -5.0, 5.0, []
-    for zorder, (name, points) in enumerate(ratios.items(), start=_LOWEST_ZORDER):
-        family = drawn[name]
-        budgets, percent, low, high = points.T
+    for zorder, (name, family) in enumerate(drawn.items(), start=_LOWEST_ZORDER):
+        points = _ratio_points(rows, name, clock)
+        if not len(points):
+            continue
+        x, percent, low, high = points.T
         if percent.min() > _MAX_RATIO_PERCENT:
             above.append(family.label)
             continue
         seeds = _seeds(rows, name)
         for seed in seeds if len(seeds) > 1 else ():
-            line = _ratio_points([row for row in rows if row.family != name or row.seed == seed], name)
-            axes.plot(line[:, 0], line[:, 1], color=family.colour, linewidth=0.8, alpha=0.45)
-        axes.plot(budgets, percent, zorder=zorder, **_front_line(rows, family))
-        _draw_points(axes, family, budgets, percent, np.maximum([percent - low, high - percent], 0), zorder)
+            own = _ratio_points([row for row in rows if row.family == name and row.seed == seed], name, clock)
+            axes.plot(own[:, 0], own[:, 1], color=family.colour, linewidth=0.8, alpha=0.45)
+        axes.plot(x, percent, zorder=zorder, **_front_line(rows, family))
+        _draw_points(axes, family, x, percent, np.maximum([percent - low, high - percent], 0), zorder)
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
     margin = 0.08 * (highest - lowest)
     axes.set_ylim(lowest - margin, min(highest, _MAX_RATIO_PERCENT) + margin)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0"))
-    axes.set_ylabel("KL against static,\nequal time budget")
     axes.grid(which="major", linewidth=0.8)
     if above:
         axes.set_title(f"above this range: {', '.join(above)}", loc="right", fontsize=8.5, color=_GREY)
 
 
-def _mean_row(group: SeedGroup) -> EvalRow:
-    """A row of seed means, of the fields that a picture needs."""
-    low, high = group.kl_interval()
-    kl = group.mean("output_kl_nats")
-    assert kl is not None
-    time_share = group.mean("time_share_modelled")
-    return replace(
-        group.rows[0], time_share_modelled=time_share, output_kl_nats=kl, output_kl_low=low, output_kl_high=high
-    )
+def _time_share(group: SeedGroup, clock: Clock) -> float:
+    mean = group.mean(f"time_share_{clock}")
+    return math.nan if mean is None else mean
 
 
-def _points(rows: Sequence[EvalRow]) -> tuple[Array, Array]:
-    return (
-        np.array([row.time_share_modelled for row in rows], dtype=np.float64),
-        np.array([row.output_kl_nats for row in rows], dtype=np.float64),
-    )
+def _points(groups: Sequence[SeedGroup], clock: Clock) -> tuple[Array, Array]:
+    """Time shares and KL of some groups, slowest first."""
+    points = sorted(((_time_share(group, clock), group.mean("output_kl_nats")) for group in groups), reverse=True)
+    x, kl = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return x, kl
 
 
 def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
     axes.set_yscale("log")
     axes.margins(x=0.04, y=0.06)
-    axes.set_ylabel("output KL from the reference (nats, log scale)")
     _label_log_axis(axes, [row.output_kl_nats for row in rows])
     axes.grid(which="major", linewidth=0.8)
     axes.text(

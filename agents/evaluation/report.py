@@ -13,10 +13,11 @@ from flexquant_rl.agents.evaluation.comparison import (
     LogRatio,
     SeedGroup,
     families,
-    method_sentences,
     ratios_to_static,
     seed_groups,
+    setting_of,
 )
+from flexquant_rl.agents.evaluation.method import method_sentences
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.files import replacing
 
@@ -39,35 +40,37 @@ _COLUMNS = (
     ("perplexity", "--:"),
     ("top-1 agreement (%)", "--:"),
     ("time share, modelled", "--:"),
-    ("speedup, measured (x)", "--:"),
+    ("KL against static in this time (%, 95% CI)", "--:"),
+    ("time share, measured", "--:"),
+    ("KL against static in this time (%, 95% CI)", "--:"),
     ("steps unlike static (%)", "--:"),
-    ("KL against static at this budget (%, 95% CI)", "--:"),
 )
 _CONSOLE_COLUMNS = (
     *(("policy", 18), ("budget", 6), ("dial", 6), ("bits", 5), ("KL/nats", 8), ("95% CI", 20), ("p99", 8)),
-    *(("ppl", 7), ("top-1%", 6), ("time", 5), ("x meas", 6)),
+    *(("ppl", 7), ("top-1%", 6), ("time", 5), ("clock", 5)),
 )
 
 
 def markdown_table(rows: Sequence[EvalRow]) -> str:
     """The whole result as one Markdown table, grouped by family.
 
-    Learned policies are averaged over training seeds, mean ± standard deviation. Beside every row with a time budget
-    stands how its KL differs from that of static at the same budget.
+    Learned policies are averaged over training seeds, mean ± standard deviation. Beside every time share stands how
+    the KL differs from what static reaches in that time.
     """
     lines = [_markdown_row([column[part] for column in _COLUMNS]) for part in (0, 1)]
     for family in families(rows):
-        ratios = ratios_to_static(rows, family)
+        modelled, measured = ratios_to_static(rows, family), ratios_to_static(rows, family, "measured")
         for index, group in enumerate(seed_groups(rows, family)):
-            ratio = None if group.time_budget is None else ratios.get(group.time_budget)
-            lines.append(_markdown_row([f"**{_escape(family)}**" if index == 0 else "", *_cells(group, ratio)]))
+            setting = setting_of(group.rows[0])
+            cells = _cells(group, modelled.get(setting), measured.get(setting))
+            lines.append(_markdown_row([f"**{_escape(family)}**" if index == 0 else "", *cells]))
     return "\n".join(lines) + "\n"
 
 
 def console_table(rows: Sequence[EvalRow]) -> str:
     """The main columns as plain ASCII, at most 110 characters wide; learned policies averaged over seeds.
 
-    `time` is the modelled share of full-width time, `x meas` the measured speedup, a dash where there is none.
+    `time` is the modelled share of full-width time, `clock` the measured one, a dash where there is none.
     """
     header = _console_row([name for name, _ in _CONSOLE_COLUMNS])
     lines = [header, "-" * len(header)]
@@ -126,7 +129,7 @@ def write_report(
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _cells(group: SeedGroup, ratio: LogRatio | None) -> list[str]:
+def _cells(group: SeedGroup, modelled: LogRatio | None, measured: LogRatio | None) -> list[str]:
     low, high = group.kl_interval()
     seeds = f" ({group.num_seeds} seeds)" if group.num_seeds > 1 else ""
     return [
@@ -140,9 +143,10 @@ def _cells(group: SeedGroup, ratio: LogRatio | None) -> list[str]:
         _mean_sd(group, "perplexity", "#.4g"),
         _mean_sd(group, "top1_agreement", ".2f", factor=100),
         _mean_sd(group, "time_share_modelled", ".3f", missing="not modelled"),
-        _mean_sd(group, "speedup_measured", ".3f", missing=_NOT_MEASURED),
+        _against_static(modelled),
+        _mean_sd(group, "time_share_measured", ".3f", missing=_NOT_MEASURED),
+        _against_static(measured),
         _mean_sd(group, "differs_from_static", ".1f", factor=100),
-        _against_static(ratio),
     ]
 
 
@@ -189,7 +193,7 @@ def _console_cells(group: SeedGroup) -> list[str]:
         _number(group.mean("perplexity"), "#.4g"),
         _number(None if agreement is None else 100 * agreement, ".2f"),
         _number(group.mean("time_share_modelled"), ".3f"),
-        _number(group.mean("speedup_measured"), ".3f"),
+        _number(group.mean("time_share_measured"), ".3f"),
     ]
 
 
@@ -252,14 +256,15 @@ def _limits(rows: Sequence[EvalRow], facts: Mapping[str, object]) -> list[str]:
     named = f" (source: {source})" if source is not None else ""
     lines = [
         f"*Time share, modelled* is computed from the profile's latency table{named}, not timed; 1 is the largest "
-        "width everywhere. The table has no entry for the time of the policy itself.",
+        "width everywhere. A roofline has no entry for the time of the policy itself.",
         "Another text, or another model, may order the policies differently.",
     ]
-    measured = sum(row.speedup_measured is not None for row in rows)
+    measured = sum(row.time_share_measured is not None for row in rows)
     timed = (
-        f"*Speedup, measured* is wall clock of batch-1 decoding, policy included, for {measured} of {len(rows)} rows."
+        "*Time share, measured* is wall clock of batch-1 decoding, policy included, for "
+        f"{measured} of {len(rows)} rows."
     )
-    lines.insert(1, timed if measured else "No policy was timed: there is no measured speedup here.")
+    lines.insert(1, timed if measured else "No policy was timed: there is no measured time here.")
     if any(family.is_oracle for family in families(rows).values()):
         lines.append("The oracle has seen the text that it is judged on: a bound, not a policy that can be deployed.")
     return lines

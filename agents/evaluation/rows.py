@@ -26,6 +26,7 @@ _PUBLIC = (
     "top1_agreement",
     "differs_from_static",
     "time_share_modelled",
+    "time_share_measured",
     "speedup_modelled",
     "speedup_measured",
 )
@@ -51,14 +52,18 @@ class EvalRow:
         top1_agreement: Share of tokens whose most probable continuation is the reference's, 0 to 1.
         differs_from_static: Share of steps whose widths are not those of the static row of the same budget, 0 to 1;
             None where there is no such row.
-        time_share_modelled: Time of all steps over that at the largest width everywhere, by the latency table: what was
-            attained on test text, which may miss the budget a little.
-        speedup_modelled: One over it.
-        speedup_measured: The same by wall clock of batch-1 decoding; None where not measured.
+        time_share_modelled: Time of all steps over that at the largest width everywhere, by the latency table and with
+            the controller's own: what was attained on test text, which may miss the budget a little.
+        time_share_measured: The same by wall clock of batch-1 decoding; None where not measured.
+        speedup_modelled: One over the modelled share.
+        speedup_measured: One over the measured share.
         num_sequences: Test sequences.
         num_tokens: Tokens judged, over all sequences.
         reference: `unquantised` or `8-bit`.
         sequence_kl_nats: Mean output KL of each test sequence in order, nats, for paired bootstraps.
+        static_kl_nats: The same under the best static allocation that takes the same modelled time, nats; None where
+            there is none.
+        static_kl_nats_measured: The same under the one that takes the same measured time.
         sequence_documents: The document of each test sequence, the unit of the bootstraps.
     """
 
@@ -76,12 +81,15 @@ class EvalRow:
     top1_agreement: float
     differs_from_static: float | None
     time_share_modelled: float | None
+    time_share_measured: float | None
     speedup_modelled: float | None
     speedup_measured: float | None
     num_sequences: int
     num_tokens: int
     reference: str
     sequence_kl_nats: tuple[float, ...]
+    static_kl_nats: tuple[float, ...] | None
+    static_kl_nats_measured: tuple[float, ...] | None
     sequence_documents: tuple[int, ...]
 
 
@@ -123,7 +131,9 @@ def _parse(line: str, where: str) -> EvalRow:
     for field in fields(EvalRow):
         if field.type == "float" and data[field.name] is None:
             data[field.name] = math.nan
-    data["sequence_kl_nats"] = tuple(math.nan if kl is None else kl for kl in data["sequence_kl_nats"])
+    for name in ("sequence_kl_nats", "static_kl_nats", "static_kl_nats_measured"):
+        if data[name] is not None:
+            data[name] = tuple(math.nan if kl is None else kl for kl in data[name])
     data["sequence_documents"] = tuple(data["sequence_documents"])
     return EvalRow(**data)
 

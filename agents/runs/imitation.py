@@ -1,8 +1,13 @@
-"""Behaviour cloning of the static knapsack: PPO starts where the best policy that ignores the token stands."""
+"""Behaviour cloning of static allocations: PPO starts where what is known beforehand leads.
+
+That is the best static allocation at the dial, times the importance that the signals give the token, where it has been
+learned.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +18,9 @@ from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
+
+if TYPE_CHECKING:  # which validates as the training does that clones
+    from flexquant_rl.agents.runs.importance import Importance
 
 _TEMPERATURE = 0.01
 """Reward per token, in full-width steps, that makes a width e times less likely than the static one: PPO explores what
@@ -46,7 +54,8 @@ def clone(
     profile: Profile,
     dials: tuple[float, float],
     *,
-    num_steps: int = 600,
+    importance: Importance | None = None,
+    num_steps: int = 900,
     batch_size: int = 512,
     learning_rate: float = 4e-3,
     generator: torch.Generator,
@@ -61,13 +70,14 @@ def clone(
         front: Gives the labels.
         profile: Profile of the model.
         dials: Range of the dial.
+        importance: Multiplies the dial by what the signals say of a token; None for plain static allocations.
         num_steps: Gradient steps.
         batch_size: Samples per step.
         learning_rate: Falls linearly to zero.
         generator: Draws samples and dials.
 
     Returns:
-        Share of units whose best-scored width is the static one, on fresh dials.
+        Share of units whose best-scored width is that of the label, on fresh dials.
     """
     net.set_normalisation(signals)
     device = net.mean.device  # signals, front and profile are on the CPU, as environments give them
@@ -75,23 +85,25 @@ def clone(
     dial_idx = net.schema.index("dial")
     low, high = math.log10(dials[0]), math.log10(dials[1])
 
-    def batch(size: int) -> tuple[Tensor, Tensor]:
+    def batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
         picked = signals[torch.randint(len(signals), (size,), generator=generator)].clone()
         picked[:, dial_idx] = low + (high - low) * torch.rand(size, generator=generator)
-        return picked, torch.searchsorted(widths, front.allocate(10 ** picked[:, dial_idx]))
+        # Beyond the range of the dial as well: the least important token at its lower end is worth less than that.
+        prices = 10 ** picked[:, dial_idx] * (1.0 if importance is None else importance(picked))
+        return picked, prices, torch.searchsorted(widths, front.allocate(prices))
 
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate)
     for step in range(num_steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / num_steps)
-        picked, columns = batch(batch_size)
-        targets = _targets(front, profile, 10 ** picked[:, dial_idx], columns)
+        picked, prices, columns = batch(batch_size)
+        targets = _targets(front, profile, prices, columns)
         loss = F.cross_entropy(net.logits(picked.to(device)).flatten(0, 1), targets.to(device).flatten(0, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
-        picked, columns = batch(4 * batch_size)
+        picked, _, columns = batch(4 * batch_size)
         return float((net.logits(picked.to(device)).argmax(-1).cpu() == columns).float().mean())
 
 

@@ -1,6 +1,7 @@
 """The two phases of a run: training, which never opens test text, and the evaluation, which opens it once.
 
-model -> profile.json -> static_front.safetensors -> seeds/<k>/policy -> policy   |   -> eval.jsonl, report.md, PNGs
+model -> profile.json -> static_front.safetensors -> importance.safetensors -> seeds/<k>/policy -> policy
+      |  -> eval.jsonl, report.md, PNGs
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
-from flexquant_rl.agents.evaluation.budgets import TIME_BUDGETS
-from flexquant_rl.agents.evaluation.comparison import compare_at_budgets
+from flexquant_rl.agents.evaluation.comparison import compare
 from flexquant_rl.agents.evaluation.contest import (
     Settings,
     compete_at_budgets,
@@ -22,7 +22,6 @@ from flexquant_rl.agents.evaluation.contest import (
     headroom,
     heuristics,
     learned,
-    oracle_row,
     oracle_time_share,
     showcase,
     tune,
@@ -37,6 +36,7 @@ from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say
+from flexquant_rl.agents.runs.importance import load_importance
 from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.output_kl import reference_name
@@ -45,7 +45,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.prompts import load_windows, spread
 
 # A second look, so less of everything: sequences, families and budgets.
-_LONG_SEQUENCES, _LONG_BUDGETS = 8, (0.5, 0.6, 0.7, 0.8)
+_LONG_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     """
     check_config(config)
     prepared = prepare(config, run_dir)
+    importance = load_importance(config, prepared, run_dir)
     results = [
-        train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index))
+        train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index), importance)
         for index in range(config.seeds)
     ]
     trained = TrainedRun(prepared, tuple(results), run_dir / "policy")
@@ -91,12 +92,10 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
     """Compares every policy on test text, writes rows, pictures and report, and returns the command's JSON."""
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
-    budgets = [*TIME_BUDGETS, *([oracle_time_share(prepared, oracle)] if oracle else [])]
-    families = [*heuristics(prepared), *learned(prepared, results, trained.best)]
+    budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
+    families = [*heuristics(prepared), *learned(prepared, results)]
     settings = tune(prepared, families, budgets, config.validation_sequences)
-    rows = compete_at_budgets(prepared, settings, config.test_sequences)
-    if oracle:
-        rows.append(oracle_row(prepared, config.test_sequences, oracle, settings))
+    rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle)
     share = headroom(rows)
     long_rows = _long_rows(config, trained, settings)
     sentences = _publish(config, trained, settings, rows, share, run_dir, long_rows)
@@ -108,7 +107,8 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
         "env_steps_per_s": sum(rates) / len(rates) if rates else None,
         "validation_reward_over_static": {
             "cloned": [result.cloned_score for result in results],
-            "trained": [result.best_score for result in results],
+            "chosen": [result.best_score for result in results],
+            "last": [result.last_score for result in results],
         },
         "latency_source": prepared.cost.source,
         "reference": reference_name(prepared.model),
@@ -139,7 +139,7 @@ def _long_rows(config: TrainConfig, trained: TrainedRun, settings: Settings) -> 
         entry
         for entry in settings.entries
         if entry.family in (STATIC.name, PPO.name)
-        and entry.time_budget in _LONG_BUDGETS
+        and entry.time_budget in config.time_budgets[1::2]
         and entry.first.seed in (None, trained.best.seed)
     )
     chosen = Settings(entries, ())
@@ -160,7 +160,7 @@ def _publish(
     write_rows(run_dir / ROWS_FILE, rows)
     if long_rows:
         write_rows(run_dir / LONG_ROWS_FILE, long_rows)
-    sentences = _findings(trained, rows, share)
+    sentences = _findings(config, trained, rows, share)
     is_embedded = config.model is None or config.model == DEFAULT_MODEL
     name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
     conditions = (
@@ -185,17 +185,23 @@ def _publish(
     return sentences
 
 
-def _findings(trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
-    others = (STATIC.name, Fixed.family.name, RandomWidths.family.name, EntropyThreshold.family.name)
-    found = [compare_at_budgets(rows, PPO.name, other, budgets=TIME_BUDGETS) for other in others]
+def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
+    others = (Fixed.family.name, RandomWidths.family.name, EntropyThreshold.family.name)
+    found = [
+        compare(rows, PPO.name, budgets=config.time_budgets),
+        compare(rows, PPO.name, clock="measured", budgets=config.time_budgets),
+        *(compare(rows, PPO.name, other, budgets=config.time_budgets) for other in others),
+    ]
     comparisons = [comparison for comparison in found if comparison is not None]
     sentences = [comparison.sentence() for comparison in comparisons]
-    sentences += [comparison.budget_sentence() for comparison in comparisons]
-    before = ", ".join(f"{result.cloned_score:+.4f}" for result in trained.results)
-    after = ", ".join(f"{result.best_score:+.4f}" for result in trained.results)
+    sentences += [comparison.setting_sentence() for comparison in comparisons if comparison.family_b == STATIC.name]
+    cloned, chosen, last = (
+        ", ".join(f"{getattr(result, name):+.4f}" for result in trained.results)
+        for name in ("cloned_score", "best_score", "last_score")
+    )
     sentences.append(
-        f"validation reward per token over the static allocation, in full-width steps: {before} cloned, {after} after "
-        "PPO, by seed"
+        f"validation reward per token over the static allocation, in full-width steps, by seed: {cloned} cloned, "
+        f"{chosen} of the network that validation chose, {last} of the last one"
     )
     if share is not None:
         sentences.append(f"captured headroom at the oracle's time share: {share:.0%} of the way from static to oracle")

@@ -71,6 +71,7 @@ class TrainingCallback(BaseCallback):
         super().__init__()
         self.best_score = -float("inf")
         self.first_score = -float("inf")
+        self.last_score = -float("inf")
         self.best_state: dict[str, Tensor] = {}
         self._checkpoint = checkpoint
         self._validate = validate
@@ -105,7 +106,7 @@ class TrainingCallback(BaseCallback):
 
     def consider(self, net: PrecisionNet) -> None:
         """Validates a network and keeps it if it is the best so far."""
-        score = self._validate(net)
+        score = self.last_score = self._validate(net)
         self.logger.record("validation/reward_over_static", score)
         if self._updates == 0:
             self.first_score = score

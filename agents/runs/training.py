@@ -10,9 +10,9 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.evaluation.evaluate import Evaluator
@@ -22,7 +22,7 @@ from flexquant_rl.agents.progress import StepBar, say
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
 from flexquant_rl.engine.control.artefact import load_policy, save_policy
-from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -30,6 +30,9 @@ from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.prompts import spread
 from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
+
+if TYPE_CHECKING:  # which uses the validation below
+    from flexquant_rl.agents.runs.importance import Importance
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class SeedResult:
     policy: LearnedPolicy
     cloned_score: float
     best_score: float
+    last_score: float
     env_steps_per_s: float | None
 
 
@@ -58,23 +62,16 @@ class Validation:
         self._evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env)
         self._card = policy_card(prepared)
         allocation = prepared.front.allocate(self._dials)
-        self._static_reward = self._evaluator.run(_PerSequence(allocation), self._dials).reward
+        self._static_reward = self._evaluator.run(StaticAllocation("static", allocation), self._dials).reward
 
     def __call__(self, net: PrecisionNet) -> float:
+        """The score of a network."""
+        return self.score(LearnedPolicy(net, self._card))
+
+    def score(self, policy: Policy) -> float:
         """Mean reward per token over the static allocation's; higher is better."""
-        trace = self._evaluator.run(LearnedPolicy(net, self._card), self._dials)
+        trace = self._evaluator.run(policy, self._dials)
         return float((trace.reward - self._static_reward).double().mean())
-
-
-@dataclass(frozen=True)
-class _PerSequence:
-    """A static allocation of its own for each row, `[S, U]`."""
-
-    bit_widths: Tensor
-    name: str = "static"
-
-    def __call__(self, signals: Tensor) -> Decision:
-        return Decision(self.bit_widths)
 
 
 def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> PolicyCard:
@@ -83,8 +80,18 @@ def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> Policy
     return PolicyCard.of_model(prepared.model, recorded, horizon=prepared.env.max_new_tokens)
 
 
-def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Path) -> SeedResult:
-    """Clones the static knapsack, improves it with PPO and saves the network that was best on validation text."""
+def train_seed(
+    config: TrainConfig, prepared: Prepared, seed: int, directory: Path, importance: Importance | None = None
+) -> SeedResult:
+    """Clones static allocations, improves on them with PPO and saves the network that was best on validation text.
+
+    Args:
+        config: Configuration of the run.
+        prepared: Model, text, profile and front.
+        seed: Training seed.
+        directory: Where checkpoint and policy are kept.
+        importance: What the signals say of a token's need of bits; None to start from plain static allocations.
+    """
     policy_dir = directory / "policy"
     if (policy_dir / "policy.json").exists():
         policy = load_policy(
@@ -95,8 +102,13 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
         )
         if not isinstance(policy, LearnedPolicy):
             raise InputError(f"{policy_dir} holds no learned policy; delete it to have it made again")
-        scores = policy.card.config["scores"]
-        return SeedResult(seed, policy, scores["cloned"], scores["best"], scores["env_steps_per_s"])
+        try:
+            scores = [policy.card.config["scores"][name] for name in ("cloned", "best", "last", "env_steps_per_s")]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{policy_dir} does not say how its training went; delete it to have it made again"
+            ) from error
+        return SeedResult(seed, policy, *scores)
     validation = Validation(prepared, config.validation_sequences)
     session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
     static = prepared.front.allocate if prepared.env.source == "replay" else None
@@ -119,8 +131,11 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
         signals = collect_signals(env, prepared.front, generator)
         dials = (prepared.env.kl_weight_min, prepared.env.kl_weight_max)
         net = precision_net(ppo)
-        agreement = clone(net, signals, prepared.front, prepared.profile, dials, generator=generator)
-        say(f"PPO seed {seed}: cloned the static allocation, {agreement:.1%} of widths agree")
+        agreement = clone(
+            net, signals, prepared.front, prepared.profile, dials, importance=importance, generator=generator
+        )
+        what = "the static allocation" if importance is None else "static allocations by the importance of tokens"
+        say(f"PPO seed {seed}: cloned {what}, {agreement:.1%} of widths agree")
     began, steps_before = time.monotonic(), ppo.num_timesteps
     learn(ppo, callback, config.env_steps, directory / "tensorboard")
     rate = (ppo.num_timesteps - steps_before) / (time.monotonic() - began) if ppo.num_timesteps > steps_before else None
@@ -136,9 +151,11 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, exported.schema.dim)
     check_parity(unchecked, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0])
     unchecked.rename(policy_dir)
-    scores = f"{callback.first_score:+.4f} cloned, {callback.best_score:+.4f} best"
-    say(f"PPO seed {seed}: validation reward over static {scores}")
-    return SeedResult(seed, policy, callback.first_score, callback.best_score, rate)
+    say(
+        f"PPO seed {seed}: validation reward over static {callback.first_score:+.4f} cloned, "
+        f"{callback.best_score:+.4f} best, {callback.last_score:+.4f} at the end"
+    )
+    return SeedResult(seed, policy, callback.first_score, callback.best_score, callback.last_score, rate)
 
 
 def _trained_card(
@@ -148,6 +165,7 @@ def _trained_card(
     scores = {
         "cloned": callback.first_score,
         "best": callback.best_score,
+        "last": callback.last_score,
         "env_steps_per_s": env_steps_per_s,
     }
     return replace(card, config={**card.config, "scores": scores})

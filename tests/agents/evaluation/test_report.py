@@ -47,7 +47,8 @@ def test_public_dict_has_the_fields_of_the_contract() -> None:
         list(public_dict(evaluation()[0]))
         == (
             "policy family seed kl_weight time_budget mean_bit_width output_kl_nats output_kl_p99_nats perplexity "
-            "top1_agreement differs_from_static time_share_modelled speedup_modelled speedup_measured"
+            "top1_agreement differs_from_static time_share_modelled time_share_measured speedup_modelled "
+            "speedup_measured"
         ).split()
     )
 
@@ -79,7 +80,7 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
 def test_only_training_seeds_are_averaged() -> None:
     rows = [row("ppo", 0.9 - s / 10, 0.1 * (s + 1), policy="ppo", seed=s, kl_weight=50.0) for s in range(3)]
     (group,) = seed_groups([replace(r, time_budget=None) for r in rows], "ppo")
-    assert (group.num_seeds, group.mean("output_kl_nats"), group.mean("speedup_measured")) == (
+    assert (group.num_seeds, group.mean("output_kl_nats"), group.mean("time_share_measured")) == (
         3,
         pytest.approx(0.2),
         None,
@@ -109,10 +110,12 @@ def table_cells(table: str) -> list[list[str]]:
 
 
 def test_markdown_table_has_one_row_for_each_policy_and_budget() -> None:
-    rows = [replace(r, speedup_measured=1.4) if r.family == "fixed" else r for r in evaluation(noise=0.0)]
+    versus = "KL against static in this time (%, 95% CI)"
+    rows = [replace(r, time_share_measured=0.71) if r.family == "fixed" else r for r in evaluation(noise=0.0)]
     header, _, *lines = table_cells(markdown_table(rows))
     assert {len(line) for line in lines} == {len(header)}
     assert len(lines) == 4 * 3 + 4 + 1
+    header[header.index(versus)] = f"{versus}, modelled"
     named = [dict(zip(header, line, strict=True)) for line in lines]
     assert [line["family"] for line in named if line["family"]] == [
         "**fixed**",
@@ -122,13 +125,13 @@ def test_markdown_table_has_one_row_for_each_policy_and_budget() -> None:
         "**oracle**",
     ]
     fixed = next(line for line in named if line["policy"].startswith("fixed"))
-    assert (fixed["time budget"], fixed["speedup, measured (x)"]) == ("0.8", "1.400")
+    assert (fixed["time budget"], fixed["time share, measured"]) == ("0.8", "0.710")
     learned = [line for line in named if line["policy"] == "ppo (3 seeds)"]
     assert [line["time budget"] for line in learned] == ["0.8", "0.7", "0.6", "0.5"]
-    assert all(line["speedup, measured (x)"] == "not measured" for line in learned)
+    assert all(line["time share, measured"] == "not measured" for line in learned)
     assert all("±" in line["time share, modelled"] for line in learned)
     assert all(line["steps unlike static (%)"].startswith("25.0") for line in learned)
-    versus = "KL against static at this budget (%, 95% CI)"
+    versus += ", modelled"
     assert [line[versus] for line in learned] == ["-10.0 (-10.0 to -10.0)"] * 4
     assert [line[versus] for line in named if line["policy"].startswith("static")] == [""] * 4
 
@@ -193,6 +196,13 @@ def test_pareto_picture_with_every_kind_of_family(tmp_path: Path) -> None:
     rows = [*evaluation(), row("entropy", 0.7, 0.01), row("zebra", 0.8, 0.02), row("oracle", 0.6, 0.004)]
     plot_pareto(rows, tmp_path / "a.png", title="Output KL at equal time, $5 and $6", caption=LONG_CAPTION)
     assert picture(tmp_path / "a.png", 1200).shape[0] == 1050
+    timed = [
+        replace(r, time_share_measured=share, static_kl_nats_measured=r.static_kl_nats)
+        for r in rows
+        if (share := r.time_share_modelled) and r.family != "zebra"
+    ]
+    plot_pareto(timed, tmp_path / "a.png", title="by both clocks", caption=LONG_CAPTION)
+    assert picture(tmp_path / "a.png", 1950).shape[0] == 1050
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from fake_session import FakeModel, fake_profile
 from toy_training import TOY_CONFIG, mean_reward, toy_env, toy_front, toy_policy, toy_windows
 
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
+from flexquant_rl.agents.runs.importance import Importance
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.policy import PrecisionNet
 
@@ -102,6 +104,46 @@ def test_clone_still_explores(clone_and_agreement: tuple[PrecisionNet, float]) -
     best = probs.max(-1).values
     assert 0.5 < float(best.mean()) < 0.999
     assert float(best.min()) < 0.9
+
+
+def test_clone_spends_bits_by_importance() -> None:
+    """Labels are those of the dial times what the signals say of the token."""
+    schema = toy_env(MODEL, num_envs=1).episodes.schema
+    low, high = DIALS
+    mean_log = (math.log10(low) + math.log10(high)) / 2
+
+    class Surprised(Importance):
+        """Tokens after a surprise count four times, others a quarter."""
+
+        def forward(self, signals: torch.Tensor) -> torch.Tensor:
+            return torch.where(signals[:, schema.index("surprisal")] > 0, 4.0, 0.25)
+
+    torch.manual_seed(0)
+    net = PrecisionNet(schema)
+    signals = collect()
+    signals[:, schema.index("surprisal")] = torch.randn(len(signals), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    agreement = clone(
+        net,
+        signals,
+        FRONT,
+        fake_profile(MODEL),
+        DIALS,
+        importance=Surprised(schema),
+        num_steps=900,
+        generator=generator,
+    )
+    assert agreement > 0.9
+    fresh = signals[:200].clone()
+    fresh[:, schema.index("dial")] = mean_log
+    policy = toy_policy(net, MODEL)
+    means = []
+    for surprisal in (-1.0, 1.0):
+        fresh[:, schema.index("surprisal")] = surprisal
+        means.append(float(policy(fresh).bit_widths.float().mean()))
+    expected = [float(FRONT.allocate(torch.tensor([10**mean_log * factor])).float().mean()) for factor in (0.25, 4.0)]
+    assert means == pytest.approx(expected, abs=0.25)
+    assert expected[1] - expected[0] > 1
 
 
 def test_normalisation_comes_from_the_signals(clone_and_agreement: tuple[PrecisionNet, float]) -> None:

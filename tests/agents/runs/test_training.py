@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,9 @@ def test_a_seed_is_trained_once(tiny_prepared: Prepared, tmp_path: Path, monkeyp
     monkeypatch.setattr(training, "build_ppo", lambda *_, **__: pytest.fail("trained already"))
     again = train_seed(CONFIG, tiny_prepared, 1, tmp_path)
     assert_equal_policies(again.policy, result.policy)
-    assert (again.best_score, again.cloned_score) == (result.best_score, result.cloned_score)
+    scores = ("cloned_score", "best_score", "last_score")
+    assert [getattr(again, name) for name in scores] == [getattr(result, name) for name in scores]
+    assert result.cloned_score <= result.best_score >= result.last_score > -math.inf
     assert again.env_steps_per_s == result.env_steps_per_s
 
 
@@ -183,6 +186,20 @@ def test_an_oracle_needs_pairs_of_masks(masks: int) -> None:
     with pytest.raises(InputError, match=f"oracle_masks={masks} must be at least 2"):
         check_config(TrainConfig(oracle_masks=masks))
     check_config(TrainConfig(oracle_masks=0))
+
+
+@pytest.mark.parametrize("windows", [-1, 3])
+def test_too_few_windows_teach_no_importance(windows: int) -> None:
+    with pytest.raises(InputError, match=f"importance_windows={windows} must be at least 10"):
+        check_config(TrainConfig(importance_windows=windows))
+    check_config(TrainConfig(importance_windows=0))
+
+
+@pytest.mark.parametrize("budgets", [(), (0.5, 0.0), (1.5,), (math.nan,)])
+def test_budgets_are_shares(budgets: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"time_budgets='.*' must be shares of full-width time"):
+        check_config(TrainConfig(time_budgets=budgets))
+    check_config(TrainConfig(time_budgets=(0.5, 1.0)))
 
 
 def test_training_never_opens_test_text(

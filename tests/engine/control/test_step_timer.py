@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control import runner
-from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer
+from flexquant_rl.engine.control import runner, step_timer
+from flexquant_rl.engine.control.controller import StaticController
+from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer, measured_controller_ms
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
@@ -73,9 +75,38 @@ def test_short_steps_are_repeated_more_often(clock: Clock, session: DecodeSessio
         before = clock.calls
         timer(torch.full((session.model.num_units,), 4))
         counts.append((clock.calls - before) // 2)
-    assert counts == [MAX_PAIRS, 15, 5]
+    assert counts == [MAX_PAIRS, 15, 3]
 
 
 def test_the_session_stays_as_it_was(session: DecodeSession) -> None:
     StepTimer(session, PROMPT[0, :1])(torch.full((session.model.num_units,), 4))
+    assert session.lengths.tolist() == [PROMPT.shape[1]]
+
+
+def test_a_controller_takes_what_is_not_the_pass(
+    clock: Clock, session: DecodeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signals and policy, less what the loop takes with fixed widths too; passes stall, and widths differ."""
+    seen: list[tuple[float, bool]] = []
+    original = step_timer._pass_ms
+
+    def noted(own: PolicyRunner) -> float:
+        seen.append((original(own), isinstance(own.controller, StaticController)))
+        return seen[-1][0]
+
+    def whole_step(run: Callable[[], object], device: torch.device) -> float:
+        run()
+        pass_ms, is_fixed = seen[-1]
+        return pass_ms + (0.01 if is_fixed else 0.25)
+
+    monkeypatch.setattr(step_timer, "_pass_ms", noted)
+    monkeypatch.setattr(step_timer, "clock_ms", whole_step)
+    prompt = session.prefill(PROMPT)
+    assert measured_controller_ms(session, prompt, PROMPT[0, :1]) == pytest.approx(0.24)
+    assert {is_fixed for _, is_fixed in seen} == {True, False}
+
+
+def test_a_controller_takes_some_time_by_the_real_clock(session: DecodeSession) -> None:
+    prompt = session.prefill(PROMPT)
+    assert 0 < measured_controller_ms(session, prompt, PROMPT[0, :1]) < 50
     assert session.lengths.tolist() == [PROMPT.shape[1]]

@@ -1,0 +1,248 @@
+"""What static allocations reach in the time that a policy has taken: the other side of every comparison.
+
+A setting that meets a budget on validation text misses it a little on test text, and a hundredth of the time is worth
+a tenth of the KL. So a policy is compared with static in the very time that it took, by the latency table and by the
+clock. Static allocations stand on rungs, a twentieth of full-width time apart; between two rungs the logarithm of
+static's KL is as good as straight, and `rung_error` says how good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexquant_rl.agents.evaluation.budgets import Contestant, Outcome, StaticFamily
+from flexquant_rl.agents.evaluation.comparison import SMALLEST_KL_NATS
+from flexquant_rl.agents.evaluation.evaluate import Evaluator
+from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.families import STATIC
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.static_front import static_front
+from flexquant_rl.agents.preparation import Prepared, policy_context
+from flexquant_rl.agents.progress import track
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.fq_env.config import EnvConfig
+from flexquant_rl.fq_env.prompts import spread
+
+_FRONT_POINTS = 4000
+_NEIGHBOURS = 2
+_VALIDATION_SEQUENCES = 24
+_MIN_CLOCKED = 3
+_RUNG = 0.05
+# The allocation on a rung takes a little less than the rung's share.
+_BEYOND = 0.005
+_ROUNDING = 1e-9
+
+
+def static_family(prepared: Prepared) -> StaticFamily:
+    """Static allocations: the knapsack solved at the very budget, its neighbours on both fronts, the fixed widths."""
+    judged = replace(prepared.profile, cost=prepared.cost)
+    solved = static_front(judged, prepared.model.unit_weights, num_points=_FRONT_POINTS)
+    context = policy_context(prepared)
+
+    def candidates(budget: float) -> list[StaticAllocation]:
+        found = []
+        for front in (solved, prepared.front):
+            share = prepared.cost.time_share(front.bit_widths)
+            within = (share <= budget + _ROUNDING).nonzero()[:, 0]
+            nearest = within[share[within].argsort(descending=True, stable=True)][:_NEIGHBOURS]
+            for bit_widths in front.bit_widths[nearest]:
+                mean = float(prepared.model.mean_bit_width(bit_widths))
+                found.append(StaticAllocation(f"static:{mean:.3f}", bit_widths))
+        fixed = [Fixed(width).bind(context) for width in prepared.model.bit_widths]
+        shares = prepared.cost.time_share(torch.stack([one.bit_widths for one in fixed]))
+        return [*found, *(one for one, share in zip(fixed, shares, strict=True) if share <= budget + _ROUNDING)]
+
+    return StaticFamily(candidates)
+
+
+@contextmanager
+def on_validation_text(
+    prepared: Prepared, num_sequences: int = _VALIDATION_SEQUENCES
+) -> Iterator[Callable[[Contestant], Outcome]]:
+    """What policies give on validation text; a static allocation is run once.
+
+    Args:
+        prepared: Model, text, latencies.
+        num_sequences: Sequences, as far as they help.
+    """
+    windows = spread(prepared.windows.validation, min(num_sequences, _VALIDATION_SEQUENCES))
+    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
+    known: dict[tuple[int, ...], Outcome] = {}
+
+    def measure(one: Contestant) -> Outcome:
+        if not isinstance(one.policy, StaticAllocation):
+            trace = evaluator.run(one.policy, one.kl_weight or 1.0)
+            return Outcome(1 / trace.speedup, float(trace.output_kl_nats.double().mean()))
+        widths = one.policy.bit_widths
+        key = tuple(widths.tolist())
+        if key not in known:
+            kl = float(evaluator.static_kl_nats(widths).mean())
+            known[key] = Outcome(float(prepared.cost.time_share(widths)), kl)
+        return known[key]
+
+    try:
+        yield measure
+    finally:
+        evaluator.close()
+
+
+@dataclass(frozen=True)
+class ClockLine:
+    """Measured time shares of static allocations, as a straight line over the modelled ones.
+
+    Attributes:
+        offset: Measured share where the modelled one is 0.
+        slope: Measured over modelled; positive.
+        residual: Root mean square of what the line misses.
+    """
+
+    offset: float
+    slope: float
+    residual: float
+
+    @staticmethod
+    def fit(modelled: Sequence[float], measured: Sequence[float]) -> ClockLine | None:
+        """Least squares; None of fewer than three allocations, or where the clock knows no difference."""
+        if len(modelled) < _MIN_CLOCKED or np.ptp(modelled) == 0:
+            return None
+        slope, offset = np.polyfit(modelled, measured, 1)
+        if slope <= 0:
+            return None
+        missed = np.asarray(measured) - (offset + slope * np.asarray(modelled))
+        return ClockLine(float(offset), float(slope), float(np.sqrt(np.mean(missed**2))))
+
+    def modelled(self, measured: float) -> float:
+        """The modelled share of a static allocation that takes a measured one."""
+        return (measured - self.offset) / self.slope
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A static allocation on some text.
+
+    Attributes:
+        time_share: Its modelled time as a share of that at the largest width.
+        sequence_kl_nats: Mean output KL of each sequence, nats.
+    """
+
+    time_share: float
+    sequence_kl_nats: tuple[float, ...]
+
+    @property
+    def log_kl(self) -> float:
+        """Logarithm of the mean KL."""
+        return math.log(max(float(np.mean(self.sequence_kl_nats)), SMALLEST_KL_NATS))
+
+
+def beside_static(
+    prepared: Prepared, rows: Sequence[EvalRow], windows: Tensor, env: EnvConfig, line: ClockLine | None
+) -> list[EvalRow]:
+    """The rows with what static reaches on the same text in the time that each of them took.
+
+    Static rows with a budget are rungs, and their own other side. What other rungs are needed is run; which allocation
+    stands on them, validation text decides.
+
+    Args:
+        prepared: Model, validation text, latencies.
+        rows: Rows of test text.
+        windows: `[S, window_tokens]` int64, that text.
+        env: Shape of its episodes.
+        line: Finds the static allocation of a measured time; None where nothing was measured.
+    """
+    shares = [_shares(row, line) for row in rows]
+    rungs = [_rung(row) for row in rows if row.family == STATIC.name]
+    there = {round(row.time_budget, 6) for row in rows if row.family == STATIC.name and row.time_budget is not None}
+    asked = {share for pair in shares for share in pair if share is not None}
+    rungs += _run_rungs(prepared, sorted(_nominal(asked) - there), windows, env)
+    return [
+        replace(
+            row,
+            static_kl_nats=None if modelled is None else static_between(rungs, modelled),
+            static_kl_nats_measured=None if measured is None else static_between(rungs, measured),
+        )
+        if row.family != STATIC.name
+        else replace(
+            row,
+            static_kl_nats=row.sequence_kl_nats,
+            static_kl_nats_measured=None if row.time_share_measured is None else row.sequence_kl_nats,
+        )
+        for row, (modelled, measured) in zip(rows, shares, strict=True)
+    ]
+
+
+def static_between(rungs: Sequence[Rung], time_share: float) -> tuple[float, ...] | None:
+    """KL of each sequence, nats, under static allocations that take a time share: between the two nearest rungs.
+
+    The mean follows the straight line of its logarithm, each sequence its own. None out of reach.
+    """
+    ladder = sorted({rung.time_share: rung for rung in rungs}.values(), key=lambda rung: rung.time_share)
+    if not ladder or not ladder[0].time_share - _ROUNDING <= time_share <= ladder[-1].time_share + _BEYOND:
+        return None
+    if len(ladder) == 1 or time_share <= ladder[0].time_share:
+        return ladder[0].sequence_kl_nats
+    above = next((i for i, rung in enumerate(ladder) if rung.time_share >= time_share), len(ladder) - 1)
+    low, high = ladder[above - 1], ladder[above]
+    part = (time_share - low.time_share) / (high.time_share - low.time_share)
+    ends = [np.log(np.maximum(rung.sequence_kl_nats, SMALLEST_KL_NATS)) for rung in (low, high)]
+    sequences = np.exp((1 - part) * ends[0] + part * ends[1])
+    mean = math.exp((1 - part) * low.log_kl + part * high.log_kl)
+    return tuple((sequences * mean / sequences.mean()).tolist())
+
+
+def rung_error(rows: Iterable[EvalRow]) -> float | None:
+    """How far a static row is from the line between its two neighbours: the largest absolute log ratio.
+
+    Rungs are twice as near to each other as those neighbours, so that between them the error is about a quarter.
+    None of fewer than three static rows.
+    """
+    ladder = sorted((_rung(row) for row in rows if row.family == STATIC.name), key=lambda rung: rung.time_share)
+    errors = []
+    for low, middle, high in zip(ladder, ladder[1:], ladder[2:], strict=False):
+        part = (middle.time_share - low.time_share) / max(high.time_share - low.time_share, _ROUNDING)
+        errors.append(abs(middle.log_kl - (1 - part) * low.log_kl - part * high.log_kl))
+    return max(errors, default=None)
+
+
+def _rung(row: EvalRow) -> Rung:
+    assert row.time_share_modelled is not None, "static rows have a time"
+    return Rung(row.time_share_modelled, row.sequence_kl_nats)
+
+
+def _shares(row: EvalRow, line: ClockLine | None) -> tuple[float | None, float | None]:
+    """Modelled shares that static is asked for: those of equal modelled and of equal measured time."""
+    measured = None
+    if row.time_share_measured is not None and line is not None:
+        measured = min(line.modelled(row.time_share_measured), 1.0)
+    return row.time_share_modelled, measured
+
+
+def _nominal(shares: Iterable[float]) -> set[float]:
+    """The rungs around some shares, one more above: the allocation on a rung may take less than a share below it."""
+    at = [share / _RUNG for share in shares]
+    around = [(math.floor(exact + _ROUNDING), math.ceil(exact - _ROUNDING)) for exact in at]
+    steps = {index for low, high in around for index in (low, high, high + 1)}
+    return {round(index * _RUNG, 6) for index in steps if 0 < index * _RUNG <= 1 + _ROUNDING}
+
+
+def _run_rungs(prepared: Prepared, time_shares: Sequence[float], windows: Tensor, env: EnvConfig) -> list[Rung]:
+    """Static allocations within some shares of the time, chosen on validation text and run on that of the windows."""
+    if not time_shares:
+        return []
+    with on_validation_text(prepared) as measure:
+        entries, _ = static_family(prepared).entries(track(time_shares, "static in equal time"), measure)
+    evaluator = Evaluator(prepared.model, prepared.profile, windows, env, cost=prepared.cost)
+    found = []
+    for entry in track(entries, "static in equal time, on test text"):
+        policy = entry.first.policy
+        assert isinstance(policy, StaticAllocation)
+        share = float(prepared.cost.time_share(policy.bit_widths))
+        found.append(Rung(share, tuple(evaluator.static_kl_nats(policy.bit_widths).tolist())))
+    evaluator.close()
+    return found

@@ -1,0 +1,54 @@
+"""How a comparison was made, in the words of a report: computed from what was compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
+from flexquant_rl.agents.evaluation.equal_time import rung_error
+from flexquant_rl.agents.evaluation.rows import EvalRow
+
+
+def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
+    """How rows with time budgets came about and are compared, for reports."""
+    documents = len({document for row in rows for document in row.sequence_documents})
+    seeds = len({row.seed for row in rows if row.seed is not None})
+    lines = [
+        "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
+        "validation text: the knob of a policy by bisection, for `static` the allocation of least KL on that text "
+        "among the knapsack solved at the very budget, its neighbours and the fixed widths. `fixed` shares the time "
+        "between two widths.",
+        "Test text is opened once, at these settings. What a policy takes there may miss the budget a little, so each "
+        "row is compared with static in the very time that it took" + _between(rows) + " Two families that are not "
+        "static are compared by what each leaves of static's KL.",
+        "A policy that looks at signals is charged the controller's time, which the latency table holds where it was "
+        "measured.",
+    ]
+    if any(row.time_share_measured is not None for row in rows):
+        lines.append(
+            "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "
+            "over the same sum at the largest width. Static in equal measured time is found on the straight line "
+            "through the clocked shares of all static allocations over their modelled ones."
+        )
+    lines.append(f"Intervals resample the {documents} documents of the test text, the same ones for both policies.")
+    if seeds >= ENOUGH_SEEDS:
+        lines.append(f"Comparisons of trained policies have a t interval over the {seeds} training seeds instead.")
+    elif seeds:
+        lines.append(
+            f"With {seeds} training seed{'s' if seeds > 1 else ''} nothing is said about another training: intervals "
+            "of trained policies are those of these very seeds on other documents."
+        )
+    return lines
+
+
+def _between(rows: Sequence[EvalRow]) -> str:
+    """How static's KL between two of its allocations is known, and how well."""
+    error = rung_error(rows)
+    if error is None:
+        return "."
+    return (
+        ": on the straight line of the logarithm of its KL between two allocations. A static allocation that is left "
+        f"out is within {100 * math.expm1(error):.1f}% of the line between its neighbours, which are twice as far "
+        "apart."
+    )

@@ -1,0 +1,274 @@
+"""How much the bits of a token matter, as far as the signals before it can tell: learned before PPO starts.
+
+What low widths at a token cost is its own output KL and that of all later tokens, through keys and values. When the
+text is given, whole sequences under any choice of widths are scored in parallel passes. So random halves of the tokens
+get high widths and the others low ones, and the same text is read with both halves exchanged. The difference in KL from
+a token on, with the token's own sign, estimates its effect. A small network learns the expected effect from the
+signals, as a multiple of a token's average effect. A static allocation at the dial times a power of that multiple
+spends its bits where they count. The power is below 1 where the multiple is noisy; validation text chooses it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.progress import say, track
+from flexquant_rl.agents.runs.training import Validation
+from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
+from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.fq_env.prompts import spread
+
+_NUM_PAIRS = 4
+# Low and high widths are so far from the dial's own allocation, in shares of full-width time.
+_TIME_GAP = 0.06
+# Effects on later tokens count less the later they are: they are small, and the noise of all tokens between is not.
+_DISCOUNT = 0.9
+_HIDDEN = 32
+_LARGEST_LOG = 3.0
+_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FILE = "importance.safetensors"
+
+
+class Importance(nn.Module):
+    """The expected effect of a token's bits over that of an average token, from the signals before it.
+
+    Args:
+        schema: What the signals are.
+    """
+
+    mean: Tensor
+    std: Tensor
+    exponent: Tensor
+
+    def __init__(self, schema: SignalSchema) -> None:
+        super().__init__()
+        self.schema = schema
+        size = schema.num_global + schema.num_per_unit
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("exponent", torch.ones(()))
+        last = nn.Linear(_HIDDEN, 1)
+        # An average token, until something is learned.
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(size, _HIDDEN), nn.Tanh(), last)
+        self.float()
+
+    def features(self, signals: Tensor) -> Tensor:
+        """The global signals, and the means of the unit signals over units: `[n, dim]` -> `[n, F]`."""
+        global_signals, unit_signals = self.schema.split(signals)
+        return torch.cat([global_signals, unit_signals.mean(1)], dim=-1)
+
+    def log(self, features: Tensor) -> Tensor:
+        """Logarithm of the multiple, `[n, F]` -> `[n]`."""
+        found: Tensor = self.layers((features - self.mean) / self.std)[:, 0]
+        return found.clamp(-_LARGEST_LOG, _LARGEST_LOG)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        """The multiple, raised to the exponent; signals `[n, dim]` -> `[n]`."""
+        with torch.inference_mode():
+            return (self.exponent * self.log(self.features(signals))).exp()
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What the bits of tokens do.
+
+    Attributes:
+        signals: `[S, T, dim]` before each token, at the static allocation of the sequence's dial.
+        relative: `[S, T]`, KL that low widths at the token add, over what they add on average; noisy, mean 1.
+    """
+
+    signals: Tensor
+    relative: Tensor
+
+
+def load_importance(config: TrainConfig, prepared: Prepared, run_dir: Path) -> Importance | None:
+    """Learns the importance of tokens, or reads what the run has kept; None where the configuration leaves it out.
+
+    Raises:
+        InputError: If what was kept is damaged.
+    """
+    if not config.importance_windows:
+        return None
+    net = Importance(SignalSchema(prepared.model.num_units, prepared.model.bit_widths))
+    path = run_dir / _FILE
+    if path.exists():
+        fix = "delete it to have it learned again"
+        tensors, _ = read_tensors(path, fix=fix)
+        try:
+            net.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise InputError(f"{path}: not of this model ({error}); {fix}") from error
+        return net
+    say("learning which tokens need their bits")
+    generator = torch.Generator().manual_seed(config.seed)
+    effects = measure_effects(prepared, config.importance_windows, config.ppo.num_envs, generator)
+    explained = fit_importance(net, effects, generator)
+    say(f"the signals explain {explained:.1%} of the deviance of what tokens need")
+    score = choose_exponent(net, prepared, config.validation_sequences)
+    say(f"validation reward over static {score:+.4f} with it to the power of {float(net.exponent):g}")
+    write_tensors(path, net.state_dict(), {})
+    return net
+
+
+def choose_exponent(net: Importance, prepared: Prepared, num_sequences: int) -> float:
+    """Sets the exponent that earns most on validation text; 0 is the plain static allocation.
+
+    Returns:
+        Mean reward per token over static, in full-width steps.
+    """
+    validation = Validation(prepared, num_sequences)
+    scores = {}
+    for exponent in _EXPONENTS:
+        net.exponent.fill_(exponent)
+        scores[exponent] = validation.score(_ByImportance(net, prepared))
+    best = max(scores, key=lambda exponent: scores[exponent])
+    net.exponent.fill_(best)
+    return scores[best]
+
+
+@dataclass(frozen=True)
+class _ByImportance:
+    """The static allocation at the dial times the importance of the token: what a clone is to learn."""
+
+    net: Importance
+    prepared: Prepared
+    name: str = "static by importance"
+
+    def __call__(self, signals: Tensor) -> Decision:
+        dial = 10 ** signals[:, self.net.schema.index("dial")]
+        return Decision(self.prepared.front.allocate(dial * self.net(signals)))
+
+
+def measure_effects(prepared: Prepared, num_windows: int, num_rows: int, generator: torch.Generator) -> Effects:
+    """Measures what low widths at each token cost, on training text.
+
+    Args:
+        prepared: Model, text, static front.
+        num_windows: Sequences, as far as the text goes.
+        num_rows: Sequences at a time.
+        generator: Draws dials and tokens.
+    """
+    windows = spread(prepared.windows.train, num_windows)
+    num_rows = min(num_rows, len(windows))
+    session = DecodeSession(prepared.model, num_rows=num_rows, max_length=prepared.env.window_tokens - 1)
+    episodes = Episodes(session, prepared.profile, windows, prepared.env, cost=prepared.cost)
+    rows = torch.arange(num_rows)
+    parts = []
+    for begin in track(range(0, len(windows) - num_rows + 1, num_rows), "effects of tokens"):
+        draws = torch.rand(num_rows, generator=generator, dtype=torch.float64)
+        low, high = (math.log(dial) for dial in (prepared.env.kl_weight_min, prepared.env.kl_weight_max))
+        dials = (low + (high - low) * draws).exp()
+        episodes.start(rows, windows=begin + rows, kl_weight=dials, seeds=torch.zeros_like(rows))
+        parts.append(_effects_of_rows(prepared, episodes, dials, generator))
+    episodes.close()
+    signals, relative = (torch.cat([getattr(part, name) for part in parts]) for name in ("signals", "relative"))
+    return Effects(signals, relative / relative.mean().clamp_min(1e-6))
+
+
+def _effects_of_rows(prepared: Prepared, episodes: Episodes, dials: Tensor, generator: torch.Generator) -> Effects:
+    """Effects of the tokens of episodes that have just started."""
+    front, num_tokens = prepared.front, prepared.env.max_new_tokens
+    own = front.allocate(dials)
+    signals = []
+    for _ in range(num_tokens):
+        signals.append(episodes.signals().clone())
+        episodes.step(Decision(own))
+    share = prepared.cost.time_share(own)
+    low, high = front.at_time(share - _TIME_GAP), front.at_time(share + _TIME_GAP)
+    rows = torch.arange(len(dials))
+    sums = torch.zeros(len(dials), num_tokens, dtype=torch.float64)
+    for _ in range(_NUM_PAIRS):
+        is_high = torch.rand(len(dials), num_tokens, generator=generator).argsort(1) < num_tokens // 2
+        kl = [
+            episodes.text_kl_nats(
+                rows,
+                torch.where(chosen[..., None], front.bit_widths[high][:, None], front.bit_widths[low][:, None]),
+            ).double()
+            for chosen in (is_high, ~is_high)
+        ]
+        sums += torch.where(is_high, 1.0, -1.0) * _from_here_on(kl[1] - kl[0])
+    average = front.output_kl_nats[low] - front.output_kl_nats[high]
+    kept = average > 0  # at the ends of the front both may be one allocation
+    return Effects(torch.stack(signals, dim=1)[kept], (sums / _NUM_PAIRS)[kept] / average[kept, None])
+
+
+def _from_here_on(kl: Tensor) -> Tensor:
+    """Discounted sums of `[S, T]` from each token to the end."""
+    total = torch.zeros(len(kl), dtype=kl.dtype)
+    sums = torch.empty_like(kl)
+    for token in reversed(range(kl.shape[1])):
+        total = kl[:, token] + _DISCOUNT * total
+        sums[:, token] = total
+    return sums
+
+
+def fit_importance(
+    net: Importance,
+    effects: Effects,
+    generator: torch.Generator,
+    *,
+    num_steps: int = 600,
+    batch_size: int = 2048,
+    learning_rate: float = 3e-3,
+) -> float:
+    """Fits the expected effect by Poisson's deviance, which asks for a mean and takes noise of either sign.
+
+    Every fifth sequence is held out; the state that is best on these is kept.
+
+    Args:
+        net: Trained in place.
+        effects: What was measured.
+        generator: Draws batches.
+        num_steps: Gradient steps.
+        batch_size: Tokens per step.
+        learning_rate: Of AdamW.
+
+    Returns:
+        Share of the deviance of the held-out sequences that is explained; 0 where nothing could be learned.
+    """
+    features = net.features(effects.signals.flatten(0, 1))
+    net.mean.copy_(features.mean(0))
+    net.std.copy_(features.std(0).clamp_min(1e-4))
+    # From the generator that is given, so that a resumed run learns the same.
+    first = net.layers[0]
+    assert isinstance(first, nn.Linear)
+    nn.init.orthogonal_(first.weight, generator=generator)
+    nn.init.zeros_(first.bias)
+    relative = effects.relative.float().flatten()
+    is_held_out = (torch.arange(len(effects.signals)) % 5 == 0).repeat_interleave(effects.signals.shape[1])
+    seen = (~is_held_out).nonzero()[:, 0]
+
+    def deviance(picked: Tensor) -> Tensor:
+        log = net.log(features[picked])
+        return (log.exp() - relative[picked] * log).mean()
+
+    best, best_state = float("inf"), net.state_dict()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-2)
+    start = None
+    for step in range(num_steps + 1):
+        if step % 25 == 0:
+            with torch.no_grad():
+                value = float(deviance(is_held_out))
+            start = value if start is None else start
+            if value < best:
+                best, best_state = value, {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        loss = deviance(seen[torch.randint(len(seen), (batch_size,), generator=generator)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.load_state_dict(best_state)
+    assert start is not None
+    return 1 - best / start

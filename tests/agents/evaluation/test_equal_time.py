@@ -1,0 +1,197 @@
+"""Static allocations in the time that others took: a policy that is static itself ties with them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from evaluation_rows import row, sequence_kl
+
+from flexquant_rl.agents.evaluation.budgets import Contestant
+from flexquant_rl.agents.evaluation.comparison import compare, left_of_static
+from flexquant_rl.agents.evaluation.equal_time import (
+    ClockLine,
+    Rung,
+    beside_static,
+    on_validation_text,
+    rung_error,
+    static_between,
+    static_family,
+)
+from flexquant_rl.agents.evaluation.evaluate import Evaluator, summarise
+from flexquant_rl.agents.evaluation.method import method_sentences
+from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.engine.control.decision import Decision, StaticAllocation
+
+
+class Looking:
+    """Fixed widths of a policy that has looked at the signals."""
+
+    name = "looking"
+
+    def __init__(self, widths: torch.Tensor) -> None:
+        self._widths = widths
+
+    def __call__(self, signals: torch.Tensor) -> Decision:
+        return Decision(self._widths.expand(len(signals), -1))
+
+
+def test_the_line_through_what_the_clock_says() -> None:
+    modelled = [0.4, 0.6, 0.8, 1.0]
+    line = ClockLine.fit(modelled, [0.25 + 0.75 * share for share in modelled])
+    assert line is not None
+    assert (line.offset, line.slope, line.residual) == pytest.approx((0.25, 0.75, 0.0), abs=1e-12)
+    assert line.modelled(0.7) == pytest.approx(0.6)
+    noisy = ClockLine.fit(modelled, [0.5, 0.8, 0.8, 1.1])
+    assert noisy is not None
+    assert noisy.residual == pytest.approx(math.sqrt(np.mean(np.square([-0.03, 0.09, -0.09, 0.03]))))
+
+
+@pytest.mark.parametrize(
+    ("modelled", "measured"),
+    [([0.5, 1.0], [0.5, 1.0]), ([0.5] * 3, [0.4, 0.5, 0.6]), ([0.4, 0.6, 1.0], [1.0, 0.8, 0.6])],
+    ids=["two", "one time", "the wrong way"],
+)
+def test_no_line_where_the_clock_knows_nothing(modelled: list[float], measured: list[float]) -> None:
+    assert ClockLine.fit(modelled, measured) is None
+
+
+def judged(prepared: Prepared, policy: StaticAllocation | Looking, family: str) -> EvalRow:
+    evaluator = Evaluator(prepared.model, prepared.profile, prepared.windows.test, prepared.env, cost=prepared.cost)
+    trace = evaluator.run(policy)
+    evaluator.close()
+    return summarise(trace, policy=policy.name, family=family, reference="unquantised")
+
+
+@pytest.mark.parametrize("time_share", [0.5, 0.6, 0.8])
+def test_static_widths_of_another_family_tie(tiny_prepared: Prepared, time_share: float) -> None:
+    """What stands on a rung itself is compared with that very allocation, whatever its family."""
+    with on_validation_text(tiny_prepared) as measure:
+        (entry,), _ = static_family(tiny_prepared).entries([time_share], measure)
+    policy = entry.first.policy
+    assert isinstance(policy, StaticAllocation)
+    static = replace(judged(tiny_prepared, policy, "static"), time_budget=time_share)
+    looking = judged(tiny_prepared, Looking(policy.bit_widths), "looking")
+    windows = tiny_prepared.windows.test
+    for rows in ([static, looking], [looking]):  # the rung is there already, or it has to be run
+        beside = beside_static(tiny_prepared, rows, windows, tiny_prepared.env, None)[-1]
+        assert left_of_static(beside) == pytest.approx(1.0, rel=1e-3)  # steps against one parallel pass
+        assert beside.static_kl_nats_measured is None
+
+
+LADDER = [Rung(share, sequence_kl(math.exp(-10 * share))) for share in (0.4, 0.45, 0.5, 0.6)]
+
+
+def test_between_two_rungs_the_logarithm_is_straight() -> None:
+    for share in (0.4, 0.42, 0.45, 0.58, 0.6, 0.604):
+        found = static_between(LADDER, share)
+        assert found is not None
+        assert found == pytest.approx(sequence_kl(math.exp(-10 * share)))
+    assert static_between(LADDER, 0.39) is None
+    assert static_between(LADDER, 0.61) is None
+    assert static_between([], 0.5) is None
+    assert static_between(LADDER[:1], 0.403) == LADDER[0].sequence_kl_nats
+
+
+def test_sequences_may_fall_at_their_own_rates() -> None:
+    """The mean follows its own line exactly, though the sequences go different ways, one of them from zero."""
+    generator = np.random.default_rng(0)
+    low, high = (Rung(share, (0.0, *generator.lognormal(-3, 1, 9).tolist())) for share in (0.5, 0.6))
+    found = static_between([low, high], 0.57)
+    assert found is not None
+    assert math.log(np.mean(found)) == pytest.approx(0.3 * low.log_kl + 0.7 * high.log_kl)
+
+
+def test_a_family_thinned_ties_with_itself() -> None:
+    """However few points it has: static as such, and as a family of another name at some of its budgets."""
+    static = [row("static", share, math.exp(-10 * share)) for share in (0.5, 0.55, 0.6, 0.65, 0.7)]
+    for kept in (static, static[::2], static[1:2]):
+        thinned = [replace(r, family="thinned", static_kl_nats=static_between(RUNGS, r.time_budget or 0)) for r in kept]
+        result = compare([*static, *thinned], "thinned")
+        assert result is not None
+        assert result.overall.value == pytest.approx(0, abs=1e-12)
+        assert len(result.by_setting) == len(kept)
+
+
+RUNGS = [Rung(share, sequence_kl(math.exp(-10 * share))) for share in (0.5, 0.6, 0.7)]
+
+
+def test_the_error_of_the_line_is_that_of_a_rung_left_out() -> None:
+    static = [row("static", share, kl) for share, kl in ((0.5, 0.04), (0.6, 0.02), (0.7, 0.0121))]
+    assert rung_error(static) == pytest.approx(abs(math.log(0.02) - (math.log(0.04) + math.log(0.0121)) / 2))
+    assert rung_error(static[:2]) is None
+    assert f"within {100 * (0.0220 / 0.02 - 1):.1f}% of the line" in " ".join(method_sentences(static))
+
+
+def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) -> None:
+    """Neither for the budget nor for more: by the table, and by the clock through the line."""
+    found = replace(
+        judged(tiny_prepared, StaticAllocation("low", torch.full((3,), 4)), "low"),
+        time_budget=0.9,
+        time_share_measured=0.85,
+    )
+    line = ClockLine(0.25, 0.75, 0.0)
+    windows, env = tiny_prepared.windows.test, tiny_prepared.env
+    (beside,) = beside_static(tiny_prepared, [found], windows, env, line)
+    shares = [found.time_share_modelled or 0, line.modelled(0.85)]
+    at = [round(share / 0.05, 6) for share in shares]
+    steps = {index for exact in at for index in (math.floor(exact), math.ceil(exact), math.ceil(exact) + 1)}
+    nominal = sorted(round(0.05 * index, 6) for index in steps if index <= 20)
+    evaluator = Evaluator(tiny_prepared.model, tiny_prepared.profile, windows, env)
+    rungs = []
+    with on_validation_text(tiny_prepared) as measure:
+        for entry in static_family(tiny_prepared).entries(nominal, measure)[0]:
+            assert isinstance(entry.first.policy, StaticAllocation)
+            widths = entry.first.policy.bit_widths
+            share = float(tiny_prepared.cost.time_share(widths))
+            rungs.append(Rung(share, tuple(evaluator.static_kl_nats(widths).tolist())))
+    evaluator.close()
+    assert beside.static_kl_nats == pytest.approx(static_between(rungs, shares[0]))
+    assert beside.static_kl_nats_measured == pytest.approx(static_between(rungs, shares[1]))
+
+
+def test_static_rows_are_their_own_other_side(tiny_prepared: Prepared) -> None:
+    own = row("static", 0.6, 0.02, time_share_measured=0.7)
+    line = ClockLine(0.0, 1.0, 0.0)
+    (beside,) = beside_static(tiny_prepared, [own], tiny_prepared.windows.test, tiny_prepared.env, line)
+    assert beside.static_kl_nats == beside.static_kl_nats_measured == own.sequence_kl_nats
+
+
+def test_nothing_is_as_fast(tiny_prepared: Prepared) -> None:
+    (beside,) = beside_static(
+        tiny_prepared, [row("ppo", 0.01, 0.02)], tiny_prepared.windows.test, tiny_prepared.env, None
+    )
+    assert beside.static_kl_nats is None
+    assert compare([beside], "ppo") is None
+
+
+def test_a_controller_is_charged_and_fixed_widths_are_not(tiny_prepared: Prepared) -> None:
+    full_ms = float(tiny_prepared.cost.latency_ms(tiny_prepared.cost.full_width()))
+    charging = replace(tiny_prepared, cost=replace(tiny_prepared.cost, controller_ms=0.1 * full_ms))
+    widths = torch.full((3,), 4)
+    static = judged(charging, StaticAllocation("static", widths), "x")
+    looking = judged(charging, Looking(widths), "x")
+    assert static.time_share_modelled == pytest.approx(float(tiny_prepared.cost.time_share(widths)))
+    assert looking.time_share_modelled == pytest.approx(0.1 + (static.time_share_modelled or 0))
+    with on_validation_text(charging) as measure:
+        fixed, looks = (measure(Contestant("x", one)) for one in (StaticAllocation("s", widths), Looking(widths)))
+    assert looks.time_share - fixed.time_share == pytest.approx(0.1)
+
+
+def test_an_allocation_is_run_once(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[torch.Tensor] = []
+    original = Evaluator.static_kl_nats
+
+    def counted(self: Evaluator, bit_widths: torch.Tensor) -> torch.Tensor:
+        runs.append(bit_widths)
+        return original(self, bit_widths)
+
+    monkeypatch.setattr(Evaluator, "static_kl_nats", counted)
+    with on_validation_text(tiny_prepared) as measure:
+        outcomes = [measure(Contestant("x", StaticAllocation(name, torch.full((3,), 4)))) for name in ("a", "b")]
+    assert len(runs) == 1
+    assert outcomes[0] == outcomes[1]

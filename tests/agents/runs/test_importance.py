@@ -1,0 +1,176 @@
+"""What the bits of a token do: estimates without bias, a fit that recovers what is there, and no more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexquant_rl.agents.config import PPOConfig, TrainConfig
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.runs import importance
+from flexquant_rl.agents.runs.importance import (
+    Effects,
+    Importance,
+    choose_exponent,
+    fit_importance,
+    load_importance,
+    measure_effects,
+)
+from flexquant_rl.agents.runs.training import Validation
+from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+
+SCHEMA = SignalSchema(3, (3, 4, 8))
+CONFIG = TrainConfig(importance_windows=8, ppo=PPOConfig(num_envs=4))
+
+
+def test_sums_from_a_token_on_by_hand() -> None:
+    sums = importance._from_here_on(torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float64))
+    assert sums[0].tolist() == pytest.approx([1 + 0.81 * 2, 0.9 * 2, 2.0])
+
+
+class KnownText:
+    """Text whose KL is known: each token's own low widths cost `own`, those of the token before it `past`."""
+
+    def __init__(self, prepared: Prepared, own: Tensor, past: float) -> None:
+        self._prepared, self._own, self._past = prepared, own, past
+
+    def signals(self) -> Tensor:
+        return torch.zeros(4000, 1)
+
+    def step(self, decision: object) -> None:
+        """Nothing moves."""
+
+    def text_kl_nats(self, rows: Tensor, bit_widths: Tensor) -> Tensor:
+        low = (self._prepared.cost.time_share(bit_widths) < 0.7).float()
+        before = torch.nn.functional.pad(low, (1, 0))[:, :-1]
+        noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(int(low.sum(0)[0])))
+        return self._own * low + self._past * before + 0.01 * noise
+
+
+def test_effects_are_without_bias(tiny_prepared: Prepared) -> None:
+    """The mean over many rows: a token's own effect and the discounted one on the next, whatever the others do."""
+    tokens = tiny_prepared.env.max_new_tokens
+    own = torch.linspace(0.1, 1.0, tokens)
+    # One dial whose allocation takes 0.7 of the time, with others 0.06 to both sides.
+    shares = tiny_prepared.front.time_share
+    point = int((shares - 0.7).abs().argmin())
+    dials = torch.full((4000,), 1.0, dtype=torch.float64)
+    front = SimpleNamespace(
+        bit_widths=tiny_prepared.front.bit_widths,
+        output_kl_nats=tiny_prepared.front.output_kl_nats,
+        at_time=tiny_prepared.front.at_time,
+        allocate=lambda kl_weight: tiny_prepared.front.bit_widths[point].expand(len(kl_weight), -1),
+    )
+    prepared = replace(tiny_prepared, front=front)
+    episodes = KnownText(tiny_prepared, own, past=0.5)
+    found = importance._effects_of_rows(prepared, episodes, dials, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    share = shares[point : point + 1]
+    low, high = (int(tiny_prepared.front.at_time(share + gap)) for gap in (-0.06, 0.06))
+    average = float(front.output_kl_nats[low] - front.output_kl_nats[high])
+    expected = own + 0.9 * 0.5 * (torch.arange(tokens) < tokens - 1)
+    # Exactly half of the tokens are low: the others' effects lower one's own by 1/(T - 1) of theirs.
+    measured = found.relative.mean(0) * average
+    assert torch.corrcoef(torch.stack([measured.float(), expected]))[0, 1] > 0.93
+
+
+def test_effects_of_a_model(tiny_prepared: Prepared) -> None:
+    found = measure_effects(tiny_prepared, 8, 4, torch.Generator().manual_seed(0))
+    tokens = tiny_prepared.env.max_new_tokens
+    assert found.signals.shape[1:] == (tokens, SignalSchema(3, tiny_prepared.model.bit_widths).dim)
+    assert found.relative.shape == found.signals.shape[:2]
+    assert 0 < len(found.relative) <= 8
+    again = measure_effects(tiny_prepared, 8, 4, torch.Generator().manual_seed(0))
+    assert torch.equal(found.relative, again.relative)
+    assert torch.equal(found.signals, again.signals)
+
+
+def effects(log_importance: Tensor, signals: Tensor, noise: float) -> Effects:
+    """Effects of known means, with noise of either sign."""
+    generator = torch.Generator().manual_seed(5)
+    relative = log_importance.exp() + noise * torch.randn(log_importance.shape, generator=generator)
+    return Effects(signals, relative / relative.mean())
+
+
+def test_what_the_signals_tell_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signals = torch.randn(60, 50, SCHEMA.dim, generator=generator)
+    known = 0.8 * signals[..., SCHEMA.index("token_entropy")] - 0.5 * signals[..., SCHEMA.index("embedding_3")]
+    net = Importance(SCHEMA)
+    explained = fit_importance(net, effects(known, signals, noise=2.0), generator, num_steps=300)
+    assert 0.05 < explained < 1
+    fresh = torch.randn(2000, SCHEMA.dim, generator=generator)
+    truth = 0.8 * fresh[:, SCHEMA.index("token_entropy")] - 0.5 * fresh[:, SCHEMA.index("embedding_3")]
+    assert torch.corrcoef(torch.stack([net(fresh).log(), truth]))[0, 1] > 0.9
+    assert float(net(fresh).log().std()) == pytest.approx(float(truth.std()), rel=0.25)
+
+
+def test_noise_teaches_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signals = torch.randn(200, 50, SCHEMA.dim, generator=generator)
+    net = Importance(SCHEMA)
+    explained = fit_importance(net, effects(torch.zeros(200, 50), signals, noise=2.0), generator, num_steps=300)
+    assert 0 <= explained < 0.01
+    assert float(net(signals.flatten(0, 1)).log().std()) < 0.25
+
+
+def test_a_fit_repeats() -> None:
+    signals = torch.randn(20, 10, SCHEMA.dim, generator=torch.Generator().manual_seed(0))
+    nets = [Importance(SCHEMA), Importance(SCHEMA)]
+    for net in nets:
+        known = effects(signals[..., 0], signals, noise=0.5)
+        fit_importance(net, known, torch.Generator().manual_seed(3), num_steps=50)
+    assert torch.equal(nets[0](signals[0]), nets[1](signals[0]))
+
+
+def test_a_run_keeps_what_it_has_learned(
+    tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_importance(replace(CONFIG, importance_windows=0), tiny_prepared, tmp_path) is None
+    assert [*tmp_path.iterdir()] == []
+    first = load_importance(CONFIG, tiny_prepared, tmp_path)
+    monkeypatch.setattr(importance, "measure_effects", lambda *_: pytest.fail("measured already"))
+    again = load_importance(CONFIG, tiny_prepared, tmp_path)
+    assert first is not None
+    assert again is not None
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    path = tmp_path / "importance.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="importance.safetensors: .*delete it to have it learned again"):
+        load_importance(CONFIG, tiny_prepared, tmp_path)
+
+
+def test_validation_chooses_how_far_to_go(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exponent of the best score stays, and at 0 the allocation is static, whatever the network says."""
+    net = Importance(SignalSchema(3, tiny_prepared.model.bit_widths))
+    seen: list[float] = []
+
+    def score(self: Validation, policy: Policy) -> float:
+        seen.append(float(net.exponent))
+        return {0.0: 0.1, 0.25: 0.3, 0.5: 0.2, 0.75: -0.1, 1.0: -0.5}[seen[-1]]
+
+    monkeypatch.setattr(Validation, "score", score)
+    assert choose_exponent(net, tiny_prepared, 8) == 0.3
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert float(net.exponent) == 0.25
+    torch.nn.init.constant_(net.layers[2].bias, 1.0)  # type: ignore[arg-type]
+    signals = torch.zeros(2, net.schema.dim)
+    assert net(signals).log().tolist() == pytest.approx([0.25, 0.25])
+    monkeypatch.undo()
+    net.exponent.fill_(0.0)
+    assert Validation(tiny_prepared, 8).score(importance._ByImportance(net, tiny_prepared)) == 0
+
+
+def test_no_multiple_is_beyond_all_measure() -> None:
+    net = Importance(SCHEMA)
+    torch.nn.init.constant_(net.layers[2].bias, 1e6)  # type: ignore[arg-type]
+    assert net(torch.zeros(2, SCHEMA.dim)).log().tolist() == pytest.approx([3.0, 3.0])
+    assert math.isfinite(float(net(torch.full((1, SCHEMA.dim), 1e4))))
