@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
-from flexquant_rl.agents.evaluation.equal_time import rung_error
+from flexquant_rl.agents.evaluation.equal_time import ClockLine, rung_error
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.families import STATIC
 
 
 def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
@@ -29,7 +30,7 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
         lines.append(
             "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "
             "over the same sum at the largest width. Static in equal measured time is found on the straight line "
-            "through the clocked shares of all static allocations over their modelled ones."
+            "through the clocked shares of all static allocations over their modelled ones" + _missed(rows) + "."
         )
     lines.append(f"Intervals resample the {documents} documents of the test text, the same ones for both policies.")
     if seeds >= ENOUGH_SEEDS:
@@ -40,6 +41,17 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
             "of trained policies are those of these very seeds on other documents."
         )
     return lines
+
+
+def _missed(rows: Sequence[EvalRow]) -> str:
+    """How far the clocked static rows are from a straight line: what the machine's noise is worth."""
+    pairs = [
+        (row.time_share_modelled, row.time_share_measured)
+        for row in rows
+        if row.family == STATIC.name and row.time_share_modelled is not None and row.time_share_measured is not None
+    ]
+    line = ClockLine.fit([modelled for modelled, _ in pairs], [measured for _, measured in pairs])
+    return "" if line is None else f"; the static rows miss such a line by {line.residual:.3f} (root mean square)"
 
 
 def _between(rows: Sequence[EvalRow]) -> str:

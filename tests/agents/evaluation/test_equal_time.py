@@ -127,6 +127,17 @@ def test_the_error_of_the_line_is_that_of_a_rung_left_out() -> None:
     assert f"within {100 * (0.0220 / 0.02 - 1):.1f}% of the line" in " ".join(method_sentences(static))
 
 
+def test_the_report_says_how_noisy_the_clock_was() -> None:
+    shares = {0.5: 0.6, 0.6: 0.75, 0.7: 0.8, 0.8: 0.95}
+    static = [row("static", share, 0.02, time_share_measured=measured) for share, measured in shares.items()]
+    line = ClockLine.fit([*shares], [*shares.values()])
+    assert line is not None
+    assert line.residual > 0
+    words = " ".join(method_sentences(static))
+    assert f"the static rows miss such a line by {line.residual:.3f} (root mean square)" in words
+    assert "root mean square" not in " ".join(method_sentences(static[:2]))
+
+
 def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) -> None:
     """Neither for the budget nor for more: by the table, and by the clock through the line."""
     found = replace(
