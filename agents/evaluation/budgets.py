@@ -55,16 +55,18 @@ class Outcome:
 class Entry:
     """How a family meets a time budget: with one policy, or with two static ones that share the time.
 
+    A policy that is given as it is has no budget.
+
     Attributes:
         family: The family.
-        time_budget: The budget.
+        time_budget: The budget; None without one.
         first: The policy.
         second: The one that it shares the time with, if any.
         share: Share of the tokens that the second one decides, 0 to 1.
     """
 
     family: str
-    time_budget: float
+    time_budget: float | None
     first: Contestant
     second: Contestant | None = None
     share: float = 0.0

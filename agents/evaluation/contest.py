@@ -125,23 +125,8 @@ def tune(prepared: Prepared, families: Sequence[TimedFamily], budgets: Sequence[
 
 def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences: int) -> list[EvalRow]:
     """Runs single policies on the same test windows, and static ones in the time that each of them took."""
-    windows, documents = test_windows(prepared, num_sequences)
-    traces = _traces(prepared, contestants, windows)
-    shares, line = _clocked(prepared, contestants, windows)
-    rows = [
-        summarise(
-            trace,
-            policy=contestant.name,
-            family=contestant.family,
-            reference=reference_name(prepared.model),
-            seed=contestant.seed,
-            kl_weight=contestant.kl_weight,
-            time_share_measured=share,
-            documents=documents,
-        )
-        for contestant, trace, share in zip(contestants, traces, shares, strict=True)
-    ]
-    return beside_static(prepared, rows, windows, prepared.env, line)
+    entries = tuple(Entry(one.family, None, one) for one in contestants)
+    return compete_at_budgets(prepared, Settings(entries, ()), num_sequences)
 
 
 def compete_at_budgets(

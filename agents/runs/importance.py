@@ -166,10 +166,10 @@ def measure_effects(prepared: Prepared, num_windows: int, num_rows: int, generat
     session = DecodeSession(prepared.model, num_rows=num_rows, max_length=prepared.env.window_tokens - 1)
     episodes = Episodes(session, prepared.profile, windows, prepared.env, cost=prepared.cost)
     rows = torch.arange(num_rows)
+    low, high = (math.log(dial) for dial in (prepared.env.kl_weight_min, prepared.env.kl_weight_max))
     parts = []
     for begin in track(range(0, len(windows) - num_rows + 1, num_rows), "effects of tokens"):
         draws = torch.rand(num_rows, generator=generator, dtype=torch.float64)
-        low, high = (math.log(dial) for dial in (prepared.env.kl_weight_min, prepared.env.kl_weight_max))
         dials = (low + (high - low) * draws).exp()
         episodes.start(rows, windows=begin + rows, kl_weight=dials, seeds=torch.zeros_like(rows))
         parts.append(_effects_of_rows(prepared, episodes, dials, generator))
