@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
@@ -19,6 +19,7 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
 
 Device = Literal["cpu", "cuda"]
+Latency = Literal["measured", "roofline"]
 
 
 _LEAST_WINDOWS = 10
@@ -80,8 +81,11 @@ class TrainConfig:
     device: Device = "cpu"
     """Where the model runs."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: one
-    made here, its latencies modelled by the bytes read."""
+    """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: the
+    one in the model's directory, else one made here."""
+    latency: Latency | None = None
+    """Latencies of a profile made here: whole steps timed on this device, or modelled by the bytes they read; default:
+    measured, but modelled for the embedded model, whose steps are too short for their bytes to show."""
     threads: int | None = None
     """Threads of the decode steps that are timed, and of those that the profile was measured on; default: 1 with the
     lean decoder, else torch's number."""
@@ -175,6 +179,14 @@ def check_config(config: TrainConfig) -> None:
             f"env.probe_every={config.env.probe_every}: probes are for agents of your own, nothing that serves a "
             "policy makes them; leave --env.probe-every out"
         )
+    if config.latency is not None:
+        if config.latency not in get_args(Latency):
+            raise InputError(f"latency={config.latency} is not known; choose one of {', '.join(get_args(Latency))}")
+        if config.profile is not None:
+            raise InputError(
+                f"--latency {config.latency} is for a profile made here, and --profile {config.profile} brings its own "
+                "latencies; leave one of them out"
+            )
     check_device(config.device)
     if config.threads is not None:
         check_num_threads(config.threads)

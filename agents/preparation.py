@@ -19,19 +19,21 @@ from flexquant_rl.agents.policies.static_front import StaticFront, static_front
 from flexquant_rl.agents.policies.unbound import PolicyContext
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.control.allocation_kl import affordable_windows
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost
-from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.profile import Profile, num_profile_windows, profile_model
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.control.step_timer import measured_table
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
-from flexquant_rl.fq_env.prompts import PROFILE_WINDOWS, PromptWindows, load_windows, spread
+from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
 
-_FRONT_WINDOWS = 16
+_MOST_FRONT_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
         InputError: If the model, the text, the profile or the policies cannot be used, or not together.
     """
     profile_path = run_dir / PROFILE_FILE if run_dir else None
-    given = _given_profile(config, profile_path)
+    given = _given_profile(config, profile_path, carried=bool(exported))
     say("loading the model and nesting its weights")
     model = load_model(
         resolve_model(config.model),
@@ -107,7 +109,7 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     DecodeSession(model, max_length=config.env.window_tokens - 1).close()
     # That of a fixed width has no sensitivities: nothing was measured for it.
     carried = exported[0].profile if exported and exported[0].profile.num_tokens else None
-    judging = given or carried or _profile(model, windows)
+    judging = given or carried or _profile(model, windows, config)
     judging.check(model, config.threads)
     if profile_path is not None and not profile_path.exists():
         judging.save(profile_path)
@@ -119,21 +121,33 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     return Prepared(model, windows, profile, judging.cost, front, env, config.threads)
 
 
-def _given_profile(config: TrainConfig, kept: Path | None) -> Profile | None:
-    """The profile that a run has kept, or else the one that it is told to take; read before anything slow."""
+def profile_beside(model: str | None) -> Path | None:
+    """The profile that `fq profile` left in the model's directory, if there is one."""
+    path = None if model is None else Path(model) / PROFILE_FILE
+    return path if path is not None and path.is_file() else None
+
+
+def _given_profile(config: TrainConfig, kept: Path | None, *, carried: bool) -> Profile | None:
+    """The profile that a run has kept, or the one that it is told to take or finds; read before anything slow."""
     if kept is not None and kept.exists():
         return Profile.load(kept)
-    return None if config.profile is None else Profile.load(Path(config.profile))
+    if config.profile is not None:
+        return Profile.load(Path(config.profile))
+    found = None if carried or config.latency is not None else profile_beside(config.model)
+    return None if found is None else Profile.load(found)
 
 
-def _profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
+def _profile(model: NestedCausalLM, windows: PromptWindows, config: TrainConfig) -> Profile:
+    read = windows.train[:, :-1]
+    is_embedded = resolve_model(config.model) == resolve_model(None)
+    if (config.latency or ("roofline" if is_embedded else "measured")) == "measured":
+        say("profiling: latency of steps at many widths")
+        cost = measured_table(model, read, num_threads=config.threads)
+    else:
+        cost = roofline_cost(model)
     say("profiling: output KL of every unit at every width")
-    return profile_model(
-        model,
-        spread(windows.train, PROFILE_WINDOWS)[:, :-1],
-        roofline_cost(model),
-        progress=lambda units: track(units, "profiling"),
-    )
+    profiled = spread(read, num_profile_windows(model, read.shape[1]))
+    return profile_model(model, profiled, cost, progress=lambda units: track(units, "profiling"))
 
 
 def _front(
@@ -154,9 +168,11 @@ def _front(
         except TypeError as error:
             raise InputError(f"{path}: not a static front ({error}); {fix}") from error
     say("solving the static allocation and measuring its output KL")
-    session = DecodeSession(model)
-    front = static_front(profile, model.unit_weights).measured_on(
-        session, spread(windows.train, _FRONT_WINDOWS)[:, :-1], first
+    solved = static_front(profile, model.unit_weights)
+    read = windows.train[:, :-1]
+    num_windows = affordable_windows(model, solved.bit_widths, read.shape[1], _MOST_FRONT_WINDOWS)
+    front = solved.measured_on(
+        DecodeSession(model), spread(read, num_windows), first, progress=lambda layers: track(layers, "measuring")
     )
     if path is not None:
         write_tensors(path, vars(front), solved_with)

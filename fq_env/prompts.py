@@ -25,8 +25,6 @@ _STDLIB_SPLITS: dict[Split, Literal["policy-train", "validation", "test"]] = {
     "validation": "validation",
     "test": "test",
 }
-PROFILE_WINDOWS = 12
-"""Training windows that a profile's sensitivities are measured on, `spread` over the text."""
 _MAX_WINDOWS = 8192
 # Of a longer split only documents for the windows that are wanted are tokenised, a second for each megabyte.
 _READ_WHOLE_BYTES = 4 << 20

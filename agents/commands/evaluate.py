@@ -34,6 +34,7 @@ def evaluate(options: EvaluateOptions) -> None:
         env=options.env,
         device=options.device,
         profile=None if options.profile is None else str(options.profile),
+        latency=options.latency,
         threads=options.threads,
         test_sequences=options.sequences,
         num_dials=options.dials,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from flexquant_rl.agents.config import Device, EnvBench, TrainConfig
+from flexquant_rl.agents.config import Device, EnvBench, Latency, TrainConfig
 from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, PolicyBench
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -105,7 +105,9 @@ class EvaluateOptions:
     """Where the model runs."""
     profile: File = None
     """profile.json that `fq profile` wrote for this model, with the latencies to compare by; default: those that
-    exported policies carry, else modelled by the bytes read."""
+    exported policies carry, else the one in the model's directory, else one made here."""
+    latency: Latency | None = None
+    """Latencies of a profile made here, as for train.py: whole steps timed, or modelled by the bytes they read."""
     threads: int | None = None
     """Threads of the timed steps, and of those that a measured profile holds; default: 1 with the lean decoder, else
     torch's number."""

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from flexquant_rl.agents.commands.options import ProfileOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
-from flexquant_rl.engine.control.cost import CostTable, measured_cost, roofline_cost
-from flexquant_rl.engine.control.profile import profile_model
-from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer, measured_controller_ms
-from flexquant_rl.engine.decoding.choice import open_session
+from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.profile import num_profile_windows, profile_model
+from flexquant_rl.engine.control.step_timer import measured_table
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
-from flexquant_rl.fq_env.prompts import PROFILE_WINDOWS, load_windows, spread
+from flexquant_rl.fq_env.prompts import load_windows, spread
 
 
 def profile(options: ProfileOptions) -> None:
@@ -49,8 +45,12 @@ def profile(options: ProfileOptions) -> None:
         options.text,
         text_field=options.text_field,
     ).train
-    profiled = spread(windows, PROFILE_WINDOWS)[:, :-1]
-    cost = _measured(nested, windows, options) if options.source == "measured" else roofline_cost(nested)
+    read = windows[:, :-1]
+    profiled = spread(read, num_profile_windows(nested, read.shape[1]))
+    if options.source == "measured":
+        cost = measured_table(nested, windows, num_steps=options.steps, num_threads=options.threads)
+    else:
+        cost = roofline_cost(nested)
     result = profile_model(nested, profiled, cost, progress=lambda units: track(units, "profiling"))
     result.save(target)
     by_width = {str(b): float(cost.latency_ms(torch.full((nested.num_units,), b))) for b in nested.bit_widths}
@@ -67,14 +67,3 @@ def profile(options: ProfileOptions) -> None:
             "sensitivity": result.sensitivity.tolist(),
         }
     )
-
-
-def _measured(nested: NestedCausalLM, windows: Tensor, options: ProfileOptions) -> CostTable:
-    """Latencies of steps on this device, and of a controller beside them."""
-    # Halfway through an episode, so that attention costs what it costs on average.
-    num_held = max(1, min(windows.shape[1] // 2, nested.max_context - MAX_PAIRS))
-    session = open_session(nested, max_length=num_held + MAX_PAIRS, num_threads=options.threads)
-    prompt = session.prefill(windows[:1, :num_held])
-    timer = StepTimer(session, windows[0, :1])
-    cost = measured_cost(nested, timer, num_steps=options.steps, num_threads=options.threads)
-    return replace(cost, controller_ms=measured_controller_ms(session, prompt, windows[0, :1]))

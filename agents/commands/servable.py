@@ -15,10 +15,9 @@ from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
-from flexquant_rl.agents.preparation import policy_context, prepare
+from flexquant_rl.agents.preparation import policy_context, prepare, profile_beside
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.output_kl import reference_name
@@ -82,9 +81,7 @@ def load_servable(
             "name a static allocation, e.g. fixed:4"
         )
     unbound = parse_policy(policy)
-    beside = Path(model) / PROFILE_FILE
-    if profile is None and beside.is_file():
-        profile = beside
+    profile = profile or profile_beside(model)
     if isinstance(unbound, Fixed) and profile is None:
         if text:
             raise InputError(f"--text {text[0]} is to profile on, and {policy} needs no profile; leave it out")

@@ -5,7 +5,9 @@ This is the baseline that a learned policy has to beat, the start that it is clo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,17 +90,24 @@ class StaticFront:
         low, high = slopes.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
         return low, high
 
-    def measured_on(self, decoder: Decoder, windows: Tensor, first: int) -> StaticFront:
+    def measured_on(
+        self,
+        decoder: Decoder,
+        windows: Tensor,
+        first: int,
+        *,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> StaticFront:
         """Replaces the sums of sensitivities by the output KL measured on text, and drops what is then dominated.
 
         Args:
             decoder: A session of the model.
             windows: `[n, T]` int64.
             first: Positions before this one are context, read at the largest width as a prompt is.
+            progress: Wraps the loop over layers, the head last.
         """
-        kl = allocation_kl_nats(
-            decoder, windows, self.bit_widths, first=first, prompt_width=max(decoder.model.bit_widths)
-        )
+        top = max(decoder.model.bit_widths)
+        kl = allocation_kl_nats(decoder, windows, self.bit_widths, first=first, prompt_width=top, progress=progress)
         # Fastest first: keep a point only if it is better than everything faster.
         best = torch.cummin(torch.cat([torch.tensor([float("inf")], dtype=torch.float64), kl[:-1]]), dim=0).values
         keep = kl < best

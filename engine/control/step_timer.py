@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import Controller, StaticController, make_controller
-from flexquant_rl.engine.control.cost import clock_ms, roofline_cost
+from flexquant_rl.engine.control.cost import CostTable, clock_ms, measured_cost, roofline_cost
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.choice import open_session
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.lean import LeanSession
 from flexquant_rl.engine.decoding.next_token import Replay
 from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.model import NestedCausalLM
 
 MAX_PAIRS = 25
 """Most steps that a session must have room for."""
@@ -27,6 +30,29 @@ _VECTOR_MS = 25.0
 """Time that a width vector is worth: short steps are repeated more often."""
 _NUM_BASELINES = 9
 _CONTROLLER_ROUNDS = 9
+
+
+def measured_table(
+    model: NestedCausalLM, windows: Tensor, *, num_steps: int = 300, num_threads: int | None = None
+) -> CostTable:
+    """Latencies of steps on this device, and of a controller beside them.
+
+    Args:
+        model: The model.
+        windows: `[n, T]` int64, text whose first window is read before the steps.
+        num_steps: Whole steps to time, as for `measured_cost`.
+        num_threads: Threads of the steps, as for `open_session`.
+
+    Raises:
+        InputError: As `measured_cost`.
+    """
+    # Halfway through an episode, so that attention costs what it costs on average.
+    num_held = max(1, min(windows.shape[1] // 2, model.max_context - MAX_PAIRS))
+    session = open_session(model, max_length=num_held + MAX_PAIRS, num_threads=num_threads)
+    prompt = session.prefill(windows[:1, :num_held])
+    timer = StepTimer(session, windows[0, :1])
+    cost = measured_cost(model, timer, num_steps=num_steps, num_threads=num_threads)
+    return replace(cost, controller_ms=measured_controller_ms(session, prompt, windows[0, :1]))
 
 
 class StepTimer:

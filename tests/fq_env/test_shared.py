@@ -12,10 +12,10 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
+from flexquant_rl.engine.control.profile import num_profile_windows
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env import shared
 from flexquant_rl.fq_env.making import DecodeEnvironment, VectorDecodeEnvironment, make_environment
-from flexquant_rl.fq_env.prompts import PROFILE_WINDOWS
 from flexquant_rl.fq_env.shared import Shelf, forget_shared, shared_model, shared_profile, shared_windows
 
 
@@ -73,7 +73,7 @@ def test_the_profile_sees_all_of_the_text(calls: list[str], options: dict[str, A
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "profile_model", lambda model, read, cost: seen.append(read))
         shared_profile(model, windows)
-    assert len(seen[0]) == PROFILE_WINDOWS < len(windows.train)
+    assert len(seen[0]) == num_profile_windows(model, 7) == 12 < len(windows.train)
     assert seen[0][[0, -1]].tolist() == windows.train[[0, -1], :-1].tolist()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from flexquant_rl.agents import preparation
-from flexquant_rl.agents.config import PPOConfig, TrainConfig, check_config
+from flexquant_rl.agents.config import Latency, PPOConfig, TrainConfig, check_config
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.runs import phases, training
 from flexquant_rl.agents.runs.ppo import TrainingCallback
@@ -41,10 +42,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def prepare_tiny(model: Path, text: str, run_dir: Path | None = None, **env: float) -> Prepared:
+def prepare_tiny(
+    model: Path, text: str, run_dir: Path | None = None, *, latency: Latency | None = "roofline", **env: float
+) -> Prepared:
     config = TrainConfig(
         model=str(model),
         text=(text,),
+        latency=latency,
         quantization=QuantizationConfig(group_size=32),
         env=EnvConfig(prompt_tokens=4, max_new_tokens=8, **env),  # type: ignore[arg-type]
     )
@@ -63,6 +67,22 @@ def test_a_resume_reads_profile_and_front(
         assert torch.equal(tensor, getattr(again.front, name)), name
     assert again.env == first.env
     assert 0 < first.env.kl_weight_min < first.env.kl_weight_max
+
+
+def test_latencies_are_measured_where_the_model_is_ones_own(
+    tiny_model_dir: Path, text_file: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    measured = prepare_tiny(model, text_file, latency=None)
+    assert (measured.cost.source, measured.profile.cost.source) == ("measured", "measured")
+    assert measured.cost.error_p50 is not None
+    modelled = prepare_tiny(model, text_file)
+    assert modelled.cost.source == "roofline"
+    # What `fq profile` has left beside the model is taken, unless one asks for another.
+    replace(modelled.profile, num_tokens=77).save(model / "profile.json")
+    assert prepare_tiny(model, text_file, latency=None).profile.num_tokens == 77
+    assert prepare_tiny(model, text_file).profile.num_tokens != 77
 
 
 def test_a_flipped_front_is_refused(tiny_model_dir: Path, text_file: str, tmp_path: Path) -> None:
@@ -224,3 +244,12 @@ def test_training_never_opens_test_text(
     with pytest.raises(pytest.fail.Exception, match=r"\['train', 'validation'\]"):
         phases.evaluate_run(config, trained, tmp_path / "run")
     assert len(trained.prepared.windows.test)
+
+
+def test_latencies_come_from_one_place() -> None:
+    with pytest.raises(InputError, match="--latency roofline .* and --profile p.json brings its own .*; leave one"):
+        check_config(TrainConfig(latency="roofline", profile="p.json"))
+    with pytest.raises(InputError, match="latency=guessed is not known; choose one of measured, roofline"):
+        check_config(TrainConfig(latency="guessed"))  # type: ignore[arg-type]
+    check_config(TrainConfig(profile="p.json"))
+    check_config(TrainConfig(latency="measured"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from flexquant_rl.engine.control import allocation_kl
-from flexquant_rl.engine.control.allocation_kl import allocation_kl_nats
+from flexquant_rl.engine.control.allocation_kl import affordable_windows, allocation_kl_nats
 from flexquant_rl.engine.control.output_kl import ReferenceDistribution, kl_nats, output_kl_nats, reference_width
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -161,3 +161,17 @@ class TestReferenceDistribution:
         ReferenceDistribution(reference).kl_nats(other)
         assert torch.equal(reference, copies[0])
         assert torch.equal(other, copies[1])
+
+
+def test_what_allocations_share_is_counted_once(nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nested_model
+    body = [unit.num_weights for unit in model.units if unit.kind != "head"]
+    allocations = torch.full((3, model.num_units), 8)
+    allocations[1, len(body) - 1] = 4  # parts at the last unit before the head
+    allocations[2, 0] = 4  # parts at once
+    products = 2 * sum(body) + body[-1] + 3 * model.embedding_matrix().numel()
+    for wanted in (4, 7):
+        monkeypatch.setattr(allocation_kl, "_AFFORDABLE_FLOP", 2.0 * products * 10 * wanted * 1.0001)
+        assert affordable_windows(model, allocations, 10, 9) == wanted
+        assert affordable_windows(model, allocations, 10, 3) == 3
+        assert affordable_windows(model, allocations, 1000, 9) == 3, "never fewer, however large the model"
