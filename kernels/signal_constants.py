@@ -6,7 +6,7 @@ layer_statistics.py) and a third time in C++ (cpp/control.cpp). The Python files
 
 from __future__ import annotations
 
-SIGNAL_SCHEMA_VERSION = 1
+SIGNAL_SCHEMA_VERSION = 2
 """Raised with every change of a signal's meaning; policies of another version are refused."""
 
 EMA_DECAY = 0.9

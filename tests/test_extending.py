@@ -52,7 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def evaluated(model: Path, folder: Path, *policies: str) -> list[dict[str, float | str]]:
     """The rows that `fq evaluate` prints."""
-    options = ("--text", write_text(folder / "text.txt"), *TINY_EPISODES, "--sequences", 2)
+    options = ("--text", write_text(folder / "text.txt"), *TINY_EPISODES, "--sequences", 2, "--latency", "roofline")
     rows: list[dict[str, float | str]] = run(cli.main, "evaluate", model, "--policy", *policies, *options).result[
         "rows"
     ]

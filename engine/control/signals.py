@@ -24,7 +24,10 @@ if TYPE_CHECKING:  # a deployed policy imports this module, and must not pull in
 
 SIGNAL_SCHEMA_VERSION = constants.SIGNAL_SCHEMA_VERSION
 SIGNAL_LIMIT = constants.SIGNAL_LIMIT
-_PROJECTION_SEED = 20_250_612  # fixed: the projection is part of the schema
+# The projection is part of the schema, so these are fixed.
+_PROJECTION_SEED = 20_250_612
+_PROJECTION_STEPS = 4
+_PROJECTION_TOKENS = 16_384  # whose covariance is taken
 _MAX_COUNT = 1 << 16  # of units, or of dimensions of the embedding, in a file: more would fill the memory with names
 _ROW_SCALARS = ("entropy", "entropy_ema", "surprisal", "step_kl", "probe_kl", "since_probe", "position", "dial")
 
@@ -43,7 +46,7 @@ class SignalSchema:
 
     num_units: int
     bit_widths: tuple[int, ...]
-    num_embedding_dims: int = 16
+    num_embedding_dims: int = 32
     horizon: int | None = None
 
     @property
@@ -353,12 +356,25 @@ def unit_constants(profile: Profile, schema: SignalSchema) -> Tensor:
 
 
 def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:
-    """Projects centred input embeddings by a fixed Gaussian matrix, `[vocab, num_dims]` float32 of unit variance."""
-    generator = torch.Generator().manual_seed(_PROJECTION_SEED)
-    matrix = torch.randn(embedding.shape[1], num_dims, generator=generator, dtype=torch.float32).to(embedding.device)
+    """Projects centred input embeddings on the directions in which they vary most, `[vocab, num_dims]` float32.
+
+    Each column has unit variance; those beyond the size of an embedding are 0. The directions are found by a few steps
+    of orthogonal iteration from a fixed start, not by a decomposition. Unlike eigenvectors the result changes little
+    where embeddings change little, and has no sign of its own to choose, so every machine finds the same one.
+    """
     centred = embedding.float() - embedding.float().mean(0)
-    projected = centred @ matrix
-    return projected / projected.std(0).clamp_min(1e-12)
+    picked = torch.linspace(0, len(centred) - 1, min(len(centred), _PROJECTION_TOKENS), dtype=torch.float64)
+    sample = centred[picked.round().long().to(centred.device)]
+    covariance = (sample.T @ sample).double().cpu()
+    generator = torch.Generator().manual_seed(_PROJECTION_SEED)
+    start = torch.randn(len(covariance), min(num_dims, len(covariance)), generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(start).Q
+    for _ in range(_PROJECTION_STEPS):
+        basis, triangle = torch.linalg.qr(covariance @ basis)
+        basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # libraries differ in these signs
+    projected = centred @ basis.float().to(centred.device)
+    projected = projected / projected.std(0).clamp_min(1e-12)
+    return torch.nn.functional.pad(projected, (0, num_dims - projected.shape[1]))
 
 
 def unit_depths(model: DecoderModel) -> list[float]:

@@ -6,7 +6,7 @@
 
 namespace fq {
 
-constexpr int64_t kSignalSchemaVersion = 1;
+constexpr int64_t kSignalSchemaVersion = 2;
 constexpr int64_t kRecentTokens = 16;
 constexpr int64_t kNumTokenSignals = 12;
 constexpr int64_t kNumStepSignals = 4;

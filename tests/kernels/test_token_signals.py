@@ -36,7 +36,7 @@ class Twins:
         self.tracker = SignalTracker(self.schema, profile, embedding, DEPTHS, num_rows=1)
         self.share = torch.tensor([0.1, 0.3, 0.1, 0.3, 0.2])
         self.constants = SignalConstants(
-            project_embedding(embedding, 16).to(device),
+            project_embedding(embedding, self.schema.num_embedding_dims).to(device),
             unit_constants(profile, self.schema).to(device),
             torch.tensor(DEPTHS, device=device),
             self.share.to(device),

@@ -257,12 +257,12 @@ class TestFiles:
 
     def test_another_policy_version(self, saved: Path) -> None:
         self.edit(saved, version=POLICY_VERSION + 1)
-        with pytest.raises(InputError, match="policy version 4 with signal schema 1, but this program reads 3 with 1"):
+        with pytest.raises(InputError, match="policy version 4 with signal schema 2, but this program reads 3 with 2"):
             load_policy(saved)
 
     def test_another_signal_schema(self, saved: Path) -> None:
         self.edit(saved, schema={**SCHEMA.to_dict(), "version": SIGNAL_SCHEMA_VERSION + 1})
-        with pytest.raises(InputError, match="policy version 3 with signal schema 2, but this program reads 3 with 1"):
+        with pytest.raises(InputError, match="policy version 3 with signal schema 3, but this program reads 3 with 2"):
             load_policy(saved)
 
     @pytest.mark.parametrize("name", ["policy.safetensors", "profile.json"])
@@ -290,7 +290,7 @@ class TestFiles:
         "changes",
         [
             {"schema": None},
-            {"schema": {"version": 1}},
+            {"schema": {"version": SIGNAL_SCHEMA_VERSION}},
             {"schema": {**SCHEMA.to_dict(), "num_units": "many"}},
             {"dial": [{"kl_weight": 1.0}]},
             {"dial": 3},

@@ -91,9 +91,9 @@ NEXT_LOGITS = [0.0, 3.0, 0.5, -0.5, 0.25, 1.0]
 
 
 class TestSchema:
-    def test_version_1_is_these_names_in_this_order(self) -> None:
+    def test_version_2_is_these_names_in_this_order(self) -> None:
         """A change here changes what saved policies read: raise SIGNAL_SCHEMA_VERSION with it."""
-        assert SIGNAL_SCHEMA_VERSION == 1
+        assert SIGNAL_SCHEMA_VERSION == 2
         assert SCHEMA.global_names == (
             *("token_entropy", "token_entropy_ema", "perplexity_entropy", "top1_probability", "top_margin"),
             *("surprisal", "step_kl", "probe_kl", "tokens_since_probe", "mean_width_16", "position", "dial"),
@@ -107,7 +107,7 @@ class TestSchema:
 
     def test_dimensions(self) -> None:
         assert (SCHEMA.num_global, SCHEMA.num_per_unit, SCHEMA.dim) == (16, 10, 36)
-        assert SignalSchema(9, (3, 4, 5, 6, 8)).dim == 28 + 9 * 14
+        assert SignalSchema(9, (3, 4, 5, 6, 8)).dim == 44 + 9 * 14
         tracker = make_tracker(3)
         reset(tracker, random_output(0, 3))
         assert tracker.signals().shape == (3, SCHEMA.dim)
@@ -198,6 +198,30 @@ class TestTokenSignals:
         update(tracker, random_output(1, 1), [3, 3], token=2)
         embedding = [token_signals(tracker)[f"embedding_{index}"] for index in range(4)]
         assert embedding == pytest.approx(projected[2].tolist())
+
+    def test_projection_keeps_the_directions_in_which_embeddings_vary(self) -> None:
+        """Against a decomposition in float64: hardly less of the variance than the best subspace of its size."""
+        generator = torch.Generator().manual_seed(torch.seed() % 1000)
+        deviations = 0.9 ** torch.arange(64, dtype=torch.float32)
+        rotation = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
+        embedding = 3 + (torch.randn(2000, 64, generator=generator) * deviations) @ rotation
+        basis = torch.linalg.qr(project_embedding(embedding, 12).double()).Q
+        centred = (embedding - embedding.mean(0)).double()
+        kept = (basis.T @ centred).square().sum()
+        best = torch.linalg.svdvals(centred)[:12].square().sum()
+        assert 0.97 * best < kept <= best * (1 + 1e-6)
+
+    def test_projection_changes_little_where_embeddings_do(self) -> None:
+        """As rounding differs between machines; eigenvectors of equal eigenvalues could turn by any angle."""
+        embedding = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+        moved = embedding + 1e-6 * torch.randn(500, 32, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(project_embedding(moved, 16), project_embedding(embedding, 16), atol=1e-3, rtol=0)
+
+    def test_projection_of_short_embeddings_ends_with_zeros(self) -> None:
+        projected = project_embedding(torch.randn(50, 3), 8)
+        assert projected.shape == (50, 8)
+        torch.testing.assert_close(projected[:, :3].std(0), torch.ones(3))
+        assert not projected[:, 3:].any()
 
     def test_projection_is_fixed_centred_and_of_unit_variance(self) -> None:
         embedding = 7 + torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
