@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +51,7 @@ class PolicyNetWeights:
 
 
 _NO_HORIZON = 1 << 62  # no text is as long
+_NO_NETWORK = "there is no network to choose with; pass ControlWeights.net"
 
 
 @dataclass(frozen=True)
@@ -77,43 +77,15 @@ class ControlWeights:
     horizon: int | None = None
 
 
-class _Slot:
-    """A place for one distribution, `[vocab]`; it is not written to while a mark needs what it holds."""
-
-    def __init__(self, log_probs: Tensor) -> None:
-        self.log_probs = log_probs
-        self.address = log_probs.data_ptr()
-        self._lease: weakref.ref[_Lease] | None = None
-
-    def is_needed(self) -> bool:
-        """Whether a mark of what it holds is alive."""
-        return self._lease is not None and self._lease() is not None
-
-    def lease(self) -> _Lease:
-        """What a mark keeps: one object for all marks of what the slot holds."""
-        lease = None if self._lease is None else self._lease()
-        if lease is None:
-            lease = _Lease(self)
-            self._lease = weakref.ref(lease)
-        return lease
-
-
-class _Lease:
-    """While it lives its slot is needed."""
-
-    def __init__(self, slot: _Slot) -> None:
-        self.slot = slot
-
-
 @dataclass(frozen=True, eq=False)
 class ControlMark:
-    """A moment of a sequence, made by `NativeControl.mark`: opaque, a few hundred bytes.
+    """A moment of a sequence, made by `NativeControl.mark`: opaque, a few hundred bytes and the logits of then.
 
-    It is good for any number of rollbacks, before and after other marks and rollbacks. Dropping it lets the control
-    reuse the memory of a distribution that nothing else needs.
+    It is good for any number of rollbacks, before and after other marks and rollbacks.
     """
 
-    _lease: _Lease
+    _owner: NativeControl
+    _logits: Tensor | None
     _vectors: bytes
     _numbers: bytes
 
@@ -146,8 +118,8 @@ class NativeControl:
         self._vocab_size, num_embedding_dims = weights.embedding.shape
         num_global = signal_constants.NUM_TOKEN_SIGNALS + num_embedding_dims
         self.dim = num_global + self._num_units * (2 * self._num_widths + signal_constants.NUM_STEP_SIGNALS)
-        self._slot = _Slot(torch.zeros(self._vocab_size, dtype=torch.float32))  # of the current distribution
-        self._slots = [self._slot]
+        self._logits: Tensor | None = None  # that the control points to
+        self._signals = torch.empty(self.dim, dtype=torch.float32)
         net = None if weights.net is None else ctypes.addressof(self._net(weights.net, num_global))
         self._control = ControlStruct(
             net=net,
@@ -161,7 +133,7 @@ class NativeControl:
             num_widths=self._num_widths,
             num_embedding_dims=num_embedding_dims,
             horizon=_NO_HORIZON if weights.horizon is None else weights.horizon,
-            log_probs=self._slot.address,
+            signals=self._signals.data_ptr(),
             **self._allocate_vectors(),
         )
         self._pointer = ctypes.addressof(self._control)
@@ -177,7 +149,7 @@ class NativeControl:
         """Starts a sequence after its prompt.
 
         Args:
-            logits: `[vocab]` float32.
+            logits: `[vocab]` float32. Kept until the next update, and not to be written to.
             residual_update: `[U]` float32.
             crest: `[U]` float32.
             next_token_id: The token that the first step will read.
@@ -188,7 +160,6 @@ class NativeControl:
         """
         self._check_output(logits, residual_update, crest)
         with self._lock:
-            slot = self._next_slot()
             status = self._library.fq_control_reset(
                 self._pointer,
                 logits.data_ptr(),
@@ -196,11 +167,10 @@ class NativeControl:
                 crest.data_ptr(),
                 next_token_id,
                 kl_weight,
-                slot.address,
                 self._isa_code,
             )
             if status == OK:
-                self._slot = slot
+                self._logits = logits
         self._raise_for(status, f"token {next_token_id} is not in the vocabulary of {self._vocab_size}")
 
     def update(
@@ -209,8 +179,9 @@ class NativeControl:
         """Moves on by a step that ran at `bit_widths` `[U]` int64; the rest as for `reset`."""
         self._check_output(logits, residual_update, crest)
         _check_vector("bit_widths", bit_widths, self._num_units, torch.int64)
+        if self._logits is None:
+            raise ValueError("no sequence has been started; call reset first")
         with self._lock:
-            slot = self._next_slot()
             status = self._library.fq_control_update(
                 self._pointer,
                 logits.data_ptr(),
@@ -218,24 +189,22 @@ class NativeControl:
                 crest.data_ptr(),
                 bit_widths.data_ptr(),
                 next_token_id,
-                slot.address,
                 self._isa_code,
             )
             if status == OK:
-                self._slot = slot
+                self._logits = logits
         self._raise_for(status, f"token {next_token_id} is not in the vocabulary of {self._vocab_size}")
 
     def mark(self) -> ControlMark:
-        """Remembers the state of the sequence.
-
-        The distribution is not copied: the next update writes to another place, and those after it stay there.
+        """Remembers the state of the sequence. The logits are kept, not copied.
 
         Returns:
             What `rollback` returns to.
         """
         with self._lock:
             return ControlMark(
-                self._slot.lease(),
+                self,
+                self._logits,
                 ctypes.string_at(self._vectors.data_ptr(), self._vectors.nbytes),
                 ctypes.string_at(self._numbers_pointer, self._numbers_bytes),
             )
@@ -249,14 +218,13 @@ class NativeControl:
         Raises:
             ValueError: If the mark is of another control.
         """
-        slot = mark._lease.slot
-        if not any(slot is own for own in self._slots):
+        if mark._owner is not self:
             raise ValueError("the mark is of another NativeControl; roll back with one that this control has made")
         with self._lock:
             ctypes.memmove(self._vectors.data_ptr(), mark._vectors, len(mark._vectors))
             ctypes.memmove(self._numbers_pointer, mark._numbers, len(mark._numbers))
-            self._control.log_probs = slot.address
-            self._slot = slot
+            self._control.logits = None if mark._logits is None else mark._logits.data_ptr()
+            self._logits = mark._logits
 
     def signals(self) -> Tensor:
         """The signal vector, `[dim]` float32."""
@@ -276,19 +244,20 @@ class NativeControl:
         status = self._library.fq_control_choose(
             self._pointer, signals.data_ptr(), bit_widths.data_ptr(), self._isa_code
         )
-        self._raise_for(status, "there is no network to choose with; pass ControlWeights.net")
+        self._raise_for(status, _NO_NETWORK)
         return bit_widths
 
-    def _next_slot(self) -> _Slot:
-        """Where the next distribution goes: in the place of the current one unless a mark needs that."""
-        if not self._slot.is_needed():
-            return self._slot
-        for slot in self._slots:
-            if not slot.is_needed():
-                return slot
-        slot = _Slot(torch.empty(self._vocab_size, dtype=torch.float32))
-        self._slots.append(slot)
-        return slot
+    def decide(self) -> Tensor:
+        """The network's bit-widths after the last update, `[1, U]` int64: `choose(signals())` in one call.
+
+        Raises:
+            ValueError: If there is no network.
+        """
+        bit_widths = torch.empty(1, self._num_units, dtype=torch.int64)
+        with self._lock:
+            status = self._library.fq_control_decide(self._pointer, bit_widths.data_ptr(), self._isa_code)
+        self._raise_for(status, _NO_NETWORK)
+        return bit_widths
 
     def _allocate_vectors(self) -> dict[str, int]:
         """Addresses of the vectors of the state, which are together so that a mark copies them at once."""
@@ -366,8 +335,9 @@ def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype) -> N
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-    library.fq_control_reset.argtypes = (pointer, pointer, pointer, pointer, int64, ctypes.c_float, pointer, int32)
-    library.fq_control_update.argtypes = (pointer, pointer, pointer, pointer, pointer, int64, pointer, int32)
+    library.fq_control_reset.argtypes = (pointer, pointer, pointer, pointer, int64, ctypes.c_float, int32)
+    library.fq_control_update.argtypes = (pointer, pointer, pointer, pointer, pointer, int64, int32)
     library.fq_control_signals.argtypes = (pointer, pointer)
     library.fq_control_choose.argtypes = (pointer, pointer, pointer, int32)
+    library.fq_control_decide.argtypes = (pointer, pointer, int32)
     return library

@@ -144,7 +144,8 @@ class ControlStruct(ctypes.Structure):
         ("num_widths", ctypes.c_int64),
         ("num_embedding_dims", ctypes.c_int64),
         ("horizon", ctypes.c_int64),
-        ("log_probs", ctypes.c_void_p),
+        ("signals", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
         ("recent_widths", ctypes.c_void_p),
         ("residual_update", ctypes.c_void_p),
         ("crest", ctypes.c_void_p),
@@ -156,6 +157,7 @@ class ControlStruct(ctypes.Structure):
         ("surprisal", ctypes.c_float),
         ("step_kl", ctypes.c_float),
         ("dial", ctypes.c_float),
+        ("log_partition", ctypes.c_float),
         ("position", ctypes.c_int64),
         ("token_id", ctypes.c_int64),
     )

@@ -218,8 +218,8 @@ class NativeController:
             decision = self._policy(self.signals(rows))
             # A class of the user's may well have expanded one width over all units.
             return Decision(decision.bit_widths.contiguous(), decision.verify)
-        widths = [row.choose(row.signals()) for row in self._chosen(rows)]
-        return Decision(widths[0][None] if len(widths) == 1 else torch.stack(widths))
+        widths = [row.decide() for row in self._chosen(rows)]
+        return Decision(widths[0] if len(widths) == 1 else torch.cat(widths))
 
     def update(
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None

@@ -15,10 +15,12 @@ int64_t num_global(const FqControl& control) { return kNumTokenSignals + control
 int64_t num_per_unit(const FqControl& control) { return 2 * control.num_widths + kNumStepSignals; }
 
 void observe(FqControl* control, const DecoderMath& math, const float* logits, const float* residual_update,
-             const float* crest, int64_t token_id, float* log_probs, bool is_first) {
+             const float* crest, int64_t token_id, bool is_first) {
     DistributionStatistics statistics;
-    math.distribution(logits, control->vocab_size, kLogProbabilityFloor, control->log_probs, log_probs, &statistics);
-    control->log_probs = log_probs;
+    math.distribution(logits, control->vocab_size, kLogProbabilityFloor, is_first ? logits : control->logits,
+                      is_first ? 0.0f : control->log_partition, &statistics);
+    control->logits = logits;
+    control->log_partition = statistics.log_partition;
     control->entropy = statistics.entropy;
     control->top1 = statistics.top1;
     control->top2 = statistics.top2;
@@ -29,7 +31,7 @@ void observe(FqControl* control, const DecoderMath& math, const float* logits, c
         control->entropy_ema = kEmaDecay * control->entropy_ema + (1.0f - kEmaDecay) * statistics.entropy;
         control->step_kl = std::max(statistics.divergence, 0.0f);
     }
-    control->surprisal = -control->log_probs[token_id];
+    control->surprisal = -std::max(logits[token_id] - statistics.log_partition, kLogProbabilityFloor);
     std::copy_n(residual_update, control->num_units, control->residual_update);
     std::copy_n(crest, control->num_units, control->crest);
     control->token_id = token_id;
@@ -47,8 +49,8 @@ using namespace fq;
 extern "C" {
 
 int32_t fq_control_reset(FqControl* control, const float* logits, const float* residual_update, const float* crest,
-                         int64_t token_id, float kl_weight, float* log_probs, int32_t isa) {
-    if (log_probs == nullptr || !is_valid(*control, token_id)) return kFqBadArgument;
+                         int64_t token_id, float kl_weight, int32_t isa) {
+    if (!is_valid(*control, token_id)) return kFqBadArgument;
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;
     const float top = static_cast<float>(control->bit_widths[control->num_widths - 1]);
@@ -56,13 +58,13 @@ int32_t fq_control_reset(FqControl* control, const float* logits, const float* r
     std::fill_n(control->last_widths, control->num_units, top);
     control->position = 0;
     control->dial = std::log10(kl_weight);
-    observe(control, *math, logits, residual_update, crest, token_id, log_probs, true);
+    observe(control, *math, logits, residual_update, crest, token_id, true);
     return kFqOk;
 }
 
 int32_t fq_control_update(FqControl* control, const float* logits, const float* residual_update, const float* crest,
-                          const int64_t* bit_widths, int64_t token_id, float* log_probs, int32_t isa) {
-    if (log_probs == nullptr || !is_valid(*control, token_id)) return kFqBadArgument;
+                          const int64_t* bit_widths, int64_t token_id, int32_t isa) {
+    if (control->logits == nullptr || !is_valid(*control, token_id)) return kFqBadArgument;
     const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
     if (math == nullptr) return kFqUnsupportedIsa;
     float mean_width = 0.0f;
@@ -72,7 +74,7 @@ int32_t fq_control_update(FqControl* control, const float* logits, const float* 
     }
     control->recent_widths[control->position % kRecentTokens] = mean_width;
     ++control->position;
-    observe(control, *math, logits, residual_update, crest, token_id, log_probs, false);
+    observe(control, *math, logits, residual_update, crest, token_id, false);
     return kFqOk;
 }
 
@@ -144,6 +146,11 @@ int32_t fq_control_choose(const FqControl* control, const float* signals, int64_
         bit_widths[unit] = control->bit_widths[best - scores];
     }
     return kFqOk;
+}
+
+int32_t fq_control_decide(const FqControl* control, int64_t* bit_widths, int32_t isa) {
+    fq_control_signals(control, control->signals);
+    return fq_control_choose(control, control->signals, bit_widths, isa);
 }
 
 }  // extern "C"

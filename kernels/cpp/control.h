@@ -39,30 +39,32 @@ struct FqControl {
     const float* weight_share;      // [num_units], share of all weights
     int64_t vocab_size, num_units, num_widths, num_embedding_dims;
     int64_t horizon;                // from this position on its signal stays the same
-    // State of the sequence: these arrays and, with everything behind it, `entropy`.
-    float* log_probs;               // [vocab_size]
+    float* signals;                 // scratch of fq_control_decide
+    // State of the sequence: these arrays and, with everything behind it, `entropy`. The logits are the caller's, who
+    // keeps them and writes to them no more.
+    const float* logits;            // [vocab_size]
     float* recent_widths;           // [16]
     float *residual_update, *crest, *last_widths;  // [num_units]
-    float entropy, entropy_ema, top1, top2, surprisal, step_kl, dial;
+    float entropy, entropy_ema, top1, top2, surprisal, step_kl, dial, log_partition;
     int64_t position, token_id;
 };
 
 // Starts a sequence after its prompt: logits [vocab_size], statistics [num_units]. `token_id` is what the first step
-// will read. The new distribution is written to `log_probs` [vocab_size], which becomes the control's. It may be the
-// control's own of before, or another place if that one is still needed.
+// will read.
 FQ_EXPORT int32_t fq_control_reset(FqControl* control, const float* logits, const float* residual_update,
-                                   const float* crest, int64_t token_id, float kl_weight, float* log_probs,
-                                   int32_t isa);
+                                   const float* crest, int64_t token_id, float kl_weight, int32_t isa);
 
 // Moves on by a step that ran at `bit_widths` [num_units].
 FQ_EXPORT int32_t fq_control_update(FqControl* control, const float* logits, const float* residual_update,
-                                    const float* crest, const int64_t* bit_widths, int64_t token_id, float* log_probs,
-                                    int32_t isa);
+                                    const float* crest, const int64_t* bit_widths, int64_t token_id, int32_t isa);
 
 // Writes the signals, [num_global + num_units * num_per_unit].
 FQ_EXPORT int32_t fq_control_signals(const FqControl* control, float* signals);
 
 // The network's choice of widths, [num_units], given signals.
 FQ_EXPORT int32_t fq_control_choose(const FqControl* control, const float* signals, int64_t* bit_widths, int32_t isa);
+
+// Both in one call.
+FQ_EXPORT int32_t fq_control_decide(const FqControl* control, int64_t* bit_widths, int32_t isa);
 
 }  // extern "C"

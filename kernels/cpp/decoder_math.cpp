@@ -155,41 +155,59 @@ FQ_INLINE void observe_body(const float* before, const float* after, int64_t siz
     *crest = static_cast<float>(largest * std::sqrt(static_cast<double>(size)) / norm);
 }
 
+constexpr int64_t kDistributionBlock = 2048;  // logits that are read again while they are in the nearest cache
+
 // One exponential per token: with weights w = e^(logit - largest), the entropy and the divergence from the distribution
-// before are sums of w times a difference of logits.
+// before are sums of w times a difference of logits. Logits come from far away, so they are read once: block by block,
+// and what was summed is scaled down when a block has a larger one.
 template <class Vector>
 FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor, const float* previous,
-                                 float* log_probs, DistributionStatistics* statistics) {
-    Vector first = Vector::all(-INFINITY), second = first;  // the two largest of each lane
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const Vector value = Vector::load(logits + i, size - i, -INFINITY);
-        second = larger(second, smaller(first, value));
-        first = larger(first, value);
-    }
-    float firsts[kLanes], seconds[kLanes], largest = -INFINITY, runner_up = -INFINITY;
-    first.store(firsts);
-    second.store(seconds);
-    for (int lane = 0; lane < kLanes; ++lane) {
-        runner_up = std::max(std::max(runner_up, seconds[lane]), std::min(largest, firsts[lane]));
-        largest = std::max(largest, firsts[lane]);
-    }
-    // Any constant does; one token's keeps the terms small, so that little is lost when it is taken away again.
-    const float anchor = std::max(logits[0] - largest, floor) - previous[0];
+                                 float previous_log_partition, DistributionStatistics* statistics) {
+    float largest = -INFINITY, runner_up = -INFINITY, base = 0.0f, anchor = 0.0f;
     Vector sum = Vector::all(0.0f), below = sum, moved = sum;
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const Vector distance = larger(Vector::load(logits + i, size - i, -INFINITY) - largest, Vector::all(floor));
-        const Vector weight = exponential(distance);
-        sum += weight;
-        below += weight * distance;
-        moved += weight * (distance - Vector::load(previous + i, size - i, 0.0f) - anchor);
+    for (int64_t begin = 0; begin < size; begin += kDistributionBlock) {
+        const int64_t end = std::min(begin + kDistributionBlock, size);
+        Vector first = Vector::all(-INFINITY), second = first;  // the two largest of each lane
+        for (int64_t i = begin; i < end; i += kLanes) {
+            const Vector value = Vector::load(logits + i, end - i, -INFINITY);
+            second = larger(second, smaller(first, value));
+            first = larger(first, value);
+        }
+        float firsts[kLanes], seconds[kLanes];
+        const float before = largest;
+        first.store(firsts);
+        second.store(seconds);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            runner_up = std::max(std::max(runner_up, seconds[lane]), std::min(largest, firsts[lane]));
+            largest = std::max(largest, firsts[lane]);
+        }
+        if (largest == -INFINITY) continue;  // nothing has a probability yet
+        if (before == -INFINITY) {
+            base = largest;
+            // Any constant does; one token's keeps the terms small, so that little is lost when it is taken away again.
+            anchor = std::max(logits[begin] - largest, floor) -
+                     std::max(previous[begin] - previous_log_partition, floor);
+        } else if (largest > before) {
+            const float fall = before - largest, factor = std::exp(fall);
+            below = (below + sum * fall) * factor;
+            moved = moved * factor;
+            sum = sum * factor;
+        }
+        const float shift = largest - base - anchor;
+        for (int64_t i = begin; i < end; i += kLanes) {
+            const Vector distance = larger(Vector::load(logits + i, end - i, -INFINITY) - largest, Vector::all(floor));
+            const Vector log_before =
+                larger(Vector::load(previous + i, end - i, 0.0f) - previous_log_partition, Vector::all(floor));
+            const Vector weight = exponential(distance);
+            sum += weight;
+            below += weight * distance;
+            moved += weight * (distance - log_before + shift);
+        }
     }
     const float total = sum.sum(), log_total = std::log(total);
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const Vector distance = Vector::load(logits + i, size - i, -INFINITY) - largest;
-        larger(distance - log_total, Vector::all(floor)).store(log_probs + i, size - i);
-    }
+    statistics->log_partition = largest + log_total;
     statistics->entropy = log_total - below.sum() / total;
-    statistics->divergence = moved.sum() / total + (anchor - log_total);
+    statistics->divergence = moved.sum() / total + (anchor + base - largest - log_total);
     statistics->top1 = 1.0f / total;
     statistics->top2 = std::exp(std::max(runner_up - largest - log_total, floor));
 }
@@ -223,9 +241,9 @@ FQ_INLINE void tanh_body(float* x, int64_t size) {
     target void observe(const float* before, const float* after, int64_t size, float* residual_update, float* crest) { \
         observe_body(before, after, size, residual_update, crest);                                                     \
     }                                                                                                                  \
-    target void distribution(const float* logits, int64_t size, float floor, const float* previous, float* log_probs,  \
-                             DistributionStatistics* statistics) {                                                     \
-        distribution_body<Lanes<part_bytes>>(logits, size, floor, previous, log_probs, statistics);                    \
+    target void distribution(const float* logits, int64_t size, float floor, const float* previous,                    \
+                             float previous_log_partition, DistributionStatistics* statistics) {                       \
+        distribution_body<Lanes<part_bytes>>(logits, size, floor, previous, previous_log_partition, statistics);       \
     }                                                                                                                  \
     target void tanh(float* x, int64_t size) { tanh_body<Lanes<part_bytes>>(x, size); }                                \
     const DecoderMath table = {rms_norm, rotate,  attend,       swiglu, dense,                                         \

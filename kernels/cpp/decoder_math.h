@@ -6,6 +6,7 @@
 namespace fq {
 
 struct DistributionStatistics {
+    float log_partition;  // what taken from the logits makes them log-probabilities
     float entropy;     // nats
     float divergence;  // KL(new || previous), nats
     float top1, top2;  // the two largest probabilities
@@ -32,10 +33,10 @@ struct DecoderMath {
     void (*add)(const float* x, int64_t size, float* y);
     // See residual_update and crest of fq_decode.
     void (*observe)(const float* before, const float* after, int64_t size, float* residual_update, float* crest);
-    // Log-probabilities of logits, not below `floor`, and how far they moved from the previous ones, whose place they
-    // may take.
-    void (*distribution)(const float* logits, int64_t size, float floor, const float* previous, float* log_probs,
-                         DistributionStatistics* statistics);
+    // What logits say of the next token, and how far its log-probabilities, none below `floor`, moved from those of the
+    // previous logits.
+    void (*distribution)(const float* logits, int64_t size, float floor, const float* previous,
+                         float previous_log_partition, DistributionStatistics* statistics);
     void (*tanh)(float* x, int64_t size);
 };
 

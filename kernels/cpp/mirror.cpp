@@ -152,7 +152,8 @@ constexpr Mirrored kMirrored[] = {
     FQ_FIELD(FqControl, num_widths),
     FQ_FIELD(FqControl, num_embedding_dims),
     FQ_FIELD(FqControl, horizon),
-    FQ_FIELD(FqControl, log_probs),
+    FQ_FIELD(FqControl, signals),
+    FQ_FIELD(FqControl, logits),
     FQ_FIELD(FqControl, recent_widths),
     FQ_FIELD(FqControl, residual_update),
     FQ_FIELD(FqControl, crest),
@@ -164,6 +165,7 @@ constexpr Mirrored kMirrored[] = {
     FQ_FIELD(FqControl, surprisal),
     FQ_FIELD(FqControl, step_kl),
     FQ_FIELD(FqControl, dial),
+    FQ_FIELD(FqControl, log_partition),
     FQ_FIELD(FqControl, position),
     FQ_FIELD(FqControl, token_id),
 };

@@ -5,13 +5,16 @@ That it computes the right thing is tested against the engine's controllers.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from flexquant_rl.kernels import signal_constants
 from flexquant_rl.kernels.native import Isa, supported_isas
 from flexquant_rl.kernels.native_control import ControlMark, ControlWeights, NativeControl, PolicyNetWeights
 
@@ -136,7 +139,8 @@ def random_reset(fresh: random.Random, vocab: int = VOCAB) -> Operation:
 def test_rolled_back_updates_never_happened(isa: Isa, max_marks: int, fresh: random.Random) -> None:
     """Any order of updates, resets, marks, rollbacks and dropped marks equals a control that saw what was kept."""
     weights = make_weights(make_net())
-    control, kept = NativeControl(weights, isa=isa), []
+    control, kept = NativeControl(weights, isa=isa), [random_reset(fresh)]
+    kept[0](control)
     marks: list[tuple[ControlMark, list[Operation]]] = []
     for _ in range(250):
         action = fresh.choices(("update", "mark", "rollback", "drop", "reset"), (8, 3, 3, 2, 1))[0]
@@ -156,21 +160,67 @@ def test_rolled_back_updates_never_happened(isa: Isa, max_marks: int, fresh: ran
         for operation in kept:
             operation(twin)
         assert torch.equal(control.signals(), twin.signals())
-        assert torch.equal(control.choose(control.signals()), twin.choose(twin.signals()))
-        assert len(control._slots) <= max_marks + 1
+        assert torch.equal(control.choose(control.signals()), twin.decide()[0])
 
 
-def test_updates_after_a_mark_share_one_place(fresh: random.Random) -> None:
+def test_logits_are_kept_as_long_as_they_are_needed() -> None:
     control = started()
-    for _ in range(20):
-        mark = control.mark()
-        assert control.mark()._lease is mark._lease
-        for _ in range(16):
-            random_update(fresh)(control)
-        control.rollback(mark)
+
+    def update() -> weakref.ref[torch.Tensor]:
+        logits = torch.randn(VOCAB)
+        control.update(logits, torch.rand(3), torch.rand(3), torch.full((3,), 4), 1)
+        return weakref.ref(logits)
+
+    current = update()
+    assert current() is not None
+    mark = control.mark()
+    following = update()
+    assert current() is not None, "a mark needs them"
+    assert following() is not None
     del mark
-    random_update(fresh)(control)
-    assert len(control._slots) == 2
+    assert current() is None
+    update()
+    assert following() is None
+
+
+def test_an_update_comes_after_a_start() -> None:
+    control = NativeControl(make_weights())
+    with pytest.raises(ValueError, match="no sequence has been started; call reset"):
+        control.update(torch.randn(VOCAB), torch.rand(3), torch.rand(3), torch.full((3,), 4), 1)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("vocab", [1, 15, 16, 2047, 2048, 2049, 5000])
+def test_statistics_of_distributions(isa: Isa, vocab: int, fresh: random.Random) -> None:
+    """Blocks whose largest logit rises, falls or is missing altogether, against float64."""
+    control = NativeControl(make_weights(vocab=vocab), isa=isa)
+    generator = torch.Generator().manual_seed(fresh.randrange(2**31))
+    slope = torch.linspace(-1, 1, vocab)
+    previous: torch.Tensor | None = None
+    ema = 0.0
+    for tilt, masked in ((0.0, 0), (40.0, 0), (-40.0, 0), (1.0, vocab // 2), (0.0, 0), (200.0, 0)):
+        logits = 2 * torch.randn(vocab, generator=generator) + tilt * slope + 50
+        logits[:masked] = -torch.inf
+        token = fresh.randrange(vocab)
+        statistics = torch.rand(2, NUM_UNITS, generator=generator)
+        if previous is None:
+            control.reset(logits, *statistics, token, 1.0)
+        else:
+            control.update(logits, *statistics, torch.full((NUM_UNITS,), 4), token)
+        log_probs = logits.double().log_softmax(-1).clamp_min(-110)
+        entropy = float(-(log_probs.exp() * log_probs).sum())
+        ema = entropy if previous is None else 0.9 * ema + 0.1 * entropy
+        top = log_probs.exp().topk(min(2, vocab)).values.tolist()
+        kl = 0.0 if previous is None else float((log_probs.exp() * (log_probs - previous)).sum())
+        signals = control.signals().tolist()
+        nats, decades = signal_constants.NATS_SCALE, signal_constants.DECADES_SCALE
+        assert signals[0] * nats == pytest.approx(entropy, rel=1e-5, abs=1e-4)
+        assert signals[1] * nats == pytest.approx(ema, rel=1e-5, abs=1e-4)
+        assert signals[3] == pytest.approx(top[0], rel=1e-4)
+        assert signals[4] == pytest.approx(top[0] - (top[1] if vocab > 1 else 0.0), abs=1e-4)
+        assert min(signals[5] * nats, 39.9) == pytest.approx(min(-float(log_probs[token]), 39.9), rel=1e-4, abs=1e-4)
+        assert signals[6] == pytest.approx(math.log10(max(kl, 1e-6)) / decades, abs=1e-3)
+        previous = log_probs
 
 
 def test_a_mark_outlives_a_refused_update(fresh: random.Random) -> None:
