@@ -88,9 +88,8 @@ def test_entropy_of_a_model_without_four_bits() -> None:
 def learned_result(prepared: Prepared, seed: int) -> SeedResult:
     card = policy_card(prepared)
     torch.manual_seed(seed)
-    return SeedResult(
-        seed, LearnedPolicy(PrecisionNet(card.schema), card, f"ppo seed {seed}"), 0.0, 0.1 * seed, 0.0, None
-    )
+    policy = LearnedPolicy(PrecisionNet(card.schema), card, f"ppo seed {seed}")
+    return SeedResult(seed, policy, ((0, 0.0), (64, 0.1 * seed)), None)
 
 
 @pytest.fixture
