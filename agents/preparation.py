@@ -31,6 +31,7 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import PROFILE_WINDOWS, PromptWindows, load_windows, spread
 
+FRONT_FILE = "static_front.safetensors"
 _FRONT_WINDOWS = 16
 
 
@@ -139,7 +140,7 @@ def _profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
 def _front(
     model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, run_dir: Path | None
 ) -> StaticFront:
-    path = run_dir / "static_front.safetensors" if run_dir else None
+    path = run_dir / FRONT_FILE if run_dir else None
     solved_with = {"profile_sha256": file_sha256(run_dir / PROFILE_FILE)} if run_dir else {}
     if path is not None and path.exists():
         fix = "delete it to have it computed again"

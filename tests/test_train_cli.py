@@ -132,7 +132,7 @@ class TestWholeRun:
         assert "](pareto.png)" in report
         assert "](bits.png)" in report
         assert "](learning.png)" in report
-        assert re.search(r"Test sequence \d of 3, dial \S+ full-width steps per nat, seed 0; widths move by", report)
+        assert re.search(r"Test sequence \d of 3, dial \S+, seed 0: widths move by", report)
         assert json.loads((run_dir / "config.json").read_text())["config"]["env_steps"] == 48
 
     def test_tensorboard(self, finished: Finished, folder: Path) -> None:

@@ -35,12 +35,16 @@ class Showcase:
     bit_widths: Tensor
     output_kl_nats: Tensor
 
+    def title(self) -> str:
+        """Sequence, dial and seed, without their units."""
+        sequence = f"test sequence {self.sequence_idx + 1} of {self.num_sequences}"
+        return f"{sequence}, dial {self.kl_weight:.3g}, seed {self.seed}"
+
     def words(self) -> str:
-        """Sequence, dial and seed, as pictures and reports name them."""
+        """How much it moves, and in what units the dial is."""
         return (
-            f"test sequence {self.sequence_idx + 1} of {self.num_sequences}, dial {self.kl_weight:.3g} full-width "
-            f"steps per nat, seed {self.seed}; widths move by {self.movement_bits:.2f} bits (standard deviation over "
-            f"tokens, mean over units), {self.speedup:.2f}x modelled"
+            f"widths move by {self.movement_bits:.2f} bits (standard deviation over tokens, mean over units); "
+            f"{self.speedup:.2f}x modelled; the dial is in full-width steps per nat"
         )
 
 

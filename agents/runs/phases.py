@@ -7,6 +7,7 @@ model -> profile.json -> static_front.safetensors -> importance.safetensors -> s
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
         train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index), importance)
         for index in range(config.seeds)
     ]
+    return export_best(config, prepared, results, run_dir)
+
+
+def export_best(config: TrainConfig, prepared: Prepared, results: Sequence[SeedResult], run_dir: Path) -> TrainedRun:
+    """Exports the policy of the seed that validation chose with its dial's table, where that is not done."""
     trained = TrainedRun(prepared, tuple(results), run_dir / "policy")
     if not trained.policy_dir.exists():
         policy = with_dial_table(trained.best.policy, prepared, config.validation_sequences, config.num_dials)
@@ -99,8 +105,15 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     return trained
 
 
-def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dict[str, Any]:
-    """Compares every policy on test text, writes rows, pictures and report, and returns the command's JSON."""
+def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Compares every policy on test text, writes rows, pictures and report, and returns the command's JSON.
+
+    Args:
+        config: Configuration of the run.
+        trained: What training left.
+        run_dir: Where rows, pictures and report go.
+        notes: Lines for the report, of how the policies came to be chosen.
+    """
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
     budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
@@ -110,7 +123,7 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
     rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle, moving.consider)
     share = headroom(rows)
     long_rows = _long_rows(config, trained, settings)
-    sentences = _findings(config, trained, rows, share)
+    sentences = [*notes, *_findings(config, trained, rows, share)]
     shown = moving.found or _at_the_middle_of_the_dial(trained, config.test_sequences)
     _publish(config, trained, settings, rows, sentences, run_dir, long_rows, shown)
     rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
@@ -195,7 +208,7 @@ def _publish(
         read_tokens(prepared, config.test_sequences, shown.sequence_idx),
         [unit.name for unit in prepared.model.units],
         run_dir / BITS_FILE,
-        title="Where the policy moves most: bit-width of every token and unit",
+        title=f"Where the policy moves most: {shown.title()}",
         subtitle=shown.words(),
         output_kl_nats=shown.output_kl_nats.numpy(),
         bit_widths=prepared.model.bit_widths,
@@ -215,7 +228,7 @@ def _publish(
         sentences=sentences,
         facts=facts,
         long_rows=long_rows,
-        showcase=shown.words(),
+        showcase=f"{shown.title()}: {shown.words()}",
         notes=_missed(settings),
     )
     say(f"report: {run_dir / 'report.md'}")

@@ -249,8 +249,9 @@ def test_the_most_moving_sequence_is_found_among_all_that_was_run(tiny_prepared:
     assert (found.sequence_idx, found.kl_weight, found.seed) == expected[:3]
     assert found.movement_bits == pytest.approx(best)
     np.testing.assert_array_equal(found.bit_widths.numpy(), expected[3])
-    assert f"test sequence {found.sequence_idx + 1} of 4, dial {found.kl_weight:.3g} " in found.words()
-    assert f"seed {found.seed};" in found.words()
+    expected_title = f"test sequence {found.sequence_idx + 1} of 4, dial {found.kl_weight:.3g}, seed {found.seed}"
+    assert found.title() == expected_title
+    assert f"move by {best:.2f} bits" in found.words()
     # Random widths move more than any of them.
     assert float(movement_bits(seen[-1][1].bit_widths).max()) > best
 
