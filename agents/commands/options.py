@@ -85,7 +85,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Trains seeds times configurations through Ray Tune and evaluates the one that validation text chooses.
+    """Trains seeds times configurations through Ray; validation text chooses one.
 
     Needs the extra `ray`. What is interrupted goes on with --resume.
     """

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flexquant_rl
 from flexquant_rl.agents.preparation import prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
@@ -27,16 +26,17 @@ from flexquant_rl.agents.runs.training import train_seed
 from flexquant_rl.engine.errors import InputError
 
 LOG_FILE = "train.log"
-_CONNECT_S = 60.0
+_CONNECT_S = 30.0
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-"""Nothing is sent anywhere; no logs beside our own; Ctrl-C is ours; paths stay relative to where the user is."""
+"""Nothing is sent anywhere; no logs and tables beside our own; Ctrl-C is ours; paths stay relative to where the user is."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,8 @@ def _start(ray: Any, where: Workers, scratch: str) -> None:
     if where.address is not None:
         ray.init(address=where.address, **quiet)
         return
-    # Workers start in this environment, wherever the package was imported from.
-    root = str(Path(next(iter(flexquant_rl.__path__))).resolve().parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Workers find packages where this process does.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ.pop("RAY_ADDRESS", None)
     num_cpus = where.cpus * where.workers if where.workers else max(os.cpu_count() or 1, where.cpus)
     ray.init(num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=scratch, **quiet)

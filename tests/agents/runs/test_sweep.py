@@ -17,6 +17,7 @@ import pytest
 from cli_runner import TINY_EPISODES, Finished, leftovers, run, tree, write_text
 
 from flexquant_rl import cli, train
+from flexquant_rl.agents import preparation
 from flexquant_rl.agents.commands import sweep as command
 from flexquant_rl.agents.config import PPOConfig, TrainConfig
 from flexquant_rl.agents.runs import ray_trials, training
@@ -147,23 +148,27 @@ def test_a_whole_sweep(
     sweep: Callable[..., Finished], trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text is profiled once, test text opened once and last; the policy is that of the best mean on validation text."""
-    opened: list[str] = []
-    split = PromptWindows._split if hasattr(PromptWindows, "_split") else None
-    del split
-    test = PromptWindows.test.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        PromptWindows, "test", property(lambda self: (opened.append(f"after {len(trained)}"), test(self))[1])
-    )
-    profiled = []
-    profile = ray_trials.prepare.__globals__["profile_model"]
-    monkeypatch.setitem(
-        ray_trials.prepare.__globals__, "profile_model", lambda *a, **k: (profiled.append(1), profile(*a, **k))[1]
-    )
+    opened: set[tuple[str, int]] = set()
+    split = PromptWindows.split
+
+    def spy(windows: PromptWindows, name: Any) -> Any:
+        opened.add((name, len(trained)))
+        return split(windows, name)
+
+    monkeypatch.setattr(PromptWindows, "split", spy)
+    profiled: list[Any] = []
+    profile_model = preparation.profile_model
+
+    def profile(*arguments: Any, **options: Any) -> Any:
+        profiled.append(arguments)
+        return profile_model(*arguments, **options)
+
+    monkeypatch.setattr(preparation, "profile_model", profile)
     finished = sweep(*RATES)
     result = finished.result
     assert trained == ["0-seed0", "0-seed1", "1-seed0", "1-seed1"]
     assert len(profiled) == 1
-    assert set(opened) == {"after 4"}
+    assert {done for name, done in opened if name == "test"} == {4}
     summary = result["sweep"]
     assert (summary["trials"], summary["failed"]) == (4, {})
     means = [one["mean"] for one in summary["configurations"]]
