@@ -213,8 +213,8 @@ def _rows(
     documents: Sequence[int],
 ) -> list[EvalRow]:
     rows = []
-    statics = _static_beside(prepared, settings, traces)
-    for entry, static in zip(settings.entries, statics, strict=True):
+    beside = _static_beside(prepared, settings, traces)
+    for entry, static in zip(settings.entries, beside, strict=True):
         keys = [_key(member) for member in entry.members]
         times = [measured[key] for key in keys if key in measured]
         # Time shares mix as the tokens do.

@@ -6,7 +6,9 @@ Ray only places them: what is finished and where an unfinished one goes on is in
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,8 @@ from flexquant_rl.engine.errors import InputError
 
 LOG_FILE = "train.log"
 _CONNECT_S = 30.0
+# Ray takes 127.0.0.1 for a request to find an address that others reach. On Linux all of 127.0.0.0/8 is the loopback.
+_LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -36,7 +40,7 @@ _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-"""Nothing is sent anywhere; no logs and tables beside our own; Ctrl-C is ours; paths stay relative to where the user is."""
+"""Nothing is sent anywhere; no logs and tables beside our own; Ctrl-C is ours; relative paths stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +101,24 @@ def run_trials(trials: Sequence[Trial], where: Workers) -> dict[str, str]:
     from ray import tune
 
     names = {str(trial.directory): trial.name for trial in trials}
+    storage = trials[0].directory.parent / ".ray"  # Tune wants one that all machines see
     with tempfile.TemporaryDirectory(prefix="fq-") as scratch:
         _start(ray, where, scratch)
         try:
+            _check_resources(ray, where)
             tuner = tune.Tuner(
                 tune.with_resources(_train, {"cpu": where.cpus, "gpu": where.gpus}),
                 param_space={"directory": tune.grid_search(list(names)), "started_in": str(Path.cwd())},
                 tune_config=tune.TuneConfig(max_concurrent_trials=where.workers, reuse_actors=False),
-                run_config=tune.RunConfig(storage_path=scratch, name="trials", verbose=0, callbacks=[_reporter(names)]),
+                run_config=tune.RunConfig(
+                    storage_path=str(storage), name="trials", verbose=0, callbacks=[_reporter(names)]
+                ),
             )
             grid = tuner.fit()
             results = [grid[index] for index in range(len(grid))]
         finally:
             ray.shutdown()
+            shutil.rmtree(storage, ignore_errors=True)
     failed = {}
     for result in results:
         error = (result.metrics or {}).get("error") or (result.error and _last_line(result.error))
@@ -121,7 +130,8 @@ def run_trials(trials: Sequence[Trial], where: Workers) -> dict[str, str]:
 def _start(ray: Any, where: Workers, scratch: str) -> None:
     """Connects to the cluster, or starts one on this machine that no other machine sees."""
     os.environ.update(_SETTINGS)
-    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what fails is said in one line, by us
+    quiet = {"log_to_driver": False, "logging_level": "critical", "configure_logging": True}
     if where.address is not None:
         ray.init(address=where.address, **quiet)
         return
@@ -129,7 +139,17 @@ def _start(ray: Any, where: Workers, scratch: str) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ.pop("RAY_ADDRESS", None)
     num_cpus = where.cpus * where.workers if where.workers else max(os.cpu_count() or 1, where.cpus)
-    ray.init(num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=scratch, **quiet)
+    ray.init(num_cpus=num_cpus, include_dashboard=False, _node_ip_address=_LOOPBACK, _temp_dir=scratch, **quiet)
+
+
+def _check_resources(ray: Any, where: Workers) -> None:
+    """Raises InputError where no trial would ever start: Ray waits for processors that may come."""
+    there = ray.cluster_resources()
+    for option, resource, wanted in (("cpus", "CPU", where.cpus), ("gpus", "GPU", where.gpus)):
+        if wanted > there.get(resource, 0):
+            raise InputError(
+                f"a trial asks for {option}={wanted:g}, and Ray has {there.get(resource, 0):g}; give --{option} less"
+            )
 
 
 def _train(trial: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +165,9 @@ def _train(trial: dict[str, Any]) -> dict[str, Any]:
                 result = train_seed(config, prepared, config.seed, directory / "seeds" / str(config.seed), importance)
         except InputError as error:
             return {"error": str(error)}
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
-            raise
+            return {"error": f"{type(error).__name__}: {error}"}
     return {"score": result.best_score}
 
 
