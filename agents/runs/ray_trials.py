@@ -128,7 +128,7 @@ def run_trials(trials: Sequence[Trial], where: Workers) -> dict[str, str]:
 
 
 def _start(ray: Any, where: Workers, scratch: str) -> None:
-    """Connects to the cluster, or starts one on this machine that no other machine sees."""
+    """Connects to the cluster, or starts one on this machine that asks for no other."""
     os.environ.update(_SETTINGS)
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what fails is said in one line, by us
     quiet = {"log_to_driver": False, "logging_level": "critical", "configure_logging": True}
