@@ -19,10 +19,11 @@ from flexquant_rl.engine.linear import (
     DenseCache,
     NestedLinear,
     WidthPlan,
-    is_conv1d,
+    dense_matrix,
     is_dense,
     layer_hook,
     logits_under,
+    reference_matrix,
 )
 from flexquant_rl.engine.llama_tree import LlamaTree
 from flexquant_rl.engine.plain_model import check_no_state, check_weights
@@ -427,17 +428,14 @@ def nest(
     for (name, unit_idx), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
         linear = hf_model.get_submodule(name)
         assert is_dense(linear)
-        dense = linear.weight.detach().float()
-        dense = dense.T.contiguous() if is_conv1d(linear) else dense
-        nested = _quantize(dense, hessian, config, name)
+        nested = _quantize(dense_matrix(linear), hessian, config, name)
         bias = None if linear.bias is None else linear.bias.detach()
         replacement = NestedLinear(
             nested,
             bias,
             unit_idx=unit_idx,
             cache=cache,
-            # By columns, as DenseCache keeps the others; a copy also frees a tied embedding from sharing its storage.
-            reference_weight=dense.t().clone(memory_format=torch.contiguous_format).t() if keep_reference else None,
+            reference_weight=reference_matrix(linear) if keep_reference else None,
         )
         hf_model.set_submodule(name, replacement)
     hf_model.eval().requires_grad_(False)

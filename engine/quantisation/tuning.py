@@ -35,6 +35,13 @@ _BLOCK_LOGITS = 1 << 23
 # Activations up to this are kept for the backward pass; more only where the weights take more themselves.
 _KEPT_BYTES = 1 << 30
 _SAVE_EVERY_S = 60.0
+# By default a step reads a window, and all steps of a width together work this often on a weight; within limits.
+_DEFAULT_WEIGHT_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1.5e10, 40, 200
+
+
+def default_steps(num_weights: int) -> int:
+    """Steps for a model of so many weights: fewer for larger ones, which lose less and take longer."""
+    return min(max(round(_DEFAULT_WEIGHT_STEPS / num_weights), _FEWEST_STEPS), _MOST_STEPS)
 
 
 class _MeanKl(torch.autograd.Function):
@@ -72,7 +79,7 @@ def tune_pairs(
     *,
     state_file: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> None:
+) -> float:
     """Tunes the scales and offsets of a model in place and records it in `model.tuning`.
 
     Args:
@@ -82,6 +89,9 @@ def tune_pairs(
         config: Steps, rate and so on.
         state_file: Where to keep what an interrupted run continues from; None keeps nothing.
         report: Gets a line for each evaluation.
+
+    Returns:
+        Seconds that it took, those of earlier, interrupted runs with them.
 
     Raises:
         InputError: If windows are empty or hold unknown ids, or a gradient is not finite. The model is as before then.
@@ -102,6 +112,7 @@ def tune_pairs(
     model.set_pairs(pairs)
     facts = Calibration.of(windows)
     model.tuning = Tuning(run.progress.step, facts.num_tokens, facts.sha256, run.progress.before, run.progress.best)
+    return run.progress.seconds
 
 
 @dataclass
