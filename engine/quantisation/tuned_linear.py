@@ -33,7 +33,7 @@ _WIDEST_BFLOAT16 = 4
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a product in bfloat16 is faster than one in float32 there."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -58,7 +58,7 @@ class _PairProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
         """Gradients of x (where wanted), scale and offset."""
         x, scale, offset, codes = ctx.saved_tensors
         shift, dtype = ctx.shift, ctx.dtype
@@ -188,7 +188,10 @@ class TunedLinear(nn.Module):
             each.repeat_interleave(self._group_size // self._part, 1)[:, :num_parts] for each in (scale, offset)
         )
         dtype = self.arithmetic if width <= _WIDEST_BFLOAT16 else torch.float32
-        out: Tensor = _PairProduct.apply(x.reshape(-1, x.shape[-1]), scale, offset, self._codes, pairs.shift, dtype)
+        inputs = x.reshape(-1, x.shape[-1])
+        out: Tensor = _PairProduct.apply(  # type: ignore[no-untyped-call]
+            inputs, scale, offset, self._codes, pairs.shift, dtype
+        )
         return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
 
 

@@ -35,6 +35,8 @@ _BLOCK_LOGITS = 1 << 23
 # Activations up to this are kept for the backward pass; more only where the weights take more themselves.
 _KEPT_BYTES = 1 << 30
 _SAVE_EVERY_S = 60.0
+# What helps 3 bits most, where much is wrong, makes 4 bits worse (docs/weights.md).
+_LARGE_STEP_WIDTH, _SMALL_STEP = 3, 0.25
 # By default a step reads a window, and all steps of a width together work this often on a weight; within limits.
 _DEFAULT_WEIGHT_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1.5e10, 40, 200
 
@@ -65,7 +67,7 @@ class _MeanKl(torch.autograd.Function):
         return (total / num_tokens).float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Gradient of the logits."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None
@@ -99,7 +101,8 @@ def tune_pairs(
     for tokens in (windows, held_out):
         check_windows(model.hf_model, tokens)
     widths = config.widths or model.bit_widths
-    with tunable(model, widths) as linears, _recomputing(model, linears, windows.shape[1] - 1):
+    layers = list(decoder_layers(model.hf_model))
+    with tunable(model, widths) as linears, _recomputing(layers, linears, windows.shape[1] - 1):
         run = _Run(model, linears, widths, windows.to(model.device), held_out.to(model.device), config)
         key = run.key()
         run.resume(state_file, key)
@@ -183,11 +186,12 @@ class _Run:
             with torch.no_grad():
                 reference = self._logits(tokens, REFERENCE_WIDTH)
             for width in active:
-                loss: Tensor = _MeanKl.apply(self._logits(tokens, width), reference)
-                (loss / self.config.windows_per_step).backward()  # type: ignore[no-untyped-call]
+                loss: Tensor = _MeanKl.apply(self._logits(tokens, width), reference)  # type: ignore[no-untyped-call]
+                (loss / self.config.windows_per_step).backward()
         for width in active:
             self._check_gradient(width)
-            self.states[width].step(self.config.learning_rate * _rate(index, self.config.steps))
+            rate = self.config.learning_rate * (1.0 if width <= _LARGE_STEP_WIDTH else _SMALL_STEP)
+            self.states[width].step(rate * _rate(index, self.config.steps))
         self.progress.step += 1
         self.progress.seconds += time.monotonic() - began
 
@@ -291,7 +295,7 @@ def _as_stored(linears: dict[str, TunedLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputing(model: NestedCausalLM, linears: dict[str, TunedLinear], num_tokens: int) -> Iterator[None]:
+def _recomputing(layers: Sequence[nn.Module], linears: dict[str, TunedLinear], num_tokens: int) -> Iterator[None]:
     """Inside the block layers run anew in the backward pass, where keeping their activations would take too much."""
     # A linear's input and output, and as much again for norms, rotations and gates.
     numbers = 2 * sum(linear.num_inputs + linear.num_outputs for linear in linears.values())
@@ -299,7 +303,6 @@ def _recomputing(model: NestedCausalLM, linears: dict[str, TunedLinear], num_tok
     if numbers * num_tokens * 4 <= max(_KEPT_BYTES, weight_bytes):
         yield
         return
-    layers = list(decoder_layers(model.hf_model))
     for layer in layers:
         layer.__dict__["forward"] = _recomputed(layer)  # what the instance has hides the method of its class
     try:

@@ -1,5 +1,7 @@
-"""What a quantisation that takes long has done so far: a directory beside its output, which an interrupted one goes on
-from, and the nested model in it that tuning begins with."""
+"""What a long quantisation has done so far: a directory beside its output that an interrupted one goes on from.
+
+It holds the nested model that tuning begins with, and the state of the tuning.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +78,8 @@ def nested_start(
         for name, linear in model.nested_linears().items():
             linear.reference_weight = reference_matrix(hf_model.get_submodule(name))
         return model
-    for name in (key_file, directory / STATE_FILE):  # of other options
-        name.unlink(missing_ok=True)
+    for stale in (key_file, directory / STATE_FILE):  # of other options
+        stale.unlink(missing_ok=True)
     if start.exists():
         shutil.rmtree(start)
     model = nest(hf_model, tokenizer, config, keep_reference=True, calibration=calibration, progress=progress)
