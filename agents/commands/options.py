@@ -45,6 +45,9 @@ class QuantizeOptions:
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""
+    tune_steps: int | None = None
+    """Steps in which scales and offsets of each width follow the KL of the whole model on the calibration text; 0:
+    none. Default: by the model's size where there is such text, else 0."""
     text: Files = ()
     """Text files. Perplexity by width is measured on their test split."""
     text_field: str | None = None
