@@ -1,0 +1,159 @@
+"""`fq quantize` with tuned scales: its defaults, interruptions and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runner import run
+from torch import Tensor
+
+from flexquant_rl import cli
+from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.quantisation import tuning
+
+
+def stored(model: NestedCausalLM) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    return {n: (x.planes.clone(), x.scale.clone(), x.offset.clone()) for n, x in model.nested_linears().items()}
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(torch.equal(a, b) for name in first for a, b in zip(first[name], second[name], strict=True))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Sentences for the character tokenizer."""
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "fox", "run", "far"]
+    lines = [" ".join(words[(i * j) % 12] for j in range(1, 30)) + "." for i in range(300)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+def options(source: object, out: Path, text: Path, steps: int = 3) -> tuple[object, ...]:
+    tuning_options = ("--calibration", text, "--tune-steps", steps, "--method", "rtn")
+    return ("quantize", source, out, "--group-size", 32, *tuning_options)
+
+
+def test_command_tunes(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    finished = run(cli.main, *options(tiny_model_dir, out, text))
+    result = finished.result
+    assert result["tuning_steps"] == 3
+    assert result["tuning_seconds"] > 0
+    assert all(result["output_kl_nats"][b] <= kl for b, kl in result["output_kl_nats_before_tuning"].items())
+    assert "tuning: 3 of 3 steps" in finished.err
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+    model = load_model(str(out))  # as every other command, and training, loads it
+    assert model.tuning is not None
+    assert model.tuning.output_kl_after == result["output_kl_nats"]
+    stored_config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored_config["tuning"]["steps"] == 3
+    error = run(cli.main, *options(out, tmp_path / "twice", text)).error
+    assert error == f"{out} is a nested checkpoint already; give the model that it was made from"
+    assert not (tmp_path / "twice").exists()
+
+
+def test_command_tunes_by_default(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexquant_rl.agents.commands.quantize.default_steps", lambda num_weights: 2)
+    start = ("quantize", tiny_model_dir, tmp_path / "out", "--method", "rtn", "--bit-widths", 3, 8)
+    assert run(cli.main, *start, "--calibration", text).result["tuning_steps"] == 2
+    assert "tuning_steps" not in run(cli.main, *start[:2], tmp_path / "free", *start[3:]).result
+
+
+@pytest.mark.parametrize(("place", "count"), [("tuning.write_states", 2), ("tuning._Run.evaluate", 1)])
+def test_interrupted_command_goes_on(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, place: str, count: int
+) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    expected = run(cli.main, *options(tiny_model_dir, straight, text)).result
+    calls = 0
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise KeyboardInterrupt
+        original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        where, name = (tuning._Run, "evaluate") if "evaluate" in place else (tuning, "write_states")
+        original = getattr(where, name)
+        patched.setattr(where, name, interrupt)
+        finished = run(cli.main, *options(tiny_model_dir, out, text))
+    assert finished.code == 130
+    assert finished.err.splitlines()[-1] == "interrupted; the same command goes on from there"
+    assert not out.exists()
+    assert (tmp_path / ".out.unfinished" / "start" / "model.safetensors").is_file()
+    with monkeypatch.context() as patched:  # the nested weights are there already
+        patched.setattr("flexquant_rl.engine.quantisation.unfinished.nest", None)
+        result = run(cli.main, *options(tiny_model_dir, out, text)).result
+    assert result["output_kl_nats"] == expected["output_kl_nats"]
+    assert load_checkpoint(out).fingerprint == load_checkpoint(straight).fingerprint
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+def test_other_options_start_anew(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "write_states", interrupt)
+        assert run(cli.main, *options(tiny_model_dir, out, text)).code == 130
+    result = run(cli.main, *options(tiny_model_dir, out, text), "--bit-widths", 4, 8).result
+    assert result["output_kl_nats"].keys() == {"4", "8"}
+    assert load_checkpoint(out).bit_widths == (4, 8)
+
+
+def test_full_disk(tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "write_states", full)
+        error = run(cli.main, *options(tiny_model_dir, out, text)).error
+    assert error == "state.safetensors: No space left on device; free some space and run the command again"
+    assert not out.exists()
+    assert run(cli.main, *options(tiny_model_dir, out, text)).result["tuning_steps"] == 3
+
+
+def test_bad_input_leaves_nothing(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "outs"
+    folder.mkdir()
+    out = folder / "out"
+    start = ("quantize", tiny_model_dir, out)
+    error = run(cli.main, *start, "--calibration", text, "--tune-steps", -1).error
+    assert error == "--tune-steps -1 must be 0 or more; 0 tunes nothing"
+    error = run(cli.main, *start, "--tune-steps", 5).error
+    assert error == "--tune-steps 5 fits scales to text; give it some with --calibration FILE"
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    assert "holds no window of 128 tokens; give more text" in run(cli.main, *options(tiny_model_dir, out, short)).error
+    one = tmp_path / "one.txt"  # a single document is of a single split
+    one.write_text("the cat sat on a red mat. " * 40)
+    error = run(cli.main, *options(tiny_model_dir, out, one)).error
+    assert "holds no window of 128 tokens; give more text" in error
+
+    def bad(self: Any, width: int) -> None:
+        raise InputError("lm_head: not finite")
+
+    monkeypatch.setattr(tuning._Run, "_check_gradient", bad)
+    assert run(cli.main, *options(tiny_model_dir, out, text)).error == "lm_head: not finite"
+    assert not list(folder.iterdir())
