@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from flexquant_rl.agents.evaluation.baselines import TUNING_SEQUENCES, contestant, tuned_baselines
 from flexquant_rl.agents.evaluation.budgets import (
     Contestant,
     Entry,
@@ -21,12 +22,9 @@ from flexquant_rl.agents.evaluation.comparison import captured_headroom
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_speedups, summarise
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.agents.policies.entropy import EntropyThreshold
-from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC, bind_policy, family_name
+from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC
 from flexquant_rl.agents.policies.fixed import Fixed
-from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.policies.static_front import static_front
-from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import SeedResult
@@ -35,13 +33,10 @@ from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.fq_env.prompts import spread
 
-# Entropies in nats from where nearly no token runs low to where all do.
-_ENTROPY_RANGE_NATS = (-1.0, 11.0)
 # The dial goes a little beyond the range that was trained: the ends of the budgets may lie there.
 _DIAL_MARGIN = 4.0
 _FRONT_POINTS = 4000
 _NEIGHBOURS = 2
-_TUNING_SEQUENCES = 24
 _TIMED_TOKENS = 24
 
 
@@ -67,24 +62,13 @@ class Settings:
 
 
 def heuristics(prepared: Prepared) -> list[TimedFamily]:
-    """The families that learn nothing: the best static allocations, fixed widths, random mixes, entropy."""
+    """The families that learn nothing by reward: static allocations, fixed widths, and the tuned baselines."""
     context = policy_context(prepared)
     widths = prepared.model.bit_widths
-    low_width = EntropyThreshold.low_width if EntropyThreshold.low_width in widths else widths[0]
-    lowest, highest = _ENTROPY_RANGE_NATS
-
-    def random_at(position: float) -> Contestant:
-        return contestant(RandomWidths(round(widths[0] + position * (widths[-1] - widths[0]), 4)), context)
-
-    def entropy_at(position: float) -> Contestant:
-        threshold = round(highest + position * (lowest - highest), 4)
-        return contestant(EntropyThreshold(threshold, low_width=low_width), context)
-
     return [
         static_family(prepared),
         SharingFamily(Fixed.family.name, tuple(contestant(Fixed(width), context) for width in widths)),
-        KnobFamily(RandomWidths.family.name, random_at),
-        KnobFamily(EntropyThreshold.family.name, entropy_at),
+        *tuned_baselines(prepared, context),
     ]
 
 
@@ -127,11 +111,6 @@ def dial_family(
     return KnobFamily(name, at, seed)
 
 
-def contestant(policy: UnboundPolicy, context: PolicyContext) -> Contestant:
-    """A policy that learns nothing, bound to the model."""
-    return Contestant(family_name(policy), bind_policy(policy, context))
-
-
 def tune(prepared: Prepared, families: Sequence[TimedFamily], budgets: Sequence[float], num_sequences: int) -> Settings:
     """Finds the setting of every family at every budget on validation text.
 
@@ -141,7 +120,7 @@ def tune(prepared: Prepared, families: Sequence[TimedFamily], budgets: Sequence[
         budgets: Shares of the time at the largest width everywhere.
         num_sequences: Sequences of validation text, as far as they help.
     """
-    windows = spread(prepared.windows.validation, min(num_sequences, _TUNING_SEQUENCES))
+    windows = spread(prepared.windows.validation, min(num_sequences, TUNING_SEQUENCES))
     evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
 
     def measure(one: Contestant) -> Outcome:
