@@ -42,10 +42,7 @@ def tuned_baselines(prepared: Prepared, context: PolicyContext) -> list[BestOfFa
 
     @cache
     def rehearsal() -> RecordedText:
-        windows = spread(prepared.windows.validation, TUNING_SEQUENCES)
-        return RecordedText(
-            prepared.model, prepared.profile, windows, prepared.env, prepared.cost, num_scored=_SCORED_SEQUENCES
-        )
+        return validation_rehearsal(prepared)
 
     def best_of(kind: type[UnboundPolicy], knobs: Iterable[Callable[[float], UnboundPolicy]]) -> BestOfFamily:
         name = family_name_of(kind)
@@ -61,6 +58,14 @@ def tuned_baselines(prepared: Prepared, context: PolicyContext) -> list[BestOfFa
         ),
         best_of(Regressor, (_regressor(low, high) for low, high in _mean_pairs(widths))),
     ]
+
+
+def validation_rehearsal(prepared: Prepared) -> RecordedText:
+    """The validation text that settings are found on, recorded."""
+    windows = spread(prepared.windows.validation, TUNING_SEQUENCES)
+    return RecordedText(
+        prepared.model, prepared.profile, windows, prepared.env, prepared.cost, num_scored=_SCORED_SEQUENCES
+    )
 
 
 def contestant(policy: UnboundPolicy, context: PolicyContext) -> Contestant:

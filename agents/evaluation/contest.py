@@ -8,8 +8,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from flexquant_rl.agents.evaluation.baselines import TUNING_SEQUENCES, contestant, tuned_baselines
+from flexquant_rl.agents.evaluation.baselines import (
+    TUNING_SEQUENCES,
+    contestant,
+    tuned_baselines,
+    validation_rehearsal,
+)
 from flexquant_rl.agents.evaluation.budgets import (
+    BestOfFamily,
     Contestant,
     Entry,
     KnobFamily,
@@ -22,7 +28,7 @@ from flexquant_rl.agents.evaluation.comparison import captured_headroom
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_speedups, summarise
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC
+from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC, UNTRAINED
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.agents.preparation import Prepared, policy_context
@@ -96,6 +102,14 @@ def static_family(prepared: Prepared) -> StaticFamily:
 def learned(prepared: Prepared, results: Sequence[SeedResult], best: SeedResult) -> list[TimedFamily]:
     """The family of every training seed, its knob the dial on a log scale; only the best one's steps are timed."""
     return [dial_family(prepared, PPO.name, result.policy, result.seed, timed=result is best) for result in results]
+
+
+def untrained(prepared: Prepared, best: SeedResult) -> list[TimedFamily]:
+    """The network of the best seed as PPO found it, cloned from static allocations; none where the run lost it."""
+    if best.cloned is None:
+        return []
+    family = dial_family(prepared, UNTRAINED.name, best.cloned, best.seed)
+    return [BestOfFamily(family.name, (family,), lambda: validation_rehearsal(prepared))]
 
 
 def dial_family(

@@ -26,21 +26,28 @@ from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.prompts import spread
 from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
+_CLONED_FILE = "cloned.safetensors"
+
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One trained policy and its scores on validation text: reward per token over static, in full-width steps."""
+    """One trained policy and its scores on validation text: reward per token over static, in full-width steps.
+
+    `cloned` is the network before PPO; None where the directory is of a version that did not keep it.
+    """
 
     seed: int
     policy: LearnedPolicy
     cloned_score: float
     best_score: float
     env_steps_per_s: float | None
+    cloned: LearnedPolicy | None = None
 
 
 class Validation:
@@ -96,7 +103,8 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
         if not isinstance(policy, LearnedPolicy):
             raise InputError(f"{policy_dir} holds no learned policy; delete it to have it made again")
         scores = policy.card.config["scores"]
-        return SeedResult(seed, policy, scores["cloned"], scores["best"], scores["env_steps_per_s"])
+        cloned = _load_cloned(prepared, directory, seed)
+        return SeedResult(seed, policy, scores["cloned"], scores["best"], scores["env_steps_per_s"], cloned)
     validation = Validation(prepared, config.validation_sequences)
     session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
     static = prepared.front.allocate if prepared.env.source == "replay" else None
@@ -121,6 +129,7 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
         net = precision_net(ppo)
         agreement = clone(net, signals, prepared.front, prepared.profile, dials, generator=generator)
         say(f"PPO seed {seed}: cloned the static allocation, {agreement:.1%} of widths agree")
+        write_tensors(directory / _CLONED_FILE, net.actor().cpu().state_dict())
     began, steps_before = time.monotonic(), ppo.num_timesteps
     learn(ppo, callback, config.env_steps, directory / "tensorboard")
     rate = (ppo.num_timesteps - steps_before) / (time.monotonic() - began) if ppo.num_timesteps > steps_before else None
@@ -138,7 +147,23 @@ def train_seed(config: TrainConfig, prepared: Prepared, seed: int, directory: Pa
     unchecked.rename(policy_dir)
     scores = f"{callback.first_score:+.4f} cloned, {callback.best_score:+.4f} best"
     say(f"PPO seed {seed}: validation reward over static {scores}")
-    return SeedResult(seed, policy, callback.first_score, callback.best_score, rate)
+    cloned = _load_cloned(prepared, directory, seed)
+    return SeedResult(seed, policy, callback.first_score, callback.best_score, rate, cloned)
+
+
+def _load_cloned(prepared: Prepared, directory: Path, seed: int) -> LearnedPolicy | None:
+    """The network as it was before PPO, if the seed's directory has it."""
+    path = directory / _CLONED_FILE
+    if not path.exists():
+        return None
+    fix = "delete it to have the run evaluated without the untrained policy"
+    card = policy_card(prepared)
+    net = PrecisionNet(card.schema)
+    try:
+        net.load_state_dict(read_tensors(path, fix=fix)[0])
+    except RuntimeError as error:
+        raise InputError(f"{path}: tensors do not fit this run's model; {fix}") from error
+    return LearnedPolicy(net, card, f"untrained seed {seed}")
 
 
 def _trained_card(

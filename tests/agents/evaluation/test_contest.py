@@ -171,6 +171,25 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
     assert len(timed) == len(set(timed)) or "ppo seed 1" in timed
 
 
+def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: Prepared) -> None:
+    card = policy_card(tiny_prepared)
+    net = PrecisionNet(card.schema)
+    with torch.no_grad():  # wide at a large dial, narrow at a small one
+        net.encode_global[0].weight.zero_()[:, card.schema.index("dial")] = 1.0
+        net.encode_unit[0].weight[:, : card.schema.num_per_unit] = 0.0
+        net.width_head.bias.copy_(torch.tensor([0.2, 0.1, 0.0, -0.1, -0.2]))
+        net.width_head.weight.mul_(100)
+    result = replace(learned_result(tiny_prepared, 3), cloned=LearnedPolicy(net, card, "untrained seed 3"))
+    (family,) = contest.untrained(tiny_prepared, result)
+    settings = contest.tune(tiny_prepared, [family], (0.1, *TIME_BUDGETS), 4)
+    assert {(entry.family, entry.first.seed, entry.name) for entry in settings.entries} <= {
+        ("untrained", 3, "untrained")
+    }
+    assert len(settings.entries) + len(settings.missed) == 1 + len(TIME_BUDGETS)
+    assert settings.missed[0].startswith("untrained has no point at 0.1")
+    assert contest.untrained(tiny_prepared, replace(result, cloned=None)) == []
+
+
 def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) -> None:
     three, four = (Contestant("fixed", StaticAllocation(f"fixed:{w}", torch.full((3,), w))) for w in (3, 4))
     entries = [Entry("fixed", 0.4, three), Entry("fixed", 0.45, three, four, 0.25), Entry("fixed", 0.5, four)]
