@@ -20,7 +20,6 @@ from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
-from flexquant_rl.kernels.signal_constants import RECENT_TOKENS, WIDTH_SCALE
 
 _REFERENCE_FLOATS = 1 << 25
 """Distributions of the reference that are kept (128 MiB of logits, and as much of probabilities)."""
@@ -97,20 +96,15 @@ class RecordedText:
 
     def _simulated(self, policy: Policy, kl_weight: float) -> Tensor:
         """`[S, T, U]`: what a policy would decide, as far as the record tells."""
-        schema = self._schema
         num_rows, num_tokens, _ = self._all_signals.shape
-        dial = torch.tensor(kl_weight, dtype=torch.float32).log10()
-        means = torch.full((num_rows, RECENT_TOKENS), float(max(schema.bit_widths)))
+        widths = torch.full((num_rows, self._schema.num_units), max(self._schema.bit_widths))
+        means = torch.zeros(num_rows, 0)
         chosen: list[Tensor] = []
         for position in range(num_tokens):
-            signals = self._all_signals[:, position].clone()
-            signals[:, schema.index("dial")] = dial
-            signals[:, schema.index("mean_width_16")] = means[:, -RECENT_TOKENS:].mean(-1) / WIDTH_SCALE
-            if chosen:
-                _, per_unit = schema.split(signals)
-                per_unit[..., schema.index_in_unit("last_width")] = chosen[-1].float() / WIDTH_SCALE
-            chosen.append(policy(signals).bit_widths.cpu())
-            means = torch.cat([means, self._model.mean_bit_width(chosen[-1]).float()[:, None]], dim=1)
+            signals = self._schema.retold(self._all_signals[:, position], kl_weight, widths, means)
+            widths = policy(signals).bit_widths.cpu()
+            chosen.append(widths)
+            means = torch.cat([means, self._model.mean_bit_width(widths).cpu()[:, None]], dim=1)
         return torch.stack(chosen, dim=1)
 
 

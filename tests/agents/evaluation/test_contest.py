@@ -174,17 +174,22 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
 def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: Prepared) -> None:
     card = policy_card(tiny_prepared)
     net = PrecisionNet(card.schema)
-    with torch.no_grad():  # wide at a large dial, narrow at a small one
-        net.encode_global[0].weight.zero_()[:, card.schema.index("dial")] = 1.0
-        net.encode_unit[0].weight[:, : card.schema.num_per_unit] = 0.0
-        net.width_head.bias.copy_(torch.tensor([0.2, 0.1, 0.0, -0.1, -0.2]))
-        net.width_head.weight.mul_(100)
+    centres = torch.linspace(-6, 8, 5)  # the dial goes from small and narrow to large and wide
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.encode_global[0].weight[0, card.schema.index("dial")] = 1.0
+        net.encode_unit[0].weight[0, card.schema.num_per_unit] = 1.0
+        net.encode_unit[2].weight[0, 0] = 1.0
+        net.width_head.weight[:, 0] = 20 * centres
+        net.width_head.bias.copy_(-centres.square())
     result = replace(learned_result(tiny_prepared, 3), cloned=LearnedPolicy(net, card, "untrained seed 3"))
     (family,) = contest.untrained(tiny_prepared, result)
     settings = contest.tune(tiny_prepared, [family], (0.1, *TIME_BUDGETS), 4)
     assert {(entry.family, entry.first.seed, entry.name) for entry in settings.entries} <= {
         ("untrained", 3, "untrained")
     }
+    assert settings.entries
     assert len(settings.entries) + len(settings.missed) == 1 + len(TIME_BUDGETS)
     assert settings.missed[0].startswith("untrained has no point at 0.1")
     assert contest.untrained(tiny_prepared, replace(result, cloned=None)) == []
