@@ -7,6 +7,9 @@ hundredth of the time. Output KL is then the real one of the simulated widths, i
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +26,8 @@ from flexquant_rl.fq_env.config import EnvConfig
 
 _REFERENCE_FLOATS = 1 << 25
 """Distributions of the reference that are kept (128 MiB of logits, and as much of probabilities)."""
+
+_SMALLEST_KL_NATS = 1e-9
 
 
 class RecordedText:
@@ -83,9 +88,23 @@ class RecordedText:
         return float(self._cost.time_share(widths).mean())
 
     def output_kl_nats(self, one: Contestant) -> float:
-        """Mean over the tokens that are scored."""
-        widths = self._simulated(one.policy, one.kl_weight or 1.0)[self._scored]
-        return float(self._score(widths).double().mean())
+        """Mean over the tokens that are scored, brought to the time share of all of them."""
+        widths = self._simulated(one.policy, one.kl_weight or 1.0)
+        scored = widths[self._scored]
+        kl = float(self._score(scored).double().mean())
+        # The few may take more time than all: KL falls steeply with it, and a policy would be chosen for that alone.
+        there, here = (self._fixed_log_kl(float(self._cost.time_share(each).mean())) for each in (widths, scored))
+        return kl * math.exp(there - here)
+
+    def _fixed_log_kl(self, time_share: float) -> float:
+        """Log of the scored tokens' mean KL at a time share, between the fixed widths."""
+        points = []
+        for width in self._model.bit_widths:
+            fixed = torch.full((self._model.num_units,), width)
+            kl = float(self.token_kl_nats(fixed).double().mean())
+            points.append((float(self._cost.time_share(fixed)), math.log(max(kl, _SMALLEST_KL_NATS))))
+        times, logs = zip(*sorted(points), strict=True)
+        return float(np.interp(time_share, times, logs))
 
     def _score(self, widths: Tensor) -> Tensor:
         """`[S', T, U]` -> `[S', T]`; prompts are read at the largest width, as in episodes."""

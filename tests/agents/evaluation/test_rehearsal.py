@@ -76,3 +76,22 @@ def test_token_kl_is_that_of_the_allocation(
     assert recorded.token_kl_nats(widths.clone()) is kl, "looked up once"
     trace = evaluator.run(StaticAllocation("static", widths))
     torch.testing.assert_close(kl, trace.output_kl_nats, atol=1e-5, rtol=1e-3)
+
+
+def test_few_scored_sequences_are_brought_to_the_time_of_all(tiny_prepared: Prepared) -> None:
+    """Two rows at 6 bits of eight, the others at 3: the two that are scored cost what all take, not what they take."""
+    p = tiny_prepared
+    few = RecordedText(p.model, p.profile, p.windows.validation, p.env, p.cost, num_scored=2)
+    num_units = p.model.num_units
+
+    class First:
+        name = "first"
+
+        def __call__(self, signals: Tensor) -> Decision:
+            widths = torch.full((len(signals), num_units), 3)
+            widths[[0, -1]] = 6  # the ends are what is scored
+            return Decision(widths)
+
+    one = Contestant("own", First())
+    scored = few.token_kl_nats(torch.full((num_units,), 6)).double().mean()
+    assert few.output_kl_nats(one) > 1.5 * float(scored)
