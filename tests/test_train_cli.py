@@ -203,6 +203,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     files = [f"{folder}/policy.safetensors" for folder in ("policy", "seeds/0/policy", "seeds/1/policy")]
     # The last checkpoints too: where no update beats the clone, the policy says nothing about training.
     files += ["seeds/0/checkpoint.safetensors", "seeds/1/checkpoint.safetensors"]
+    files += ["seeds/0/cloned.safetensors", "seeds/1/cloned.safetensors"]
     files += ["profile.json", "static_front.safetensors", "importance.safetensors"]
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     dial = json.loads((run_dir / "policy" / "policy.json").read_text())["dial"]
@@ -240,7 +241,7 @@ def interrupt() -> None:
 
 
 # Each seed takes 12 steps of 4 episodes at a time, 3 rollouts of 4; two epochs of two batches follow each rollout. What
-# is replaced on disk: configuration, profile, front, then a checkpoint before each rollout.
+# is replaced on disk: configuration, profile, front, the clone, then a checkpoint before each rollout.
 PHASES = {
     "quantising": ("engine.model:quantize_rtn", 4),
     "profiling": ("engine.control.profile:allocation_kl_nats", 1),
@@ -249,7 +250,7 @@ PHASES = {
     "cloning": ("agents.runs.imitation:_targets", 5),
     "seed 0, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 7),
     "seed 0, update": ("agents.runs.unit_ppo:UnitPPO._gradient_step", 7),
-    "seed 0, checkpoint": ("engine.files:os.replace", 5),
+    "seed 0, checkpoint": ("engine.files:os.replace", 6),
     "seed 0, validation": ("agents.runs.training:Validation.__call__", 2),
     "seed 0, export": ("agents.runs.training:check_parity", 1),
     "seed 1, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 22),

@@ -20,6 +20,8 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
         "validation text: the knob of a policy by bisection, for `static` the allocation of least KL on that text "
         "among the knapsack solved at the very budget, its neighbours and the fixed widths. `fixed` shares the time "
         "between two widths.",
+        "The baselines that look at the text or the position are searched over their other parameters too (widths, "
+        "spread, hysteresis): at each budget the combination of least KL on validation text stands in the table.",
         "Test text is opened once, at these settings. What a policy takes there may miss the budget a little, so each "
         "row is compared with static in the very time that it took" + _between(rows) + " Two families that are not "
         "static are compared by what each leaves of static's KL.",

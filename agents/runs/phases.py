@@ -25,15 +25,13 @@ from flexquant_rl.agents.evaluation.contest import (
     oracle_time_share,
     showcase,
     tune,
+    untrained,
 )
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, ROWS_FILE, write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
-from flexquant_rl.agents.policies.entropy import EntropyThreshold
-from flexquant_rl.agents.policies.families import PPO, STATIC
-from flexquant_rl.agents.policies.fixed import Fixed
-from flexquant_rl.agents.policies.random_widths import RandomWidths
+from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, UNTRAINED
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
@@ -93,7 +91,7 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
     budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
-    families = [*heuristics(prepared), *learned(prepared, results)]
+    families = [*heuristics(prepared), *untrained(prepared, trained.best), *learned(prepared, results)]
     settings = tune(prepared, families, budgets, config.validation_sequences)
     rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle)
     share = headroom(rows)
@@ -186,7 +184,7 @@ def _publish(
 
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
-    others = (Fixed.family.name, RandomWidths.family.name, EntropyThreshold.family.name)
+    others = (*(policy.family.name for policy in POLICIES), UNTRAINED.name)
     found = [
         compare(rows, PPO.name, budgets=config.time_budgets),
         compare(rows, PPO.name, clock="measured", budgets=config.time_budgets),

@@ -126,7 +126,8 @@ def assert_equal_policies(a: LearnedPolicy, b: LearnedPolicy) -> None:
 
 def test_a_seed_is_trained_once(tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = train_seed(CONFIG, tiny_prepared, 1, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "policy", "tensorboard"]
+    files = ["checkpoint.safetensors", "cloned.safetensors", "policy", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     assert result.best_score >= result.cloned_score
     assert (result.env_steps_per_s or 0) > 0
     saved = load_policy(tmp_path / "policy", model_fingerprint=tiny_prepared.model.fingerprint)
@@ -139,6 +140,16 @@ def test_a_seed_is_trained_once(tiny_prepared: Prepared, tmp_path: Path, monkeyp
     assert [getattr(again, name) for name in scores] == [getattr(result, name) for name in scores]
     assert result.cloned_score <= result.best_score >= result.last_score > -math.inf
     assert again.env_steps_per_s == result.env_steps_per_s
+    assert again.cloned is not None
+    assert result.cloned is not None
+    assert_equal_policies(again.cloned, result.cloned)
+    assert Validation(tiny_prepared, CONFIG.validation_sequences)(result.cloned.net) == result.cloned_score
+    path = tmp_path / "cloned.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match="cloned.safetensors: .*delete it to have the run evaluated without"):
+        train_seed(CONFIG, tiny_prepared, 1, tmp_path)
+    path.unlink()
+    assert train_seed(CONFIG, tiny_prepared, 1, tmp_path).cloned is None
 
 
 def test_an_unproven_policy_does_not_count(
