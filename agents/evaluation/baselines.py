@@ -7,7 +7,7 @@ parameters, and the combination of least KL on validation text is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from itertools import pairwise, product
 
@@ -35,8 +35,11 @@ _MULTIPLIERS = (1e-4, 1e2)
 _BETWEEN = 0.45
 
 
-def tuned_baselines(prepared: Prepared, context: PolicyContext) -> list[BestOfFamily]:
-    """Random widths, schedule, entropy and regressor; text is read when the first of them is asked for a budget."""
+def tuned_baselines(prepared: Prepared, context: PolicyContext, names: Collection[str]) -> list[BestOfFamily]:
+    """Random widths, entropy, schedule and regressor, those that are named.
+
+    Text is read when the first of them is asked for a budget.
+    """
     widths = prepared.model.bit_widths
 
     @cache
@@ -48,15 +51,16 @@ def tuned_baselines(prepared: Prepared, context: PolicyContext) -> list[BestOfFa
         members = tuple(KnobFamily(name, _bound(knob, context), grid=_GRID) for knob in knobs)
         return BestOfFamily(name, members, rehearsal)
 
-    return [
+    families = [
         best_of(RandomWidths, [_random(widths)]),
-        best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in _mean_pairs(widths))),
         best_of(
             EntropyThreshold,
             (_entropy(low, high, *shape) for (low, high), shape in product(_width_pairs(widths), _ENTROPY_SHAPES)),
         ),
+        best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in _mean_pairs(widths))),
         best_of(Regressor, (_regressor(low, high) for low, high in _mean_pairs(widths))),
     ]
+    return [family for family in families if family.name in names]
 
 
 def validation_rehearsal(prepared: Prepared) -> RecordedText:

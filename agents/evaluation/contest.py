@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation.baselines import contestant, tuned_baselines, validation_rehearsal
 from flexquant_rl.agents.evaluation.budgets import (
     BestOfFamily,
@@ -58,14 +59,14 @@ class Settings:
         return None
 
 
-def heuristics(prepared: Prepared) -> list[TimedFamily]:
-    """The families that learn nothing by reward: static allocations, fixed widths, and the tuned baselines."""
+def heuristics(prepared: Prepared, baselines: Collection[str] = BASELINES) -> list[TimedFamily]:
+    """The families that learn nothing by reward: static allocations, fixed widths, and the tuned baselines named."""
     context = policy_context(prepared)
     widths = prepared.model.bit_widths
     return [
         static_family(prepared),
         SharingFamily(Fixed.family.name, tuple(contestant(Fixed(width), context) for width in widths)),
-        *tuned_baselines(prepared, context),
+        *tuned_baselines(prepared, context, baselines),
     ]
 
 

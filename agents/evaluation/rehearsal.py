@@ -83,9 +83,11 @@ class RecordedText:
         return self._token_kl[key]
 
     def time_share(self, one: Contestant) -> float:
-        """Time of all steps over that at the largest width everywhere, nearly."""
+        """Time of all steps, the controller's included, over that at the largest width everywhere, nearly."""
         widths = self._simulated(one.policy, one.kl_weight or 1.0)
-        return float(self._cost.time_share(widths).mean())
+        full_ms = float(self._cost.latency_ms(self._cost.full_width()))
+        looking = 0.0 if isinstance(one.policy, StaticAllocation) else self._cost.controller_ms / full_ms
+        return float(self._cost.time_share(widths).mean()) + looking
 
     def output_kl_nats(self, one: Contestant) -> float:
         """Mean over the tokens that are scored, brought to the time share of all of them."""

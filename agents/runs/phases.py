@@ -91,7 +91,9 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
     budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
-    families = [*heuristics(prepared), *untrained(prepared, trained.best), *learned(prepared, results)]
+    families = [*heuristics(prepared, config.baselines), *learned(prepared, results)]
+    if UNTRAINED.name in config.baselines:
+        families += untrained(prepared, trained.best)
     settings = tune(prepared, families, budgets, config.validation_sequences)
     rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle)
     share = headroom(rows)

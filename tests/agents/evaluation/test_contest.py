@@ -11,6 +11,7 @@ from evaluation_rows import BUDGETS, row
 from fake_session import FakeModel, fake_profile
 from torch import Tensor
 
+from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation import contest
 from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, Entry, KnobFamily
 from flexquant_rl.agents.evaluation.comparison import compare
@@ -91,6 +92,17 @@ def test_baselines_of_a_model_without_four_bits() -> None:
         "schedule:0,high=6,low=3",
         "schedule:0,low=3",
     }
+
+
+def test_only_the_baselines_that_are_named_compete(tiny_prepared: Prepared) -> None:
+    def names(*baselines: str) -> list[str]:
+        return [family.name for family in heuristics(tiny_prepared, baselines)]
+
+    always = ["static", "fixed"]
+    assert names() == always
+    assert names("schedule", "random") == [*always, "random", "schedule"]
+    # The untrained network is one of a run's seeds.
+    assert names(*BASELINES) == [*always, *(name for name in BASELINES if name != "untrained")]
 
 
 def test_every_knob_goes_from_fast_to_slow(tiny_prepared: Prepared) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +40,18 @@ def test_exact_where_only_the_position_counts(
     one = Contestant("schedule", bound)
     assert recorded.time_share(one) == pytest.approx(1 / trace.speedup)
     assert recorded.output_kl_nats(one) == pytest.approx(float(trace.output_kl_nats.mean()), rel=1e-3, abs=1e-7)
+
+
+def test_the_controller_is_charged_where_it_looks(tiny_prepared: Prepared) -> None:
+    p = tiny_prepared
+    cost = replace(p.cost, controller_ms=0.3 * float(p.cost.latency_ms(p.cost.full_width())))
+    text = RecordedText(p.model, p.profile, p.windows.validation, p.env, cost, num_scored=1)
+    evaluator = Evaluator(p.model, p.profile, p.windows.validation, p.env, cost=cost)
+    fixed = StaticAllocation("fixed:6", torch.full((p.model.num_units,), 6))
+    looking = bind_policy(Schedule(0, low=6), policy_context(p))
+    shares = [text.time_share(Contestant("own", policy)) for policy in (fixed, looking)]
+    assert shares == pytest.approx([1 / evaluator.run(policy).speedup for policy in (fixed, looking)])
+    assert shares[1] - shares[0] == pytest.approx(0.3)
 
 
 def test_near_where_the_output_counts(tiny_prepared: Prepared, recorded: RecordedText, evaluator: Evaluator) -> None:

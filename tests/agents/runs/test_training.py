@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flexquant_rl.agents import preparation
-from flexquant_rl.agents.config import Latency, PPOConfig, TrainConfig, check_config
+from flexquant_rl.agents.config import BASELINES, Latency, PPOConfig, TrainConfig, check_config
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.runs import phases, training
 from flexquant_rl.agents.runs.ppo import TrainingCallback
@@ -217,6 +217,15 @@ def test_an_oracle_needs_pairs_of_masks(masks: int) -> None:
     with pytest.raises(InputError, match=f"oracle_masks={masks} must be at least 2"):
         check_config(TrainConfig(oracle_masks=masks))
     check_config(TrainConfig(oracle_masks=0))
+
+
+@pytest.mark.parametrize("names", [("random", "entropi"), ("static",), ("",)])
+def test_baselines_are_known(names: tuple[str, ...]) -> None:
+    choices = "choose from --baselines random entropy schedule regressor untrained"
+    with pytest.raises(InputError, match=f"baselines='{names[-1]}' is unknown; {choices}"):
+        check_config(TrainConfig(baselines=names))
+    check_config(TrainConfig(baselines=()))
+    check_config(TrainConfig(baselines=BASELINES))
 
 
 @pytest.mark.parametrize("windows", [-1, 3])
