@@ -17,7 +17,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexquant_rl import train
-from flexquant_rl.agents.evaluation.contest import heuristics
 from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import load_policy
@@ -164,14 +163,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures.
-
-    Of the policies that learn nothing, the static ones are judged, at two budgets.
-    """
-    monkeypatch.setattr(
-        "flexquant_rl.agents.runs.phases.heuristics",
-        lambda prepared: [family for family in heuristics(prepared) if family.name in ("static", "fixed")],
-    )
+    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures."""
     monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
     monkeypatch.setattr(
         "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
@@ -183,8 +175,9 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def start(tiny_model_dir: Path, text: Path) -> tuple[object, ...]:
     """The options of every run below: two seeds."""
-    # Latencies that are the same in every run: those that are measured are not.
-    options = ("--latency", "roofline", "--time-budgets", 0.5, 0.7)
+    # Latencies that are the same in every run: those that are measured are not. Of the policies that learn nothing by
+    # reward, those are judged that cost little, at two budgets.
+    options = ("--latency", "roofline", "--time-budgets", 0.5, 0.7, "--baselines", "untrained")
     return ("--model", tiny_model_dir, "--text", text, "--seeds", 2, *TINY_RUN, *options)
 
 
