@@ -20,6 +20,7 @@ from flexquant_rl.agents.commands.options import (
     GenerateOptions,
     ProfileOptions,
     QuantizeOptions,
+    SweepOptions,
     TrainOptions,
 )
 from flexquant_rl.agents.commands.parsing import parse_command
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type[Any]] = {
     "quantize": QuantizeOptions,
     "profile": ProfileOptions,
     "train": TrainOptions,
+    "sweep": SweepOptions,
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
     "generate": GenerateOptions,

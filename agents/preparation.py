@@ -35,6 +35,7 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
 
+FRONT_FILE = "static_front.safetensors"
 _MOST_FRONT_WINDOWS = 16
 _RECORDED_WINDOWS = 32
 
@@ -130,6 +131,18 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     return Prepared(model, windows, profile, judging.cost, front, env, config.threads)
 
 
+def check_budgets(config: TrainConfig, prepared: Prepared) -> None:
+    """Raises InputError if no time budget is in reach of any static allocation: nothing could be compared."""
+    fastest = float(prepared.cost.time_share(prepared.front.bit_widths).min())
+    if fastest > max(config.time_budgets):
+        example = " ".join(f"{fastest + part * (1 - fastest):.2f}" for part in (0.25, 0.5, 0.75))
+        raise InputError(
+            f"time_budgets={' '.join(map(str, config.time_budgets))!r} are out of reach: the fastest allocation takes "
+            f"{fastest:.3f} of the time at the largest width, by the {prepared.cost.source} table; give e.g. "
+            f"--time-budgets {example}"
+        )
+
+
 def profile_beside(model: str | None) -> Path | None:
     """The profile that `fq profile` left in the model's directory, if there is one."""
     path = None if model is None else Path(model) / PROFILE_FILE
@@ -162,7 +175,7 @@ def _profile(model: NestedCausalLM, windows: PromptWindows, config: TrainConfig)
 def _front(
     model: NestedCausalLM, windows: PromptWindows, profile: Profile, first: int, run_dir: Path | None
 ) -> StaticFront:
-    path = run_dir / "static_front.safetensors" if run_dir else None
+    path = run_dir / FRONT_FILE if run_dir else None
     solved_with = {"profile_sha256": file_sha256(run_dir / PROFILE_FILE)} if run_dir else {}
     if path is not None and path.exists():
         fix = "delete it to have it computed again"

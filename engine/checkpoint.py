@@ -35,7 +35,7 @@ from flexquant_rl.engine.model import (
 )
 from flexquant_rl.engine.plain_model import check_no_pointers, check_vocabulary
 from flexquant_rl.engine.quantisation.calibration import Calibration
-from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig, Tuning
 from flexquant_rl.kernels.bitplane import NUM_PLANES, WORD_BITS, NestedWeight, padded_inputs
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     """
     manifest = _read_manifest(path)
     _check_files(path, manifest["files"])
-    entries, config, calibration = _read_config(path)
+    entries, config, calibration, tuning = _read_config(path)
     tree = _empty_model(path, entries)
     try:
         tokenizer = load_tokenizer(path, entries.get("model_type"))
@@ -112,7 +112,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
     tree.eval().requires_grad_(False)
     check_vocabulary(str(path), tokenizer, tree)
     check_units(tree, units)
-    return NestedCausalLM(tree, tokenizer, config, units, cache, calibration)
+    return NestedCausalLM(tree, tokenizer, config, units, cache, calibration, tuning)
 
 
 def _empty_model(path: Path, entries: dict[str, Any]) -> PreTrainedModel | LlamaTree:
@@ -203,6 +203,8 @@ def _write_config(model: NestedCausalLM, directory: Path) -> None:
     }
     if model.calibration is not None:
         config["quantization_config"]["calibration"] = asdict(model.calibration)
+    if model.tuning is not None:
+        config["quantization_config"]["tuning"] = asdict(model.tuning)
     write_json(directory / CONFIG_FILE, config)
     generation = getattr(hf_model, "generation_config", None)
     if generation is not None:
@@ -250,7 +252,9 @@ def _check_files(path: Path, hashes: dict[str, Any]) -> None:
             )
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], QuantizationConfig, Calibration | None]:
+def _read_config(
+    path: Path,
+) -> tuple[dict[str, Any], QuantizationConfig, Calibration | None, Tuning | None]:
     """Reads config.json, whose hash is right, into the entries of the unquantised model and our configuration."""
     file = path / CONFIG_FILE
     entries = _read_json(file)
@@ -273,9 +277,10 @@ def _read_config(path: Path) -> tuple[dict[str, Any], QuantizationConfig, Calibr
         )
         config.validate()
         calibration = Calibration(**stored["calibration"]) if "calibration" in stored else None
+        tuning = Tuning(**stored["tuning"]) if "tuning" in stored else None
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{file}: bad quantization_config ({first_line(error)}); {_COPY_AGAIN}") from error
-    return entries, config, calibration
+    return entries, config, calibration, tuning
 
 
 def _insert_empty_linears(

@@ -149,6 +149,18 @@ def is_dense(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def dense_matrix(linear: nn.Module) -> Tensor:
+    """The weights of a linear that is not nested, `[N, K]` float32, contiguous."""
+    assert is_dense(linear)
+    matrix = linear.weight.detach().float()
+    return matrix.T.contiguous() if is_conv1d(linear) else matrix
+
+
+def reference_matrix(linear: nn.Module) -> Tensor:
+    """A copy of them by columns, as `DenseCache` keeps others; a tied embedding no longer shares its storage."""
+    return dense_matrix(linear).t().clone(memory_format=torch.contiguous_format).t()
+
+
 class DenseCache:
     """Keeps the most recently used dequantised matrices, up to a number of bytes.
 

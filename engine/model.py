@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,16 +19,17 @@ from flexquant_rl.engine.linear import (
     DenseCache,
     NestedLinear,
     WidthPlan,
-    is_conv1d,
+    dense_matrix,
     is_dense,
     layer_hook,
     logits_under,
+    reference_matrix,
 )
 from flexquant_rl.engine.llama_tree import LlamaTree
 from flexquant_rl.engine.plain_model import check_no_state, check_weights
 from flexquant_rl.engine.probe import check_decoding, rotations
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
-from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig, Tuning
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.engine.token_text import TokenText
@@ -88,6 +89,7 @@ class NestedCausalLM:
         token_text: Its tokenizer, for tokens from text and text from tokens.
         config: How it was quantised.
         calibration: The text that it was calibrated on, or None.
+        tuning: How its scales and offsets were tuned, or None.
         units: What a policy controls, in the order of every `[..., num_units]` tensor.
         fingerprint: sha256 of the nested tensors, units and widths; ties profiles and policies to the model.
     """
@@ -100,11 +102,13 @@ class NestedCausalLM:
         units: tuple[Unit, ...],
         dense_cache: DenseCache,
         calibration: Calibration | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.tree = tree
         self.token_text = token_text
         self.config = config
         self.calibration = calibration
+        self.tuning = tuning
         self.units = units
         self.dense_cache = dense_cache
         self.bit_widths = config.bit_widths
@@ -199,6 +203,16 @@ class NestedCausalLM:
     def nested_linears(self) -> dict[str, NestedLinear]:
         """All nested linears by module name, in model order."""
         return {name: m for name, m in self.tree.named_modules() if isinstance(m, NestedLinear)}
+
+    def set_pairs(self, pairs: Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]) -> None:
+        """Replaces scales and offsets: `[N, G]` float16 each, of groups that hold inputs, by linear and width."""
+        linears = self.nested_linears()
+        for name, by_width in pairs.items():
+            for bit_width, (scale, offset) in by_width.items():
+                place = (linears[name].bit_widths.index(bit_width), slice(None), slice(scale.shape[1]))
+                linears[name].scale[place], linears[name].offset[place] = scale, offset
+        self.dense_cache.clear()
+        self.fingerprint = _fingerprint(linears, self.units, self.bit_widths)
 
     def weight_bytes(self, unit_idx: int, bit_width: int) -> int:
         """Bytes of nested weights that one token's pass reads for a unit at a width."""
@@ -414,17 +428,14 @@ def nest(
     for (name, unit_idx), hessian in zip(progress(list(unit_of.items())), hessians, strict=False):
         linear = hf_model.get_submodule(name)
         assert is_dense(linear)
-        dense = linear.weight.detach().float()
-        dense = dense.T.contiguous() if is_conv1d(linear) else dense
-        nested = _quantize(dense, hessian, config, name)
+        nested = _quantize(dense_matrix(linear), hessian, config, name)
         bias = None if linear.bias is None else linear.bias.detach()
         replacement = NestedLinear(
             nested,
             bias,
             unit_idx=unit_idx,
             cache=cache,
-            # By columns, as DenseCache keeps the others; a copy also frees a tied embedding from sharing its storage.
-            reference_weight=dense.t().clone(memory_format=torch.contiguous_format).t() if keep_reference else None,
+            reference_weight=reference_matrix(linear) if keep_reference else None,
         )
         hf_model.set_submodule(name, replacement)
     hf_model.eval().requires_grad_(False)

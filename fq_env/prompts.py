@@ -124,7 +124,7 @@ def load_windows(
 
     def cut(name: Split) -> tuple[Tensor, Tensor]:
         stride = length // 2 if name == "train" else length - 1
-        parts: Sequence[str] = files[name] if texts else _stdlib_documents(name)
+        parts: Sequence[str] = files[name] if texts else stdlib_documents(name)
         if sum(files[name].sizes) > _READ_WHOLE_BYTES:
             parts = thinned(tokenizer, parts, length, stride, max_windows)
         windows, documents = cut_windows(tokenizer, parts, length, stride)
@@ -213,7 +213,8 @@ def file_documents(
     return splits
 
 
-def _stdlib_documents(split: Split) -> list[str]:
+def stdlib_documents(split: Split) -> list[str]:
+    """The held-out standard library's files of a split; InputError where it is not installed."""
     try:
         return list(stdlib_text(_STDLIB_SPLITS[split]).values())
     except FileNotFoundError as error:

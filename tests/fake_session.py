@@ -76,10 +76,9 @@ class FakeModel:
         return need
 
     def embedding_matrix(self) -> Tensor:
-        """`[vocab, 8]`: the class, one-hot, and a little noise, so that a policy can read it off the signals."""
-        noise = torch.randn(VOCAB_SIZE, 8, generator=torch.Generator().manual_seed(0)) * 0.05
-        noise[:, :NUM_CLASSES] += torch.nn.functional.one_hot(token_class(torch.arange(VOCAB_SIZE)), NUM_CLASSES)
-        return noise
+        """`[vocab, 4]`: the class, one-hot, and a little noise, so that a policy can read it off the signals."""
+        noise = torch.randn(VOCAB_SIZE, NUM_CLASSES, generator=torch.Generator().manual_seed(0)) * 0.05
+        return noise + torch.nn.functional.one_hot(token_class(torch.arange(VOCAB_SIZE)), NUM_CLASSES)
 
     def mean_bit_width(self, bit_widths: Tensor) -> Tensor:
         """Parameter-weighted mean of `[..., U]`."""

@@ -129,7 +129,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
     )
-    for name in ("plot_pareto", "plot_bits"):
+    for name in ("plot_pareto", "plot_bits", "plot_learning_curve"):
         monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -109,11 +110,19 @@ class TestWholeRun:
     def test_run_directory(self, finished: Finished, folder: Path) -> None:
         run_dir = folder / finished.result["run_dir"]
         files = tree(run_dir)
-        assert {"config.json", "profile.json", "eval.jsonl", "report.md", "pareto.png", "bits.png"} <= files.keys()
+        assert {
+            "config.json",
+            "profile.json",
+            "eval.jsonl",
+            "report.md",
+            "pareto.png",
+            "bits.png",
+            "learning.png",
+        } <= files.keys()
         assert {f"policy/{name}" for name in ("policy.json", "policy.safetensors", "profile.json")} <= files.keys()
         assert leftovers(files) == []
         assert len((run_dir / "eval.jsonl").read_text().splitlines()) == len(finished.result["rows"])
-        for name in ("pareto.png", "bits.png"):
+        for name in ("pareto.png", "bits.png", "learning.png"):
             with Image.open(run_dir / name) as image:
                 assert image.format == "PNG"
                 assert min(image.size) > 300
@@ -121,6 +130,8 @@ class TestWholeRun:
         report = (run_dir / "report.md").read_text()
         assert "](pareto.png)" in report
         assert "](bits.png)" in report
+        assert "](learning.png)" in report
+        assert re.search(r"Test sequence \d of 3, dial \S+, seed 0: widths move by", report)
         assert json.loads((run_dir / "config.json").read_text())["config"]["env_steps"] == 48
 
     def test_tensorboard(self, finished: Finished, folder: Path) -> None:
@@ -168,7 +179,7 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
     )
-    for name in ("plot_pareto", "plot_bits"):
+    for name in ("plot_pareto", "plot_bits", "plot_learning_curve"):
         monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)
 
 

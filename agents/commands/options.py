@@ -45,6 +45,9 @@ class QuantizeOptions:
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""
+    tune_steps: int | None = None
+    """Steps in which scales and offsets of each width follow the KL of the whole model on the calibration text; 0:
+    none. Default: by the model's size where there is such text, else 0."""
     text: Files = ()
     """Text files. Perplexity by width is measured on their test split."""
     text_field: str | None = None
@@ -81,6 +84,33 @@ class TrainOptions:
     """Directory of the run; default: runs/<model>-<time>."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Continue this run; its own configuration holds, other options are refused."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Trains seeds times configurations through Ray; validation text chooses one.
+
+    Needs the extra `ray`. What is interrupted goes on with --resume.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """What to train; `--seeds` policies of every configuration."""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUES")] = ()
+    """Options to vary, each with its values: ppo.learning_rate=1e-4,3e-4 ppo.gamma=0.7,0.8. Every combination is
+    trained. Only env_steps and the options of ppo can be varied."""
+    workers: int | None = None
+    """Trials at a time; default: as many as there are processors for."""
+    cpus: int = 1
+    """Processors of each trial."""
+    gpus: float | None = None
+    """GPUs of each trial, 0.5 lets two share one; default: 1 with --device cuda, else 0."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """A Ray cluster that runs already, or auto; its machines share the run's directory. Default: this machine."""
+    run: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Directory of the sweep; default: runs/<model>-<time>."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Continue this sweep: finished trials are not repeated, others go on from their checkpoints. Its own
+    configuration holds."""
 
 
 @dataclass(frozen=True)

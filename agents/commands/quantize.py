@@ -1,31 +1,45 @@
-"""`fq quantize`: a model in, a nested checkpoint out, perplexity by width on request."""
+"""`fq quantize`: a model in, a nested checkpoint out; with text fitted to it, perplexity by width on request."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.agents.commands.options import QuantizeOptions
 from flexquant_rl.agents.commands.process import print_result
-from flexquant_rl.agents.progress import track
+from flexquant_rl.agents.progress import say, track
+from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, save_checkpoint
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory
 from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM, max_context, nest
-from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
-from flexquant_rl.fq_env.prompts import cut_windows, file_documents, load_windows, spread, thinned
-from flexquant_rl.fq_env.stdlib_text import stdlib_text
+from flexquant_rl.engine.quantisation.tuning import default_steps, tune_pairs
+from flexquant_rl.engine.quantisation.unfinished import STATE_FILE, nested_start, unfinished_directory
+from flexquant_rl.fq_env.prompts import (
+    Split,
+    cut_windows,
+    file_documents,
+    load_windows,
+    spread,
+    stdlib_documents,
+    thinned,
+)
 from flexquant_rl.fq_env.text_files import is_jsonl
 
 # Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
 # widest linear.
 _CALIBRATION_WINDOW, _CALIBRATION_WINDOWS = 256, 64
+# Windows that decide what is kept of tuning: a pass over them takes about as long as two steps.
+_HELD_OUT_WINDOWS = 8
 _TEXT_WINDOWS = 32
 
 
@@ -41,49 +55,89 @@ def quantize(options: QuantizeOptions) -> None:
     path = resolve_model(options.source)
     if is_nested_checkpoint(Path(path)):
         raise InputError(f"{options.source} is a nested checkpoint already; give the model that it was made from")
-    calibrated = bool(calibration) or chosen == "gptq"
+    steps = options.tune_steps
+    if steps is not None and steps < 0:
+        raise InputError(f"--tune-steps {steps} must be 0 or more; 0 tunes nothing")
+    calibrated = bool(calibration) or chosen == "gptq" or bool(steps)
     if calibrated and not calibration and Path(path).resolve() != Path(resolve_model(DEFAULT_MODEL)).resolve():
-        raise InputError("--method gptq fits the weights to text; give it some with --calibration FILE")
+        what = "--method gptq fits the weights" if chosen == "gptq" else f"--tune-steps {steps} fits scales"
+        raise InputError(f"{what} to text; give it some with --calibration FILE")
     began = time.perf_counter()
     hf_model, tokenizer = load_causal_lm(path)
+    if steps is None:
+        steps = default_steps(sum(parameter.numel() for parameter in hf_model.parameters())) if calibrated else 0
     tokens = min(_CALIBRATION_WINDOW, max_context(hf_model))
-    model = nest(
-        hf_model,
-        tokenizer,
-        config,
-        keep_reference=bool(text),  # perplexity is compared with it; nothing else reads it
-        calibration=_calibration_windows(tokenizer, options, tokens) if calibrated else None,
-        progress=lambda items: track(items, "quantising"),
-    )
-    windows = _text_windows(model, options) if text else None  # bad text must not leave a checkpoint behind
+    windows = _calibration_windows(tokenizer, options, "train", tokens, steps) if calibrated else None
+    fitted = None if windows is None else spread(windows, _CALIBRATION_WINDOWS)
+    if not steps:
+        model = nest(
+            hf_model,
+            tokenizer,
+            config,
+            keep_reference=bool(text),  # perplexity is compared with it; nothing else reads it
+            calibration=fitted,
+            progress=_progress,
+        )
+        _finish(model, options, began, {})
+        return
+    assert windows is not None, "tuning is calibrated"
+    held_out = _calibration_windows(tokenizer, options, "validation", tokens, _HELD_OUT_WINDOWS)
+    with unfinished_directory(options.out) as directory, locked_run(directory):
+        fitted = fitted if calibration or chosen == "gptq" else None  # rtn without a file stays data-free
+        model = nested_start(directory, hf_model, tokenizer, config, fitted, progress=_progress)
+        state_file = directory / STATE_FILE
+        tuning_s = tune_pairs(model, windows, held_out, TuningConfig(steps), state_file=state_file, report=say)
+        _finish(model, options, began, {"tuning_seconds": tuning_s})
+
+
+def _progress(items: Iterable[Any]) -> Iterable[Any]:
+    return track(items, "quantising")
+
+
+def _finish(model: NestedCausalLM, options: QuantizeOptions, began: float, facts: dict[str, object]) -> None:
+    """Writes the checkpoint and prints what it holds, what it cost and what that gained."""
+    windows = _text_windows(model, options) if options.text else None  # bad text must not leave a checkpoint behind
     result: dict[str, object] = {"out": str(options.out), "bytes": save_checkpoint(model, options.out)}
     result["seconds"] = time.perf_counter() - began
     if model.calibration is not None:
         result["calibration_tokens"] = model.calibration.num_tokens
+    if model.tuning is not None:
+        result["tuning_steps"] = model.tuning.steps
+        result |= facts
+        result["output_kl_nats_before_tuning"] = model.tuning.output_kl_before
+        result["output_kl_nats"] = model.tuning.output_kl_after
     if windows is not None:
         result["perplexity_by_width"] = perplexity_by_width(model, windows)
     print_result(result)
 
 
-def _calibration_windows(tokenizer: PreTrainedTokenizerBase, options: QuantizeOptions, tokens: int) -> Tensor:
-    """Windows of the training split of some text, `[n, tokens]` int64; no file stands for the standard library."""
+def _calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, options: QuantizeOptions, split: Split, tokens: int, at_least: int
+) -> Tensor:
+    """Windows of a split of some text, `[n, tokens]` int64; no file stands for the standard library.
+
+    Of the training split as many as moments are taken of, or `at_least` where that is more and the text has them.
+    """
     files = options.calibration
     for path in files:
         if not path.is_file():
             raise InputError(f"{path} is not a file; --calibration takes text files")
     documents = (
-        file_documents(files, tokenizer=tokenizer, text_field=_field(files, options))["train"]
+        file_documents(files, tokenizer=tokenizer, text_field=_field(files, options))[split]
         if files
-        else list(stdlib_text("policy-train").values())
+        else stdlib_documents(split)
     )
-    chosen = thinned(tokenizer, documents, tokens, tokens - 1, _CALIBRATION_WINDOWS)
+    count = max(_CALIBRATION_WINDOWS, at_least) if split == "train" else at_least
+    chosen = thinned(tokenizer, documents, tokens, tokens - 1, count)
     windows, _ = cut_windows(tokenizer, chosen, tokens, tokens - 1)
     if not len(windows):
+        name = "training" if split == "train" else split
+        without = "" if split == "train" else ", or --tune-steps 0, which needs no such split"
         raise InputError(
-            f"the calibration text's training split ({sum(map(len, documents))} characters) holds no window of "
-            f"{tokens} tokens; give more text with --calibration FILE"
+            f"the calibration text's {name} split ({sum(map(len, documents))} characters) holds no window of "
+            f"{tokens} tokens; give more text with --calibration FILE{without}"
         )
-    return spread(windows, _CALIBRATION_WINDOWS)
+    return spread(windows, count)
 
 
 def _field(files: tuple[Path, ...], options: QuantizeOptions) -> str | None:

@@ -107,6 +107,22 @@ def drawable_rows(rows: Iterable[EvalRow]) -> list[EvalRow]:
     return [row for row in rows if row.time_share_modelled is not None and 0 < row.output_kl_nats < math.inf]
 
 
+def steps_unlike_static(rows: Sequence[EvalRow], family: str) -> str | None:
+    """How often a family's widths are not those of static in equal time, in words without a full stop.
+
+    None where no row of the family has a static allocation beside it.
+    """
+    shares = [
+        (group.rows[0].time_budget, group.mean("differs_from_static"))
+        for group in seed_groups([row for row in rows if row.time_budget is not None], family)
+    ]
+    known = sorted((budget, share) for budget, share in shares if budget is not None and share is not None)
+    if not known:
+        return None
+    at = ", ".join(f"{100 * share:.0f}% at {budget:.3g}" for budget, share in known)
+    return f"steps of {family} whose widths are not those of static at the same time budget: {at}"
+
+
 def captured_headroom(static_kl: float | None, policy_kl: float | None, oracle_kl: float | None) -> float | None:
     """`(static - policy) / (static - oracle)`, all at the same time budget, nats.
 

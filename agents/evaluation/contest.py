@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -19,10 +19,17 @@ from flexquant_rl.agents.evaluation.budgets import (
     TimedFamily,
 )
 from flexquant_rl.agents.evaluation.comparison import captured_headroom, left_of_static
-from flexquant_rl.agents.evaluation.equal_time import ClockLine, beside_static, on_validation_text, static_family
+from flexquant_rl.agents.evaluation.equal_time import (
+    ClockLine,
+    beside_static,
+    on_validation_text,
+    static_entries,
+    static_family,
+)
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_time_shares, summarise
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.evaluation.showcase import MostMoving
 from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC, UNTRAINED
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.preparation import Prepared, policy_context
@@ -120,7 +127,11 @@ def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences
 
 
 def compete_at_budgets(
-    prepared: Prepared, settings: Settings, num_sequences: int, oracle: OracleConfig | None = None
+    prepared: Prepared,
+    settings: Settings,
+    num_sequences: int,
+    oracle: OracleConfig | None = None,
+    watch: Callable[[Contestant, Trace], None] = lambda one, trace: None,
 ) -> list[EvalRow]:
     """Runs every family at the settings that were found, on the same test windows, each policy once.
 
@@ -129,10 +140,13 @@ def compete_at_budgets(
         settings: What is run.
         num_sequences: Sequences of test text.
         oracle: How hard the oracle looks; None leaves it out.
+        watch: Is shown what every policy did.
     """
     windows, documents = test_windows(prepared, num_sequences)
     members = _members(settings.entries)
     traces = dict(zip(members, _traces(prepared, [*members.values()], windows), strict=True))
+    for key, trace in traces.items():
+        watch(members[key], trace)
     shares, line = _clocked(prepared, [*members.values()], windows)
     rows = _rows(prepared, settings, traces, dict(zip(members, shares, strict=True)), documents)
     if oracle is not None:
@@ -189,9 +203,9 @@ def _rows(
     documents: Sequence[int],
 ) -> list[EvalRow]:
     rows = []
-    for entry in settings.entries:
+    beside = _static_beside(prepared, settings, traces)
+    for entry, static in zip(settings.entries, beside, strict=True):
         keys = [_key(member) for member in entry.members]
-        static = settings.static_at(entry.time_budget)
         times = [measured[key] for key in keys if key in measured]
         # Time shares mix as the tokens do.
         time = (1 - entry.share) * times[0] + entry.share * times[-1] if times else None
@@ -210,6 +224,25 @@ def _rows(
             )
         )
     return rows
+
+
+def _static_beside(prepared: Prepared, settings: Settings, traces: dict[_Key, Trace]) -> list[StaticAllocation | None]:
+    """For every entry the static allocation of its budget; of the time that it took, where it has none.
+
+    An entry of the static family stands beside itself.
+    """
+    asked = [
+        1 / traces[_key(entry.first)].speedup if entry.time_budget is None and entry.family != STATIC.name else None
+        for entry in settings.entries
+    ]
+    within = static_entries(prepared, sorted({share for share in asked if share is not None}))
+    found: list[StaticAllocation | None] = []
+    for entry, share in zip(settings.entries, asked, strict=True):
+        if isinstance(entry.first.policy, StaticAllocation) and entry.family == STATIC.name:
+            found.append(entry.first.policy)
+        else:
+            found.append(settings.static_at(entry.time_budget) if share is None else within.get(share))
+    return found
 
 
 def test_windows(prepared: Prepared, num_sequences: int) -> tuple[Tensor, list[int]]:
@@ -301,12 +334,16 @@ def headroom(rows: Sequence[EvalRow]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def showcase(prepared: Prepared, policy: LearnedPolicy, kl_weight: float) -> tuple[Trace, list[str]]:
-    """One test sequence under the learned policy, for the picture: its trace and the tokens that its steps read."""
-    windows = test_windows(prepared, 2)[0][:1]
-    evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
-    trace = evaluator.run(policy, kl_weight)
-    evaluator.close()
-    first = prepared.env.prompt_tokens
-    tokens = [str(prepared.model.tokenizer.decode([token])) for token in windows[0, first:-1].tolist()]
-    return trace, tokens
+def most_moving(prepared: Prepared, one: Contestant, num_sequences: int) -> MostMoving:
+    """What a learned policy does on the test windows at one dial, where none of its settings was run."""
+    windows, _ = test_windows(prepared, num_sequences)
+    seen = MostMoving()
+    seen.consider(one, _traces(prepared, [one], windows)[0])
+    return seen
+
+
+def read_tokens(prepared: Prepared, num_sequences: int, sequence_idx: int) -> list[str]:
+    """The tokens that the steps of a test sequence read, decoded."""
+    windows, _ = test_windows(prepared, num_sequences)
+    tokens = windows[sequence_idx, prepared.env.prompt_tokens : -1].tolist()
+    return [str(prepared.model.tokenizer.decode([token])) for token in tokens]

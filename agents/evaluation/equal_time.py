@@ -63,6 +63,20 @@ def static_family(prepared: Prepared) -> StaticFamily:
     return StaticFamily(candidates)
 
 
+def static_entries(prepared: Prepared, time_shares: Sequence[float]) -> dict[float, StaticAllocation]:
+    """The best static allocation within each share of the time, chosen on validation text; none where out of reach."""
+    if not time_shares:
+        return {}
+    with on_validation_text(prepared) as measure:
+        entries, _ = static_family(prepared).entries(track(time_shares, "static in equal time"), measure)
+    found = {}
+    for entry in entries:
+        assert isinstance(entry.first.policy, StaticAllocation)
+        assert entry.time_budget is not None
+        found[entry.time_budget] = entry.first.policy
+    return found
+
+
 @contextmanager
 def on_validation_text(
     prepared: Prepared, num_sequences: int = VALIDATION_SEQUENCES
@@ -234,15 +248,12 @@ def _nominal(shares: Iterable[float]) -> set[float]:
 
 def _run_rungs(prepared: Prepared, time_shares: Sequence[float], windows: Tensor, env: EnvConfig) -> list[Rung]:
     """Static allocations within some shares of the time, chosen on validation text and run on that of the windows."""
-    if not time_shares:
+    policies = static_entries(prepared, time_shares).values()
+    if not policies:
         return []
-    with on_validation_text(prepared) as measure:
-        entries, _ = static_family(prepared).entries(track(time_shares, "static in equal time"), measure)
     evaluator = Evaluator(prepared.model, prepared.profile, windows, env, cost=prepared.cost)
     found = []
-    for entry in track(entries, "static in equal time, on test text"):
-        policy = entry.first.policy
-        assert isinstance(policy, StaticAllocation)
+    for policy in track(policies, "static in equal time, on test text"):
         share = float(prepared.cost.time_share(policy.bit_widths))
         found.append(Rung(share, tuple(evaluator.static_kl_nats(policy.bit_widths).tolist())))
     evaluator.close()

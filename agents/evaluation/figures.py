@@ -1,14 +1,9 @@
-"""The two pictures of a run: quality against time at the budgets, and the bit-widths of one sequence token by token.
-
-Figures are drawn without pyplot, so nothing here depends on a display, a backend or global state. Text is never parsed
-as mathematics: tokens of real text are full of dollar signs.
-"""
+"""The pictures of an evaluation: quality against time at the budgets, and the bit-widths of one sequence by token."""
 
 from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +28,12 @@ from flexquant_rl.agents.evaluation.comparison import (
     seed_groups,
     setting_of,
 )
+from flexquant_rl.agents.evaluation.drawing import GREY, STYLE, caption_below, decimal_label, save_figure, title_above
 from flexquant_rl.agents.evaluation.resampling import Array
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.families import STATIC
 from flexquant_rl.agents.policies.unbound import Family
-from flexquant_rl.engine.files import replacing
 
-DPI = 150
 _TOKEN_FONT = "DejaVu Sans Mono"
 _MAX_TOKEN_LABELS = 64
 _MAX_UNIT_LABELS = 26
@@ -47,22 +41,7 @@ _MAX_TOKEN_CHARACTERS = 10
 _KL_DECADES = 5
 _MAX_RATIO_PERCENT = 60.0
 _PAIRED = "; in the lower panels paired with static, from 5 training seeds on over seeds instead."
-_GREY = "#5b5b5b"
 _LOWEST_ZORDER = 3  # above the grid and the line at zero; each family is drawn above those before it
-_RC: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a8a8a",
-    "axes.axisbelow": True,
-    "axes.labelsize": 10.5,
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "text.parse_math": False,
-}
 
 
 def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str, source: str = "roofline") -> None:
@@ -98,7 +77,7 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
         "modelled": f"share of full-width time, modelled ({source})",
         "measured": "the same, by the clock",
     }
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         size = (8 if len(columns) == 1 else 13, 7.0 if has_ratios else 5.6)
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         panels = figure.subplots(
@@ -119,13 +98,12 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
         panels[0, 0].set_ylabel("output KL from the reference (nats, log scale)")
         if has_ratios:
             panels[1, 0].set_ylabel("KL against static\nin equal time")
-        figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold")
-        wrapped = textwrap.wrap(caption, 118 if len(columns) == 1 else 190)
-        figure.supxlabel("\n".join(wrapped), x=0.015, ha="left", fontsize=8.5, color=_GREY)
+        title_above(figure, title)
+        caption_below(figure, caption)
         figure.align_ylabels()
         handles = [_legend_handle(drawable, family) for family in drawn.values()]
         figure.legend(handles=handles, loc="outside right upper", labelspacing=0.8, handlelength=2.6)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_bits(
@@ -135,6 +113,7 @@ def plot_bits(
     path: Path,
     *,
     title: str,
+    subtitle: str = "",
     output_kl_nats: ArrayLike,
     bit_widths: Sequence[int] | None = None,
 ) -> None:
@@ -149,6 +128,7 @@ def plot_bits(
         unit_names: U names, first layer first; the last (the head) is drawn on top.
         path: Path of the PNG, written atomically.
         title: One line.
+        subtitle: One line below it, which sequence it is and under what.
         output_kl_nats: `[T]`, nats; values that are not positive are on the axis, NaN leaves a gap.
         bit_widths: The stored widths, for the colours; default: those that occur.
 
@@ -166,7 +146,7 @@ def plot_bits(
     if not np.isin(chosen, stored).all():
         raise ValueError(f"widths {np.setdiff1d(chosen, stored).tolist()} are not stored; stored are {stored.tolist()}")
     heat_height = float(np.clip(0.3 * len(unit_names), 1.2, 6.5))
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, heat_height + 2.9), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(60, 1), height_ratios=(heat_height, 1.05))
         heat = figure.add_subplot(grid[0, 0])
@@ -175,13 +155,9 @@ def plot_bits(
         _label_units(heat, unit_names)
         _draw_token_kl(below, kl)
         _label_tokens(below, tokens)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
-        _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+        title_above(figure, title)
+        heat.set_title(subtitle, loc="left", fontsize=9.5, color=GREY, pad=7)
+        save_figure(figure, path)
 
 
 def _seeds(rows: Sequence[EvalRow], family: str) -> list[int]:
@@ -275,7 +251,7 @@ def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], drawn: Mapping[str, Family
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0"))
     axes.grid(which="major", linewidth=0.8)
     if above:
-        axes.set_title(f"above this range: {', '.join(above)}", loc="right", fontsize=8.5, color=_GREY)
+        axes.set_title(f"above this range: {', '.join(above)}", loc="right", fontsize=8.5, color=GREY)
 
 
 def _time_share(group: SeedGroup, clock: Clock) -> float:
@@ -304,14 +280,9 @@ def _label_log_axis(axes: Axes, values: Sequence[float]) -> None:
     """Plain decimals at 1, 2 and 5, or at whole decades where there are many."""
     decades = math.log10(max(values) / min(values)) if values else 1.0
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,), numticks=30))
-    axes.yaxis.set_major_formatter(FuncFormatter(_decimal))
+    axes.yaxis.set_major_formatter(FuncFormatter(decimal_label))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _decimal(value: float, _: object) -> str:
-    """`0.00005` rather than `5e-05`, down to where counting zeros is harder."""
-    return f"{value:.6f}".rstrip("0").rstrip(".") if value >= 0.99e-5 else f"{value:g}"
 
 
 def _draw_widths(axes: Axes, bar_axes: Axes, widths: NDArray[np.int64], stored: NDArray[np.int64]) -> None:
@@ -360,7 +331,7 @@ def _draw_token_kl(axes: Axes, kl: Array) -> None:
     axes.set_ylim(floor, top * 1.6)
     axes.set_ylabel("output KL\n(nats, log)", fontsize=9.5)
     axes.yaxis.set_major_locator(LogLocator(numticks=5))
-    axes.yaxis.set_major_formatter(FuncFormatter(_decimal))
+    axes.yaxis.set_major_formatter(FuncFormatter(decimal_label))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="y", labelsize=9)
     axes.grid(axis="y", linewidth=0.8)

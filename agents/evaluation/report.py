@@ -23,6 +23,7 @@ from flexquant_rl.engine.files import replacing
 
 PARETO_FILE = "pareto.png"
 BITS_FILE = "bits.png"
+LEARNING_FILE = "learning.png"
 ROWS_FILE = "eval.jsonl"
 LONG_ROWS_FILE = "eval_long.jsonl"
 REPORT_FILE = "report.md"
@@ -43,7 +44,7 @@ _COLUMNS = (
     ("KL against static in this time (%, 95% CI)", "--:"),
     ("time share, measured", "--:"),
     ("KL against static in this time (%, 95% CI)", "--:"),
-    ("steps unlike static (%)", "--:"),
+    ("steps unlike static in equal time (%)", "--:"),
 )
 _CONSOLE_COLUMNS = (
     *(("policy", 18), ("budget", 6), ("dial", 6), ("bits", 5), ("KL/nats", 8), ("95% CI", 20), ("p99", 8)),
@@ -86,6 +87,7 @@ def write_report(
     sentences: Sequence[str],
     facts: Mapping[str, object],
     long_rows: Sequence[EvalRow] = (),
+    showcase: str = "",
     notes: Sequence[str] = (),
     title: str = "Precision controllers: evaluation",
 ) -> None:
@@ -97,6 +99,7 @@ def write_report(
         sentences: Results in words, e.g. of `Comparison.sentence`.
         facts: What was run, in order: name -> value (`model`, `text`, `profile source`, `training seeds`, `env steps`,
             `machine`, `threads`, ...). Underscores become spaces; reference and size of the test text are added.
+        showcase: What the picture of the bit-widths shows: sequence, dial, seed.
         long_rows: What was evaluated on longer continuations than the policies were trained on.
         notes: Limits beside those that every report states.
         title: The heading.
@@ -108,6 +111,8 @@ def write_report(
     ]
     if (run_dir / PARETO_FILE).is_file():
         parts.append(f"![Output KL against modelled time of every policy]({PARETO_FILE})")
+    if (run_dir / LEARNING_FILE).is_file():
+        parts += ["## Training", f"![Validation score of every seed by env step]({LEARNING_FILE})"]
     parts += ["## What was run", _facts_table({**facts, **_row_facts(rows)})]
     parts += ["## How it was compared", _bullets(method_sentences(rows))]
     parts += ["## Every policy", markdown_table(rows).rstrip()]
@@ -123,7 +128,8 @@ def write_report(
             markdown_table(long_rows).rstrip(),
         ]
     if (run_dir / BITS_FILE).is_file():
-        parts += ["## One test sequence", f"![Bit-width of every token and unit]({BITS_FILE})"]
+        parts += ["## Where the policy moves most", f"![Bit-width of every token and unit]({BITS_FILE})"]
+        parts += [f"{showcase[0].upper()}{showcase[1:]}."] if showcase else []
     parts += ["## Limits", _bullets([*_limits(rows, facts), *notes])]
     with replacing(run_dir / REPORT_FILE) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

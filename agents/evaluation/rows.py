@@ -50,8 +50,9 @@ class EvalRow:
         output_kl_p99_nats: 99th percentile over tokens, nats.
         perplexity: `exp(mean negative log-likelihood in nats)`.
         top1_agreement: Share of tokens whose most probable continuation is the reference's, 0 to 1.
-        differs_from_static: Share of steps whose widths are not those of the static row of the same budget, 0 to 1;
-            None where there is no such row.
+        differs_from_static: Share of steps whose widths, of one unit at least, are not those of static in equal time,
+            0 to 1: the static allocation of the same budget, or of the time that was taken where there is no budget.
+            None where there is no such allocation.
         time_share_modelled: Time of all steps over that at the largest width everywhere, by the latency table and with
             the controller's own: what was attained on test text, which may miss the budget a little.
         time_share_measured: The same by wall clock of batch-1 decoding; None where not measured.

@@ -37,7 +37,7 @@ _DISCOUNT = 0.9
 _HIDDEN = 32
 _LARGEST_LOG = 3.0
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_FILE = "importance.safetensors"
+IMPORTANCE_FILE = "importance.safetensors"
 
 
 class Importance(nn.Module):
@@ -103,7 +103,7 @@ def load_importance(config: TrainConfig, prepared: Prepared, run_dir: Path) -> I
     if not config.importance_windows:
         return None
     net = Importance(SignalSchema(prepared.model.num_units, prepared.model.bit_widths))
-    path = run_dir / _FILE
+    path = run_dir / IMPORTANCE_FILE
     if path.exists():
         fix = "delete it to have it learned again"
         tensors, _ = read_tensors(path, fix=fix)

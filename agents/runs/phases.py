@@ -7,6 +7,7 @@ model -> profile.json -> static_front.safetensors -> importance.safetensors -> s
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
-from flexquant_rl.agents.evaluation.comparison import compare
+from flexquant_rl.agents.evaluation.budgets import Contestant
+from flexquant_rl.agents.evaluation.comparison import compare, steps_unlike_static
 from flexquant_rl.agents.evaluation.contest import (
     Settings,
     compete_at_budgets,
@@ -22,17 +24,27 @@ from flexquant_rl.agents.evaluation.contest import (
     headroom,
     heuristics,
     learned,
+    most_moving,
     oracle_time_share,
-    showcase,
+    read_tokens,
     tune,
     untrained,
 )
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
+from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
-from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, ROWS_FILE, write_report
+from flexquant_rl.agents.evaluation.report import (
+    BITS_FILE,
+    LEARNING_FILE,
+    LONG_ROWS_FILE,
+    PARETO_FILE,
+    ROWS_FILE,
+    write_report,
+)
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
+from flexquant_rl.agents.evaluation.showcase import MostMoving, Showcase
 from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, UNTRAINED
-from flexquant_rl.agents.preparation import Prepared, prepare
+from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
 from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
@@ -74,11 +86,17 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     """
     check_config(config)
     prepared = prepare(config, run_dir)
+    check_budgets(config, prepared)
     importance = load_importance(config, prepared, run_dir)
     results = [
         train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index), importance)
         for index in range(config.seeds)
     ]
+    return export_best(config, prepared, results, run_dir)
+
+
+def export_best(config: TrainConfig, prepared: Prepared, results: Sequence[SeedResult], run_dir: Path) -> TrainedRun:
+    """Exports the policy of the seed that validation chose with its dial's table, where that is not done."""
     trained = TrainedRun(prepared, tuple(results), run_dir / "policy")
     if not trained.policy_dir.exists():
         policy = with_dial_table(trained.best.policy, prepared, config.validation_sequences, config.num_dials)
@@ -86,8 +104,15 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     return trained
 
 
-def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dict[str, Any]:
-    """Compares every policy on test text, writes rows, pictures and report, and returns the command's JSON."""
+def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Compares every policy on test text, writes rows, pictures and report, and returns the command's JSON.
+
+    Args:
+        config: Configuration of the run.
+        trained: What training left.
+        run_dir: Where rows, pictures and report go.
+        notes: Lines for the report, of how the policies came to be chosen.
+    """
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
     budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
@@ -95,10 +120,13 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path) -> dic
     if UNTRAINED.name in config.baselines:
         families += untrained(prepared, trained.best)
     settings = tune(prepared, families, budgets, config.validation_sequences)
-    rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle)
+    moving = MostMoving()
+    rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle, moving.consider)
     share = headroom(rows)
     long_rows = _long_rows(config, trained, settings)
-    sentences = _publish(config, trained, settings, rows, share, run_dir, long_rows)
+    sentences = [*notes, *_findings(config, trained, rows, share)]
+    shown = moving.found or _at_the_middle_of_the_dial(trained, config.test_sequences)
+    _publish(config, trained, settings, rows, sentences, run_dir, long_rows, shown)
     rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
     return {
         "run_dir": str(run_dir),
@@ -151,26 +179,41 @@ def _publish(
     trained: TrainedRun,
     settings: Settings,
     rows: list[EvalRow],
-    share: float | None,
+    sentences: list[str],
     run_dir: Path,
     long_rows: list[EvalRow],
-) -> list[str]:
-    """Writes rows, pictures and report; returns the findings in words."""
+    shown: Showcase,
+) -> None:
+    """Writes rows, pictures and report."""
     prepared = trained.prepared
     write_rows(run_dir / ROWS_FILE, rows)
     if long_rows:
         write_rows(run_dir / LONG_ROWS_FILE, long_rows)
-    sentences = _findings(config, trained, rows, share)
     is_embedded = config.model is None or config.model == DEFAULT_MODEL
     name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
+    where, source = f"{name}, {prepared.windows.source}", prepared.cost.source
+    seeds = f"{config.seeds} training seed{'s' if config.seeds > 1 else ''} of {config.env_steps:,} env steps"
     conditions = (
-        f"{name}, {prepared.windows.source}; {rows[0].num_sequences} test sequences of "
-        f"{prepared.env.max_new_tokens} tokens, {config.seeds} training seeds of {config.env_steps} env steps; "
+        f"{where}; {rows[0].num_sequences} test sequences of {prepared.env.max_new_tokens} tokens, {seeds}; "
         f"KL against the {reference_name(prepared.model)} model."
     )
-    source = prepared.cost.source
-    plot_pareto(rows, run_dir / "pareto.png", title="Output KL at equal time", caption=conditions, source=source)
-    _picture_bits(trained, run_dir / "bits.png")
+    plot_pareto(rows, run_dir / PARETO_FILE, title="Output KL at equal time", caption=conditions, source=source)
+    plot_learning_curve(
+        {result.seed: result.curve for result in trained.results},
+        run_dir / LEARNING_FILE,
+        title="Learning curve",
+        caption=f"{where}; {seeds}. Scores are of validation text, {config.validation_sequences} sequences at most.",
+    )
+    plot_bits(
+        shown.bit_widths.numpy(),
+        read_tokens(prepared, config.test_sequences, shown.sequence_idx),
+        [unit.name for unit in prepared.model.units],
+        run_dir / BITS_FILE,
+        title=f"Where the policy moves most: {shown.title()}",
+        subtitle=shown.words(),
+        output_kl_nats=shown.output_kl_nats.numpy(),
+        bit_widths=prepared.model.bit_widths,
+    )
     facts = {
         "model": name,
         "text": prepared.windows.source,
@@ -180,9 +223,16 @@ def _publish(
         "machine": f"{platform.machine()}, {prepared.model.device.type}",
         "threads": torch.get_num_threads(),
     }
-    write_report(run_dir, rows=rows, sentences=sentences, facts=facts, long_rows=long_rows, notes=_missed(settings))
+    write_report(
+        run_dir,
+        rows=rows,
+        sentences=sentences,
+        facts=facts,
+        long_rows=long_rows,
+        showcase=f"{shown.title()}: {shown.words()}",
+        notes=_missed(settings),
+    )
     say(f"report: {run_dir / 'report.md'}")
-    return sentences
 
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
@@ -194,6 +244,7 @@ def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], sha
     ]
     comparisons = [comparison for comparison in found if comparison is not None]
     sentences = [comparison.sentence() for comparison in comparisons]
+    sentences += [sentence for sentence in (steps_unlike_static(rows, PPO.name),) if sentence is not None]
     sentences += [comparison.setting_sentence() for comparison in comparisons if comparison.family_b == STATIC.name]
     cloned, chosen, last = (
         ", ".join(f"{getattr(result, name):+.4f}" for result in trained.results)
@@ -213,18 +264,10 @@ def _missed(settings: Settings) -> list[str]:
     return [f"Out of reach: {reason}." for reason in settings.missed]
 
 
-def _picture_bits(trained: TrainedRun, path: Path) -> None:
-    """The widths of one test sequence, token by token and unit by unit, at the middle of the dial."""
-    prepared = trained.prepared
-    dials = prepared.dials(3)
-    dial = float(dials[len(dials) // 2])
-    trace, tokens = showcase(prepared, trained.best.policy, dial)
-    plot_bits(
-        trace.bit_widths[0].numpy(),
-        tokens,
-        [unit.name for unit in prepared.model.units],
-        path,
-        title=f"Bit-widths chosen for one test sequence (KL weight {dial:.3g}, {trace.speedup:.2f}x modelled)",
-        output_kl_nats=trace.output_kl_nats[0].numpy(),
-        bit_widths=prepared.model.bit_widths,
-    )
+def _at_the_middle_of_the_dial(trained: TrainedRun, num_sequences: int) -> Showcase:
+    """What the best seed does at the middle of the dial: where no budget is in reach, no setting was run."""
+    dials = trained.prepared.dials(3).tolist()
+    one = Contestant(PPO.name, trained.best.policy, dials[len(dials) // 2], trained.best.seed)
+    found = most_moving(trained.prepared, one, num_sequences).found
+    assert found is not None, "a learned policy was run"
+    return found

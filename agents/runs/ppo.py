@@ -12,11 +12,16 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch import Tensor
 
 from flexquant_rl.agents.config import PPOConfig
 from flexquant_rl.agents.runs.actor_critic import ActorCriticNet, UnitSharedPolicy
+from flexquant_rl.agents.runs.tensorboard_log import (
+    VALIDATION_TAG,
+    HyperParameters,
+    log_hyper_parameters,
+    tensorboard_logger,
+)
 from flexquant_rl.agents.runs.unit_ppo import UnitPPO
 from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.errors import InputError
@@ -53,6 +58,12 @@ def precision_net(ppo: PPO) -> ActorCriticNet:
 class TrainingCallback(BaseCallback):
     """Before each rollout: validate, keep the best network, save a checkpoint. During it: collect numbers to log.
 
+    What a rollout and the update from it have given is logged at the env steps that were done by then; the score of
+    the network before the first rollout stands at 0.
+
+    Attributes:
+        curve: `(env steps, score)` of every network that was validated, in order.
+
     Args:
         checkpoint: Where to save.
         validate: Scores a network on validation text; higher is better.
@@ -70,8 +81,7 @@ class TrainingCallback(BaseCallback):
     ) -> None:
         super().__init__()
         self.best_score = -float("inf")
-        self.first_score = -float("inf")
-        self.last_score = -float("inf")
+        self.curve: list[tuple[int, float]] = []
         self.best_state: dict[str, Tensor] = {}
         self._checkpoint = checkpoint
         self._validate = validate
@@ -94,6 +104,8 @@ class TrainingCallback(BaseCallback):
             return
         if self._updates % self._validate_every == 0:
             self.consider(precision_net(self.ppo))
+        # Before the checkpoint: a resume logs again what comes after it, and nothing that came before.
+        self.logger.dump(self.num_timesteps)
         self._save()
         self._on_update(self.num_timesteps, self.best_score)
         self._sums = {}
@@ -104,12 +116,21 @@ class TrainingCallback(BaseCallback):
         assert isinstance(self.model, PPO)
         return self.model
 
+    @property
+    def first_score(self) -> float:
+        """Score of the network before any update."""
+        return self.curve[0][1]
+
+    @property
+    def last_score(self) -> float:
+        """Score of the network that was validated last."""
+        return self.curve[-1][1]
+
     def consider(self, net: PrecisionNet) -> None:
         """Validates a network and keeps it if it is the best so far."""
-        score = self.last_score = self._validate(net)
-        self.logger.record("validation/reward_over_static", score)
-        if self._updates == 0:
-            self.first_score = score
+        score = self._validate(net)
+        self.curve.append((self.num_timesteps, score))
+        self.logger.record(VALIDATION_TAG, score)
         if score > self.best_score:
             self.best_score = score
             self.best_state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -126,8 +147,9 @@ class TrainingCallback(BaseCallback):
             "quality/output_kl_nats": facts.output_kl_nats,
             "latency/modelled_ms": facts.latency_ms,
         }
-        for unit, column in enumerate(facts.decision.bit_widths.float().mean(0).tolist()):
-            self._add(f"bits/unit_{unit}", column)
+        mean_of_units = facts.decision.bit_widths.float().mean(0).tolist()
+        for unit, bits in zip(self._env.episodes.model.units, mean_of_units, strict=True):
+            self._add(f"bits/{unit.name}", bits)
         for tag, tensor in values.items():
             self._add(tag, float(tensor.mean()))
         self._add("steps", 1.0)
@@ -144,15 +166,6 @@ class TrainingCallback(BaseCallback):
         steps = self._sums.pop("steps", 1.0)
         for tag, total in self._sums.items():
             self.logger.record(tag, total / steps)
-        sb3 = self.logger.name_to_value
-        for ours, theirs in (
-            ("policy/policy_entropy", "train/entropy_loss"),
-            ("policy/approx_kl", "train/approx_kl"),
-            ("policy/clip_fraction", "train/clip_fraction"),
-            ("policy/explained_variance", "train/explained_variance"),
-        ):
-            if theirs in sb3:
-                self.logger.record(ours, -sb3[theirs] if ours.endswith("entropy") else sb3[theirs])
 
     def _save(self) -> None:
         ppo = self.ppo
@@ -173,7 +186,7 @@ class TrainingCallback(BaseCallback):
             "n_updates": ppo._n_updates,
             "updates": self._updates,
             "best_score": self.best_score,
-            "first_score": self.first_score,
+            "curve": self.curve,
             "numpy_pos": int(inner["pos"]),
             "env": self._env.restart_state(),
         }
@@ -208,7 +221,8 @@ class TrainingCallback(BaseCallback):
         ppo.num_timesteps = facts["num_timesteps"]
         ppo._n_updates = facts["n_updates"]
         self._updates = facts["updates"]
-        self.best_score, self.first_score = facts["best_score"], facts["first_score"]
+        self.best_score = facts["best_score"]
+        self.curve = [(int(env_steps), float(score)) for env_steps, score in facts["curve"]]
         self.best_state = _under(tensors, "best.")
         numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
         assert isinstance(numpy_state, dict)
@@ -223,12 +237,28 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def learn(ppo: PPO, callback: TrainingCallback, total_env_steps: int, log_dir: Path) -> None:
+def learn(
+    ppo: PPO,
+    callback: TrainingCallback,
+    total_env_steps: int,
+    log_dir: Path,
+    hyper_parameters: HyperParameters | None = None,
+) -> None:
     """Trains up to a total number of env steps, counting those before a resume, and considers the final network.
 
     The total is rounded up to whole rollouts: beyond its own end SB3's learning rate is negative.
+
+    Args:
+        ppo: The algorithm, new or restored.
+        callback: Validates and saves.
+        total_env_steps: Where training ends.
+        log_dir: TensorBoard's files.
+        hyper_parameters: Logged beside the scores; default: none.
     """
-    ppo.set_logger(Logger(str(log_dir), [TensorBoardOutputFormat(str(log_dir))]))
+    # The restored part has been logged up to the checkpoint.
+    ppo.set_logger(tensorboard_logger(log_dir, ppo.num_timesteps + 1 if callback.curve else 0))
+    if hyper_parameters and not callback.curve:
+        log_hyper_parameters(ppo.logger, hyper_parameters)
     per_rollout = ppo.n_steps * ppo.n_envs
     total = math.ceil(total_env_steps / per_rollout) * per_rollout
     schedule = ppo.learning_rate

@@ -6,7 +6,7 @@ import fcntl
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -23,9 +23,12 @@ from flexquant_rl.engine.files import read_json, write_json
 RUN_VERSION = 2
 CONFIG_FILE = "config.json"
 
+Swept = Mapping[str, Sequence[int | float]]
+"""What a sweep varies: the values of each option."""
+
 
 @contextmanager
-def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
+def new_run(config: TrainConfig, run_dir: Path | None, swept: Swept | None = None) -> Iterator[Path]:
     """Makes the directory of a new run, writes its configuration (and the profile it names) and yields it, locked.
 
     Where the block fails on what it was given, or on the disk, before any phase left a result, all of it is taken away
@@ -34,6 +37,7 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
     Args:
         config: Configuration of the run.
         run_dir: The directory; default: `runs/<model>-<time>`.
+        swept: For a sweep, what it varies; kept with the configuration.
 
     Raises:
         InputError: If the directory exists already or another process takes it, or if the configuration's profile
@@ -53,7 +57,7 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
         if (run_dir / CONFIG_FILE).exists():
             raise InputError(f"{run_dir} holds a run by now; continue it with --resume {run_dir}")
         try:
-            write_json(run_dir / CONFIG_FILE, {"version": RUN_VERSION, "config": asdict(config)})
+            write_config(config, run_dir, swept)
             if config.profile is not None:  # kept, whatever becomes of the file: a resume must find the same one
                 Profile.load(Path(config.profile)).save(run_dir / PROFILE_FILE)
             yield run_dir
@@ -66,6 +70,12 @@ def new_run(config: TrainConfig, run_dir: Path | None) -> Iterator[Path]:
                     with suppress(OSError):  # another run may have come to use a parent
                         folder.rmdir()
             raise
+
+
+def write_config(config: TrainConfig, run_dir: Path, swept: Swept | None = None) -> None:
+    """Writes the configuration of a run, or of a sweep, atomically."""
+    sweep = {} if swept is None else {"sweep": {name: list(values) for name, values in swept.items()}}
+    write_json(run_dir / CONFIG_FILE, {"version": RUN_VERSION, "config": asdict(config), **sweep})
 
 
 def _claimed(wanted: Path) -> Path:
@@ -105,13 +115,35 @@ def load_run(run_dir: Path) -> TrainConfig:
     Raises:
         InputError: If the directory is not a run of this version.
     """
+    config, swept = _load(run_dir)
+    if swept is not None:
+        raise InputError(f"{run_dir} is a sweep; continue it with fq sweep --resume {run_dir}, or name one of its runs")
+    return config
+
+
+def load_sweep(sweep_dir: Path) -> tuple[TrainConfig, Swept]:
+    """Reads the configuration of a sweep and what it varies, as it stands in the file.
+
+    Raises:
+        InputError: If the directory is not a sweep of this version.
+    """
+    config, swept = _load(sweep_dir)
+    if swept is None:
+        raise InputError(f"{sweep_dir} is a run; continue it with train.py --resume {sweep_dir}")
+    return config, swept
+
+
+def _load(run_dir: Path) -> tuple[TrainConfig, Swept | None]:
     path = run_dir / CONFIG_FILE
     try:
         data = read_json(path)
         if data["version"] != RUN_VERSION:
             raise InputError(f"{path}: run version {data['version']}, this is {RUN_VERSION}; start a new run")
         config: TrainConfig = _from_dict(TrainConfig, data["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        swept = data.get("sweep")
+        if swept is not None:
+            swept = {str(name): list(values) for name, values in swept.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -121,7 +153,7 @@ def load_run(run_dir: Path) -> TrainConfig:
         check_field_types(config)
     except InputError as error:
         raise InputError(f"{path}: {error}, or start a new run") from error
-    return config
+    return config, swept
 
 
 def _from_dict(kind: Any, data: dict[str, Any]) -> Any:

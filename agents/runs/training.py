@@ -21,6 +21,7 @@ from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import StepBar, say
 from flexquant_rl.agents.runs.imitation import clone, collect_signals
 from flexquant_rl.agents.runs.ppo import TrainingCallback, build_ppo, learn, precision_net
+from flexquant_rl.agents.runs.tensorboard_log import hyper_parameters
 from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
@@ -42,16 +43,39 @@ _CLONED_FILE = "cloned.safetensors"
 class SeedResult:
     """One trained policy and its scores on validation text: reward per token over static, in full-width steps.
 
-    `cloned` is the network before PPO; None where the directory is of a version that did not keep it.
+    Attributes:
+        seed: Training seed.
+        policy: With the network that validation chose.
+        curve: `(env steps, score)` of every network that was validated; the first one is the clone, before any update.
+        env_steps_per_s: Of the process that ended the training; None where it found it ended.
+        cloned: The network before PPO; None where the directory is of a version that did not keep it.
     """
 
     seed: int
     policy: LearnedPolicy
-    cloned_score: float
-    best_score: float
-    last_score: float
+    curve: tuple[tuple[int, float], ...]
     env_steps_per_s: float | None
     cloned: LearnedPolicy | None = None
+
+    @property
+    def chosen(self) -> tuple[int, float]:
+        """Env steps and score of the network that validation chose."""
+        return max(self.curve, key=lambda point: point[1])
+
+    @property
+    def cloned_score(self) -> float:
+        """Score before any update."""
+        return self.curve[0][1]
+
+    @property
+    def best_score(self) -> float:
+        """Score of the network that validation chose."""
+        return self.chosen[1]
+
+    @property
+    def last_score(self) -> float:
+        """Score after the last update."""
+        return self.curve[-1][1]
 
 
 class Validation:
@@ -110,12 +134,14 @@ def train_seed(
         if not isinstance(policy, LearnedPolicy):
             raise InputError(f"{policy_dir} holds no learned policy; delete it to have it made again")
         try:
-            scores = [policy.card.config["scores"][name] for name in ("cloned", "best", "last", "env_steps_per_s")]
-        except (KeyError, TypeError) as error:
+            scores = policy.card.config["scores"]
+            curve = tuple((int(env_steps), float(score)) for env_steps, score in scores["curve"])
+            env_steps_per_s = scores["env_steps_per_s"]
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{policy_dir} does not say how its training went; delete it to have it made again"
             ) from error
-        return SeedResult(seed, policy, *scores, cloned=_load_cloned(prepared, directory, seed))
+        return SeedResult(seed, policy, curve, env_steps_per_s, _load_cloned(prepared, directory, seed))
     validation = Validation(prepared, config.validation_sequences)
     session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
     static = prepared.front.allocate if prepared.env.source == "replay" else None
@@ -145,7 +171,7 @@ def train_seed(
         say(f"PPO seed {seed}: cloned {what}, {agreement:.1%} of widths agree")
         write_tensors(directory / _CLONED_FILE, net.actor().cpu().state_dict())
     began, steps_before = time.monotonic(), ppo.num_timesteps
-    learn(ppo, callback, config.env_steps, directory / "tensorboard")
+    learn(ppo, callback, config.env_steps, directory / "tensorboard", hyper_parameters(config, seed))
     rate = (ppo.num_timesteps - steps_before) / (time.monotonic() - began) if ppo.num_timesteps > steps_before else None
     bar.close()
     env.close()
@@ -164,7 +190,7 @@ def train_seed(
         f"{callback.best_score:+.4f} best, {callback.last_score:+.4f} at the end"
     )
     cloned = _load_cloned(prepared, directory, seed)
-    return SeedResult(seed, policy, callback.first_score, callback.best_score, callback.last_score, rate, cloned)
+    return SeedResult(seed, policy, tuple(callback.curve), rate, cloned)
 
 
 def _load_cloned(prepared: Prepared, directory: Path, seed: int) -> LearnedPolicy | None:
@@ -186,12 +212,7 @@ def _trained_card(
     config: TrainConfig, prepared: Prepared, callback: TrainingCallback, env_steps_per_s: float | None
 ) -> PolicyCard:
     card = policy_card(prepared, config)
-    scores = {
-        "cloned": callback.first_score,
-        "best": callback.best_score,
-        "last": callback.last_score,
-        "env_steps_per_s": env_steps_per_s,
-    }
+    scores = {"curve": [list(point) for point in callback.curve], "env_steps_per_s": env_steps_per_s}
     return replace(card, config={**card.config, "scores": scores})
 
 

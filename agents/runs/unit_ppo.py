@@ -72,10 +72,10 @@ class UnitPPO(PPO):
                     logged[name].append(value)
             self._n_updates += 1
         for name, values in logged.items():
-            self.logger.record(f"train/{name}", float(np.mean(values)))
+            self.logger.record(name, float(np.mean(values)))
         buffer = self.rollout_buffer
         explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
-        self.logger.record("train/explained_variance", explained)
+        self.logger.record("policy/explained_variance", explained)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _minibatches(self, size: int) -> Iterator[Tensor]:
@@ -101,7 +101,7 @@ class UnitPPO(PPO):
         return _Batch(observations, actions, log_probs, advantages, flat(buffer.returns), scale)
 
     def _gradient_step(self, batch: _Batch) -> dict[str, float]:
-        """One step of the optimizer; returns what is to be logged of it."""
+        """One step of the optimizer; returns what is to be logged of it, by tag."""
         clip_range: float = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         log_probs, entropy = self.policy.unit_log_probs(batch.observations, batch.actions)
         log_ratio = log_probs - batch.log_probs
@@ -120,11 +120,11 @@ class UnitPPO(PPO):
         approx_kl = (ratio - 1 - log_ratio).mean()
         clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
         return {
-            "policy_gradient_loss": policy_loss.item(),
-            "value_loss": value_loss.item(),
-            "entropy_loss": entropy_loss.item(),
-            "approx_kl": approx_kl.item(),
-            "clip_fraction": clip_fraction.item(),
+            "train/policy_gradient_loss": policy_loss.item(),
+            "train/value_loss": value_loss.item(),
+            "policy/policy_entropy": -entropy_loss.item(),
+            "policy/approx_kl": approx_kl.item(),
+            "policy/clip_fraction": clip_fraction.item(),
         }
 
 

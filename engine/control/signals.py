@@ -391,7 +391,9 @@ def project_embedding(embedding: Tensor, num_dims: int) -> Tensor:
         basis, triangle = torch.linalg.qr(covariance @ basis)
         basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # libraries differ in these signs
     projected = centred @ basis.float().to(centred.device)
-    projected = projected / projected.std(0).clamp_min(1e-12)
+    deviation = projected.std(0)
+    # A direction in which nothing varies holds rounding errors, which are not to be magnified.
+    projected = projected / deviation.clamp_min(1e-4 * float(deviation.max())).clamp_min(1e-12)
     return torch.nn.functional.pad(projected, (0, num_dims - projected.shape[1]))
 
 

@@ -79,7 +79,7 @@ def input_hessians(
     Raises:
         InputError: If the windows are empty, too long, or hold ids that the model does not know.
     """
-    _check_windows(hf_model, windows)
+    check_windows(hf_model, windows)
     batches = windows.to(hf_model.device).split(max(1, _BATCH_TOKENS // windows.shape[1]))
     head_names = [name for stage in stages[len(layers) :] for name in stage]
     with _gathering(hf_model, head_names) as head_sums:
@@ -94,7 +94,8 @@ def input_hessians(
         yield head_sums.pop(name) / windows.numel()
 
 
-def _check_windows(hf_model: PreTrainedModel, windows: Tensor) -> None:
+def check_windows(hf_model: PreTrainedModel, windows: Tensor) -> None:
+    """Raises InputError unless windows are int64 `[n, T]`, not empty, of ids that the model knows."""
     if windows.dim() != 2 or 0 in windows.shape or windows.dtype != torch.int64:
         raise InputError(
             f"calibration windows are {windows.dtype} {list(windows.shape)} but must be int64 [windows, tokens], at "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flexquant_rl.engine.errors import InputError
@@ -36,3 +36,45 @@ class QuantizationConfig:
         from flexquant_rl.engine.quantisation.quantize import check_format
 
         check_format(self.group_size, self.bit_widths)
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How scales and offsets are tuned (engine/quantisation/tuning.py).
+
+    Attributes:
+        steps: Steps of each width.
+        learning_rate: Of Adam, at its highest, in cells of a group; widths above 3 take a quarter of it.
+        windows_per_step: Windows whose gradient makes one step.
+        widths: The widths to tune; none: all that are stored.
+        evaluations: How often held-out text is read, evenly spaced.
+        patience: Evaluations without gain after which a width stops.
+        seed: Of the order of windows.
+    """
+
+    steps: int
+    learning_rate: float = 4e-3
+    windows_per_step: int = 1
+    widths: tuple[int, ...] = ()
+    evaluations: int = 5
+    patience: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the scales and offsets of a model were tuned; saved with its checkpoint.
+
+    Attributes:
+        steps: Steps taken.
+        num_tokens: Tokens of the windows to choose from.
+        sha256: Their digest, as in `Calibration`.
+        output_kl_before: Held-out KL against the unquantised model, nats, by width.
+        output_kl_after: The same with the pairs that were kept.
+    """
+
+    steps: int
+    num_tokens: int
+    sha256: str
+    output_kl_before: dict[str, float] = field(default_factory=dict)
+    output_kl_after: dict[str, float] = field(default_factory=dict)

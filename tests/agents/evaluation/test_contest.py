@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from evaluation_rows import BUDGETS, row
@@ -15,12 +16,18 @@ from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation import contest
 from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, Entry, KnobFamily
 from flexquant_rl.agents.evaluation.comparison import compare
-from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, oracle_row, showcase
-from flexquant_rl.agents.evaluation.equal_time import static_family
+from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, oracle_row
+from flexquant_rl.agents.evaluation.equal_time import static_entries, static_family
+from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.evaluation.showcase import MostMoving, movement_bits
+from flexquant_rl.agents.policies.families import PPO
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.knapsack import Knapsack
+from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.policies.static_front import static_front
-from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.runs.training import SeedResult, policy_card
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.policy import LearnedPolicy, PrecisionNet
@@ -121,9 +128,8 @@ def test_every_knob_goes_from_fast_to_slow(tiny_prepared: Prepared) -> None:
 def learned_result(prepared: Prepared, seed: int) -> SeedResult:
     card = policy_card(prepared)
     torch.manual_seed(seed)
-    return SeedResult(
-        seed, LearnedPolicy(PrecisionNet(card.schema), card, f"ppo seed {seed}"), 0.0, 0.1 * seed, 0.0, None
-    )
+    policy = LearnedPolicy(PrecisionNet(card.schema), card, f"ppo seed {seed}")
+    return SeedResult(seed, policy, ((0, 0.0), (64, 0.1 * seed)), None)
 
 
 @pytest.fixture
@@ -275,9 +281,71 @@ def test_oracle_row_is_on_the_same_text(tiny_prepared: Prepared) -> None:
     assert result.mean_bit_width == pytest.approx(sum(mean) / 2, rel=1e-4)
 
 
-def test_showcase_names_the_tokens_that_were_read(tiny_prepared: Prepared) -> None:
-    trace, tokens = showcase(tiny_prepared, learned_result(tiny_prepared, 0).policy, 5.0)
+def test_the_most_moving_sequence_is_found_among_all_that_was_run(tiny_prepared: Prepared, timed: list[str]) -> None:
+    """Over seeds, dials and sequences; what is not trained moves as it likes."""
+    results = [learned_result(tiny_prepared, seed) for seed in (0, 1)]
+    dials = tiny_prepared.dials(3).tolist()
+    entries = [
+        Entry(PPO.name, None, Contestant(PPO.name, r.policy, dial, r.seed)) for r in results for dial in dials
+    ] + [Entry("random", None, contest.contestant(RandomWidths(4.5), policy_context(tiny_prepared)))]
+    seen: list[tuple[Contestant, Trace]] = []
+    moving = MostMoving()
+
+    def watch(one: Contestant, trace: Trace) -> None:
+        seen.append((one, trace))
+        moving.consider(one, trace)
+
+    contest.compete_at_budgets(tiny_prepared, contest.Settings(tuple(entries), ()), 4, watch=watch)
+    assert len(seen) == 7
+    best = -1.0
+    for one, trace in seen[:-1]:
+        for index, widths in enumerate(trace.bit_widths.numpy().astype(np.float64)):
+            if widths.std(axis=0).mean() > best:
+                best, expected = widths.std(axis=0).mean(), (index, one.kl_weight, one.seed, widths)
+    found = moving.found
+    assert found is not None
+    assert (found.sequence_idx, found.kl_weight, found.seed) == expected[:3]
+    assert found.movement_bits == pytest.approx(best)
+    np.testing.assert_array_equal(found.bit_widths.numpy(), expected[3])
+    expected_title = f"test sequence {found.sequence_idx + 1} of 4, dial {found.kl_weight:.3g}, seed {found.seed}"
+    assert found.title() == expected_title
+    assert f"move by {best:.2f} bits" in found.words()
+    # Random widths move more than any of them.
+    assert float(movement_bits(seen[-1][1].bit_widths).max()) > best
+
+
+def test_movement_is_the_deviation_over_tokens() -> None:
+    widths = torch.randint(3, 9, (5, 12, 4))
+    np.testing.assert_allclose(movement_bits(widths).numpy(), widths.numpy().std(axis=1).mean(axis=-1))
+    assert float(movement_bits(torch.tensor([[3, 8], [3, 8]]))) == 0
+
+
+def test_tokens_that_were_read(tiny_prepared: Prepared) -> None:
     first, steps = tiny_prepared.env.prompt_tokens, tiny_prepared.env.max_new_tokens
-    assert trace.bit_widths.shape == (1, steps, 3)
-    read = tiny_prepared.windows.test[0, first : first + steps].tolist()
-    assert tokens == [chr(token) for token in read]
+    read = tiny_prepared.windows.test[-1, first : first + steps].tolist()
+    assert contest.read_tokens(tiny_prepared, 2, 1) == [chr(token) for token in read]
+
+
+def test_without_a_budget_static_of_the_time_that_was_taken(tiny_prepared: Prepared, timed: list[str]) -> None:
+    """A step differs where any unit does from the best static allocation within the row's own time."""
+    context = policy_context(tiny_prepared)
+    traces: dict[str, Trace] = {}
+    learned_policy = learned_result(tiny_prepared, 1).policy
+    entries = [
+        Contestant(PPO.name, learned_policy, 5.0, 1),
+        contest.contestant(RandomWidths(4.5), context),
+        contest.contestant(Fixed(4), context),
+        contest.contestant(Knapsack(5.0), context),
+    ]
+    settings = contest.Settings(tuple(Entry(one.family, None, one) for one in entries), ())
+    rows = contest.compete_at_budgets(
+        tiny_prepared, settings, 4, watch=lambda one, trace: traces.update({one.name: trace})
+    )
+    for one, result in zip(entries, rows, strict=True):
+        share = result.time_share_modelled
+        assert share is not None
+        (static,) = static_entries(tiny_prepared, [share]).values()
+        assert float(tiny_prepared.cost.time_share(static.bit_widths)) <= share + 1e-6
+        unlike = (traces[one.name].bit_widths != static.bit_widths).any(-1).double().mean()
+        assert result.differs_from_static == pytest.approx(float(unlike)), one.name
+    assert {rows[2].differs_from_static, rows[3].differs_from_static} <= {0.0, 1.0}

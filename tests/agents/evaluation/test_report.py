@@ -7,14 +7,17 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from evaluation_rows import evaluation, row
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from flexquant_rl.agents.evaluation.comparison import families, seed_groups
+from flexquant_rl.agents.evaluation.comparison import families, seed_groups, steps_unlike_static
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto, visible_token
+from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
 from flexquant_rl.agents.evaluation.report import console_table, markdown_table, write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, read_rows, write_rows
 from flexquant_rl.engine.errors import InputError
@@ -130,7 +133,7 @@ def test_markdown_table_has_one_row_for_each_policy_and_budget() -> None:
     assert [line["time budget"] for line in learned] == ["0.8", "0.7", "0.6", "0.5"]
     assert all(line["time share, measured"] == "not measured" for line in learned)
     assert all("±" in line["time share, modelled"] for line in learned)
-    assert all(line["steps unlike static (%)"].startswith("25.0") for line in learned)
+    assert all(line["steps unlike static in equal time (%)"].startswith("25.0") for line in learned)
     versus += ", modelled"
     assert [line[versus] for line in learned] == ["-10.0 (-10.0 to -10.0)"] * 4
     assert [line[versus] for line in named if line["policy"].startswith("static")] == [""] * 4
@@ -223,6 +226,34 @@ def test_pareto_picture_of_little(tmp_path: Path, rows: list[EvalRow]) -> None:
     picture(tmp_path / "a.png", 1200)
 
 
+def test_learning_curve_of_any_shape(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    long = {seed: [(1000 * i, float(generator.normal(0.01, 0.004))) for i in range(40)] for seed in range(6)}
+    # One seed; a resumed one that was validated elsewhere; nothing but the clone, as good as static; far below static.
+    others = [{3: long[0]}, {0: long[0], 1: long[1][::2]}, {0: [(0, 0.0)]}, {0: [(0, -3.0), (64, -0.1)]}]
+    for index, curves in enumerate([long, *others]):
+        plot_learning_curve(curves, tmp_path / "l.png", title=f"$curve {index}", caption=LONG_CAPTION)
+        picture(tmp_path / "l.png", 1350)
+    with pytest.raises(ValueError, match="at least one network of every seed"):
+        plot_learning_curve({0: long[0], 1: []}, tmp_path / "l.png", title="t", caption="c")
+
+
+def test_the_mean_stands_where_every_seed_was_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[float], list[float]]] = []
+    plot = Axes.plot
+
+    def spy(axes: Axes, *args: Any, **kwargs: Any) -> Any:
+        drawn.append((list(np.ravel(args[0])), list(np.ravel(args[1]))))
+        return plot(axes, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    curves = {4: [(0, 0.1), (8, 0.5), (16, 0.3)], 5: [(0, 0.3), (16, 0.1)]}
+    plot_learning_curve(curves, tmp_path / "l.png", title="t", caption="c")
+    assert drawn[-1] == ([0, 16], pytest.approx([0.2, 0.2]))
+    assert ([8], [0.5]) in drawn, "what validation chose of seed 4"
+    assert ([0], [0.3]) in drawn, "and of seed 5"
+
+
 @pytest.mark.parametrize(("num_tokens", "num_units"), [(1, 1), (24, 3), (64, 9), (65, 9), (200, 80)])
 def test_bits_picture_of_any_size(tmp_path: Path, num_tokens: int, num_units: int) -> None:
     generator = np.random.default_rng(0)
@@ -236,6 +267,7 @@ def test_bits_picture_of_any_size(tmp_path: Path, num_tokens: int, num_units: in
         [*(f"layer.{index}" for index in range(num_units - 1)), "head"],
         tmp_path / "b.png",
         title="Bits read at every token",
+        subtitle="test sequence 3 of $8, dial 15.1 full-width steps per nat",
         output_kl_nats=kl,
         bit_widths=(3, 4, 5, 6, 8),
     )
@@ -270,3 +302,12 @@ def test_bits_picture_refuses_what_does_not_fit(tmp_path: Path) -> None:
 )
 def test_tokens_are_visible(token: str, label: str) -> None:
     assert visible_token(token) == label
+
+
+def test_how_often_a_family_is_unlike_static_in_words() -> None:
+    rows = evaluation(seeds=1)
+    rows += [row("ppo", 0.6, 0.01, policy="ppo", seed=1, differs_from_static=0.75)]
+    words = steps_unlike_static([r for r in rows if r.time_budget in (0.5, 0.6)], "ppo")
+    assert words == "steps of ppo whose widths are not those of static at the same time budget: 25% at 0.5, 50% at 0.6"
+    assert steps_unlike_static(rows, "oracle") is None
+    assert steps_unlike_static([], "ppo") is None

@@ -273,7 +273,7 @@ def assert_same(a: tuple[PPO, TrainingCallback], b: tuple[PPO, TrainingCallback]
     for key, state in optimizers[0].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimizers[1][key][name])), (key, name)
-    assert (a[1].best_score, a[1].first_score) == (b[1].best_score, b[1].first_score)
+    assert (a[1].best_score, a[1].curve) == (b[1].best_score, b[1].curve)
     assert a[0].num_timesteps == b[0].num_timesteps
     assert a[0]._n_updates == b[0]._n_updates
     assert a[1]._updates == b[1]._updates
@@ -323,7 +323,8 @@ def test_best_network_is_kept_not_the_last(tmp_path: Path) -> None:
 
     callback = TrainingCallback(tmp_path / "checkpoint.safetensors", validate, validate_every=1)
     learn(ppo, callback, 3 * SMALL_ROLLOUT, tmp_path / "tensorboard")
-    assert (callback.first_score, callback.best_score) == (1.0, 3.0)
+    assert (callback.first_score, callback.best_score, callback.last_score) == (1.0, 3.0, 0.0)
+    assert callback.curve == [(0, 1.0), (SMALL_ROLLOUT, 3.0), (2 * SMALL_ROLLOUT, 2.0), (3 * SMALL_ROLLOUT, 0.0)]
     assert len(states) == 4  # before each update and after the last
     for name, tensor in callback.best_state.items():
         assert torch.equal(tensor, states[1][name])
@@ -420,15 +421,17 @@ def test_logged_numbers_belong_to_their_rollout(tmp_path: Path) -> None:
 
     ppo.set_logger = with_writer  # type: ignore[method-assign]
     learn(ppo, callback, 2 * SMALL_ROLLOUT, tmp_path / "tensorboard")
-    assert [step for step, _ in rows] == [SMALL_ROLLOUT, 2 * SMALL_ROLLOUT, 2 * SMALL_ROLLOUT]
-    for index, (_, values) in enumerate(rows[:2]):
+    # The clone's score; then, after each rollout, what it gave, and after the update what that did.
+    done = (0, SMALL_ROLLOUT, SMALL_ROLLOUT, 2 * SMALL_ROLLOUT, 2 * SMALL_ROLLOUT)
+    assert tuple(step for step, _ in rows) == done
+    assert rows[0][1].keys() == {"validation/reward_over_static"}
+    for index, (_, values) in enumerate(rows[1::2]):
         mean = np.mean(plain[index * SMALL_ROLLOUT : (index + 1) * SMALL_ROLLOUT])
         assert values["reward/total"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
         assert values["reward/time_saved"] - values["reward/kl_cost"] == pytest.approx(values["reward/total"], abs=1e-4)
         assert 3 <= values["bits/mean"] <= 8
-        assert all(3 <= values[f"bits/unit_{unit}"] <= 8 for unit in range(4))
-    assert rows[1][1]["policy/policy_entropy"] > 0
-    assert list((tmp_path / "tensorboard").glob("events*"))
+        assert all(3 <= values[f"bits/{unit.name}"] <= 8 for unit in model.units)
+    assert all(values["policy/policy_entropy"] > 0 for _, values in rows[2::2])
 
 
 def test_free_running_text_trains_too(tmp_path: Path) -> None:

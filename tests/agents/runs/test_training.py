@@ -136,8 +136,9 @@ def test_a_seed_is_trained_once(tiny_prepared: Prepared, tmp_path: Path, monkeyp
     monkeypatch.setattr(training, "build_ppo", lambda *_, **__: pytest.fail("trained already"))
     again = train_seed(CONFIG, tiny_prepared, 1, tmp_path)
     assert_equal_policies(again.policy, result.policy)
-    scores = ("cloned_score", "best_score", "last_score")
-    assert [getattr(again, name) for name in scores] == [getattr(result, name) for name in scores]
+    assert again.curve == result.curve
+    assert [env_steps for env_steps, _ in result.curve] == [0, 96]
+    assert result.chosen == max(result.curve, key=lambda point: point[1])
     assert result.cloned_score <= result.best_score >= result.last_score > -math.inf
     assert again.env_steps_per_s == result.env_steps_per_s
     assert again.cloned is not None
@@ -193,7 +194,7 @@ def test_a_seed_resumes_to_the_same_policy(
     monkeypatch.setattr(training, "clone", lambda *_, **__: pytest.fail("cloned already"))
     result = train_seed(CONFIG, tiny_prepared, 1, tmp_path / "resumed")
     assert_equal_policies(result.policy, expected.policy)
-    assert (result.best_score, result.cloned_score) == (expected.best_score, expected.cloned_score)
+    assert result.curve == expected.curve
     whole, resumed = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
 
@@ -273,3 +274,10 @@ def test_latencies_come_from_one_place() -> None:
         check_config(TrainConfig(latency="guessed"))  # type: ignore[arg-type]
     check_config(TrainConfig(profile="p.json"))
     check_config(TrainConfig(latency="measured"))
+
+
+def test_budgets_that_nothing_reaches(tiny_prepared: Prepared) -> None:
+    fastest = float(tiny_prepared.cost.time_share(tiny_prepared.front.bit_widths).min())
+    preparation.check_budgets(TrainConfig(time_budgets=(fastest / 2, (1 + fastest) / 2)), tiny_prepared)
+    with pytest.raises(InputError, match=r"out of reach: the fastest allocation takes 0\.\d+ .*; give e.g. --time-bud"):
+        preparation.check_budgets(TrainConfig(time_budgets=(fastest / 2,)), tiny_prepared)

@@ -103,14 +103,14 @@ def deep_reward(path: Path) -> float:
     model = DeepModel()
     env = toy_env(model, num_envs=64)
     config = replace(TOY_PPO, learning_rate=1e-3)
-    return mean_reward(toy_policy(train(env, model, config, 6, path), model), model, toy_windows())
+    return mean_reward(toy_policy(train(env, model, config, 8, path), model), model, toy_windows())
 
 
 def test_a_deep_model_learns_as_fast_as_a_shallow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 units: the joint ratio leaves the clip when each has moved a little, and training crawls."""
-    assert deep_reward(tmp_path / "unit") > 0.1
+    by_unit = deep_reward(tmp_path / "unit")
     monkeypatch.setattr(ppo_module, "UnitPPO", JointPPO)
-    assert deep_reward(tmp_path / "joint") < 0.05
+    assert by_unit > max(0.1, 1.5 * deep_reward(tmp_path / "joint"))
 
 
 DIALS = (0.5, 60.0)
@@ -145,10 +145,10 @@ def captured(path: Path) -> list[float]:
 
 def test_every_dial_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A nat costs 120 times as much at one end as at the other; normalised together, most dials learn less."""
-    assert min(captured(tmp_path / "by_dial")) > 0.85
+    by_dial = min(captured(tmp_path / "by_dial"))
 
     def together(advantages: Tensor, dial: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
         return normalised_by_dial(advantages, torch.zeros_like(dial), num_rows=num_rows)
 
     monkeypatch.setattr(unit_ppo, "normalised_by_dial", together)
-    assert min(captured(tmp_path / "together")) < 0.8
+    assert by_dial > max(0.6, 1.3 * min(captured(tmp_path / "together")))

@@ -223,6 +223,12 @@ class TestTokenSignals:
         torch.testing.assert_close(projected[:, :3].std(0), torch.ones(3))
         assert not projected[:, 3:].any()
 
+    def test_directions_in_which_nothing_varies_stay_empty(self) -> None:
+        embedding = torch.randn(300, 5) @ torch.randn(5, 24)
+        projected = project_embedding(embedding, 12)
+        torch.testing.assert_close(projected[:, :5].std(0), torch.ones(5))
+        assert projected[:, 5:].abs().max() < 0.05
+
     def test_projection_is_fixed_centred_and_of_unit_variance(self) -> None:
         embedding = 7 + torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
         projected = project_embedding(embedding, 16)

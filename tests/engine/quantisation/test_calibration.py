@@ -237,7 +237,8 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("method", "used"), [(None, "gptq"), ("rtn", "rtn"), ("gptq", "gptq")])
 def test_command_calibrates(small_model_dir: Path, tmp_path: Path, text: Path, method: str | None, used: str) -> None:
-    options = ("--group-size", 32, "--calibration", text, "--text", text, *(("--method", method) if method else ()))
+    options = ("--group-size", 32, "--calibration", text, "--text", text, "--tune-steps", 0)
+    options = (*options, *(("--method", method) if method else ()))
     result = run(cli.main, "quantize", small_model_dir, tmp_path / "out", *options).result
     assert result["calibration_tokens"] == 64 * 128  # 256 tokens do not fit the context
     loaded = load_checkpoint(tmp_path / "out")
@@ -251,7 +252,7 @@ def test_command_has_text_for_the_embedded_model(
     small_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexquant_rl.engine.embedded.embedded_model_path", lambda: small_model_dir)
-    result = run(cli.main, "quantize", "default", tmp_path / "out", "--method", "gptq").result
+    result = run(cli.main, "quantize", "default", tmp_path / "out", "--method", "gptq", "--tune-steps", 0).result
     assert result["calibration_tokens"] == 64 * 128
     assert load_checkpoint(tmp_path / "out").config.method == "gptq"
 

@@ -1,0 +1,98 @@
+"""What a long quantisation has done so far: a directory beside its output that an interrupted one goes on from.
+
+It holds the nested model that tuning begins with, and the state of the tuning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from flexquant_rl.engine.checkpoint import load_checkpoint, save_checkpoint
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_json, write_json
+from flexquant_rl.engine.hf_modules import stored_tensors
+from flexquant_rl.engine.linear import reference_matrix
+from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.quantisation.calibration import Calibration
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_START, _KEY_FILE = "start", "start.json"
+STATE_FILE = "state.safetensors"
+"""The file in the directory that tuning keeps its state in."""
+
+
+@contextmanager
+def unfinished_directory(out: Path) -> Iterator[Path]:
+    """Yields a directory beside `out` that stays after an interruption or a full disk, and goes after anything else.
+
+    Raises:
+        KeyboardInterrupt: After an interruption, with what to do next.
+    """
+    directory = out.with_name(f".{out.name}.unfinished")
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield directory
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt("the same command goes on from there") from interruption
+    except InputError:
+        shutil.rmtree(directory)
+        raise
+    shutil.rmtree(directory)
+
+
+def nested_start(
+    directory: Path,
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: QuantizationConfig,
+    calibration: Tensor | None,
+    *,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> NestedCausalLM:
+    """`nest`, with the unquantised weights kept; what it gave an interrupted run is read back from a directory.
+
+    Args:
+        directory: Where a copy of the nested weights is kept.
+        hf_model: As for `nest`.
+        tokenizer: As for `nest`.
+        config: As for `nest`.
+        calibration: As for `nest`.
+        progress: As for `nest`.
+    """
+    key = _key(hf_model, config, calibration)
+    start, key_file = directory / _START, directory / _KEY_FILE
+    if key_file.is_file() and read_json(key_file) == key:
+        model = load_checkpoint(start)
+        for name, linear in model.nested_linears().items():
+            linear.reference_weight = reference_matrix(hf_model.get_submodule(name))
+        return model
+    for stale in (key_file, directory / STATE_FILE):  # of other options
+        stale.unlink(missing_ok=True)
+    if start.exists():
+        shutil.rmtree(start)
+    model = nest(hf_model, tokenizer, config, keep_reference=True, calibration=calibration, progress=progress)
+    save_checkpoint(model, start)
+    write_json(key_file, key)
+    return model
+
+
+def _key(hf_model: PreTrainedModel, config: QuantizationConfig, calibration: Tensor | None) -> str:
+    """Digest of all that nesting depends on."""
+    facts = [asdict(config), None if calibration is None else Calibration.of(calibration).sha256]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in stored_tensors(hf_model).items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
