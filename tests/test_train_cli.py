@@ -245,7 +245,7 @@ def interrupt() -> None:
 
 
 # Each seed takes 12 steps of 4 episodes at a time, 3 rollouts of 4; two epochs of two batches follow each rollout. What
-# is replaced on disk: configuration, profile, front, the clone, then a checkpoint before each rollout.
+# is replaced on disk: configuration, profile, front, importance, the clone, then a checkpoint before each rollout.
 PHASES = {
     "quantising": ("engine.model:quantize_rtn", 4),
     "profiling": ("engine.control.profile:allocation_kl_nats", 1),
