@@ -22,6 +22,8 @@ Device = Literal["cpu", "cuda"]
 Latency = Literal["measured", "roofline"]
 
 
+BASELINES = ("random", "entropy", "schedule", "regressor", "untrained")
+"""Families that are tuned beside the policy, from cheap to dear; static allocations and fixed widths always compete."""
 _LEAST_WINDOWS = 10
 
 
@@ -98,6 +100,9 @@ class TrainConfig:
     static allocations."""
     time_budgets: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARES")] = (0.5, 0.6, 0.7, 0.8)
     """Shares of the time at the largest width that every family is asked for in the final table."""
+    baselines: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = ("random", "entropy", "schedule")
+    """Families beside static and fixed in the final table, each tuned at every budget: random, entropy, schedule,
+    regressor, untrained; the last two are left out for the time they take."""
     oracle_masks: int = 96
     """Random choices of tokens per sequence from which the oracle learns their influence; 0 leaves it out."""
     long_tokens: int = 512
@@ -166,6 +171,9 @@ def check_config(config: TrainConfig) -> None:
                 f"time_budgets={' '.join(map(str, config.time_budgets))!r} must be shares of full-width time above 0 "
                 "and up to 1, at least one; give e.g. --time-budgets 0.5 0.6 0.7 0.8"
             )
+    for name in config.baselines:
+        if name not in BASELINES:
+            raise InputError(f"baselines={name!r} is unknown; choose from --baselines {' '.join(BASELINES)}")
     if config.oracle_masks < 0 or config.oracle_masks == 1:
         raise InputError(f"oracle_masks={config.oracle_masks} must be at least 2; 0 leaves the oracle out")
     if config.env.source != "replay" or config.env.action != "bit_widths":

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.evaluation.rehearsal import RecordedText
 from flexquant_rl.agents.export import ExportedPolicy
 from flexquant_rl.agents.policies.static_front import StaticFront, static_front
-from flexquant_rl.agents.policies.unbound import PolicyContext
+from flexquant_rl.agents.policies.unbound import PolicyContext, Recording
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.allocation_kl import affordable_windows
@@ -35,6 +37,7 @@ from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
 
 FRONT_FILE = "static_front.safetensors"
 _MOST_FRONT_WINDOWS = 16
+_RECORDED_WINDOWS = 32
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,16 @@ class Prepared:
 
 
 def policy_context(prepared: Prepared) -> PolicyContext:
-    """What policies may know of this run's model."""
+    """What policies may know of this run's model; training text is read when the first of them asks for it."""
     model = prepared.model
     schema = SignalSchema(model.num_units, model.bit_widths)
-    return PolicyContext(prepared.profile, prepared.front, schema, model.fingerprint)
+
+    @cache
+    def recording() -> Recording:
+        windows = spread(prepared.windows.train, _RECORDED_WINDOWS)
+        return RecordedText(model, prepared.profile, windows, prepared.env, prepared.cost, num_scored=_RECORDED_WINDOWS)
+
+    return PolicyContext(prepared.profile, prepared.front, schema, model.fingerprint, recording)
 
 
 def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[ExportedPolicy] = ()) -> Prepared:

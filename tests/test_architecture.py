@@ -55,7 +55,7 @@ def test_files_that_documents_name_exist() -> None:
     assert len(found) > 40
     # The reader of extending.md writes these.
     found -= {
-        ("extending.md", name) for name in ("agents/policies/schedule.py", "tests/agents/policies/test_schedule.py")
+        ("extending.md", name) for name in ("agents/policies/periodic.py", "tests/agents/policies/test_periodic.py")
     }
     assert not [f"{document}: {name}" for document, name in sorted(found) if not (ROOT / name).exists()]
 

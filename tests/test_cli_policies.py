@@ -205,3 +205,12 @@ class TestChat:
         error = generate(chatty, "fixed:8").error
         assert "refuses the message (only poems)" in error
         assert "--raw" in error
+
+
+def test_a_policy_that_is_fitted_is_fitted_to_training_text(nested: Path, text: Path) -> None:
+    options = ("--text", text, "--sequences", 2, "--env.prompt-tokens", 4, "--env.max-new-tokens", 6)
+    names = ("regressor:0", "regressor:1e9", "fixed:4")
+    rows = run(cli.main, "evaluate", nested, "--policy", *names, *options).result["rows"]
+    assert [row["policy"] for row in rows] == ["regressor:0", "regressor:1e+09", "fixed:4"]
+    assert rows[0]["mean_bit_width"] >= 4
+    assert rows[1]["output_kl_nats"] == pytest.approx(rows[2]["output_kl_nats"]), "nothing saves so much"

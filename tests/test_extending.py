@@ -73,18 +73,18 @@ def test_a_policy_of_your_own(here: Path, tiny_model_dir: Path) -> None:
 
 def test_a_new_baseline(here: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, test_source = blocks("A new baseline")
-    schedule = load(source, "flexquant_rl.agents.policies.schedule", here / "schedule.py", monkeypatch)
-    monkeypatch.setattr(families, "POLICIES", (*families.POLICIES, schedule.Schedule))
-    tests = load(test_source, "test_schedule", here / "test_schedule.py", monkeypatch)
+    periodic = load(source, "flexquant_rl.agents.policies.periodic", here / "periodic.py", monkeypatch)
+    monkeypatch.setattr(families, "POLICIES", (*families.POLICIES, periodic.Periodic))
+    tests = load(test_source, "test_periodic", here / "test_periodic.py", monkeypatch)
     own_tests = [value for name, value in vars(tests).items() if name.startswith("test_")]
     assert len(own_tests) == 3
     for test in own_tests:
         test()
-    (facts,) = families.family_facts(["schedule"]).values()
-    assert facts == schedule.Schedule.family
-    finished = run(cli.main, "evaluate", tiny_model_dir, "--policy", "schedules:16")
-    assert "did you mean schedule:16?" in finished.error
-    rows = evaluated(tiny_model_dir, here, "schedule:2,high=6", "schedule:0", "fixed:4")
+    (facts,) = families.family_facts(["periodic"]).values()
+    assert facts == periodic.Periodic.family
+    finished = run(cli.main, "evaluate", tiny_model_dir, "--policy", "periodics:4")
+    assert "did you mean periodic:4?" in finished.error
+    rows = evaluated(tiny_model_dir, here, "periodic:2,high=6", "periodic:1,high=6", "fixed:6")
     assert rows[0]["mean_bit_width"] == 5
     assert rows[1]["output_kl_nats"] == rows[2]["output_kl_nats"]
 

@@ -18,7 +18,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexquant_rl import train
-from flexquant_rl.agents.evaluation.contest import heuristics
 from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import load_policy
@@ -175,14 +174,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures.
-
-    Of the policies that learn nothing, the static ones are judged, at two budgets.
-    """
-    monkeypatch.setattr(
-        "flexquant_rl.agents.runs.phases.heuristics",
-        lambda prepared: [family for family in heuristics(prepared) if family.name in ("static", "fixed")],
-    )
+    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures."""
     monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
     monkeypatch.setattr(
         "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
@@ -194,8 +186,9 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def start(tiny_model_dir: Path, text: Path) -> tuple[object, ...]:
     """The options of every run below: two seeds."""
-    # Latencies that are the same in every run: those that are measured are not.
-    options = ("--latency", "roofline", "--time-budgets", 0.5, 0.7)
+    # Latencies that are the same in every run: those that are measured are not. Of the policies that learn nothing by
+    # reward, those are judged that cost little, at two budgets.
+    options = ("--latency", "roofline", "--time-budgets", 0.5, 0.7, "--baselines", "untrained")
     return ("--model", tiny_model_dir, "--text", text, "--seeds", 2, *TINY_RUN, *options)
 
 
@@ -214,6 +207,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     files = [f"{folder}/policy.safetensors" for folder in ("policy", "seeds/0/policy", "seeds/1/policy")]
     # The last checkpoints too: where no update beats the clone, the policy says nothing about training.
     files += ["seeds/0/checkpoint.safetensors", "seeds/1/checkpoint.safetensors"]
+    files += ["seeds/0/cloned.safetensors", "seeds/1/cloned.safetensors"]
     files += ["profile.json", "static_front.safetensors", "importance.safetensors"]
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     dial = json.loads((run_dir / "policy" / "policy.json").read_text())["dial"]
@@ -251,7 +245,7 @@ def interrupt() -> None:
 
 
 # Each seed takes 12 steps of 4 episodes at a time, 3 rollouts of 4; two epochs of two batches follow each rollout. What
-# is replaced on disk: configuration, profile, front, then a checkpoint before each rollout.
+# is replaced on disk: configuration, profile, front, importance, the clone, then a checkpoint before each rollout.
 PHASES = {
     "quantising": ("engine.model:quantize_rtn", 4),
     "profiling": ("engine.control.profile:allocation_kl_nats", 1),
@@ -260,7 +254,7 @@ PHASES = {
     "cloning": ("agents.runs.imitation:_targets", 5),
     "seed 0, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 7),
     "seed 0, update": ("agents.runs.unit_ppo:UnitPPO._gradient_step", 7),
-    "seed 0, checkpoint": ("engine.files:os.replace", 5),
+    "seed 0, checkpoint": ("engine.files:os.replace", 6),
     "seed 0, validation": ("agents.runs.training:Validation.__call__", 2),
     "seed 0, export": ("agents.runs.training:check_parity", 1),
     "seed 1, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 22),

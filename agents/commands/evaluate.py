@@ -11,9 +11,10 @@ import torch
 from flexquant_rl.agents.commands.options import EvaluateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import TrainConfig, check_config
+from flexquant_rl.agents.evaluation.baselines import contestant
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.evaluation.comparison import Clock, compare, families
-from flexquant_rl.agents.evaluation.contest import compete, contestant
+from flexquant_rl.agents.evaluation.contest import compete
 from flexquant_rl.agents.evaluation.report import console_table
 from flexquant_rl.agents.evaluation.rows import public_dict
 from flexquant_rl.agents.export import ExportedPolicy, load_exported_together

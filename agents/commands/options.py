@@ -120,9 +120,9 @@ class EvaluateOptions:
     model: Model
     """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = ("fixed:4", "fixed:8", "knapsack:4.5")
-    """Names (fixed:4, knapsack:4.5, random:4.5, entropy:1.5), with more parameters as key=value
-    (entropy:1.5,one_way=true); runs of train.py; directories of exported policies; classes of your own, as module:Class
-    or module:Class:key=value,..., found from the current directory (docs/extending.md)."""
+    """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3), with more parameters as
+    key=value (entropy:1.5,one_way=true); runs of train.py; directories of exported policies; classes of your own, as
+    module:Class or module:Class:key=value,..., found from the current directory (docs/extending.md)."""
     text: Files = ()
     """Text files; default: the held-out standard library."""
     text_field: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,7 @@ from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 
 _GRID = 5
 _MAX_STEPS = 6
+_MAX_MEASURED = 4
 # What is left of a budget is no loss: whatever a policy takes, it is compared in that time.
 _TOLERANCE = 4e-3
 _NARROWEST = 1e-4
@@ -174,6 +176,109 @@ class Knob:
         return max(brackets, key=lambda pair: (self.known[pair[0]].time_share, pair), default=None)
 
 
+class Rehearsal(Protocol):
+    """Tries settings cheaply, before they are measured."""
+
+    def time_share(self, one: Contestant) -> float:
+        """Nearly the time share that measuring would find; it may be off by something that changes slowly."""
+
+    def output_kl_nats(self, one: Contestant) -> float:
+        """Nearly the KL, good enough to choose by."""
+
+
+@dataclass(frozen=True)
+class BestOfFamily:
+    """Policies with one knob and further parameters: at each budget the best of a grid of the latter.
+
+    Every member meets every budget in rehearsal, and KL decides there between those that do. The winner is then
+    measured, and its knob turned until the measured time uses the budget up.
+
+    Attributes:
+        name: Name of the family.
+        members: The same family at each combination of the other parameters.
+        rehearsal: Makes the rehearsal, on validation text; asked once.
+    """
+
+    name: str
+    members: tuple[KnobFamily, ...]
+    rehearsal: Callable[[], Rehearsal]
+
+    def entries(
+        self, budgets: Sequence[float], measure: Callable[[Contestant], Outcome]
+    ) -> tuple[list[Entry], list[str]]:
+        """See `KnobFamily.entries`."""
+        rehearsal = self.rehearsal()
+        tries = [_Rehearsed(member, rehearsal) for member in self.members]
+        found, missed = [], []
+        for budget in budgets:
+            ranked = sorted(
+                (position for position in (one.rehearsed(budget) for one in tries) if position is not None),
+                key=lambda position: position.kl(only=len(tries) == 1),
+            )
+            entry = next((e for e in (one.owner.measured(budget, measure) for one in ranked) if e is not None), None)
+            if entry is None:
+                times = [outcome.time_share for one in tries for outcome in one.knob.known.values()]
+                reach = f"its settings take {min(times):.3f} to {max(times):.3f}"
+                missed.append(f"{self.name} has no point at {budget:.3g} of full-width time: {reach}")
+            else:
+                found.append(entry)
+        return found, missed
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A member at a position that meets a budget in rehearsal."""
+
+    owner: _Rehearsed
+    position: float
+
+    def kl(self, *, only: bool) -> float:
+        """Rehearsed KL; nothing is looked up where there is nothing to choose."""
+        return 0.0 if only else self.owner.rehearsal.output_kl_nats(self.owner.member.at(self.position))
+
+
+class _Rehearsed:
+    """One member: its knob in rehearsal, and how much longer it took when it was measured."""
+
+    def __init__(self, member: KnobFamily, rehearsal: Rehearsal) -> None:
+        self.member, self.rehearsal = member, rehearsal
+        self.knob = Knob(self._try, member.grid)
+        self._offset = 0.0
+
+    def _try(self, position: float) -> Outcome:
+        # Whoever takes more time has less KL: so the knob ends at the position that uses most of a budget.
+        time_share = self.rehearsal.time_share(self.member.at(position))
+        return Outcome(time_share, -time_share)
+
+    def rehearsed(self, budget: float) -> _Setting | None:
+        """The setting for a budget; None out of reach."""
+        try:
+            return _Setting(self, self.knob.meet(budget - self._offset))
+        except BudgetError:
+            return None
+
+    def measured(self, budget: float, measure: Callable[[Contestant], Outcome]) -> Entry | None:
+        """The setting of least measured KL within a budget; None where no setting that was tried is within it."""
+        within: list[tuple[float, float]] = []
+        tried: set[float] = set()
+        slack = 0.0
+        for _ in range(_MAX_MEASURED):
+            setting = self.rehearsed(budget - slack)
+            if setting is None or setting.position in tried:
+                break
+            tried.add(setting.position)
+            outcome = measure(self.member.at(setting.position))
+            self._offset = outcome.time_share - self.knob.known[setting.position].time_share
+            rest = budget - outcome.time_share
+            if rest >= -_ROUNDING:
+                within.append((outcome.output_kl_nats, setting.position))
+                if rest <= _TOLERANCE:
+                    break
+            # Where the time moves in steps the same aim finds the same step beyond the budget again.
+            slack += 0.4 * _TOLERANCE if rest < 0 else 0.0
+        return Entry(self.member.name, budget, self.member.at(min(within)[1])) if within else None
+
+
 @dataclass(frozen=True)
 class SharingFamily:
     """A few static policies of which two may share the time, such as fixed widths.
@@ -271,4 +376,4 @@ class StaticFamily:
         return found, missed
 
 
-TimedFamily = KnobFamily | SharingFamily | StaticFamily
+TimedFamily = KnobFamily | BestOfFamily | SharingFamily | StaticFamily

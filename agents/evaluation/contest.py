@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from flexquant_rl.agents.config import BASELINES
+from flexquant_rl.agents.evaluation.baselines import contestant, tuned_baselines, validation_rehearsal
 from flexquant_rl.agents.evaluation.budgets import (
+    BestOfFamily,
     Contestant,
     Entry,
     KnobFamily,
@@ -27,11 +30,8 @@ from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trac
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.evaluation.showcase import MostMoving
-from flexquant_rl.agents.policies.entropy import EntropyThreshold
-from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC, bind_policy, family_name
+from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC, UNTRAINED
 from flexquant_rl.agents.policies.fixed import Fixed
-from flexquant_rl.agents.policies.random_widths import RandomWidths
-from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import SeedResult
@@ -40,8 +40,6 @@ from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.fq_env.prompts import spread
 
-# Entropies in nats from where nearly no token runs low to where all do.
-_ENTROPY_RANGE_NATS = (-1.0, 11.0)
 # The dial goes a little beyond the range that was trained: the ends of the budgets may lie there.
 _DIAL_MARGIN = 4.0
 _TIMED_WINDOWS, _TIMED_TOKENS = 3, 32
@@ -68,31 +66,28 @@ class Settings:
         return None
 
 
-def heuristics(prepared: Prepared) -> list[TimedFamily]:
-    """The families that learn nothing: the best static allocations, fixed widths, random mixes, entropy."""
+def heuristics(prepared: Prepared, baselines: Collection[str] = BASELINES) -> list[TimedFamily]:
+    """The families that learn nothing by reward: static allocations, fixed widths, and the tuned baselines named."""
     context = policy_context(prepared)
     widths = prepared.model.bit_widths
-    low_width = EntropyThreshold.low_width if EntropyThreshold.low_width in widths else widths[0]
-    lowest, highest = _ENTROPY_RANGE_NATS
-
-    def random_at(position: float) -> Contestant:
-        return contestant(RandomWidths(round(widths[0] + position * (widths[-1] - widths[0]), 4)), context)
-
-    def entropy_at(position: float) -> Contestant:
-        threshold = round(highest + position * (lowest - highest), 4)
-        return contestant(EntropyThreshold(threshold, low_width=low_width), context)
-
     return [
         static_family(prepared),
         SharingFamily(Fixed.family.name, tuple(contestant(Fixed(width), context) for width in widths)),
-        KnobFamily(RandomWidths.family.name, random_at),
-        KnobFamily(EntropyThreshold.family.name, entropy_at),
+        *tuned_baselines(prepared, context, baselines),
     ]
 
 
 def learned(prepared: Prepared, results: Sequence[SeedResult]) -> list[TimedFamily]:
     """The family of every training seed, its knob the dial on a log scale."""
     return [dial_family(prepared, PPO.name, result.policy, result.seed) for result in results]
+
+
+def untrained(prepared: Prepared, best: SeedResult) -> list[TimedFamily]:
+    """The network of the best seed as PPO found it; none where the run lost it."""
+    if best.cloned is None:
+        return []
+    family = dial_family(prepared, UNTRAINED.name, best.cloned, best.seed)
+    return [BestOfFamily(family.name, (family,), lambda: validation_rehearsal(prepared))]
 
 
 def dial_family(prepared: Prepared, name: str, policy: LearnedPolicy, seed: int | None) -> KnobFamily:
@@ -104,11 +99,6 @@ def dial_family(prepared: Prepared, name: str, policy: LearnedPolicy, seed: int 
         return Contestant(name, policy, math.exp(low + position * (high - low)), seed)
 
     return KnobFamily(name, at, seed)
-
-
-def contestant(policy: UnboundPolicy, context: PolicyContext) -> Contestant:
-    """A policy that learns nothing, bound to the model."""
-    return Contestant(family_name(policy), bind_policy(policy, context))
 
 
 def tune(prepared: Prepared, families: Sequence[TimedFamily], budgets: Sequence[float], num_sequences: int) -> Settings:

@@ -32,7 +32,8 @@ from flexquant_rl.fq_env.prompts import spread
 
 _FRONT_POINTS = 4000
 _NEIGHBOURS = 2
-_VALIDATION_SEQUENCES = 24
+VALIDATION_SEQUENCES = 24
+"""Sequences of validation text that settings are found on, at most."""
 _MIN_CLOCKED = 3
 _RUNG = 0.05
 # The allocation on a rung takes a little less than the rung's share.
@@ -78,7 +79,7 @@ def static_entries(prepared: Prepared, time_shares: Sequence[float]) -> dict[flo
 
 @contextmanager
 def on_validation_text(
-    prepared: Prepared, num_sequences: int = _VALIDATION_SEQUENCES
+    prepared: Prepared, num_sequences: int = VALIDATION_SEQUENCES
 ) -> Iterator[Callable[[Contestant], Outcome]]:
     """What policies give on validation text; a static allocation is run once.
 
@@ -86,7 +87,7 @@ def on_validation_text(
         prepared: Model, text, latencies.
         num_sequences: Sequences, as far as they help.
     """
-    windows = spread(prepared.windows.validation, min(num_sequences, _VALIDATION_SEQUENCES))
+    windows = spread(prepared.windows.validation, min(num_sequences, VALIDATION_SEQUENCES))
     evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
     known: dict[tuple[int, ...], Outcome] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.equal_time import ClockLine, rung_error
 from flexquant_rl.agents.evaluation.rows import EvalRow
@@ -26,6 +27,12 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
         "A policy that looks at signals is charged the controller's time, which the latency table holds where it was "
         "measured.",
     ]
+    if any(row.family in BASELINES for row in rows):
+        lines.insert(
+            1,
+            "The baselines that look at the text or the position are searched over their other parameters too (widths, "
+            "spread, hysteresis): at each budget the combination of least KL on validation text stands in the table.",
+        )
     if any(row.time_share_measured is not None for row in rows):
         lines.append(
             "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "

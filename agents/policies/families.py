@@ -15,27 +15,32 @@ from flexquant_rl.agents.policies.knapsack import Knapsack
 from flexquant_rl.agents.policies.names import prefix, read_parameters, usage
 from flexquant_rl.agents.policies.own import bind_own, load_own_class, split_own_name
 from flexquant_rl.agents.policies.random_widths import RandomWidths
+from flexquant_rl.agents.policies.regressor import Regressor
+from flexquant_rl.agents.policies.schedule import Schedule
 from flexquant_rl.agents.policies.unbound import Baseline, Family, PolicyContext, UnboundPolicy
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.errors import InputError
 
 # In the order of tables and legends.
-POLICIES: tuple[type[Baseline], ...] = (Fixed, RandomWidths, EntropyThreshold, Knapsack)
-# Three families without names to parse: the best static allocation of each time budget, what is loaded from a
-# directory, and what looks at the text that it is judged on.
+POLICIES: tuple[type[Baseline], ...] = (Fixed, RandomWidths, Schedule, EntropyThreshold, Regressor, Knapsack)
+# Families without names to parse: the best static allocation of each time budget, the learned policy's network before
+# PPO, what is loaded from a directory, and what looks at the text that it is judged on.
 STATIC = Family("static", "static (best)", "#004B87", "p", is_static=True)
+UNTRAINED = Family("untrained", "untrained (cloned)", "#E8A06A", "d")
 PPO = Family("ppo", "ppo", "#D55E00", "o")
 ORACLE = Family("oracle", "oracle (bound)", "#009E73", "*", draws="points", is_oracle=True)
 
 # The colours above are Okabe and Ito's and darker relatives: told apart with any colour vision, and the marker says it
 # again. These are left for families that only the user knows.
-_SPARE_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100", "#CC79A7", "#56B4E9")
-_SPARE_MARKERS = ("<", ">", "d", "H", "8", "P", "v")
+_SPARE_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100", "#999933", "#56B4E9")
+_SPARE_MARKERS = ("<", ">", "1", "H", "8", "h", "v")
 
 
 def family_facts(names: Iterable[str]) -> dict[str, Family]:
     """The facts of families by name, in the order of tables and legends: oracles last, and unknown ones before them."""
-    known = {family.name: family for family in (*(policy.family for policy in POLICIES), STATIC, PPO, ORACLE)}
+    known = {
+        family.name: family for family in (*(policy.family for policy in POLICIES), STATIC, UNTRAINED, PPO, ORACLE)
+    }
     present = set(names)
     spare = cycle(zip(_SPARE_COLOURS, _SPARE_MARKERS, strict=True))
     facts = [family for name, family in known.items() if name in present]

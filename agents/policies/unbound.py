@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from flexquant_rl.agents.policies.static_front import StaticFront
@@ -44,6 +45,17 @@ class Family:
     is_oracle: bool = False
 
 
+class Recording(Protocol):
+    """Training text read once, for policies that are fitted to it."""
+
+    @property
+    def signals(self) -> Tensor:
+        """`[S, T, dim]` of S sequences of T tokens."""
+
+    def token_kl_nats(self, bit_widths: Tensor) -> Tensor:
+        """Output KL of every token, `[S, T]`, had all been read at one allocation `[U]`."""
+
+
 @dataclass(frozen=True)
 class PolicyContext:
     """The model that policies are bound to, as far as they may know it.
@@ -53,12 +65,14 @@ class PolicyContext:
         front: The static allocations that no other one beats.
         schema: Names and places of the signals.
         model_fingerprint: Fingerprint of the nested model.
+        recording: Makes or finds a recording of training text; None where there is no text.
     """
 
     profile: Profile
     front: StaticFront
     schema: SignalSchema
     model_fingerprint: str
+    recording: Callable[[], Recording] | None = None
 
     def column(self, bit_width: int, policy: str) -> int:
         """Index of a width among the stored ones.
@@ -72,6 +86,22 @@ class PolicyContext:
         """
         check_stored(bit_width, self.profile.bit_widths, policy)
         return self.profile.bit_widths.index(bit_width)
+
+    def allocation(self, mean_bit_width: float, policy: str) -> Tensor:
+        """`[U]`: a whole mean is that stored width for every unit, any other the point of the front nearest to it.
+
+        Args:
+            mean_bit_width: Mean width, bits.
+            policy: Name of the policy that asks for it.
+
+        Raises:
+            InputError: If a whole mean is not a stored width, or another one is outside the stored widths.
+        """
+        if mean_bit_width == int(mean_bit_width):
+            check_stored(int(mean_bit_width), self.profile.bit_widths, policy)
+            return torch.full((self.schema.num_units,), int(mean_bit_width))
+        self.check_mean(mean_bit_width, policy)
+        return self.front.nearest(mean_bit_width)
 
     def check_mean(self, mean_bit_width: float, policy: str) -> None:
         """Raises InputError if the policy of that name asks for a mean outside the stored widths."""

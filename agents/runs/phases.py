@@ -28,6 +28,7 @@ from flexquant_rl.agents.evaluation.contest import (
     oracle_time_share,
     read_tokens,
     tune,
+    untrained,
 )
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
@@ -42,10 +43,7 @@ from flexquant_rl.agents.evaluation.report import (
 )
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
 from flexquant_rl.agents.evaluation.showcase import MostMoving, Showcase
-from flexquant_rl.agents.policies.entropy import EntropyThreshold
-from flexquant_rl.agents.policies.families import PPO, STATIC
-from flexquant_rl.agents.policies.fixed import Fixed
-from flexquant_rl.agents.policies.random_widths import RandomWidths
+from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, UNTRAINED
 from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
@@ -118,7 +116,9 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
     budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
-    families = [*heuristics(prepared), *learned(prepared, results)]
+    families = [*heuristics(prepared, config.baselines), *learned(prepared, results)]
+    if UNTRAINED.name in config.baselines:
+        families += untrained(prepared, trained.best)
     settings = tune(prepared, families, budgets, config.validation_sequences)
     moving = MostMoving()
     rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle, moving.consider)
@@ -236,7 +236,7 @@ def _publish(
 
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
-    others = (Fixed.family.name, RandomWidths.family.name, EntropyThreshold.family.name)
+    others = (*(policy.family.name for policy in POLICIES), UNTRAINED.name)
     found = [
         compare(rows, PPO.name, budgets=config.time_budgets),
         compare(rows, PPO.name, clock="measured", budgets=config.time_budgets),

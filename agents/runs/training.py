@@ -27,6 +27,7 @@ from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.prompts import spread
 from flexquant_rl.fq_env.task import LossyTask
@@ -34,6 +35,8 @@ from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 if TYPE_CHECKING:  # which uses the validation below
     from flexquant_rl.agents.runs.importance import Importance
+
+_CLONED_FILE = "cloned.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class SeedResult:
         policy: With the network that validation chose.
         curve: `(env steps, score)` of every network that was validated; the first one is the clone, before any update.
         env_steps_per_s: Of the process that ended the training; None where it found it ended.
+        cloned: The network before PPO; None where the directory is of a version that did not keep it.
     """
 
     seed: int
     policy: LearnedPolicy
     curve: tuple[tuple[int, float], ...]
     env_steps_per_s: float | None
+    cloned: LearnedPolicy | None = None
 
     @property
     def chosen(self) -> tuple[int, float]:
@@ -131,11 +136,12 @@ def train_seed(
         try:
             scores = policy.card.config["scores"]
             curve = tuple((int(env_steps), float(score)) for env_steps, score in scores["curve"])
-            return SeedResult(seed, policy, curve, scores["env_steps_per_s"])
+            env_steps_per_s = scores["env_steps_per_s"]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{policy_dir} does not say how its training went; delete it to have it made again"
             ) from error
+        return SeedResult(seed, policy, curve, env_steps_per_s, _load_cloned(prepared, directory, seed))
     validation = Validation(prepared, config.validation_sequences)
     session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
     static = prepared.front.allocate if prepared.env.source == "replay" else None
@@ -163,6 +169,7 @@ def train_seed(
         )
         what = "the static allocation" if importance is None else "static allocations by the importance of tokens"
         say(f"PPO seed {seed}: cloned {what}, {agreement:.1%} of widths agree")
+        write_tensors(directory / _CLONED_FILE, net.actor().cpu().state_dict())
     began, steps_before = time.monotonic(), ppo.num_timesteps
     learn(ppo, callback, config.env_steps, directory / "tensorboard", hyper_parameters(config, seed))
     rate = (ppo.num_timesteps - steps_before) / (time.monotonic() - began) if ppo.num_timesteps > steps_before else None
@@ -182,7 +189,23 @@ def train_seed(
         f"PPO seed {seed}: validation reward over static {callback.first_score:+.4f} cloned, "
         f"{callback.best_score:+.4f} best, {callback.last_score:+.4f} at the end"
     )
-    return SeedResult(seed, policy, tuple(callback.curve), rate)
+    cloned = _load_cloned(prepared, directory, seed)
+    return SeedResult(seed, policy, tuple(callback.curve), rate, cloned)
+
+
+def _load_cloned(prepared: Prepared, directory: Path, seed: int) -> LearnedPolicy | None:
+    """The network as it was before PPO, if the seed's directory has it."""
+    path = directory / _CLONED_FILE
+    if not path.exists():
+        return None
+    fix = "delete it to have the run evaluated without the untrained policy"
+    card = policy_card(prepared)
+    net = PrecisionNet(card.schema)
+    try:
+        net.load_state_dict(read_tensors(path, fix=fix)[0])
+    except RuntimeError as error:
+        raise InputError(f"{path}: tensors do not fit this run's model; {fix}") from error
+    return LearnedPolicy(net, card, f"untrained seed {seed}")
 
 
 def _trained_card(

@@ -113,6 +113,24 @@ class SignalSchema:
         _, per_unit = self.split(signals)
         return (per_unit[..., self.index_in_unit("last_width")] * constants.WIDTH_SCALE).round().long()
 
+    def retold(self, signals: Tensor, kl_weight: float, last_widths: Tensor, mean_widths: Tensor) -> Tensor:
+        """Recorded signals as a policy would see them that chose other widths; the model's output stays as it was.
+
+        Args:
+            signals: `[B, dim]` of one step; not changed.
+            kl_weight: The dial.
+            last_widths: `[B, U]` widths of the previous step, after a prompt the largest ones.
+            mean_widths: `[B, t]` mean widths of all steps since the prompt, oldest first.
+        """
+        told = signals.clone()
+        prompt = torch.full((len(signals), constants.RECENT_TOKENS), float(max(self.bit_widths)))
+        recent = torch.cat([prompt, mean_widths.float()], dim=1)[:, -constants.RECENT_TOKENS :]
+        told[:, self.index("mean_width_16")] = recent.mean(-1) / constants.WIDTH_SCALE
+        told[:, self.index("dial")] = math.log10(kl_weight)
+        _, per_unit = self.split(told)
+        per_unit[..., self.index_in_unit("last_width")] = last_widths.float() / constants.WIDTH_SCALE
+        return told
+
     def is_first_step(self, signals: Tensor) -> Tensor:
         """`[B]` bool: whether nothing has been decoded since the prompt."""
         return signals[:, self.index("position")] == 0

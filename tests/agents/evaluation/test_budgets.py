@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexquant_rl.agents.evaluation.budgets import (
+    BestOfFamily,
     BudgetError,
     Contestant,
     Knob,
@@ -163,3 +164,66 @@ def test_static_is_the_best_candidate_on_text() -> None:
         (0.9, "fixed:4"),
     ]
     assert missed == ["static has no point at 0.3 of full-width time: every allocation is slower"]
+
+
+class FakeRehearsal:
+    """Knows the curves, but times are a little off, as without the model; says which settings it was asked for."""
+
+    def __init__(self, offset: float) -> None:
+        self.offset = offset
+        self.scored: list[str] = []
+
+    def time_share(self, one: Contestant) -> float:
+        return variant_outcome(one).time_share + self.offset
+
+    def output_kl_nats(self, one: Contestant) -> float:
+        self.scored.append(one.policy.name)
+        return variant_outcome(one).output_kl_nats
+
+
+# Two curves that cross at 0.6: a family is to take the lower one at each budget. A third has little reach.
+VARIANTS = {"steep": (0.4, 1.0, -12.0), "flat": (0.4, 1.0, -6.0), "narrow": (0.4, 0.5, -6.0)}
+
+
+def variant(name: str) -> KnobFamily:
+    def at(position: float) -> Contestant:
+        return Contestant("best", StaticAllocation(name, torch.tensor([4])), position)
+
+    return KnobFamily("best", at)
+
+
+def variant_outcome(one: Contestant) -> Outcome:
+    fastest, slowest, slope = VARIANTS[one.policy.name]
+    assert one.kl_weight is not None
+    time_share = fastest + (slowest - fastest) * one.kl_weight**1.3
+    return Outcome(time_share, (2.0 if one.policy.name == "narrow" else 1.0) * math.exp(slope * (time_share - 0.6)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.004, -0.007])
+def test_the_search_picks_the_better_member_at_each_budget(offset: float) -> None:
+    rehearsal, measured = FakeRehearsal(offset), []
+
+    def measure(one: Contestant) -> Outcome:
+        measured.append(one.policy.name)
+        return variant_outcome(one)
+
+    family = BestOfFamily("best", tuple(map(variant, VARIANTS)), lambda: rehearsal)
+    budgets = (0.35, 0.45, 0.5, 0.55, 0.65, 0.8, 0.9)
+    entries, missed = family.entries(budgets, measure)
+    assert [(entry.time_budget, entry.name) for entry in entries] == [
+        *((budget, "flat") for budget in (0.45, 0.5, 0.55)),
+        *((budget, "steep") for budget in (0.65, 0.8, 0.9)),
+    ]
+    for entry in entries:
+        rest = entry.time_budget - variant_outcome(entry.first).time_share
+        assert -1e-9 <= rest <= 4e-3, "the measured time uses the budget up, whatever the rehearsal said"
+    assert set(measured) == {"flat", "steep"}, "only winners are measured"
+    assert len(measured) <= 2 * len(entries)
+    (reason,) = missed
+    assert reason.startswith("best has no point at 0.35 of full-width time: its settings take ")
+
+
+def test_one_member_needs_no_kl_in_rehearsal() -> None:
+    rehearsal = FakeRehearsal(0.002)
+    entries, missed = BestOfFamily("best", (variant("flat"),), lambda: rehearsal).entries((0.6,), variant_outcome)
+    assert ([entry.name for entry in entries], missed, rehearsal.scored) == (["flat"], [], [])

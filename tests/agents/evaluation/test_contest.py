@@ -12,8 +12,9 @@ from evaluation_rows import BUDGETS, row
 from fake_session import FakeModel, fake_profile
 from torch import Tensor
 
+from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation import contest
-from flexquant_rl.agents.evaluation.budgets import Contestant, Entry, KnobFamily
+from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, Entry, KnobFamily
 from flexquant_rl.agents.evaluation.comparison import compare
 from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, oracle_row
 from flexquant_rl.agents.evaluation.equal_time import static_entries, static_family
@@ -81,15 +82,47 @@ def test_static_candidates_are_within_the_budget(tiny_prepared: Prepared) -> Non
     assert max(1 / float(tiny_prepared.cost.speedup(one.bit_widths)) for one in family.candidates(1.0)) == 1.0
 
 
-def test_entropy_of_a_model_without_four_bits() -> None:
+def test_baselines_of_a_model_without_four_bits() -> None:
     model = FakeModel(bit_widths=(3, 6, 8))
     profile = fake_profile(model)
-    front = static_front(profile, model.unit_weights)
+    front = static_front(profile, model.unit_weights, num_points=1000)
     prepared = Prepared(model, None, profile, profile.cost, front, EnvConfig())  # type: ignore[arg-type]
-    (entropy,) = [family for family in heuristics(prepared) if family.name == "entropy"]
-    assert isinstance(entropy, KnobFamily)
-    assert entropy.at(0.0).name == "entropy:11,low_width=3", "a name says what runs"
-    assert entropy.at(1.0).name == "entropy:-1,low_width=3"
+    families = {family.name: family for family in heuristics(prepared)}
+    entropy, schedule = families["entropy"], families["schedule"]
+    assert isinstance(entropy, BestOfFamily)
+    assert isinstance(schedule, BestOfFamily)
+    names = {member.at(0.0).name.partition(",")[2] for member in entropy.members}
+    assert {"low_width=3,high_width=6", "low_width=6", "low_width=3"} <= names, "adjacent widths, and far ones"
+    assert {"one_way=true,low_width=6", "spread_nats=6,hysteresis_units=0,low_width=6"} <= names
+    assert {member.at(0.0).name for member in schedule.members} >= {
+        "schedule:0,high=6,low=4.35",
+        "schedule:0,high=6,low=3",
+        "schedule:0,low=3",
+    }
+
+
+def test_only_the_baselines_that_are_named_compete(tiny_prepared: Prepared) -> None:
+    def names(*baselines: str) -> list[str]:
+        return [family.name for family in heuristics(tiny_prepared, baselines)]
+
+    always = ["static", "fixed"]
+    assert names() == always
+    assert names("schedule", "random") == [*always, "random", "schedule"]
+    # The untrained network is one of a run's seeds.
+    assert names(*BASELINES) == [*always, *(name for name in BASELINES if name != "untrained")]
+
+
+def test_every_knob_goes_from_fast_to_slow(tiny_prepared: Prepared) -> None:
+    """The ends of each knob are the two allocations that it mixes, on recorded text."""
+    rehearsal = None
+    for family in heuristics(tiny_prepared):
+        if not isinstance(family, BestOfFamily):
+            continue
+        rehearsal = rehearsal or family.rehearsal()
+        assert family.rehearsal() is rehearsal, "text is recorded once"
+        for member in family.members:
+            times = [rehearsal.time_share(member.at(position)) for position in (0.0, 1.0)]
+            assert times[0] < times[1], member.at(0.5).name
 
 
 def learned_result(prepared: Prepared, seed: int) -> SeedResult:
@@ -141,9 +174,9 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
     results = [learned_result(prepared, seed) for seed in (0, 1)]
     families = [*heuristics(prepared), *contest.learned(prepared, results)]
     settings = contest.tune(prepared, families, (0.2, 0.6, 0.8), 4)
-    assert windows.opened == {"validation"}
+    assert windows.opened == {"validation", "train"}
     rows = contest.compete_at_budgets(prepared, settings, 4)
-    assert windows.opened == {"validation", "test"}
+    assert windows.opened == {"validation", "train", "test"}
     assert {reason.split(" has no")[0] for reason in settings.missed} >= {"static", "fixed"}
     assert 0.2 not in {result.time_budget for result in rows}
     for family in ("static", "fixed", "random"):
@@ -158,6 +191,30 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
         assert result.time_share_measured is not None
         assert result.static_kl_nats is not None
     assert {f"fixed:{width}" for width in prepared.model.bit_widths} <= set(timed)
+
+
+def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: Prepared) -> None:
+    card = policy_card(tiny_prepared)
+    net = PrecisionNet(card.schema)
+    centres = torch.linspace(-6, 8, 5)  # the dial goes from small and narrow to large and wide
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.encode_global[0].weight[0, card.schema.index("dial")] = 1.0
+        net.encode_unit[0].weight[0, card.schema.num_per_unit] = 1.0
+        net.encode_unit[2].weight[0, 0] = 1.0
+        net.width_head.weight[:, 0] = 20 * centres
+        net.width_head.bias.copy_(-centres.square())
+    result = replace(learned_result(tiny_prepared, 3), cloned=LearnedPolicy(net, card, "untrained seed 3"))
+    (family,) = contest.untrained(tiny_prepared, result)
+    settings = contest.tune(tiny_prepared, [family], (0.1, *BUDGETS), 4)
+    assert {(entry.family, entry.first.seed, entry.name) for entry in settings.entries} <= {
+        ("untrained", 3, "untrained")
+    }
+    assert settings.entries
+    assert len(settings.entries) + len(settings.missed) == 1 + len(BUDGETS)
+    assert settings.missed[0].startswith("untrained has no point at 0.1")
+    assert contest.untrained(tiny_prepared, replace(result, cloned=None)) == []
 
 
 def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) -> None:
@@ -183,8 +240,9 @@ def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) 
 
 def test_equal_policies_get_equal_rows(tiny_prepared: Prepared, timed: list[str]) -> None:
     """The same policies under two names: the same settings, rows, and a ratio of one."""
-    (ours,) = [family for family in heuristics(tiny_prepared) if family.name == "random"]
-    assert isinstance(ours, KnobFamily)
+    (family,) = [family for family in heuristics(tiny_prepared) if family.name == "random"]
+    assert isinstance(family, BestOfFamily)
+    (ours,) = family.members
     twin = KnobFamily("twin", lambda position: replace(ours.at(position), family="twin"))
     families = [ours, twin]
     settings = contest.tune(tiny_prepared, [static_family(tiny_prepared), *families], BUDGETS, 4)

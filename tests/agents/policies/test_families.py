@@ -62,8 +62,8 @@ def test_ours_are_trusted() -> None:
         ("fixd", "did you mean fixed:4?"),
         (
             "zzz",
-            "known: fixed:BIT_WIDTH, random:MEAN_BIT_WIDTH, entropy:THRESHOLD_NATS, knapsack:MEAN_BIT_WIDTH, "
-            "module:Class",
+            "known: fixed:BIT_WIDTH, random:MEAN_BIT_WIDTH, schedule:FIRST, entropy:THRESHOLD_NATS, "
+            "regressor:MULTIPLIER, knapsack:MEAN_BIT_WIDTH, module:Class",
         ),
         ("./no/such/directory", "(or the directory of an exported policy)"),
         ("", "known: fixed:BIT_WIDTH"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flexquant_rl.agents import preparation
-from flexquant_rl.agents.config import Latency, PPOConfig, TrainConfig, check_config
+from flexquant_rl.agents.config import BASELINES, Latency, PPOConfig, TrainConfig, check_config
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.runs import phases, training
 from flexquant_rl.agents.runs.ppo import TrainingCallback
@@ -126,7 +126,8 @@ def assert_equal_policies(a: LearnedPolicy, b: LearnedPolicy) -> None:
 
 def test_a_seed_is_trained_once(tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = train_seed(CONFIG, tiny_prepared, 1, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "policy", "tensorboard"]
+    files = ["checkpoint.safetensors", "cloned.safetensors", "policy", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     assert result.best_score >= result.cloned_score
     assert (result.env_steps_per_s or 0) > 0
     saved = load_policy(tmp_path / "policy", model_fingerprint=tiny_prepared.model.fingerprint)
@@ -140,6 +141,16 @@ def test_a_seed_is_trained_once(tiny_prepared: Prepared, tmp_path: Path, monkeyp
     assert result.chosen == max(result.curve, key=lambda point: point[1])
     assert result.cloned_score <= result.best_score >= result.last_score > -math.inf
     assert again.env_steps_per_s == result.env_steps_per_s
+    assert again.cloned is not None
+    assert result.cloned is not None
+    assert_equal_policies(again.cloned, result.cloned)
+    assert Validation(tiny_prepared, CONFIG.validation_sequences)(result.cloned.net) == result.cloned_score
+    path = tmp_path / "cloned.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match="cloned.safetensors: .*delete it to have the run evaluated without"):
+        train_seed(CONFIG, tiny_prepared, 1, tmp_path)
+    path.unlink()
+    assert train_seed(CONFIG, tiny_prepared, 1, tmp_path).cloned is None
 
 
 def test_an_unproven_policy_does_not_count(
@@ -207,6 +218,15 @@ def test_an_oracle_needs_pairs_of_masks(masks: int) -> None:
     with pytest.raises(InputError, match=f"oracle_masks={masks} must be at least 2"):
         check_config(TrainConfig(oracle_masks=masks))
     check_config(TrainConfig(oracle_masks=0))
+
+
+@pytest.mark.parametrize("names", [("random", "entropi"), ("static",), ("",)])
+def test_baselines_are_known(names: tuple[str, ...]) -> None:
+    choices = "choose from --baselines random entropy schedule regressor untrained"
+    with pytest.raises(InputError, match=f"baselines='{names[-1]}' is unknown; {choices}"):
+        check_config(TrainConfig(baselines=names))
+    check_config(TrainConfig(baselines=()))
+    check_config(TrainConfig(baselines=BASELINES))
 
 
 @pytest.mark.parametrize("windows", [-1, 3])

@@ -1,0 +1,142 @@
+"""Text read once at a static allocation, on which policies are tried without the model.
+
+What a policy would decide is simulated on the recorded signals: its own widths, the position and the dial are as they
+would be, what the model puts out is as it was at the recorded widths. That tells time shares to a few thousandths in a
+hundredth of the time. Output KL is then the real one of the simulated widths, in one parallel pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexquant_rl.agents.evaluation.budgets import Contestant
+from flexquant_rl.agents.evaluation.evaluate import Evaluator
+from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.output_kl import ReferenceDistribution, reference_width
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.session import DecodeSession
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.fq_env.config import EnvConfig
+
+_REFERENCE_FLOATS = 1 << 25
+"""Distributions of the reference that are kept (128 MiB of logits, and as much of probabilities)."""
+
+_SMALLEST_KL_NATS = 1e-9
+
+
+class RecordedText:
+    """Signals of S sequences of T tokens, and what KL widths would have had on the first of them.
+
+    Args:
+        model: The model.
+        profile: Profile that the signals are made with.
+        windows: `[S, window_tokens]` int64.
+        env: Shape of the episodes.
+        cost: What the steps cost.
+        num_scored: Sequences whose output KL is looked at, evenly spaced, as far as memory allows.
+    """
+
+    def __init__(
+        self,
+        model: NestedCausalLM,
+        profile: Profile,
+        windows: Tensor,
+        env: EnvConfig,
+        cost: CostTable,
+        *,
+        num_scored: int,
+    ) -> None:
+        self._model, self._cost, self._first = model, cost, env.prompt_tokens
+        self._schema = SignalSchema(model.num_units, model.bit_widths)
+        middle = model.bit_widths[len(model.bit_widths) // 2]
+        recorder = _Recorder(StaticAllocation("recorded", torch.full((model.num_units,), middle)))
+        evaluator = Evaluator(model, profile, windows, env, cost=cost)
+        evaluator.run(recorder)
+        evaluator.close()
+        self._all_signals = torch.stack(recorder.seen, dim=1)
+        most = max(1, _REFERENCE_FLOATS // (env.max_new_tokens * model.vocab_size))
+        count = min(num_scored, most, len(windows))
+        self._scored = torch.linspace(0, len(windows) - 1, count).round().long()
+        self._text = windows[self._scored, :-1]
+        self._session = DecodeSession(model, max_length=env.window_tokens - 1)
+        base = torch.full((model.num_units,), reference_width(model))
+        self._reference = ReferenceDistribution(self._session.score(self._text, base, first=self._first))
+        self._token_kl: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def signals(self) -> Tensor:
+        """`[S', T, dim]` of the sequences that are scored."""
+        return self._all_signals[self._scored]
+
+    def token_kl_nats(self, bit_widths: Tensor) -> Tensor:
+        """Output KL of every token, `[S', T]`, had all been read at one allocation `[U]`."""
+        key = tuple(bit_widths.tolist())
+        if key not in self._token_kl:
+            num_tokens = self._all_signals.shape[1]
+            self._token_kl[key] = self._score(bit_widths.expand(len(self._text), num_tokens, -1))
+        return self._token_kl[key]
+
+    def time_share(self, one: Contestant) -> float:
+        """Time of all steps, the controller's included, over that at the largest width everywhere, nearly."""
+        widths = self._simulated(one.policy, one.kl_weight or 1.0)
+        full_ms = float(self._cost.latency_ms(self._cost.full_width()))
+        looking = 0.0 if isinstance(one.policy, StaticAllocation) else self._cost.controller_ms / full_ms
+        return float(self._cost.time_share(widths).mean()) + looking
+
+    def output_kl_nats(self, one: Contestant) -> float:
+        """Mean over the tokens that are scored, brought to the time share of all of them."""
+        widths = self._simulated(one.policy, one.kl_weight or 1.0)
+        scored = widths[self._scored]
+        kl = float(self._score(scored).double().mean())
+        # The few may take more time than all: KL falls steeply with it, and a policy would be chosen for that alone.
+        there, here = (self._fixed_log_kl(float(self._cost.time_share(each).mean())) for each in (widths, scored))
+        return kl * math.exp(there - here)
+
+    def _fixed_log_kl(self, time_share: float) -> float:
+        """Log of the scored tokens' mean KL at a time share, between the fixed widths."""
+        points = []
+        for width in self._model.bit_widths:
+            fixed = torch.full((self._model.num_units,), width)
+            kl = float(self.token_kl_nats(fixed).double().mean())
+            points.append((float(self._cost.time_share(fixed)), math.log(max(kl, _SMALLEST_KL_NATS))))
+        times, logs = zip(*sorted(points), strict=True)
+        return float(np.interp(time_share, times, logs))
+
+    def _score(self, widths: Tensor) -> Tensor:
+        """`[S', T, U]` -> `[S', T]`; prompts are read at the largest width, as in episodes."""
+        top = max(self._model.bit_widths)
+        prompt = torch.full((len(widths), self._first, widths.shape[-1]), top)
+        logits = self._session.score(self._text, torch.cat([prompt, widths.cpu()], dim=1), first=self._first)
+        return self._reference.kl_nats(logits).cpu()
+
+    def _simulated(self, policy: Policy, kl_weight: float) -> Tensor:
+        """`[S, T, U]`: what a policy would decide, as far as the record tells."""
+        num_rows, num_tokens, _ = self._all_signals.shape
+        widths = torch.full((num_rows, self._schema.num_units), max(self._schema.bit_widths))
+        means = torch.zeros(num_rows, 0)
+        chosen: list[Tensor] = []
+        for position in range(num_tokens):
+            signals = self._schema.retold(self._all_signals[:, position], kl_weight, widths, means)
+            widths = policy(signals).bit_widths.cpu()
+            chosen.append(widths)
+            means = torch.cat([means, self._model.mean_bit_width(widths).cpu()[:, None]], dim=1)
+        return torch.stack(chosen, dim=1)
+
+
+class _Recorder:
+    """Decides as an allocation does and keeps the signals, `[S, dim]` of each step."""
+
+    def __init__(self, allocation: StaticAllocation) -> None:
+        self.name = allocation.name
+        self.seen: list[Tensor] = []
+        self._allocation = allocation
+
+    def __call__(self, signals: Tensor) -> Decision:
+        self.seen.append(signals.cpu().clone())
+        return self._allocation(signals)
