@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving nee
 
     from flexquant_rl.engine.decoding.kv_cache import RowCache
 
-_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 10 << 30
+_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 8 << 30
 
 CALIBRATION_MISSING = (
     "method='gptq' fits weights to text, but there is none; run `fq quantize SOURCE OUT --method gptq "

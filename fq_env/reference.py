@@ -23,8 +23,8 @@ from flexquant_rl.engine.model import NestedCausalLM
 
 _DISTRIBUTION_BYTES = 1 << 29
 """Distributions of a whole batch and episode are kept up to this size."""
-_PIECE_FLOATS = 1 << 25
-"""Logits made at a time (128 MiB)."""
+_PIECE_FLOATS = 7 << 20
+"""Logits made at a time. Up to 32 MiB the allocator gives memory out again; beyond, every page is a new one."""
 _CALL_TOKENS = 2048
 
 

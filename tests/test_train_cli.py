@@ -61,7 +61,8 @@ class TestWholeRun:
 
     def test_rows_cover_all_kinds_of_policies(self, finished: Finished) -> None:
         rows = finished.result["rows"]
-        assert {row["family"] for row in rows} == {"fixed", "static", "random", "entropy", "ppo", "oracle"}
+        expected = {"fixed", "static", "random", "entropy", "schedule", "ppo", "oracle"}
+        assert {row["family"] for row in rows} == expected
         learned = [row for row in rows if row["family"] == "ppo"]
         assert {row["seed"] for row in learned} <= {0}
         for family in ("fixed", "static"):

@@ -367,7 +367,7 @@ def test_bug_keeps_its_traceback(inputs: Inputs, monkeypatch: pytest.MonkeyPatch
     """Only what the user can mend is said in one line."""
     monkeypatch.setattr("flexquant_rl.agents.preparation.roofline_cost", lambda model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(train.main, *training(inputs))
+        run(train.main, *training(inputs, "--latency", "roofline"))
 
 
 @pytest.mark.parametrize("arguments", [("--seed", "many"), ("--sead", 1), ("--device",)], ids=str)

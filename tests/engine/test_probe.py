@@ -118,7 +118,7 @@ def test_what_is_refused_is_told_why(family: str, tiny_tokenizer: PreTrainedToke
     assert "; use a" in str(caught.value)
 
 
-@pytest.mark.skipif("FQ_REAL_MODELS" not in os.environ, reason="FQ_REAL_MODELS names no folder of real models")
+@pytest.mark.skipif(not os.environ.get("FQ_REAL_MODELS"), reason="FQ_REAL_MODELS names no folder of real models")
 def test_a_real_model_is_probed_in_no_time() -> None:
     hf_model, _ = load_causal_lm(str(Path(os.environ["FQ_REAL_MODELS"]) / "smollm2-135m"))
     units = make_units(hf_model, CONFIG)

@@ -256,6 +256,7 @@ def test_training_never_opens_test_text(
         text=(text_file,),
         seeds=1,
         num_dials=2,
+        latency="roofline",
         quantization=QuantizationConfig(group_size=32),
         env=EnvConfig(prompt_tokens=4, max_new_tokens=8),
     )

@@ -46,7 +46,7 @@ def output_kl_nats(model: NestedCausalLM, windows: Tensor, width: int) -> float:
     return total / len(windows)
 
 
-@pytest.mark.skipif("FQ_REAL_MODELS" not in os.environ, reason="FQ_REAL_MODELS names no folder of real models")
+@pytest.mark.skipif(not os.environ.get("FQ_REAL_MODELS"), reason="FQ_REAL_MODELS names no folder of real models")
 def test_tuning_a_real_model(shared_dir: Path) -> None:
     files = [shared_dir / "text" / name for name in TEXTS]
     hf_model, tokenizer = load_causal_lm(str(Path(os.environ["FQ_REAL_MODELS"]) / "smollm2-135m"))
