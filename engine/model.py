@@ -276,7 +276,7 @@ class NestedCausalLM:
 
 
 def dense_cache_bytes() -> int:
-    """Default cap on dequantised matrices kept by one model: half of this machine's memory, 2 to 10 GiB.
+    """Default cap on dequantised matrices kept by one model: half of this machine's memory, 2 to 8 GiB.
 
     Rows of a batch at different widths read all widths of all matrices in turn. If they do not all fit, each is decoded
     again at every use, which takes many times as long as the product.
