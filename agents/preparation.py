@@ -24,7 +24,7 @@ from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.allocation_kl import affordable_windows
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost
-from flexquant_rl.engine.control.profile import Profile, num_profile_windows, profile_model
+from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.step_timer import measured_table
 from flexquant_rl.engine.decoding.session import DecodeSession
@@ -33,7 +33,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
-from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
+from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, profile_windows, spread
 
 FRONT_FILE = "static_front.safetensors"
 _MOST_FRONT_WINDOWS = 16
@@ -160,15 +160,14 @@ def _given_profile(config: TrainConfig, kept: Path | None, *, carried: bool) -> 
 
 
 def _profile(model: NestedCausalLM, windows: PromptWindows, config: TrainConfig) -> Profile:
-    read = windows.train[:, :-1]
     is_embedded = resolve_model(config.model) == resolve_model(None)
     if (config.latency or ("roofline" if is_embedded else "measured")) == "measured":
         say("profiling: latency of steps at many widths")
-        cost = measured_table(model, read, num_threads=config.threads)
+        cost = measured_table(model, windows.train[:, :-1], num_threads=config.threads)
     else:
         cost = roofline_cost(model)
     say("profiling: output KL of every unit at every width")
-    profiled = spread(read, num_profile_windows(model, read.shape[1]))
+    profiled = profile_windows(model, windows.train)
     return profile_model(model, profiled, cost, progress=lambda units: track(units, "profiling"))
 
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.control.profile import num_profile_windows
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.fq_env.text_files import Documents, documents_of, is_jsonl
 
@@ -158,6 +160,12 @@ def _no_window(source: str, name: Split, parts: Sequence[str], length: int) -> I
 def spread(items: Tensor, count: int) -> Tensor:
     """`count` of the items along the first axis, evenly spaced from first to last; all where there are fewer."""
     return items[torch.linspace(0, len(items) - 1, min(count, len(items)), dtype=torch.float32).round().long()]
+
+
+def profile_windows(model: NestedCausalLM, train: Tensor) -> Tensor:
+    """What a profile reads of training windows `[n, length]`: `[m, length - 1]`, fewer for larger models."""
+    read = train[:, :-1]
+    return spread(read, num_profile_windows(model, read.shape[1]))
 
 
 def cut_windows(

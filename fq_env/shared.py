@@ -15,11 +15,11 @@ from typing import Generic, TypeVar
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.output_kl import reference_name
-from flexquant_rl.engine.control.profile import Profile, num_profile_windows, profile_model
+from flexquant_rl.engine.control.profile import Profile, profile_model
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
-from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, spread
+from flexquant_rl.fq_env.prompts import PromptWindows, load_windows, profile_windows
 
 T = TypeVar("T")
 
@@ -83,8 +83,7 @@ def shared_windows(
 
 def shared_profile(model: NestedCausalLM, windows: PromptWindows) -> Profile:
     """The profile of a model, measured on training windows; latency from the roofline."""
-    read = windows.train[:, :-1]
-    read = spread(read, num_profile_windows(model, read.shape[1]))
+    read = profile_windows(model, windows.train)
     key = (model.fingerprint, reference_name(model), tuple(read.shape), read.numpy().tobytes())
     return _PROFILES.get(key, lambda: profile_model(model, read, roofline_cost(model)))
 

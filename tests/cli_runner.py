@@ -99,6 +99,14 @@ def write_text(path: Path, num_chunks: int = 40) -> Path:
     return path
 
 
+def write_sentences(path: Path, count: int) -> Path:
+    """Writes sentences that the character tokenizer of the tiny models knows, always the same."""
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "fox", "run", "far"]
+    lines = [" ".join(words[(i * j) % 12] for j in range(1, 30)) + "." for i in range(count)]
+    path.write_text("\n\n".join(lines))
+    return path
+
+
 def tree(root: Path) -> dict[str, int | None]:
     """Every file (with its size) and directory (None) below a folder."""
     return {

@@ -8,33 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cli_runner import run
-from torch import Tensor
+from cli_runner import run, write_sentences
 
 from flexquant_rl import cli
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation import tuning
-
-
-def stored(model: NestedCausalLM) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    return {n: (x.planes.clone(), x.scale.clone(), x.offset.clone()) for n, x in model.nested_linears().items()}
-
-
-def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return all(torch.equal(a, b) for name in first for a, b in zip(first[name], second[name], strict=True))
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """Sentences for the character tokenizer."""
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "fox", "run", "far"]
-    lines = [" ".join(words[(i * j) % 12] for j in range(1, 30)) + "." for i in range(300)]
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(lines))
-    return path
+    return write_sentences(tmp_path / "text.txt", 300)
 
 
 def options(source: object, out: Path, text: Path, steps: int = 3) -> tuple[object, ...]:

@@ -12,14 +12,14 @@ from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.profile import num_profile_windows, profile_model
+from flexquant_rl.engine.control.profile import profile_model
 from flexquant_rl.engine.control.step_timer import measured_table
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
-from flexquant_rl.fq_env.prompts import load_windows, spread
+from flexquant_rl.fq_env.prompts import load_windows, profile_windows
 
 
 def profile(options: ProfileOptions) -> None:
@@ -45,8 +45,7 @@ def profile(options: ProfileOptions) -> None:
         options.text,
         text_field=options.text_field,
     ).train
-    read = windows[:, :-1]
-    profiled = spread(read, num_profile_windows(nested, read.shape[1]))
+    profiled = profile_windows(nested, windows)
     if options.source == "measured":
         cost = measured_table(nested, windows, num_steps=options.steps, num_threads=options.threads)
     else:

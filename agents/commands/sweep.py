@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flexquant_rl.agents.commands.options import SweepOptions
-from flexquant_rl.agents.commands.process import print_result
+from flexquant_rl.agents.commands.train import print_outcome
 from flexquant_rl.agents.config import TrainConfig
-from flexquant_rl.agents.evaluation.report import ROWS_FILE, console_table
-from flexquant_rl.agents.evaluation.rows import read_rows
 from flexquant_rl.agents.preparation import check_budgets, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
@@ -69,10 +67,7 @@ def _run(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path) -
         result = _finish(config, swept, workers, sweep_dir)
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"continue with: fq sweep --resume {shlex.quote(str(sweep_dir))}") from interruption
-    print(console_table(read_rows(sweep_dir / ROWS_FILE)))
-    for finding in result["findings"]:
-        print(f"- {finding}")
-    print_result(result)
+    print_outcome(sweep_dir, result)
 
 
 def _finish(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from flexquant_rl.agents.commands.options import TrainOptions
 from flexquant_rl.agents.commands.process import print_result
@@ -42,6 +43,11 @@ def _finish(config: TrainConfig, run_dir: Path) -> None:
         result = evaluate_run(config, train_run(config, run_dir), run_dir)
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"continue with: {_program()} --resume {shlex.quote(str(run_dir))}") from interruption
+    print_outcome(run_dir, result)
+
+
+def print_outcome(run_dir: Path, result: dict[str, Any]) -> None:
+    """The table of a run or a sweep, its findings and the JSON line."""
     print(console_table(read_rows(run_dir / ROWS_FILE)))
     for finding in result["findings"]:
         print(f"- {finding}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import run
+from cli_runner import run, write_sentences
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -228,11 +228,7 @@ def test_bad_facts_are_refused(calibrated: NestedCausalLM, tmp_path: Path, damag
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """Sentences for the character tokenizer."""
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "fox", "run", "far"]
-    lines = [" ".join(words[(i * j) % 12] for j in range(1, 30)) + "." for i in range(900)]
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(lines))
-    return path
+    return write_sentences(tmp_path / "text.txt", 900)
 
 
 @pytest.mark.parametrize(("method", "used"), [(None, "gptq"), ("rtn", "rtn"), ("gptq", "gptq")])
