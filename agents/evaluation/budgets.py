@@ -84,6 +84,10 @@ class Entry:
         return (self.first,) if self.second is None else (self.first, self.second)
 
 
+Measure = Callable[[Sequence[Contestant]], list[Outcome]]
+"""Runs policies on validation text; static ones that are asked for together cost much less than one by one."""
+
+
 class BudgetError(Exception):
     """A family does not reach a budget; says why."""
 
@@ -105,16 +109,14 @@ class KnobFamily:
     seed: int | None = None
     grid: int = _GRID
 
-    def entries(
-        self, budgets: Iterable[float], measure: Callable[[Contestant], Outcome]
-    ) -> tuple[list[Entry], list[str]]:
+    def entries(self, budgets: Sequence[float], measure: Measure) -> tuple[list[Entry], list[str]]:
         """An entry for every budget in reach, and why the others are not.
 
         Args:
             budgets: Time shares.
             measure: Runs a policy on validation text.
         """
-        knob = Knob(lambda position: measure(self.at(position)), self.grid)
+        knob = Knob(lambda position: measure([self.at(position)])[0], self.grid)
         found, missed = [], []
         for budget in budgets:
             try:
@@ -203,9 +205,7 @@ class BestOfFamily:
     members: tuple[KnobFamily, ...]
     rehearsal: Callable[[], Rehearsal]
 
-    def entries(
-        self, budgets: Sequence[float], measure: Callable[[Contestant], Outcome]
-    ) -> tuple[list[Entry], list[str]]:
+    def entries(self, budgets: Sequence[float], measure: Measure) -> tuple[list[Entry], list[str]]:
         """See `KnobFamily.entries`."""
         rehearsal = self.rehearsal()
         tries = [_Rehearsed(member, rehearsal) for member in self.members]
@@ -257,7 +257,7 @@ class _Rehearsed:
         except BudgetError:
             return None
 
-    def measured(self, budget: float, measure: Callable[[Contestant], Outcome]) -> Entry | None:
+    def measured(self, budget: float, measure: Measure) -> Entry | None:
         """The setting of least measured KL within a budget; None where no setting that was tried is within it."""
         within: list[tuple[float, float]] = []
         tried: set[float] = set()
@@ -267,7 +267,7 @@ class _Rehearsed:
             if setting is None or setting.position in tried:
                 break
             tried.add(setting.position)
-            outcome = measure(self.member.at(setting.position))
+            (outcome,) = measure([self.member.at(setting.position)])
             self._offset = outcome.time_share - self.knob.known[setting.position].time_share
             rest = budget - outcome.time_share
             if rest >= -_ROUNDING:
@@ -291,11 +291,9 @@ class SharingFamily:
     name: str
     members: tuple[Contestant, ...]
 
-    def entries(
-        self, budgets: Iterable[float], measure: Callable[[Contestant], Outcome]
-    ) -> tuple[list[Entry], list[str]]:
+    def entries(self, budgets: Sequence[float], measure: Measure) -> tuple[list[Entry], list[str]]:
         """See `KnobFamily.entries`; the two neighbours are those on the lower convex hull of time and KL."""
-        outcomes = [measure(member) for member in self.members]
+        outcomes = measure(self.members)
         hull = lower_hull(outcomes)
         found, missed = [], []
         for budget in budgets:
@@ -355,18 +353,14 @@ class StaticFamily:
     candidates: Callable[[float], Iterable[StaticAllocation]]
     name: str = STATIC.name
 
-    def entries(
-        self, budgets: Iterable[float], measure: Callable[[Contestant], Outcome]
-    ) -> tuple[list[Entry], list[str]]:
+    def entries(self, budgets: Sequence[float], measure: Measure) -> tuple[list[Entry], list[str]]:
         """See `KnobFamily.entries`: of the candidates within the budget the one of least KL on validation text."""
         found, missed = [], []
-        for budget in budgets:
-            within: list[tuple[float, Contestant]] = []
-            for allocation in self.candidates(budget):
-                contestant = Contestant(self.name, allocation)
-                outcome = measure(contestant)
-                if outcome.time_share <= budget + _ROUNDING:
-                    within.append((outcome.output_kl_nats, contestant))
+        proposed = [[Contestant(self.name, one) for one in self.candidates(budget)] for budget in budgets]
+        outcomes = iter(measure([one for several in proposed for one in several]))
+        for budget, several in zip(budgets, proposed, strict=True):
+            tried = [(next(outcomes), one) for one in several]
+            within = [(o.output_kl_nats, one) for o, one in tried if o.time_share <= budget + _ROUNDING]
             if not within:
                 missed.append(
                     f"{self.name} has no point at {budget:.3g} of full-width time: every allocation is slower"

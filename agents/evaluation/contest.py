@@ -190,9 +190,12 @@ def _key(one: Contestant) -> _Key:
 def _traces(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> list[Trace]:
     evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
     label = f"evaluating {prepared.env.max_new_tokens} tokens"
-    traces = [evaluator.run(one.policy, one.kl_weight or 1.0) for one in track(contestants, label)]
+    static = [one.policy for one in contestants if isinstance(one.policy, StaticAllocation)]
+    of_static = iter(evaluator.run_static(static, progress=lambda layers: track(layers, f"{label}, static")))
+    others = [one for one in contestants if not isinstance(one.policy, StaticAllocation)]
+    of_others = iter([evaluator.run(one.policy, one.kl_weight or 1.0) for one in track(others, label)])
     evaluator.close()
-    return traces
+    return [next(of_static if isinstance(one.policy, StaticAllocation) else of_others) for one in contestants]
 
 
 def _rows(

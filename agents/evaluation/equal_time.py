@@ -9,7 +9,7 @@ static's KL is as good as straight, and `rung_error` says how good.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.evaluation.budgets import Contestant, Outcome, StaticFamily
+from flexquant_rl.agents.evaluation.budgets import Contestant, Measure, Outcome, StaticFamily
 from flexquant_rl.agents.evaluation.comparison import SMALLEST_KL_NATS
 from flexquant_rl.agents.evaluation.evaluate import Evaluator
 from flexquant_rl.agents.evaluation.rows import EvalRow
@@ -26,7 +26,9 @@ from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.static_front import static_front
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import track
+from flexquant_rl.engine.control.allocation_kl import affordable_windows, allocation_kl_nats
 from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import spread
 
@@ -68,7 +70,7 @@ def static_entries(prepared: Prepared, time_shares: Sequence[float]) -> dict[flo
     if not time_shares:
         return {}
     with on_validation_text(prepared) as measure:
-        entries, _ = static_family(prepared).entries(track(time_shares, "static in equal time"), measure)
+        entries, _ = static_family(prepared).entries(time_shares, measure)
     found = {}
     for entry in entries:
         assert isinstance(entry.first.policy, StaticAllocation)
@@ -78,10 +80,11 @@ def static_entries(prepared: Prepared, time_shares: Sequence[float]) -> dict[flo
 
 
 @contextmanager
-def on_validation_text(
-    prepared: Prepared, num_sequences: int = VALIDATION_SEQUENCES
-) -> Iterator[Callable[[Contestant], Outcome]]:
-    """What policies give on validation text; a static allocation is run once.
+def on_validation_text(prepared: Prepared, num_sequences: int = VALIDATION_SEQUENCES) -> Iterator[Measure]:
+    """What policies give on validation text.
+
+    Static allocations that are asked for together are read in one pass, and on fewer windows the larger the model is:
+    they differ by less than the text does, and are compared with each other only.
 
     Args:
         prepared: Model, text, latencies.
@@ -89,23 +92,44 @@ def on_validation_text(
     """
     windows = spread(prepared.windows.validation, min(num_sequences, VALIDATION_SEQUENCES))
     evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
-    known: dict[tuple[int, ...], Outcome] = {}
 
-    def measure(one: Contestant) -> Outcome:
-        if not isinstance(one.policy, StaticAllocation):
-            trace = evaluator.run(one.policy, one.kl_weight or 1.0)
-            return Outcome(1 / trace.speedup, float(trace.output_kl_nats.double().mean()))
-        widths = one.policy.bit_widths
-        key = tuple(widths.tolist())
-        if key not in known:
-            kl = float(evaluator.static_kl_nats(widths).mean())
-            known[key] = Outcome(float(prepared.cost.time_share(widths)), kl)
-        return known[key]
+    def run(one: Contestant) -> Outcome:
+        trace = evaluator.run(one.policy, one.kl_weight or 1.0)
+        return Outcome(1 / trace.speedup, float(trace.output_kl_nats.double().mean()))
+
+    def measure(contestants: Sequence[Contestant]) -> list[Outcome]:
+        static = {
+            tuple(one.policy.bit_widths.tolist()) for one in contestants if isinstance(one.policy, StaticAllocation)
+        }
+        known = _static_outcomes(prepared, windows, sorted(static))
+        return [
+            known[tuple(one.policy.bit_widths.tolist())] if isinstance(one.policy, StaticAllocation) else run(one)
+            for one in contestants
+        ]
 
     try:
         yield measure
     finally:
         evaluator.close()
+
+
+def _static_outcomes(
+    prepared: Prepared, windows: Tensor, allocations: Sequence[tuple[int, ...]]
+) -> dict[tuple[int, ...], Outcome]:
+    if not allocations:
+        return {}
+    model, widths = prepared.model, torch.tensor(allocations)
+    read = windows[:, :-1]
+    kl = allocation_kl_nats(
+        DecodeSession(model),
+        spread(read, affordable_windows(model, widths, read.shape[1], len(read))),
+        widths,
+        first=prepared.env.prompt_tokens,
+        prompt_width=max(model.bit_widths),
+        progress=lambda layers: track(layers, "static allocations on validation text"),
+    )
+    shares = prepared.cost.time_share(widths)
+    return {key: Outcome(float(s), float(k)) for key, s, k in zip(allocations, shares, kl, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -248,13 +272,10 @@ def _nominal(shares: Iterable[float]) -> set[float]:
 
 def _run_rungs(prepared: Prepared, time_shares: Sequence[float], windows: Tensor, env: EnvConfig) -> list[Rung]:
     """Static allocations within some shares of the time, chosen on validation text and run on that of the windows."""
-    policies = static_entries(prepared, time_shares).values()
+    policies = list(static_entries(prepared, time_shares).values())
     if not policies:
         return []
     evaluator = Evaluator(prepared.model, prepared.profile, windows, env, cost=prepared.cost)
-    found = []
-    for policy in track(policies, "static in equal time, on test text"):
-        share = float(prepared.cost.time_share(policy.bit_widths))
-        found.append(Rung(share, tuple(evaluator.static_kl_nats(policy.bit_widths).tolist())))
+    traces = evaluator.run_static(policies, progress=lambda layers: track(layers, "static in equal time"))
     evaluator.close()
-    return found
+    return [Rung(1 / trace.speedup, tuple(trace.output_kl_nats.double().mean(1).tolist())) for trace in traces]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.engine.control.allocation_kl import TextFacts, allocation_facts
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
-from flexquant_rl.engine.control.decision import Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import open_session
@@ -86,18 +87,69 @@ class Evaluator:
     ) -> None:
         self.model = model
         self.windows = windows
-        session = DecodeSession(model, num_rows=len(windows), max_length=config.window_tokens - 1)
-        self._episodes = Episodes(session, profile, windows, config, cost=cost)
+        self._session = DecodeSession(model, num_rows=len(windows), max_length=config.window_tokens - 1)
+        self._episodes = Episodes(self._session, profile, windows, config, cost=cost)
         self._task = LossyTask(model, profile, config)
-        self._read = False
 
     def run(self, policy: Policy, kl_weight: Tensor | float = 1.0) -> Trace:
         """Plays every sequence to its end; `kl_weight` is the dial, one for all or `[S]`."""
         episodes = self._episodes
         episodes.controller.policy = policy
-        self._start(kl_weight)
-        steps = [episodes.step() for _ in range(episodes.config.max_new_tokens)]
+        rows = torch.arange(len(self.windows))
+        dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(len(rows))
+        episodes.start(rows, windows=rows, kl_weight=dials, seeds=torch.zeros_like(rows))
+        return self._trace([episodes.step() for _ in range(episodes.config.max_new_tokens)])
 
+    def run_static(
+        self,
+        allocations: Sequence[StaticAllocation],
+        *,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> list[Trace]:
+        """What `run` gives for policies of one allocation `[U]`, all in one parallel pass; the dial is 1.
+
+        Nothing is probed: whoever does not look at the signals pays for none.
+
+        Args:
+            allocations: The policies.
+            progress: Wraps the loop over layers, the head last.
+        """
+        if not allocations:
+            return []
+        model, config, cost = self.model, self._episodes.config, self._episodes.cost
+        found = allocation_facts(
+            self._session,
+            self.windows,
+            torch.stack([one.bit_widths for one in allocations]),
+            first=config.prompt_tokens,
+            prompt_width=max(model.bit_widths),
+            progress=progress,
+        )
+        num_rows, full_ms = len(self.windows), float(cost.latency_ms(cost.full_width()))
+        never = torch.zeros(num_rows, dtype=torch.bool)
+
+        def facts(allocation: StaticAllocation, text: TextFacts, position: int) -> StepFacts:
+            widths = allocation.bit_widths.expand(num_rows, -1)
+            return StepFacts(
+                decision=Decision(widths),
+                position=torch.full((num_rows,), position),
+                kl_weight=torch.ones(num_rows, dtype=torch.float32),
+                output_kl_nats=text.output_kl_nats[:, position],
+                token_nll_nats=text.token_nll_nats[:, position],
+                top1_agreement=text.top1_agreement[:, position],
+                latency_ms=cost.latency_ms(widths),
+                full_latency_ms=full_ms,
+                mean_bit_width=model.mean_bit_width(widths).cpu(),
+                terminated=never,
+                truncated=never if position + 1 < config.max_new_tokens else ~never,
+            )
+
+        return [
+            self._trace([facts(allocation, text, position) for position in range(config.max_new_tokens)])
+            for allocation, text in zip(allocations, found, strict=True)
+        ]
+
+    def _trace(self, steps: Sequence[StepFacts]) -> Trace:
         def column(get: Callable[[StepFacts], Tensor]) -> Tensor:
             return torch.stack([get(facts) for facts in steps], dim=1)
 
@@ -111,19 +163,6 @@ class Evaluator:
             full_latency_ms=steps[0].full_latency_ms,
             reward=column(lambda facts: self._task.reward(facts).total),
         )
-
-    def _start(self, kl_weight: Tensor | float) -> None:
-        rows = torch.arange(len(self.windows))
-        dials = torch.as_tensor(kl_weight, dtype=torch.float32).expand(len(rows))
-        self._episodes.start(rows, windows=rows, kl_weight=dials, seeds=torch.zeros_like(rows))
-        self._read = True
-
-    def static_kl_nats(self, bit_widths: Tensor) -> Tensor:
-        """Mean output KL of each sequence under one allocation `[U]`, `[S]` float64, in one parallel pass."""
-        if not self._read:
-            self._start(1.0)
-        rows = torch.arange(len(self.windows))
-        return self._episodes.text_kl_nats(rows, bit_widths.expand(len(rows), -1)).double().mean(1)
 
     def close(self) -> None:
         """Frees the session."""

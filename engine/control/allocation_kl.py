@@ -1,4 +1,4 @@
-"""Output KL of many width allocations on one text, with each matrix decoded once and no work done twice.
+"""What many width allocations give on one text, with each matrix decoded once and no work done twice.
 
 All allocations walk through the model together, layer by layer. Those that begin alike share their states until they
 part. Distributions over the vocabulary exist for a few tokens at a time, and are reduced at once.
@@ -7,6 +7,7 @@ part. Distributions over the vocabulary exist for a few tokens at a time, and ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,24 @@ _VOCABULARY_FLOATS = 7 << 20
 
 Widths = tuple[tuple[int, int], ...]
 """For each unit the width that the prompt is read at, and the width of what follows."""
+
+Visit = Callable[[int, slice, slice, ReferenceDistribution, Tensor], None]
+"""Is shown the logits `[r, t, vocab]` of an allocation, by its index, at some rows and tokens of the text."""
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What one allocation gives at the T tokens that follow the prompts of n windows, each `[n, T]`, on the CPU.
+
+    Attributes:
+        output_kl_nats: KL(reference || quantised) after the token, float32.
+        token_nll_nats: Negative log-likelihood of the text's next token, float32.
+        top1_agreement: Whether quantised and reference agree on the most likely token.
+    """
+
+    output_kl_nats: Tensor
+    token_nll_nats: Tensor
+    top1_agreement: Tensor
 
 
 def affordable_windows(model: NestedCausalLM, allocations: Tensor, length: int, most: int) -> int:
@@ -75,15 +94,70 @@ def allocation_kl_nats(
     Raises:
         InputError: If a width is not stored.
     """
+    total = torch.zeros(len(allocations), dtype=torch.float64)
+
+    def add(index: int, rows: slice, places: slice, reference: ReferenceDistribution, logits: Tensor) -> None:
+        total[index] += reference.kl_nats(logits).double().sum().cpu()
+
+    _visit_all(decoder, windows, allocations, first, prompt_width, progress, add)
+    return total / (len(windows) * (windows.shape[1] - first))
+
+
+def allocation_facts(
+    decoder: Decoder,
+    windows: Tensor,
+    allocations: Tensor,
+    *,
+    first: int,
+    prompt_width: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[TextFacts]:
+    """What each allocation gives at every token, against the reference as in `allocation_kl_nats`.
+
+    Args:
+        decoder: As there, and so are `allocations`, `first` and `progress`.
+        windows: `[n, first + T + 1]` int64; the last token is only predicted.
+        allocations: `[P, U]` int64 widths.
+        first: Tokens of the prompts.
+        prompt_width: Width that the prompts are read at.
+        progress: Wraps the loop over layers, the head last.
+
+    Raises:
+        InputError: If a width is not stored.
+    """
+    read, following = windows[:, :-1], windows[:, first + 1 :]
+    kl, nll = (torch.full((len(allocations), *following.shape), torch.nan, dtype=torch.float32) for _ in range(2))
+    agrees = torch.zeros(kl.shape, dtype=torch.bool)
+
+    def note(index: int, rows: slice, places: slice, reference: ReferenceDistribution, logits: Tensor) -> None:
+        at = (index, rows, slice(places.start - first, places.stop - first))
+        kl[at] = reference.kl_nats(logits).cpu()
+        agrees[at] = (reference.top1 == logits.argmax(-1)).cpu()
+        chosen = logits.gather(-1, following[at[1:]].to(logits.device)[..., None])[..., 0]
+        nll[at] = (logits.logsumexp(-1) - chosen).cpu()
+
+    _visit_all(decoder, read, allocations, first, prompt_width, progress, note)
+    return [TextFacts(*columns) for columns in zip(kl, nll, agrees, strict=True)]
+
+
+def _visit_all(
+    decoder: Decoder,
+    windows: Tensor,
+    allocations: Tensor,
+    first: int,
+    prompt_width: int | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+    visit: Visit,
+) -> None:
+    """Shows the logits of every allocation at every token from `first` on, once."""
     model = decoder.model
     check_bit_widths(allocations, model.bit_widths, model.num_units)
     if len(allocations) == 0:
-        return torch.zeros(0, dtype=torch.float64)
+        return
     if isinstance(model, NestedCausalLM) and can_walk(model, windows, reference_width(model)):
-        total = _walked(model, windows.to(model.device), allocations, first, prompt_width, progress)
+        _walked(model, windows.to(model.device), allocations, first, prompt_width, progress, visit)
     else:
-        total = _one_by_one(decoder, windows, allocations, first, prompt_width, progress)
-    return total / (len(windows) * (windows.shape[1] - first))
+        _one_by_one(decoder, windows, allocations, first, prompt_width, progress, visit)
 
 
 def _one_by_one(
@@ -93,19 +167,20 @@ def _one_by_one(
     first: int,
     prompt_width: int | None,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> Tensor:
-    """Sums of KL `[P]`, each allocation in passes of its own: for any decoder."""
-    total = torch.zeros(len(allocations), dtype=torch.float64)
+    visit: Visit,
+) -> None:
+    """Each allocation in passes of its own: for any decoder."""
     base = torch.full((decoder.model.num_units,), reference_width(decoder.model))
     num_rows = max(1, _VOCABULARY_FLOATS // (windows.shape[1] * decoder.model.vocab_size))
-    for rows in progress(list(windows.split(num_rows))):
-        reference = ReferenceDistribution(decoder.score(rows, base, first=first))
+    places = slice(first, windows.shape[1])
+    for begin in progress(range(0, len(windows), num_rows)):
+        rows = slice(begin, min(begin + num_rows, len(windows)))
+        reference = ReferenceDistribution(decoder.score(windows[rows], base, first=first))
         for index, bit_widths in enumerate(allocations):
-            per_token = bit_widths.expand(*rows.shape, -1).clone()
+            per_token = bit_widths.expand(*windows[rows].shape, -1).clone()
             if prompt_width is not None:
                 per_token[:, :first] = prompt_width
-            total[index] += reference.kl_nats(decoder.score(rows, per_token, first=first)).double().sum().cpu()
-    return total
+            visit(index, rows, places, reference, decoder.score(windows[rows], per_token, first=first))
 
 
 def _walked(
@@ -115,8 +190,9 @@ def _walked(
     first: int,
     prompt_width: int | None,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> Tensor:
-    """Sums of KL `[P]`, layer by layer."""
+    visit: Visit,
+) -> None:
+    """All allocations together, layer by layer."""
     width = model.embedding_matrix().shape[1]
     held = 2 * (len(allocations) + 1) * windows.shape[1] * width * 4
     batches = windows.split(max(1, _STATE_BYTES // held))
@@ -124,8 +200,8 @@ def _walked(
     wanted: list[Widths] = [
         tuple((b if prompt_width is None else prompt_width, b) for b in row) for row in allocations.tolist()
     ]
-    total = torch.zeros(len(allocations), dtype=torch.float64)
     walk = LayerWalk(model)
+    begin = 0
     stages = iter(progress(range(len(batches) * (model.num_layers + 1))))
     for batch in batches:
         states: dict[Widths, Tensor] = {(): walk.enter(batch)}
@@ -133,9 +209,9 @@ def _walked(
             next(stages)
             states = _through_layer(walk, layer_idx, batch, states, {reference, *wanted}, first)
         next(stages)
-        total += _through_head(walk, batch, states, reference, wanted, first)
+        _through_head(walk, batch, begin, states, reference, wanted, first, visit)
+        begin += len(batch)
     next(stages, None)  # lets the progress end
-    return total
 
 
 def _through_layer(
@@ -161,12 +237,14 @@ def _through_layer(
 def _through_head(
     walk: LayerWalk,
     tokens: Tensor,
+    begin: int,
     states: dict[Widths, Tensor],
     reference: Widths,
     wanted: list[Widths],
     first: int,
-) -> Tensor:
-    """Sums of KL `[P]` over a batch: few windows at a time, the widths of the head outermost."""
+    visit: Visit,
+) -> None:
+    """Shows the logits of a batch that begins at a row: few windows at a time, the widths of the head outermost."""
     model, length = walk.model, tokens.shape[1]
     num_body = sum(unit.kind != "head" for unit in model.units)
 
@@ -179,13 +257,12 @@ def _through_head(
     by_head: dict[Widths, list[int]] = {}
     for index, widths in enumerate(wanted):
         by_head.setdefault(widths[num_body:], []).append(index)
-    total = torch.zeros(len(wanted), dtype=torch.float64)
     for members in by_head.values():
         for rows, places in _pieces(len(tokens), first, length, model.vocab_size):
             base = ReferenceDistribution(logits(reference, rows, places))
+            of_text = slice(begin + rows.start, begin + rows.stop)
             for index in members:
-                total[index] += base.kl_nats(logits(wanted[index], rows, places)).double().sum().cpu()
-    return total
+                visit(index, of_text, places, base, logits(wanted[index], rows, places))
 
 
 def _pieces(num_rows: int, first: int, length: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:
@@ -195,7 +272,7 @@ def _pieces(num_rows: int, first: int, length: int, vocab_size: int) -> Iterator
     token_step = min(num_tokens, length - first)
     for row in range(0, num_rows, row_step):
         for begin in range(first, length, token_step):
-            yield slice(row, row + row_step), slice(begin, min(begin + token_step, length))
+            yield slice(row, min(row + row_step, num_rows)), slice(begin, min(begin + token_step, length))
 
 
 def _per_token(widths: Widths, num_units: int, length: int, first: int) -> Tensor:

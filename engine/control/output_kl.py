@@ -46,6 +46,11 @@ class ReferenceDistribution:
         self._logits = logits
         self._probability = logits.softmax(-1)
 
+    @property
+    def top1(self) -> Tensor:
+        """`[...]` int64, the most likely token."""
+        return self._logits.argmax(-1)
+
     def kl_nats(self, logits: Tensor) -> Tensor:
         """KL(reference || other) of `[..., vocab]` logits -> `[...]` nats, never negative."""
         moved = logits - self._logits

@@ -19,6 +19,7 @@ from flexquant_rl.agents.evaluation.budgets import (
     Contestant,
     Knob,
     KnobFamily,
+    Measure,
     Outcome,
     SharingFamily,
     StaticFamily,
@@ -50,6 +51,11 @@ def stepped(position: float) -> Outcome:
 def falling(position: float) -> Outcome:
     """Time falls along the knob, as with a threshold."""
     return smooth(1 - position)
+
+
+def each(measure: Callable[[Contestant], Outcome]) -> Measure:
+    """Asked for several policies, measures one after the other."""
+    return lambda contestants: [measure(one) for one in contestants]
 
 
 @pytest.mark.parametrize("curve", [smooth, falling])
@@ -99,7 +105,7 @@ def test_out_of_reach() -> None:
         assert one.kl_weight is not None
         return Outcome(0.5 + 0.3 * (one.kl_weight - 1), 1 / one.kl_weight)
 
-    entries, missed = KnobFamily("ppo", at, seed=3).entries((0.45, 0.6), measure)
+    entries, missed = KnobFamily("ppo", at, seed=3).entries((0.45, 0.6), each(measure))
     assert [entry.time_budget for entry in entries] == [0.6]
     assert entries[0].first.kl_weight == pytest.approx(1 + 1 / 3, abs=0.014)  # 0.4% of the time may be left
     assert missed == [
@@ -141,7 +147,7 @@ def of_width(one: Contestant) -> Outcome:
 
 def test_two_fixed_widths_share_the_time() -> None:
     family = SharingFamily("fixed", tuple(map(fixed_width, WIDTHS)))
-    (low, exact, mixed), missed = family.entries((0.3, 0.46, 0.52, 0.76), of_width)
+    (low, exact, mixed), missed = family.entries((0.3, 0.46, 0.52, 0.76), each(of_width))
     assert (low.name, low.share) == ("fixed:3+fixed:4", pytest.approx(0.5))
     assert (exact.name, exact.second) == ("fixed:4", None)
     # 5 bits lie above the line from 4 to 8 bits.
@@ -157,7 +163,7 @@ def test_static_is_the_best_candidate_on_text() -> None:
         time_share, kl = WIDTHS[int(one.policy.bit_widths[0])]  # type: ignore[attr-defined]
         return Outcome(time_share, 0.06 if one.name == "fixed:5" else kl)
 
-    entries, missed = StaticFamily(lambda budget: allocations).entries((0.3, 0.5, 0.7, 0.9), measure)
+    entries, missed = StaticFamily(lambda budget: allocations).entries((0.3, 0.5, 0.7, 0.9), each(measure))
     assert [(entry.time_budget, entry.name) for entry in entries] == [
         (0.5, "fixed:3"),
         (0.7, "fixed:4"),
@@ -209,7 +215,7 @@ def test_the_search_picks_the_better_member_at_each_budget(offset: float) -> Non
 
     family = BestOfFamily("best", tuple(map(variant, VARIANTS)), lambda: rehearsal)
     budgets = (0.35, 0.45, 0.5, 0.55, 0.65, 0.8, 0.9)
-    entries, missed = family.entries(budgets, measure)
+    entries, missed = family.entries(budgets, each(measure))
     assert [(entry.time_budget, entry.name) for entry in entries] == [
         *((budget, "flat") for budget in (0.45, 0.5, 0.55)),
         *((budget, "steep") for budget in (0.65, 0.8, 0.9)),
@@ -225,5 +231,5 @@ def test_the_search_picks_the_better_member_at_each_budget(offset: float) -> Non
 
 def test_one_member_needs_no_kl_in_rehearsal() -> None:
     rehearsal = FakeRehearsal(0.002)
-    entries, missed = BestOfFamily("best", (variant("flat"),), lambda: rehearsal).entries((0.6,), variant_outcome)
+    entries, missed = BestOfFamily("best", (variant("flat"),), lambda: rehearsal).entries((0.6,), each(variant_outcome))
     assert ([entry.name for entry in entries], missed, rehearsal.scored) == (["flat"], [], [])

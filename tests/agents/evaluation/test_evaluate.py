@@ -103,6 +103,19 @@ def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None
     assert row.mean_bit_width == pytest.approx(float(model.mean_bit_width(allocation)))
 
 
+def test_static_policies_together_equal_each_alone(tiny_prepared: Prepared) -> None:
+    evaluator = evaluator_of(tiny_prepared)
+    widths = torch.tensor(tiny_prepared.model.bit_widths)
+    drawn = widths[torch.randint(len(widths), (3, tiny_prepared.model.num_units))]
+    static = [StaticAllocation(str(index), row) for index, row in enumerate(drawn)]
+    together = evaluator.run_static(static)
+    for policy, found in zip(static, together, strict=True):
+        alone = evaluator.run(policy)
+        for name, column in vars(alone).items():
+            torch.testing.assert_close(getattr(found, name), column, atol=2e-4, rtol=1e-3, msg=f"{name}, {policy}")
+    assert evaluator.run_static([]) == []
+
+
 def policies(prepared: Prepared) -> dict[str, Callable[[], Policy]]:
     context = policy_context(prepared)
     return {

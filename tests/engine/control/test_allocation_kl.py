@@ -12,7 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from flexquant_rl.engine.control import allocation_kl
-from flexquant_rl.engine.control.allocation_kl import affordable_windows, allocation_kl_nats
+from flexquant_rl.engine.control.allocation_kl import (
+    TextFacts,
+    affordable_windows,
+    allocation_facts,
+    allocation_kl_nats,
+)
 from flexquant_rl.engine.control.output_kl import ReferenceDistribution, kl_nats, output_kl_nats, reference_width
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -79,6 +84,25 @@ def test_equals_whole_passes(
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-7, msg=lambda text: f"{text}\nseed {seed}")
         assert float(expected.max()) > 1e-5
+    longer = torch.cat([windows, torch.randint(3, 128, (5, 1), generator=generator)], dim=1)
+    facts = allocation_facts(DecodeSession(model), longer, allocations, first=4, prompt_width=8)
+    check_facts(facts, model, longer, allocations)
+
+
+def check_facts(facts: list[TextFacts], model: NestedCausalLM, windows: Tensor, allocations: Tensor) -> None:
+    """Against one whole pass for each allocation; prompts of 4 tokens at 8 bits."""
+    session, read = DecodeSession(model), windows[:, :-1]
+    reference = session.score(read, torch.full((model.num_units,), 0), first=4)
+    for allocation, found in zip(allocations, facts, strict=True):
+        per_token = allocation.expand(*read.shape, -1).clone()
+        per_token[:, :4] = 8
+        logits = session.score(read, per_token, first=4)
+        torch.testing.assert_close(found.output_kl_nats, output_kl_nats(reference, logits), rtol=2e-3, atol=1e-5)
+        nll = -logits.log_softmax(-1).gather(-1, windows[:, 5:, None])[..., 0]
+        torch.testing.assert_close(found.token_nll_nats, nll, rtol=1e-4, atol=1e-4)
+        is_sure = logits.topk(2).values.diff().abs()[..., 0] > 1e-4
+        agrees = reference.argmax(-1) == logits.argmax(-1)
+        assert torch.equal(found.top1_agreement[is_sure], agrees[is_sure])
 
 
 def leak(model: NestedCausalLM) -> None:
@@ -130,6 +154,8 @@ def test_any_decoder_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocation_kl, "_VOCABULARY_FLOATS", 1)
     pieces = allocation_kl_nats(decoder, windows, allocations, first=4, prompt_width=8)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-8)
+    facts = allocation_facts(decoder, fake_windows(7, 13), allocations, first=4, prompt_width=8)
+    assert all(bool(column.isfinite().all()) for one in facts for column in vars(one).values())
 
 
 def test_nothing_to_measure(nested_model: NestedCausalLM) -> None:
