@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from flexquant_rl.agents.evaluation.comparison import captured_headroom, left_of
 from flexquant_rl.agents.evaluation.equal_time import (
     ClockLine,
     beside_static,
+    missing_rungs,
     on_validation_text,
     static_entries,
     static_family,
@@ -149,9 +150,12 @@ def compete_at_budgets(
         watch(members[key], trace)
     shares, line = _clocked(prepared, [*members.values()], windows)
     rows = _rows(prepared, settings, traces, dict(zip(members, shares, strict=True)), documents)
-    if oracle is not None:
-        rows.append(oracle_row(prepared, num_sequences, oracle, settings))
-    return beside_static(prepared, rows, windows, prepared.env, line)
+    bound = [] if oracle is None else [oracle_row(prepared, num_sequences, oracle, settings)]
+    # One look at validation text for all of them: it takes as long as one for a few.
+    taken = _taken_without_budget(settings.entries, rows)
+    static = static_entries(prepared, sorted({*taken.values(), *missing_rungs([*rows, *bound], line)}))
+    rows = _beside_own_static(settings, traces, rows, {at: static.get(share) for at, share in taken.items()})
+    return beside_static(prepared, [*rows, *bound], windows, prepared.env, line, static)
 
 
 def compete_long(
@@ -169,8 +173,9 @@ def compete_long(
     longer = replace(prepared, env=replace(prepared.env, max_new_tokens=max_new_tokens))
     members = _members(settings.entries)
     traces = dict(zip(members, _traces(longer, [*members.values()], windows), strict=True))
-    rows = _rows(longer, settings, traces, {}, documents)
-    return beside_static(prepared, rows, windows, longer.env, None)
+    rows = _beside_own_static(settings, traces, _rows(longer, settings, traces, {}, documents), {})
+    static = static_entries(prepared, missing_rungs(rows, None))
+    return beside_static(prepared, rows, windows, longer.env, None, static)
 
 
 _Key = tuple[object, ...]
@@ -205,16 +210,16 @@ def _rows(
     measured: dict[_Key, float],
     documents: Sequence[int],
 ) -> list[EvalRow]:
+    """The rows of the entries, without static beside them."""
     rows = []
-    beside = _static_beside(prepared, settings, traces)
-    for entry, static in zip(settings.entries, beside, strict=True):
+    for entry in settings.entries:
         keys = [_key(member) for member in entry.members]
         times = [measured[key] for key in keys if key in measured]
         # Time shares mix as the tokens do.
         time = (1 - entry.share) * times[0] + entry.share * times[-1] if times else None
         rows.append(
             summarise(
-                traces[keys[0]] if len(keys) == 1 else SharedTrace(traces[keys[0]], traces[keys[1]], entry.share),
+                _trace_of(entry, traces),
                 policy=entry.name,
                 family=entry.family,
                 reference=reference_name(prepared.model),
@@ -222,30 +227,44 @@ def _rows(
                 kl_weight=entry.first.kl_weight,
                 time_budget=entry.time_budget,
                 time_share_measured=time,
-                static_widths=None if static is None else static.bit_widths,
                 documents=documents,
             )
         )
     return rows
 
 
-def _static_beside(prepared: Prepared, settings: Settings, traces: dict[_Key, Trace]) -> list[StaticAllocation | None]:
-    """For every entry the static allocation of its budget; of the time that it took, where it has none.
+def _taken_without_budget(entries: Sequence[Entry], rows: Sequence[EvalRow]) -> dict[int, float]:
+    """By its index, the modelled share that an entry took which had no budget to meet; static is asked for the same."""
+    return {
+        index: row.time_share_modelled
+        for index, (entry, row) in enumerate(zip(entries, rows, strict=True))
+        if entry.time_budget is None and entry.family != STATIC.name and row.time_share_modelled is not None
+    }
+
+
+def _beside_own_static(
+    settings: Settings,
+    traces: dict[_Key, Trace],
+    rows: Sequence[EvalRow],
+    in_time_taken: Mapping[int, StaticAllocation | None],
+) -> list[EvalRow]:
+    """The rows with how often they differ from static: that of their budget, else that of the time they took.
 
     An entry of the static family stands beside itself.
     """
-    asked = [
-        1 / traces[_key(entry.first)].speedup if entry.time_budget is None and entry.family != STATIC.name else None
-        for entry in settings.entries
-    ]
-    within = static_entries(prepared, sorted({share for share in asked if share is not None}))
-    found: list[StaticAllocation | None] = []
-    for entry, share in zip(settings.entries, asked, strict=True):
-        if isinstance(entry.first.policy, StaticAllocation) and entry.family == STATIC.name:
-            found.append(entry.first.policy)
-        else:
-            found.append(settings.static_at(entry.time_budget) if share is None else within.get(share))
+    found = []
+    for index, (entry, row) in enumerate(zip(settings.entries, rows, strict=True)):
+        own = entry.first.policy if entry.family == STATIC.name else None
+        beside = in_time_taken.get(index) or settings.static_at(entry.time_budget)
+        static = own if isinstance(own, StaticAllocation) else beside
+        differs = None if static is None else _trace_of(entry, traces).differs_from(static.bit_widths)
+        found.append(replace(row, differs_from_static=differs))
     return found
+
+
+def _trace_of(entry: Entry, traces: dict[_Key, Trace]) -> SharedTrace:
+    keys = [_key(member) for member in entry.members]
+    return SharedTrace(traces[keys[0]], traces[keys[-1]], entry.share)
 
 
 def test_windows(prepared: Prepared, num_sequences: int) -> tuple[Tensor, list[int]]:

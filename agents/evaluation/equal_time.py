@@ -9,7 +9,7 @@ static's KL is as good as straight, and `rung_error` says how good.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -180,13 +180,24 @@ class Rung:
         return math.log(max(float(np.mean(self.sequence_kl_nats)), SMALLEST_KL_NATS))
 
 
+def missing_rungs(rows: Sequence[EvalRow], line: ClockLine | None) -> list[float]:
+    """The time shares of the rungs around all rows on which no static row stands yet, rising."""
+    there = {round(row.time_budget, 6) for row in rows if row.family == STATIC.name and row.time_budget is not None}
+    asked = {share for row in rows for share in _shares(row, line) if share is not None}
+    return sorted(_nominal(asked) - there)
+
+
 def beside_static(
-    prepared: Prepared, rows: Sequence[EvalRow], windows: Tensor, env: EnvConfig, line: ClockLine | None
+    prepared: Prepared,
+    rows: Sequence[EvalRow],
+    windows: Tensor,
+    env: EnvConfig,
+    line: ClockLine | None,
+    static: Mapping[float, StaticAllocation],
 ) -> list[EvalRow]:
     """The rows with what static reaches on the same text in the time that each of them took.
 
-    Static rows with a budget are rungs, and their own other side. What other rungs are needed is run; which allocation
-    stands on them, validation text decides.
+    Static rows with a budget are rungs, and their own other side. What other rungs are needed is run.
 
     Args:
         prepared: Model, validation text, latencies.
@@ -194,12 +205,12 @@ def beside_static(
         windows: `[S, window_tokens]` int64, that text.
         env: Shape of its episodes.
         line: Finds the static allocation of a measured time; None where nothing was measured.
+        static: What `static_entries` found for the `missing_rungs`.
     """
     shares = [_shares(row, line) for row in rows]
     rungs = [_rung(row) for row in rows if row.family == STATIC.name]
-    there = {round(row.time_budget, 6) for row in rows if row.family == STATIC.name and row.time_budget is not None}
-    asked = {share for pair in shares for share in pair if share is not None}
-    rungs += _run_rungs(prepared, sorted(_nominal(asked) - there), windows, env)
+    missing = [static[share] for share in missing_rungs(rows, line) if share in static]
+    rungs += _run_rungs(prepared, missing, windows, env)
     return [
         replace(
             row,
@@ -270,9 +281,7 @@ def _nominal(shares: Iterable[float]) -> set[float]:
     return {round(index * _RUNG, 6) for index in steps if 0 < index * _RUNG <= 1 + _ROUNDING}
 
 
-def _run_rungs(prepared: Prepared, time_shares: Sequence[float], windows: Tensor, env: EnvConfig) -> list[Rung]:
-    """Static allocations within some shares of the time, chosen on validation text and run on that of the windows."""
-    policies = list(static_entries(prepared, time_shares).values())
+def _run_rungs(prepared: Prepared, policies: Sequence[StaticAllocation], windows: Tensor, env: EnvConfig) -> list[Rung]:
     if not policies:
         return []
     evaluator = Evaluator(prepared.model, prepared.profile, windows, env, cost=prepared.cost)

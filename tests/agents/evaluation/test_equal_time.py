@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,11 @@ from flexquant_rl.agents.evaluation.equal_time import (
     ClockLine,
     Rung,
     beside_static,
+    missing_rungs,
     on_validation_text,
     rung_error,
     static_between,
+    static_entries,
     static_family,
 )
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, summarise
@@ -29,6 +32,7 @@ from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.engine.control.decision import Decision, StaticAllocation
 from flexquant_rl.engine.decoding.decoder import Decoder
+from flexquant_rl.fq_env.config import EnvConfig
 
 
 class Looking:
@@ -70,6 +74,13 @@ def judged(prepared: Prepared, policy: StaticAllocation | Looking, family: str) 
     return summarise(trace, policy=policy.name, family=family, reference="unquantised")
 
 
+def beside(
+    prepared: Prepared, rows: Sequence[EvalRow], windows: torch.Tensor, env: EnvConfig, line: ClockLine | None
+) -> list[EvalRow]:
+    """With the static allocations that are needed."""
+    return beside_static(prepared, rows, windows, env, line, static_entries(prepared, missing_rungs(rows, line)))
+
+
 @pytest.mark.parametrize("time_share", [0.5, 0.6, 0.8])
 def test_static_widths_of_another_family_tie(tiny_prepared: Prepared, time_share: float) -> None:
     """What stands on a rung itself is compared with that very allocation, whatever its family."""
@@ -81,9 +92,9 @@ def test_static_widths_of_another_family_tie(tiny_prepared: Prepared, time_share
     looking = judged(tiny_prepared, Looking(policy.bit_widths), "looking")
     windows = tiny_prepared.windows.test
     for rows in ([static, looking], [looking]):  # the rung is there already, or it has to be run
-        beside = beside_static(tiny_prepared, rows, windows, tiny_prepared.env, None)[-1]
-        assert left_of_static(beside) == pytest.approx(1.0, rel=1e-3)  # steps against one parallel pass
-        assert beside.static_kl_nats_measured is None
+        found = beside(tiny_prepared, rows, windows, tiny_prepared.env, None)[-1]
+        assert left_of_static(found) == pytest.approx(1.0, rel=1e-3)  # steps against one parallel pass
+        assert found.static_kl_nats_measured is None
 
 
 LADDER = [Rung(share, sequence_kl(math.exp(-10 * share))) for share in (0.4, 0.45, 0.5, 0.6)]
@@ -150,7 +161,7 @@ def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) ->
     )
     line = ClockLine(0.25, 0.75, 0.0)
     windows, env = tiny_prepared.windows.test, tiny_prepared.env
-    (beside,) = beside_static(tiny_prepared, [found], windows, env, line)
+    (compared,) = beside(tiny_prepared, [found], windows, env, line)
     shares = [found.time_share_modelled or 0, line.modelled(0.85)]
     at = [round(share / 0.05, 6) for share in shares]
     steps = {index for exact in at for index in (math.floor(exact), math.ceil(exact), math.ceil(exact) + 1)}
@@ -163,23 +174,21 @@ def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) ->
             trace = evaluator.run(entry.first.policy)
             rungs.append(Rung(1 / trace.speedup, tuple(trace.output_kl_nats.double().mean(1).tolist())))
     evaluator.close()
-    assert beside.static_kl_nats == pytest.approx(static_between(rungs, shares[0]), rel=1e-4)
-    assert beside.static_kl_nats_measured == pytest.approx(static_between(rungs, shares[1]), rel=1e-4)
+    assert compared.static_kl_nats == pytest.approx(static_between(rungs, shares[0]), rel=1e-4)
+    assert compared.static_kl_nats_measured == pytest.approx(static_between(rungs, shares[1]), rel=1e-4)
 
 
 def test_static_rows_are_their_own_other_side(tiny_prepared: Prepared) -> None:
     own = row("static", 0.6, 0.02, time_share_measured=0.7)
     line = ClockLine(0.0, 1.0, 0.0)
-    (beside,) = beside_static(tiny_prepared, [own], tiny_prepared.windows.test, tiny_prepared.env, line)
-    assert beside.static_kl_nats == beside.static_kl_nats_measured == own.sequence_kl_nats
+    (compared,) = beside(tiny_prepared, [own], tiny_prepared.windows.test, tiny_prepared.env, line)
+    assert compared.static_kl_nats == compared.static_kl_nats_measured == own.sequence_kl_nats
 
 
 def test_nothing_is_as_fast(tiny_prepared: Prepared) -> None:
-    (beside,) = beside_static(
-        tiny_prepared, [row("ppo", 0.01, 0.02)], tiny_prepared.windows.test, tiny_prepared.env, None
-    )
-    assert beside.static_kl_nats is None
-    assert compare([beside], "ppo") is None
+    (compared,) = beside(tiny_prepared, [row("ppo", 0.01, 0.02)], tiny_prepared.windows.test, tiny_prepared.env, None)
+    assert compared.static_kl_nats is None
+    assert compare([compared], "ppo") is None
 
 
 def test_a_controller_is_charged_and_fixed_widths_are_not(tiny_prepared: Prepared) -> None:
