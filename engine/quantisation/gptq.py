@@ -18,6 +18,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.quantize import check_format, check_range, check_weight
 from flexquant_rl.engine.quantisation.refit import damped_hessian, refit_pairs
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight, pack_codes, padded_inputs
+from flexquant_rl.kernels.code_search import CodeSearch, can_search
 from flexquant_rl.kernels.reference import dequantize
 
 _MAX_CODE = 2**NUM_PLANES - 1
@@ -135,7 +136,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with ``inv(H) = Uᵀ U``, float64: row j tells how later inputs make up for an error in j."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    return factor.contiguous()  # it comes by columns, and is walked by rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +160,8 @@ class _Grid:
 
     def __init__(self, scale: Tensor, offset: Tensor, bit_widths: tuple[int, ...], importance: Tensor) -> None:
         self.scale, self.offset = scale, offset
+        self._bit_widths = bit_widths
+        self._num_searched = 1
         self._codes_per_cell = scale.new_tensor([2.0 ** (NUM_PLANES - bit_width) for bit_width in bit_widths])[:, None]
         self._steps_per_value = torch.where(scale > 0, 1 / scale, 0.0)
         self._cost = importance[:, None] * scale.square()
@@ -168,8 +171,8 @@ class _Grid:
         if len(bit_widths) > 1:
             self._cell = 2 ** (NUM_PLANES - bit_widths[-2])
             self._num_cells = 2 ** bit_widths[-2]
-            searched = min(self._num_cells, max(_SEARCHED_CELLS, _SEARCHED_CODES // self._cell))
-            self._searched = torch.arange(searched, dtype=scale.dtype, device=scale.device)[:, None]
+            self._num_searched = min(self._num_cells, max(_SEARCHED_CELLS, _SEARCHED_CODES // self._cell))
+            self._searched = torch.arange(self._num_searched, dtype=scale.dtype, device=scale.device)[:, None]
             self._cells_per_cell = (self._cell / self._codes_per_cell[:-1])[..., None]
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -197,6 +200,47 @@ class _Grid:
         codes = torch.minimum(torch.maximum(widest, low), low + (self._cell - 1))
         cost += (steps[-1] - codes).square_().mul_(self._cost[-1])
         return codes.gather(0, cost.argmin(0, keepdim=True))[0]
+
+    def feed_back(self, targets: Tensor, codes: Tensor, factor: Tensor) -> None:
+        """Chooses the codes `[g, n]` of the group, first input to last; later targets make up for the errors.
+
+        Args:
+            targets: `[g, V, n]`, replaced by the errors over the diagonal of the factor.
+            codes: Where the codes go.
+            factor: `[g, g]`, the group's part of `_inverse_factor`.
+        """
+        if can_search(targets):
+            self._native().feed_back(targets, codes, factor)
+            return
+        for j in range(len(targets)):
+            codes[j] = self.nearest(targets[j])
+            error = (targets[j] - self.decode(codes[j])) / factor[j, j]
+            targets[j + 1 :].flatten(1).addr_(factor[j, j + 1 :], error.flatten(), alpha=-1)
+            targets[j] = error
+
+    def descend(self, weight: Tensor, errors: Tensor, slopes: Tensor, codes: Tensor, hessian: Tensor) -> None:
+        """Chooses every code `[g, n]` of the group once more, given all the others.
+
+        Args:
+            weight: `[g, n]`.
+            errors: `[g, V, n]`, weight less what the codes stand for; kept up to date.
+            slopes: `[g, V, n]`, hessian times the errors of all inputs; overwritten.
+            codes: The codes; replaced.
+            hessian: `[g, g]`, the group's part of the hessian.
+        """
+        if can_search(weight):
+            self._native().descend(weight, errors, slopes, codes, hessian)
+            return
+        for j in range(len(weight)):
+            decoded = weight[j] - errors[j]
+            codes[j] = self.nearest(decoded + slopes[j] / hessian[j, j])
+            step = decoded - self.decode(codes[j])
+            errors[j] += step
+            slopes.flatten(1).addr_(hessian[:, j], step.flatten())
+
+    def _native(self) -> CodeSearch:
+        grids = torch.stack([self.scale, self.offset, self._steps_per_value, self._cost, self._wish_shares])
+        return CodeSearch(grids, self._bit_widths, self._num_searched)
 
 
 class _Chunk:
@@ -227,11 +271,7 @@ class _Chunk:
             block = targets[group]
             grid = self._fit_grid(block, factor.diagonal()[group].square().reciprocal())
             self.grids.append(grid)
-            for index, j in enumerate(range(group.start, group.stop)):
-                self.codes[j] = grid.nearest(block[index])
-                error = (block[index] - grid.decode(self.codes[j])) / factor[j, j]
-                block[index + 1 :].flatten(1).addr_(factor[j, j + 1 : group.stop], error.flatten(), alpha=-1)
-                block[index] = error
+            grid.feed_back(block, self.codes[group], factor[group, group])
             targets[group.stop :].flatten(1).addmm_(factor[group, group.stop :].T, block.flatten(1), alpha=-1)
 
     def descend(self) -> None:
@@ -243,12 +283,7 @@ class _Chunk:
                 errors[j] = self._weight[j] - grid.decode(self.codes[j])
         for group, grid in zip(self._groups, self.grids, strict=True):
             slopes = (hessian[group] @ errors.flatten(1)).view(-1, *self._shape[1:])
-            for index, j in enumerate(range(group.start, group.stop)):
-                decoded = self._weight[j] - errors[j]
-                self.codes[j] = grid.nearest(decoded + slopes[index] / hessian[j, j])
-                step = decoded - grid.decode(self.codes[j])
-                errors[j] += step
-                slopes.flatten(1).addr_(hessian[group, j], step.flatten())
+            grid.descend(self._weight[group], errors[group], slopes, self.codes[group], hessian[group, group])
 
     def _fit_grid(self, targets: Tensor, importance: Tensor) -> _Grid:
         """Rounds the mean target of a group to nearest and fits each width's pair to its own, `targets [g, V, n]`.

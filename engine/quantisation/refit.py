@@ -78,18 +78,21 @@ def refit_pairs(
     scale, offset = scale.clone(), offset.clone()
     num_inputs = weight.shape[1]
     group = torch.arange(num_inputs, device=weight.device) // group_size
-    members = torch.nn.functional.one_hot(group).double()  # [K, G]
+    # The products are made in the precision of the weight, the pairs are solved for in float64.
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    hessian = hessian.to(dtype)
+    members = torch.nn.functional.one_hot(group).to(dtype)  # [K, G]
     num_rows = max(1, _CHUNK_NUMBERS // (num_inputs + 2 * members.shape[1] ** 2))
     for start in range(0, len(weight), num_rows):
         rows = slice(start, start + num_rows)
-        block = weight[rows].detach().double()
+        block = weight[rows].detach().to(dtype)
         for width_idx in reversed(range(len(bit_widths))):
             bit_width = bit_widths[width_idx]
             pairs = _RowPairs(
                 block,
-                (codes[rows] >> (NUM_PLANES - bit_width)).double(),
-                scale[width_idx, rows].double(),
-                offset[width_idx, rows].double(),
+                (codes[rows] >> (NUM_PLANES - bit_width)).to(dtype),
+                scale[width_idx, rows].to(dtype),
+                offset[width_idx, rows].to(dtype),
                 hessian,
                 members,
             )
@@ -108,29 +111,29 @@ class _RowPairs:
     """The pairs of one width for n rows, and the output error as a quadratic function of steps away from them.
 
     Args:
-        weight: `[n, K]` float64.
-        codes: `[n, K]` float64, codes of this width.
-        scale: `[n, G]` float64, float16 values.
-        offset: `[n, G]` float64, float16 values.
-        hessian: `[K, K]` float64.
-        members: `[K, G]` float64, 1 where an input is in a group.
+        weight: `[n, K]` float32 or float64, and so are all the others.
+        codes: `[n, K]`, codes of this width.
+        scale: `[n, G]`, float16 values.
+        offset: `[n, G]`, float16 values.
+        hessian: `[K, K]`.
+        members: `[K, G]`, 1 where an input is in a group.
     """
 
     def __init__(
         self, weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, hessian: Tensor, members: Tensor
     ) -> None:
-        self.scale, self.offset = scale, offset
         residual = weight - (scale @ members.T) * codes - offset @ members.T
         slope = residual @ hessian
         # Half the derivative of the error, negated; kept up to date with every step.
-        self._scale_slope, self._offset_slope = (slope * codes) @ members, slope @ members  # [n, G]
+        self._scale_slope = ((slope * codes) @ members).double()  # [n, G]
+        self._offset_slope = (slope @ members).double()
         hessian_sums = hessian @ members  # [K, G]
-        self._offset_offset = members.T @ hessian_sums  # [G, G]
+        self._offset_offset = (members.T @ hessian_sums).double()  # [G, G]
         of_group = [(members[:, index] > 0).nonzero()[:, 0] for index in range(members.shape[1])]
-        self._scale_scale = torch.stack(
-            [((codes[:, k] @ hessian[k]) * codes) @ members for k in of_group], dim=1
-        )  # [n, G, G], symmetric
-        self._scale_offset = torch.stack([codes[:, k] @ hessian_sums[k] for k in of_group], dim=1)  # [n, G, G]
+        scale_scale = torch.stack([((codes[:, k] @ hessian[k]) * codes) @ members for k in of_group], dim=1)
+        self._scale_scale = scale_scale.double()  # [n, G, G], symmetric
+        self._scale_offset = torch.stack([codes[:, k] @ hessian_sums[k] for k in of_group], dim=1).double()
+        self.scale, self.offset = scale.double(), offset.double()
 
     def offer(self, scale: Tensor, offset: Tensor) -> None:
         """Takes other pairs `[n, G]`, rounded to float16, for the rows whose error they lower."""
