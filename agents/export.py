@@ -171,7 +171,8 @@ def _quantization(card: PolicyCard, directory: Path) -> QuantizationConfig:
     if stored is None:
         return QuantizationConfig()
     try:
-        config = QuantizationConfig(**{**stored, "bit_widths": tuple(stored["bit_widths"])})
+        lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+        config = QuantizationConfig(**{**stored, **lists, "bit_widths": tuple(stored["bit_widths"])})
         check_field_types(config)
         config.validate()
     except (KeyError, TypeError, InputError) as error:

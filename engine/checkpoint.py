@@ -274,6 +274,7 @@ def _read_config(
             bit_widths=tuple(stored["bit_widths"]),
             unit=stored["unit"],
             quantize_head=bool(stored["quantize_head"]),
+            width_weights=tuple(stored.get("width_weights", ())),
         )
         config.validate()
         calibration = Calibration(**stored["calibration"]) if "calibration" in stored else None

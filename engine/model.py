@@ -467,7 +467,14 @@ def _quantize(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig
             weight, group_size=config.group_size, bit_widths=config.bit_widths, hessian=hessian, name=name
         )
     assert hessian is not None, "nest checked that there is calibration text"
-    return quantize_gptq(weight, hessian, group_size=config.group_size, bit_widths=config.bit_widths, name=name)
+    return quantize_gptq(
+        weight,
+        hessian,
+        group_size=config.group_size,
+        bit_widths=config.bit_widths,
+        width_weights=config.width_weights,
+        name=name,
+    )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -42,6 +42,8 @@ class QuantizeOptions:
     """What gets one width of its own: a decoder layer, or its attention and MLP separately."""
     quantize_head: bool = QuantizationConfig.quantize_head
     """Whether the output head is stored nested and is one more unit."""
+    width_weights: tuple[float, ...] = QuantizationConfig.width_weights
+    """For gptq: how much the error of each of the widths counts, e.g. 8 16 32 64 1024; default: 2^b for b bits."""
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""

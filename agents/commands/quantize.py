@@ -48,7 +48,14 @@ def quantize(options: QuantizeOptions) -> None:
     check_new_directory(options.out)
     calibration, text = options.calibration, options.text
     chosen = options.method or ("gptq" if calibration else "rtn")
-    config = QuantizationConfig(chosen, options.group_size, options.bit_widths, options.unit, options.quantize_head)
+    config = QuantizationConfig(
+        chosen,
+        options.group_size,
+        options.bit_widths,
+        options.unit,
+        options.quantize_head,
+        options.width_weights,
+    )
     config.validate()
     if options.text_field is not None and not any(map(is_jsonl, (*calibration, *text))):
         raise InputError(f"--text-field {options.text_field}: no file is a .jsonl file; leave --text-field out")

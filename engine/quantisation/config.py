@@ -18,6 +18,7 @@ class QuantizationConfig:
         bit_widths: Widths that get their own fitted scale and offset, ascending, the last is 8.
         unit: What gets one width of its own: a decoder layer, or its attention and MLP separately.
         quantize_head: Whether the output head is stored nested and is one more unit.
+        width_weights: How much the error of each stored width counts for `gptq`; none: what suits most models.
     """
 
     method: Literal["rtn", "gptq"] = "rtn"
@@ -25,6 +26,7 @@ class QuantizationConfig:
     bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8)
     unit: Literal["layer", "half"] = "layer"
     quantize_head: bool = True
+    width_weights: tuple[float, ...] = ()
 
     def validate(self) -> None:
         """Raises InputError if a value is outside its domain."""
@@ -33,9 +35,16 @@ class QuantizationConfig:
         if self.unit not in ("layer", "half"):
             raise InputError(f"unit={self.unit!r} must be 'layer' or 'half'; use 'layer'")
         # Here, not above: torch takes seconds, and a command's --help reads this file.
-        from flexquant_rl.engine.quantisation.quantize import check_format
+        from flexquant_rl.engine.quantisation.quantize import check_format, check_width_weights
 
         check_format(self.group_size, self.bit_widths)
+        if self.width_weights:
+            check_width_weights(self.width_weights, self.bit_widths)
+            if self.method != "gptq":
+                raise InputError(
+                    f"width_weights={self.width_weights} are for gptq, which fits one code to all widths, but "
+                    f"method={self.method!r}; leave them out or use gptq"
+                )
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.quantisation.quantize import check_format, check_range, check_weight
+from flexquant_rl.engine.quantisation.quantize import check_format, check_range, check_weight, check_width_weights
 from flexquant_rl.engine.quantisation.refit import damped_hessian, refit_pairs
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight, pack_codes, padded_inputs
 from flexquant_rl.kernels.code_search import CodeSearch, can_search
@@ -39,7 +38,7 @@ def quantize_gptq(
     *,
     group_size: int = 128,
     bit_widths: tuple[int, ...] = (3, 4, 5, 6, 8),
-    width_weights: tuple[float, ...] | None = None,
+    width_weights: tuple[float, ...] = (),
     num_sweeps: int = _NUM_SWEEPS,
     name: str = "weight",
 ) -> NestedWeight:
@@ -119,15 +118,11 @@ def _energy(weight: Tensor, nested: NestedWeight, hessian: Tensor, num_rows: int
     return energy
 
 
-def _importance(bit_widths: tuple[int, ...], width_weights: tuple[float, ...] | None, like: Tensor) -> Tensor:
+def _importance(bit_widths: tuple[int, ...], width_weights: tuple[float, ...], like: Tensor) -> Tensor:
     """The λ of each width, `[V]`, in the dtype and on the device of `like`; they sum to 1."""
-    if width_weights is None:
+    if not width_weights:
         width_weights = tuple(_WEIGHT_PER_BIT**bit_width for bit_width in bit_widths)
-    if len(width_weights) != len(bit_widths) or not all(0 < value < float("inf") for value in width_weights):
-        raise InputError(
-            f"width_weights={width_weights} must be one positive number for each of the widths {bit_widths}; "
-            "leave them out for the default"
-        )
+    check_width_weights(width_weights, bit_widths)
     weights = like.new_tensor(width_weights)
     return weights / weights.sum()
 

@@ -184,6 +184,15 @@ def check_format(group_size: int, bit_widths: tuple[int, ...]) -> None:
         raise InputError(str(error)) from error
 
 
+def check_width_weights(width_weights: tuple[float, ...], bit_widths: tuple[int, ...]) -> None:
+    """Raises InputError unless there is one positive, finite number for each width."""
+    if len(width_weights) != len(bit_widths) or not all(0 < value < math.inf for value in width_weights):
+        raise InputError(
+            f"width_weights={width_weights} must be one positive number for each of the widths {bit_widths}; "
+            "leave them out for the default"
+        )
+
+
 def check_weight(weight: Tensor, name: str) -> None:
     """Raises InputError unless `weight` is a finite floating-point matrix."""
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_roundtrip_is_bitwise(
         assert loaded.hf_model.get_output_embeddings().weight is loaded.hf_model.get_input_embeddings().weight
 
 
+def test_weights_of_widths_are_kept_and_used(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    text = torch.randint(3, 128, (6, 32))
+    errors = {}
+    for weights in ((), (1.0, 1.0, 1000.0)):
+        config = QuantizationConfig("gptq", 32, (3, 4, 8), width_weights=weights)
+        model = nest(deepcopy(tiny_llama), tiny_tokenizer, config, keep_reference=True, calibration=text)
+        save_checkpoint(model, tmp_path / str(len(weights)))
+        loaded = load_checkpoint(tmp_path / str(len(weights)))
+        assert_same_model(loaded, model)
+        assert loaded.config.width_weights == weights
+        session = DecodeSession(model)
+        full = torch.full((model.num_units,), 8)
+        errors[weights] = float((session.score(text, full) - session.score(text, 0 * full)).square().mean())
+    assert errors[1.0, 1.0, 1000.0] < 0.8 * errors[()]
+    with pytest.raises(InputError, match="width_weights=.*are for gptq.*but method='rtn'"):
+        QuantizationConfig(width_weights=(1.0, 1.0, 1.0, 1.0, 2.0)).validate()
+    with pytest.raises(InputError, match="must be one positive number for each of the widths"):
+        QuantizationConfig("gptq", width_weights=(1.0, 2.0)).validate()
+
+
 def test_saving_a_loaded_checkpoint_gives_the_same_files(saved: Path, tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(saved), tmp_path / "again")
     assert tuple(sorted(file.name for file in saved.iterdir())) == FILES
@@ -192,6 +215,7 @@ def test_transformers_reads_config_and_tokenizer(saved: Path) -> None:
         "bit_widths": [3, 4, 5, 6, 8],
         "unit": "layer",
         "quantize_head": True,
+        "width_weights": [],
     }
     assert AutoTokenizer.from_pretrained(saved)("a b")["input_ids"] == [97, 32, 98]
 
