@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from flexquant_rl.agents.config import BASELINES
@@ -44,6 +45,8 @@ from flexquant_rl.fq_env.prompts import spread
 # The dial goes a little beyond the range that was trained: the ends of the budgets may lie there.
 _DIAL_MARGIN = 4.0
 _TIMED_WINDOWS, _TIMED_TOKENS = 3, 32
+# More than this between the same steps, as a log ratio, is not the steps'.
+_CLOCK_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -291,6 +294,8 @@ def _clocked(
         num_threads=prepared.num_threads,
         progress=lambda rounds: track(rounds, "timing"),
     )
+    full = prepared.cost.full_width()
+    _check_clock([share for one, share in zip(asked, measured, strict=True) if _plays(one, full)])
     static = [
         (float(prepared.cost.time_share(one.policy.bit_widths)), share)
         for one, share in zip(asked, measured, strict=True)
@@ -298,6 +303,20 @@ def _clocked(
     ]
     line = ClockLine.fit([modelled for modelled, _ in static], [share for _, share in static])
     return measured[: len(contestants)], line
+
+
+def _check_clock(full_shares: Sequence[float]) -> None:
+    """Says so if the largest width everywhere took another time than itself: then the machine was not quiet."""
+    for share in full_shares:
+        if abs(math.log(share)) > _CLOCK_TOLERANCE:
+            say(
+                f"the clock disagrees with itself: the largest width everywhere took {share:.2f} of its own time; "
+                "measured shares are unreliable until the machine is quiet"
+            )
+
+
+def _plays(one: Contestant, bit_widths: Tensor) -> bool:
+    return isinstance(one.policy, StaticAllocation) and torch.equal(one.policy.bit_widths, bit_widths)
 
 
 def oracle_time_share(prepared: Prepared, config: OracleConfig) -> float:

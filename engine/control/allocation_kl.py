@@ -49,7 +49,9 @@ class TextFacts:
     top1_agreement: Tensor
 
 
-def affordable_windows(model: NestedCausalLM, allocations: Tensor, length: int, most: int) -> int:
+def affordable_windows(
+    model: NestedCausalLM, allocations: Tensor, length: int, most: int, *, least: int = _LEAST_WINDOWS
+) -> int:
     """How many windows of text `allocation_kl_nats` can read at a bearable price: fewer the larger the model.
 
     Args:
@@ -57,16 +59,17 @@ def affordable_windows(model: NestedCausalLM, allocations: Tensor, length: int, 
         allocations: `[P, U]` int64 widths.
         length: Tokens of a window.
         most: More are not worth their time, however cheap they are.
+        least: Fewer say nothing, however dear they are.
 
     Returns:
-        From 3, or `most` where that is less, to `most`.
+        From `least`, or `most` where that is less, to `most`.
     """
     num_products = float(len(allocations) * model.embedding_matrix().numel())  # the head's, of every allocation
     for end, unit in enumerate(model.units, start=1):
         if unit.kind != "head":  # allocations that are alike up to here are one
             num_products += len(allocations[:, :end].unique(dim=0)) * unit.num_weights
     affordable = int(_AFFORDABLE_FLOP / (2 * num_products * length))
-    return min(max(affordable, _LEAST_WINDOWS), most)
+    return min(max(affordable, least), most)
 
 
 def allocation_kl_nats(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation import contest
+from flexquant_rl.agents.evaluation.baselines import contestant
 from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, Entry, KnobFamily
 from flexquant_rl.agents.evaluation.comparison import compare
 from flexquant_rl.agents.evaluation.contest import compete, headroom, heuristics, oracle_row
@@ -349,3 +351,25 @@ def test_without_a_budget_static_of_the_time_that_was_taken(tiny_prepared: Prepa
         unlike = (traces[one.name].bit_widths != static.bit_widths).any(-1).double().mean()
         assert result.differs_from_static == pytest.approx(float(unlike)), one.name
     assert {rows[2].differs_from_static, rows[3].differs_from_static} <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.03, ""), (0.96, ""), (1.2, "took 1.20 of"), (0.32, "took 0.32 of")])
+def test_a_clock_that_disagrees_with_itself(
+    share: float,
+    said: str,
+    tiny_prepared: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The largest width is timed as a policy too: on a busy machine it took a third of its own time."""
+
+    def measured(model: Any, profile: Any, windows: Any, config: Any, policies: list[Any], **_: Any) -> list[float]:
+        full = tiny_prepared.cost.full_width()
+        return [share if torch.equal(policy.bit_widths, full) else 0.5 for policy, _ in policies]
+
+    monkeypatch.setattr(contest, "measured_time_shares", measured)
+    context = policy_context(tiny_prepared)
+    contest.compete(tiny_prepared, [contestant(Fixed(4), context)], 4)
+    printed = capsys.readouterr().err
+    assert ("the clock disagrees with itself" in printed) == bool(said)
+    assert said in printed
