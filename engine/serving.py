@@ -18,13 +18,10 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
-from flexquant_rl.engine.control.drafts import DraftRecord
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
-from flexquant_rl.engine.control.verification import Verification
-from flexquant_rl.engine.control.verified import VerifiedRunner, settled_policy
 from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
 from flexquant_rl.engine.decoding.decoder import check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
@@ -50,12 +47,9 @@ class Engine:
             time and serves one request after the other; "auto" takes it where it can run model and policy.
         num_threads: Threads of a step, as for `open_session`; not with `GraphDecoder`, which has none.
         graph: A `GraphDecoder` of this model and policy that exists already; default: one is made where it is taken.
-        verification: Makes what the policy chooses the widths of drafts, and settles them at one width. Likelihoods
-            are then those of that width. A captured graph has no verification.
 
     Raises:
-        InputError: If `max_length` exceeds the context, decoder or threads cannot be had, or there is no such
-            verification.
+        InputError: If `max_length` exceeds the context, or decoder or threads cannot be had.
         ValueError: If `graph` is of another model or policy.
     """
 
@@ -69,7 +63,6 @@ class Engine:
         decoder: DecoderName = "auto",
         num_threads: int | None = None,
         graph: GraphDecoder | None = None,
-        verification: Verification | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -80,12 +73,6 @@ class Engine:
         self._max_length = check_max_length(max_length, model)
         check_decoder_name(decoder)
         check_policy(policy, model)
-        if verification is not None:
-            verification.check(model.bit_widths)
-            if graph is not None:
-                raise InputError("a captured graph has no pass over several tokens; leave graph or verification out")
-            decoder = "hf" if model.device.type == "cuda" else decoder
-        self._verification = verification
         if graph is None and _takes_graph(model, policy, decoder):
             from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
 
@@ -99,12 +86,11 @@ class Engine:
             model, max_length=max_length, decoder=name, num_threads=num_threads
         )
 
-    def generate(self, request: Request, record: DraftRecord | None = None) -> Iterator[GeneratedToken]:
+    def generate(self, request: Request) -> Iterator[GeneratedToken]:
         """Continues a prompt. Any thread may call this at any time; abandon the iterator to stop.
 
         Args:
             request: What to continue, and how far.
-            record: Is told how drafts fare, where there are any.
 
         Yields:
             The tokens as they come; the last one says why it ended. There is none if the request is cancelled while it
@@ -122,17 +108,9 @@ class Engine:
             yield from self._generate_by_graph(graph, request)
             return
         with self._lock:
-            runner = self._runner(1, is_drafting=True)
-            verified = (
-                None
-                if self._verification is None
-                else VerifiedRunner(runner.decoder, runner.controller, self._verification, record)
-            )
+            runner = self._runner(1)
         with closing(runner.decoder):
-            if verified is None:
-                yield from self._in_turns(runner.generate([request], self.model.token_text, self._closed))
-                return
-            yield from self._in_turns(verified.generate(request, self.model.token_text, self._closed))
+            yield from self._in_turns(runner.generate([request], self.model.token_text, self._closed))
 
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, kl_weight: float, num_rows: int = 8
@@ -168,14 +146,11 @@ class Engine:
         if self._closed.is_set():
             raise RuntimeError(CLOSED)
 
-    def _runner(self, num_rows: int, *, is_drafting: bool = False) -> PolicyRunner:
-        """Opens rows of a request's own, to draft or to settle tokens."""
+    def _runner(self, num_rows: int) -> PolicyRunner:
+        """Opens rows of a request's own."""
         if self._open is None:
             raise RuntimeError(CLOSED)
-        policy = (
-            self.policy if self._verification is None or is_drafting else settled_policy(self._verification, self.model)
-        )
-        controller = make_controller(self.model, policy, self.profile, num_rows=num_rows)
+        controller = make_controller(self.model, self.policy, self.profile, num_rows=num_rows)
         return PolicyRunner(self._open(num_rows), controller)
 
     def _in_turns(self, results: Iterator[T]) -> Iterator[T]:
@@ -226,8 +201,6 @@ def generate(
     decoder: DecoderName = "auto",
     num_threads: int | None = None,
     graph: GraphDecoder | None = None,
-    verification: Verification | None = None,
-    record: DraftRecord | None = None,
 ) -> Iterator[GeneratedToken]:
     """Continues one prompt with an engine of its own; keep an `Engine` for several.
 
@@ -245,8 +218,6 @@ def generate(
         decoder: As for `Engine`.
         num_threads: As for `Engine`.
         graph: As for `Engine`. Keep one for several prompts: compiling, fusing and capturing take their time.
-        verification: As for `Engine`.
-        record: As for `Engine.generate`.
 
     Raises:
         InputError: If the prompt is empty or does not fit the context with its continuation, or a number is out of
@@ -265,17 +236,10 @@ def generate(
     )
     request.check(model.max_context, model.vocab_size)
     engine = Engine(
-        model,
-        policy,
-        profile,
-        max_length=request.num_held,
-        decoder=decoder,
-        num_threads=num_threads,
-        graph=graph,
-        verification=verification,
+        model, policy, profile, max_length=request.num_held, decoder=decoder, num_threads=num_threads, graph=graph
     )
     with closing(engine):
-        yield from engine.generate(request, record)
+        yield from engine.generate(request)
 
 
 def check_policy(policy: Policy, model: NestedCausalLM) -> None:

@@ -215,38 +215,3 @@ def test_a_policy_that_is_fitted_is_fitted_to_training_text(nested: Path, text: 
     assert rows[0]["mean_bit_width"] >= 4
     # One is read in a parallel pass, the other step by step.
     assert rows[1]["output_kl_nats"] == pytest.approx(rows[2]["output_kl_nats"], rel=1e-4), "nothing saves so much"
-
-
-class TestVerifiedMode:
-    def test_the_text_is_that_of_the_verifying_width(self, nested: Path) -> None:
-        plain = generate(nested, "fixed:8", "--max-new-tokens", 30)
-        for policy, extra in (("fixed:3", ()), ("fixed:6", ("--copy-drafts", "--min-confidence", 0.3))):
-            found = generate(nested, policy, "--max-new-tokens", 30, "--verify-width", 8, "--max-drafts", 3, *extra)
-            assert found.out.splitlines()[:-1] == plain.out.splitlines()[:-1]
-            assert found.result["same_as_plain"] is True
-            assert found.result["verify_width"] == 8
-            assert 1 <= found.result["tokens_per_pass"] <= 4
-            assert len(found.result["acceptance_by_place"]) <= 3
-            assert found.result["speedup_measured_over_plain"] > 0
-            assert found.result["speedup_modelled"] is None
-        assert "verify_width" not in plain.result
-
-    def test_sampled_text_is_another_draw(self, nested: Path) -> None:
-        found = generate(nested, "fixed:4", "--verify-width", 8, "--temperature", 1.0, "--seed", 5)
-        assert found.result["same_as_plain"] is None
-
-    @pytest.mark.parametrize(
-        ("options", "said"),
-        [
-            (("--verify-width", 7), "verify_width=7 is not stored; use one of 3, 4, 5, 6, 8"),
-            (("--max-drafts", 2), "--max-drafts is for drafts; add --verify-width, e.g. 8"),
-            (("--copy-drafts",), "--copy-drafts is for drafts; add --verify-width"),
-            (("--verify-width", 8, "--max-drafts", 16), "max_drafts=16 must be a whole number from 0 to 15"),
-            (("--verify-width", 8, "--min-confidence", 2), "min_confidence=2.0 must be from 0 to 1"),
-        ],
-    )
-    def test_bad_options_are_one_line(self, nested: Path, options: tuple[object, ...], said: str) -> None:
-        refused = generate(nested, "fixed:3", *options)
-        assert refused.code == 2
-        assert said in refused.err
-        assert refused.out == ""

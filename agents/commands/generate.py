@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +16,10 @@ from flexquant_rl.agents.commands.servable import load_servable
 from flexquant_rl.agents.config import check_device
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
-from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.dial import check_kl_weight
-from flexquant_rl.engine.control.drafts import DraftRecord
 from flexquant_rl.engine.control.policy import DeployedPolicy, DialPoint, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
-from flexquant_rl.engine.control.verification import Verification
-from flexquant_rl.engine.control.verified import settled_policy
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
@@ -46,37 +42,26 @@ def generate(options: GenerateOptions) -> None:
         device=options.device,
     )
     setting = _setting(found.policy, options)
-    verification = _verification(options, found.model)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
     prompt_ids = encode_chat(model, prompt) if is_chat else encode(model, prompt)
-    record = DraftRecord()
-
-    def stream(policy: Policy, max_new_tokens: int, verification: Verification | None) -> Iterator[GeneratedToken]:
-        return generate_tokens(
-            model,
-            policy,
-            found.profile,
-            prompt_ids,
-            max_new_tokens=max_new_tokens,
-            kl_weight=1.0 if setting is None else setting.kl_weight,  # a static policy does not look at it
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-            decoder=options.decoder,
-            num_threads=options.threads,
-            verification=verification,
-            record=record,
-        )
-
+    stream = generate_tokens(
+        model,
+        found.policy,
+        found.profile,
+        prompt_ids,
+        max_new_tokens=options.max_new_tokens,
+        kl_weight=1.0 if setting is None else setting.kl_weight,  # a static policy does not look at it
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        decoder=options.decoder,
+        num_threads=options.threads,
+    )
     printed = _Printed(model)
-    printed.follow(stream(found.policy, options.max_new_tokens, verification), show_bits=options.show_bits)
+    printed.follow(stream, show_bits=options.show_bits)
     if options.quiet:
         return
-    drafted: dict[str, object] = {}
-    if verification is not None and len(printed.latencies_ms) > 1:
-        plain = list(stream(settled_policy(verification, model), len(printed.latencies_ms), None))
-        drafted = _drafting_facts(verification, record, printed, plain, is_greedy=options.temperature == 0)
     print_result(
         {
             "num_tokens": len(printed.widths),
@@ -87,46 +72,8 @@ def generate(options: GenerateOptions) -> None:
             "speed_asked": options.speed,
             "kl_weight": None if setting is None else setting.kl_weight,
             "chat_template": is_chat,
-            **drafted,
         }
     )
-
-
-def _verification(options: GenerateOptions, model: NestedCausalLM) -> Verification | None:
-    """How drafts are settled; None without any."""
-    given = Verification(
-        options.verify_width or max(model.bit_widths), options.max_drafts, options.min_confidence, options.copy_drafts
-    )
-    if options.verify_width is None:
-        for field_ in ("max_drafts", "min_confidence", "copy_drafts"):
-            if getattr(given, field_) != getattr(Verification, field_):
-                raise InputError(f"--{field_.replace('_', '-')} is for drafts; add --verify-width, e.g. 8")
-        return None
-    given.check(model.bit_widths)
-    return given
-
-
-def _drafting_facts(
-    verification: Verification,
-    record: DraftRecord,
-    printed: _Printed,
-    plain: list[GeneratedToken],
-    *,
-    is_greedy: bool,
-) -> dict[str, object]:
-    """How drafts fared, beside the same tokens decoded one by one at the verifying width in the same process."""
-    plain_ms = statistics.fmean(token.latency_ms for token in plain[1:]) if len(plain) > 1 else None
-    drafted_ms = statistics.fmean(printed.latencies_ms[1:])
-    return {
-        "speedup_modelled": None,  # the table knows single steps
-        "verify_width": verification.bit_width,
-        "tokens_per_pass": record.tokens_per_pass,
-        "draft_steps": record.num_draft_steps,
-        "acceptance_by_place": [a / n for a, n in zip(record.accepted_at, record.drafted_at, strict=True)],
-        "speedup_measured_over_plain": None if plain_ms is None else plain_ms / drafted_ms,
-        # Sampled text is another draw from the same distribution.
-        "same_as_plain": [token.token_id for token in plain] == printed.token_ids if is_greedy else None,
-    }
 
 
 def _prompt(options: GenerateOptions) -> str:
@@ -183,7 +130,6 @@ class _Printed:
     widths: list[Tensor] = field(default_factory=list)
     mean_bit_widths: list[float] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
     def follow(self, stream: Iterable[GeneratedToken], *, show_bits: bool) -> None:
@@ -192,7 +138,6 @@ class _Printed:
         for token in stream:
             self.widths.append(token.bit_widths)
             self.latencies_ms.append(token.latency_ms)
-            self.token_ids.append(token.token_id)
             self.finish_reason = token.finish_reason
             mean = float(self.model.mean_bit_width(token.bit_widths))
             self.mean_bit_widths.append(mean)

@@ -11,7 +11,6 @@ from tyro.conf import Positional
 
 from flexquant_rl.agents.config import Device, EnvBench, Latency, TrainConfig
 from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, PolicyBench
-from flexquant_rl.engine.control.verification import Verification
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
@@ -195,14 +194,6 @@ class GenerateOptions:
     """Sample only from the likeliest tokens whose probabilities reach this sum."""
     seed: int = 0
     """Seed of the sampling."""
-    verify_width: int | None = None
-    """Give the text of this width: what the policy chooses are drafts, which a pass at this width settles."""
-    max_drafts: int = Verification.max_drafts
-    """With --verify-width: drafts before a pass at most; 0 drafts nothing."""
-    min_confidence: float = Verification.min_confidence
-    """With --verify-width: a draft whose probability is lower is the last before a pass; 0 never stops."""
-    copy_drafts: bool = False
-    """With --verify-width: copy drafts from the text so far where its last tokens occurred before."""
     show_bits: bool = False
     """Show every token's mean width: as its background colour on a terminal, else in a line below the text."""
     quiet: bool = False

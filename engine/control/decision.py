@@ -14,8 +14,8 @@ class Decision:
 
     Attributes:
         bit_widths: `[B, U]` int64, widths of the pass.
-        verify: Whether the pass settles its token. In the lossy mode it always does: every step is one ordinary pass.
-            In verified mode the widths are those of a draft, whatever it says.
+        verify: Whether the pass settles its token. It always does as long as nothing is drafted: every step is then
+            one ordinary pass.
     """
 
     bit_widths: Tensor

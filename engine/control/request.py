@@ -87,9 +87,8 @@ class GeneratedToken:
         text: What it adds to the text, once that is whole and cannot be part of a stop string; "" without a tokenizer.
         bit_widths: `[U]` int64 of the step whose output it was chosen from; the largest width for the first token.
         latency_ms: Wall clock of that step, policy included; of the prompt for the first token. On a GPU the mean over
-            the few steps that are read at once, with drafts its share of a round.
+            the few steps that are read at once.
         finish_reason: Why the request ends with this token; None if it goes on.
-        is_draft: Whether it is a draft that was kept.
     """
 
     request: int
@@ -98,7 +97,6 @@ class GeneratedToken:
     bit_widths: Tensor
     latency_ms: float
     finish_reason: FinishReason | None = None
-    is_draft: bool = False
 
 
 class RunningRequest:
@@ -131,7 +129,7 @@ class RunningRequest:
         self._num_tokens = 0
         self.is_finished = False
 
-    def add(self, token_id: int, bit_widths: Tensor, latency_ms: float, *, is_draft: bool = False) -> GeneratedToken:
+    def add(self, token_id: int, bit_widths: Tensor, latency_ms: float) -> GeneratedToken:
         """Takes the next token and says what it adds."""
         self._num_tokens += 1
         is_eos = token_id in self._eos
@@ -148,4 +146,4 @@ class RunningRequest:
         if reason is not None:
             self.is_finished = True
             text += self._stop.finish()
-        return GeneratedToken(self._index, token_id, text, bit_widths, latency_ms, reason, is_draft)
+        return GeneratedToken(self._index, token_id, text, bit_widths, latency_ms, reason)

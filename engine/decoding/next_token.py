@@ -61,7 +61,10 @@ class Sampler:
         temperature, top_p = self._temperature[index], self._top_p[index]
         if temperature == 0:
             return greedy_tokens(logits[None])
-        return torch.multinomial(token_probs(logits, temperature, top_p), 1, generator=self._generators[index])
+        probs = (logits / temperature).softmax(-1).cpu()
+        if top_p < 1:
+            probs = nucleus(probs, top_p)
+        return torch.multinomial(probs, 1, generator=self._generators[index])
 
 
 class Replay:
@@ -85,15 +88,6 @@ class Replay:
         tokens = self._token_ids[rows, self._position[rows]]
         self._position[rows] += 1
         return tokens
-
-
-def token_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """What a token is sampled from: `[vocab]` logits at a temperature above 0 to probabilities, on the CPU."""
-    probs = (logits / temperature).softmax(-1).cpu()
-    if top_p == 1:
-        return probs
-    inside = nucleus(probs, top_p)
-    return inside / inside.sum()
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:

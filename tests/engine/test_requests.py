@@ -27,7 +27,7 @@ def test_one_stop_string_is_not_its_letters(
 ) -> None:
     seen: list[Request] = []
 
-    def spy(self: Engine, request: Request, record: object) -> Iterator[GeneratedToken]:
+    def spy(self: Engine, request: Request) -> Iterator[GeneratedToken]:
         seen.append(request)
         yield from ()
 
