@@ -11,8 +11,9 @@ from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.bench_env import bench_env
 from flexquant_rl.engine.benches.decode import bench_decode
 from flexquant_rl.engine.benches.gemv import bench_gemv
+from flexquant_rl.engine.benches.gptq import bench_gptq
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Row, run_bench, run_tests, table
-from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, PolicyBench
+from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, GptqBench, PolicyBench
 from flexquant_rl.engine.benches.policy import bench_policy
 
 
@@ -31,6 +32,8 @@ def bench(command: BenchCommand) -> None:
             return bench_decode(what, rounds, say)
         if isinstance(what, PolicyBench):
             return bench_policy(what, rounds)
+        if isinstance(what, GptqBench):
+            return bench_gptq(what, rounds)
         return bench_env(what, rounds)
 
     try:

@@ -169,6 +169,30 @@ class PolicyBench(BenchConfig):
         self._check_positive("units", "vocab")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GptqBench(BenchConfig):
+    """How gptq chooses the codes of one group of inputs, random weights."""
+
+    name: ClassVar[str] = "gptq"
+    tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_code_search.py", "tests/engine/quantisation/test_gptq.py")
+
+    num_outputs: int = 1536
+    """Rows of the weight."""
+    group_size: Literal[32, 64, 128] = 128
+    """Inputs that share scale and offset."""
+    num_threads: int = 1
+    """Threads of both providers."""
+    seed: int = 0
+    """Seed of the weights."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain."""
+        super().validate()
+        self._check_positive("num_outputs")
+        check_num_threads(self.num_threads)
+        _check_native()
+
+
 def _check_native() -> None:
     from flexquant_rl.kernels.native import load_library
 

@@ -143,7 +143,7 @@ class _Problem:
     importance: Tensor
 
 
-class _Grid:
+class Grid:
     """The values that the codes of one group stand for.
 
     Args:
@@ -206,7 +206,11 @@ class _Grid:
         """
         if can_search(targets):
             self._native().feed_back(targets, codes, factor)
-            return
+        else:
+            self.feed_back_in_torch(targets, codes, factor)
+
+    def feed_back_in_torch(self, targets: Tensor, codes: Tensor, factor: Tensor) -> None:
+        """The definition of `feed_back`, for any device and precision."""
         for j in range(len(targets)):
             codes[j] = self.nearest(targets[j])
             error = (targets[j] - self.decode(codes[j])) / factor[j, j]
@@ -225,7 +229,11 @@ class _Grid:
         """
         if can_search(weight):
             self._native().descend(weight, errors, slopes, codes, hessian)
-            return
+        else:
+            self.descend_in_torch(weight, errors, slopes, codes, hessian)
+
+    def descend_in_torch(self, weight: Tensor, errors: Tensor, slopes: Tensor, codes: Tensor, hessian: Tensor) -> None:
+        """The definition of `descend`, for any device and precision."""
         for j in range(len(weight)):
             decoded = weight[j] - errors[j]
             codes[j] = self.nearest(decoded + slopes[j] / hessian[j, j])
@@ -249,7 +257,7 @@ class _Chunk:
     """
 
     def __init__(self, weight: Tensor, problem: _Problem, bit_widths: tuple[int, ...], group_size: int) -> None:
-        self.grids: list[_Grid] = []
+        self.grids: list[Grid] = []
         self._problem = problem
         self._bit_widths = bit_widths
         num_rows, num_inputs = weight.shape
@@ -280,7 +288,7 @@ class _Chunk:
             slopes = (hessian[group] @ errors.flatten(1)).view(-1, *self._shape[1:])
             grid.descend(self._weight[group], errors[group], slopes, self.codes[group], hessian[group, group])
 
-    def _fit_grid(self, targets: Tensor, importance: Tensor) -> _Grid:
+    def _fit_grid(self, targets: Tensor, importance: Tensor) -> Grid:
         """Rounds the mean target of a group to nearest and fits each width's pair to its own, `targets [g, V, n]`.
 
         Args:
@@ -302,4 +310,4 @@ class _Chunk:
             slope = (q * height * shares).sum(0) / torch.where(variance > 0, variance, 1.0)
             scales.append(slope.clamp_min(0).half().to(mean.dtype))
             offsets.append((low + mean_height - scales[-1] * mean_q).half().to(mean.dtype))
-        return _Grid(torch.stack(scales), torch.stack(offsets), self._bit_widths, self._problem.importance)
+        return Grid(torch.stack(scales), torch.stack(offsets), self._bit_widths, self._problem.importance)

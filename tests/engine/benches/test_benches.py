@@ -12,9 +12,10 @@ import torch
 from flexquant_rl.engine.benches import gemv as bench_gemv
 from flexquant_rl.engine.benches import llama_cpp as bench_llama_cpp
 from flexquant_rl.engine.benches.decode import bench_decode, random_llama
+from flexquant_rl.engine.benches.gptq import bench_gptq
 from flexquant_rl.engine.benches.harness import READ, BenchRefusedError, table
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
-from flexquant_rl.engine.benches.options import BenchConfig, DecodeBench, GemvBench, PolicyBench
+from flexquant_rl.engine.benches.options import BenchConfig, DecodeBench, GemvBench, GptqBench, PolicyBench
 from flexquant_rl.engine.benches.policy import bench_policy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.kernels.native import supported_isas
@@ -64,6 +65,18 @@ class TestGemv:
         monkeypatch.setattr(bench_gemv, "bitplane_gemv", lambda *args, **kwargs: 1.05 * right(*args, **kwargs))
         with pytest.raises(BenchRefusedError, match="at 3 bits is wrong"):
             bench_gemv.bench_gemv(self.CONFIG)
+
+
+@pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
+def test_gptq_rows() -> None:
+    found = bench_gptq(GptqBench(num_outputs=19, group_size=32, rounds=1))
+    assert [row["provider"] for row in found] == [
+        "native_feed_back",
+        "torch_feed_back",
+        "native_descend",
+        "torch_descend",
+    ]
+    assert all(row["p50_us"] > 0 for row in found)
 
 
 def test_policy_rows() -> None:

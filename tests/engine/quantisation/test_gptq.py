@@ -157,7 +157,7 @@ def test_code_is_the_best_of_all_256(bit_widths: tuple[int, ...], disagreement: 
     scale = 0.01 * per_cell * (1 + 0.02 * noise(num_widths, num_rows))
     offset = 0.005 * per_cell - 1.28 + 0.002 * noise(num_widths, num_rows)
     importance = torch.tensor([2.0**b for b in bit_widths], dtype=torch.float64)
-    grid = gptq._Grid(scale, offset, bit_widths, importance / importance.sum())
+    grid = gptq.Grid(scale, offset, bit_widths, importance / importance.sum())
     targets = 1.4 * noise(num_rows) + disagreement * 0.01 * per_cell * (
         torch.rand(num_widths, num_rows, generator=generator, dtype=torch.float64) - 0.5
     )
