@@ -52,8 +52,8 @@ class Engine:
         ngram_drafts: With a policy that drafts: drafts of a round at most that are taken from the text so far.
 
     Raises:
-        InputError: If `max_length` exceeds the context, or decoder or threads cannot be had, or `ngram_drafts` are given
-            to a policy that does not draft, or more of them than a round can hold.
+        InputError: If `max_length` exceeds the context, if decoder or threads cannot be had, or if `ngram_drafts` are
+            given to a policy that does not draft, or are more than a round can hold.
         ValueError: If `graph` is of another model or policy.
     """
 

@@ -87,8 +87,8 @@ class GeneratedToken:
         token_id: The token.
         text: What it adds to the text, once that is whole and cannot be part of a stop string; "" without a tokenizer.
         bit_widths: `[U]` int64 of the step whose output it was chosen from; the largest width for the first token.
-        latency_ms: Wall clock of that step, policy included; of the prompt for the first token. The mean over those that
-            come at once: the few steps that are read together on a GPU, the tokens that a verify step settles.
+        latency_ms: Wall clock of that step, policy included; of the prompt for the first token. The mean over tokens
+            that come at once: the few steps that are read together on a GPU, what a verify step settles.
         finish_reason: Why the request ends with this token; None if it goes on.
         draft_counts: With the last token of a request that was decoded with drafts: what they came to.
     """

@@ -60,7 +60,7 @@ class Rounds:
         decoder: Holds R rows.
         controller: Decides for R rows.
         sampler: Chooses the tokens of R rows.
-        ngram_drafts: Drafts of a round at most that are taken from the text so far, before any step; 0 looks nothing up.
+        ngram_drafts: Drafts of a round at most that are taken from the text so far, before any step; 0 is none.
 
     Raises:
         InputError: If `ngram_drafts` is negative or more than a round can hold.
@@ -192,9 +192,7 @@ class Rounds:
         if not self._controller.uses_signals:
             return
         for place, token_id in enumerate(next_ids):
-            self._controller.update(
-                output.at(place), bit_widths[None], torch.tensor([token_id]), torch.tensor([row])
-            )
+            self._controller.update(output.at(place), bit_widths[None], torch.tensor([token_id]), torch.tensor([row]))
 
 
 def check_ngram_drafts(ngram_drafts: int) -> None:

@@ -1,8 +1,8 @@
 """The one loop over tokens: a decision, a pass at its widths, the next token, the signals.
 
 The environment, the evaluation, generation and timing all go through `PolicyRunner.step`; they differ in who decides
-(a controller or an action), in what the next token is (sampled or a given text) and in what they make of the output. A policy that drafts generates
-through `Rounds`, of which a step is the special case that verifies every token.
+(a controller or an action), in what the next token is (sampled or a given text) and in what they make of the output.
+A policy that drafts generates through `Rounds`; a step is the special case that verifies every token.
 """
 
 from __future__ import annotations
