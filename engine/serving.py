@@ -1,7 +1,7 @@
 """Serving: a model under a policy, asked by any number of threads.
 
 An `Engine` describes the model to its decoder once. Every request has rows of its own and holds the engine's lock for
-one turn: a whole prompt, or one step. So requests take turns and none sees another's state.
+one turn: a whole prompt, a step, or a round of drafts. So requests take turns and none sees another's state.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
+from flexquant_rl.engine.control.drafts import DraftPolicy, FixedDrafts
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
+from flexquant_rl.engine.control.rounds import check_ngram_drafts
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
 from flexquant_rl.engine.decoding.decoder import check_bit_widths, check_max_length
@@ -40,29 +42,32 @@ class Engine:
 
     Args:
         model: The model.
-        policy: Decides the widths of every token of every request.
+        policy: Decides the widths of every token of every request, and whether it is a draft.
         profile: The profile that the policy was trained with.
         max_length: Tokens that a request may hold, prompt included; default: the model's context.
         decoder: As for `open_session`. On a CUDA device the lean one is `GraphDecoder`, which reads tokens a few at a
             time and serves one request after the other; "auto" takes it where it can run model and policy.
         num_threads: Threads of a step, as for `open_session`; not with `GraphDecoder`, which has none.
         graph: A `GraphDecoder` of this model and policy that exists already; default: one is made where it is taken.
+        ngram_drafts: With a policy that drafts: drafts of a round at most that are taken from the text so far.
 
     Raises:
-        InputError: If `max_length` exceeds the context, or decoder or threads cannot be had.
+        InputError: If `max_length` exceeds the context, if decoder or threads cannot be had, or if `ngram_drafts` are
+            given to a policy that does not draft, or are more than a round can hold.
         ValueError: If `graph` is of another model or policy.
     """
 
     def __init__(
         self,
         model: NestedCausalLM,
-        policy: Policy,
+        policy: Policy | DraftPolicy,
         profile: Profile,
         *,
         max_length: int | None = None,
         decoder: DecoderName = "auto",
         num_threads: int | None = None,
         graph: GraphDecoder | None = None,
+        ngram_drafts: int = 0,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -73,7 +78,8 @@ class Engine:
         self._max_length = check_max_length(max_length, model)
         check_decoder_name(decoder)
         check_policy(policy, model)
-        if graph is None and _takes_graph(model, policy, decoder):
+        self._ngram_drafts = _checked_ngram_drafts(ngram_drafts, policy)
+        if graph is None and not isinstance(policy, DraftPolicy) and _takes_graph(model, policy, decoder):
             from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
 
             graph = GraphDecoder(model, policy, profile, max_length=self._max_length)
@@ -151,7 +157,7 @@ class Engine:
         if self._open is None:
             raise RuntimeError(CLOSED)
         controller = make_controller(self.model, self.policy, self.profile, num_rows=num_rows)
-        return PolicyRunner(self._open(num_rows), controller)
+        return PolicyRunner(self._open(num_rows), controller, ngram_drafts=self._ngram_drafts)
 
     def _in_turns(self, results: Iterator[T]) -> Iterator[T]:
         """Holds the lock while a result is made, and not while the caller looks at it."""
@@ -188,7 +194,7 @@ class Engine:
 
 def generate(
     model: NestedCausalLM,
-    policy: Policy,
+    policy: Policy | DraftPolicy,
     profile: Profile,
     prompt: str | Tensor,
     *,
@@ -201,6 +207,7 @@ def generate(
     decoder: DecoderName = "auto",
     num_threads: int | None = None,
     graph: GraphDecoder | None = None,
+    ngram_drafts: int = 0,
 ) -> Iterator[GeneratedToken]:
     """Continues one prompt with an engine of its own; keep an `Engine` for several.
 
@@ -218,6 +225,7 @@ def generate(
         decoder: As for `Engine`.
         num_threads: As for `Engine`.
         graph: As for `Engine`. Keep one for several prompts: compiling, fusing and capturing take their time.
+        ngram_drafts: As for `Engine`.
 
     Raises:
         InputError: If the prompt is empty or does not fit the context with its continuation, or a number is out of
@@ -236,18 +244,29 @@ def generate(
     )
     request.check(model.max_context, model.vocab_size)
     engine = Engine(
-        model, policy, profile, max_length=request.num_held, decoder=decoder, num_threads=num_threads, graph=graph
+        model,
+        policy,
+        profile,
+        max_length=request.num_held,
+        decoder=decoder,
+        num_threads=num_threads,
+        graph=graph,
+        ngram_drafts=ngram_drafts,
     )
     with closing(engine):
         yield from engine.generate(request)
 
 
-def check_policy(policy: Policy, model: NestedCausalLM) -> None:
-    """Raises InputError if a policy is one of another model, or a static one has widths that this model has not."""
+def check_policy(policy: Policy | DraftPolicy, model: NestedCausalLM) -> None:
+    """Raises InputError if a policy is one of another model, or has fixed widths that this model has not."""
     if isinstance(policy, LearnedPolicy | StaticPolicy):
         policy.card.check_model(model.fingerprint, Path(policy.name))
     if isinstance(policy, StaticAllocation):
         check_bit_widths(policy.bit_widths, model.bit_widths, model.num_units)
+    if isinstance(policy, DraftPolicy):
+        check_bit_widths(policy.verify_bit_widths, model.bit_widths, model.num_units)
+    if isinstance(policy, FixedDrafts):
+        check_bit_widths(policy.draft_bit_widths, model.bit_widths, model.num_units)
 
 
 def encode(model: NestedCausalLM, text: str) -> Tensor:
@@ -283,7 +302,16 @@ def encode_chat(model: NestedCausalLM, message: str) -> Tensor:
     return ids[0].long()
 
 
-def _check_graph(graph: GraphDecoder, model: NestedCausalLM, policy: Policy, num_threads: int | None) -> None:
+def _checked_ngram_drafts(ngram_drafts: int, policy: Policy | DraftPolicy) -> int:
+    check_ngram_drafts(ngram_drafts)
+    if ngram_drafts and not isinstance(policy, DraftPolicy):
+        raise InputError(f"ngram_drafts={ngram_drafts}, but policy {policy.name!r} does not draft; name one that does")
+    return ngram_drafts
+
+
+def _check_graph(
+    graph: GraphDecoder, model: NestedCausalLM, policy: Policy | DraftPolicy, num_threads: int | None
+) -> None:
     if graph.model is not model or graph.policy is not policy:
         raise ValueError("graph is of another model or policy; pass a GraphDecoder made with these two")
     if num_threads is not None:

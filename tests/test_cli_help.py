@@ -83,7 +83,7 @@ def test_version() -> None:
     [
         ((), "subcommand"),
         (("surprise",), "surprise"),
-        (("generate",), "--policy"),
+        (("generate",), "MODEL"),
         (("generate", "default", "--polcy", "fixed:4"), "--polcy"),
         (("quantize", "default", "out", "--group-size", "48"), "48"),
         (("evaluate", "default", "--device", "tpu"), "tpu"),

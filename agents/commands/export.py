@@ -52,5 +52,6 @@ def _from_name(options: ExportOptions) -> DeployedPolicy:
         raise InputError(f"{options.policy} is a policy of some model; name the model with --model MODEL")
     check_new_directory(options.out)
     found = load_servable(options.model, options.policy, profile=options.profile, text=options.text)
+    assert isinstance(found.policy, DeployedPolicy), "parse_policy refuses drafts"
     save_policy(found.policy, found.profile, options.out)
     return found.policy

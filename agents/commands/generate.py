@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from flexquant_rl.agents.commands.drafts import asked_policy, draft_results
 from flexquant_rl.agents.commands.options import GenerateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import load_servable
 from flexquant_rl.agents.config import check_device
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
+from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.dial import check_kl_weight
+from flexquant_rl.engine.control.drafts import DraftPolicy, FixedDrafts
 from flexquant_rl.engine.control.policy import DeployedPolicy, DialPoint, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
@@ -35,7 +37,7 @@ def generate(options: GenerateOptions) -> None:
     prompt = _prompt(options)
     found = load_servable(
         options.model,
-        options.policy,
+        asked_policy(options),
         profile=options.profile,
         text=options.text,
         threads=options.threads,
@@ -45,28 +47,36 @@ def generate(options: GenerateOptions) -> None:
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
     prompt_ids = encode_chat(model, prompt) if is_chat else encode(model, prompt)
-    stream = generate_tokens(
-        model,
-        found.policy,
-        found.profile,
-        prompt_ids,
-        max_new_tokens=options.max_new_tokens,
-        kl_weight=1.0 if setting is None else setting.kl_weight,  # a static policy does not look at it
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        decoder=options.decoder,
-        num_threads=options.threads,
-    )
+
+    def stream(policy: Policy | DraftPolicy, max_new_tokens: int) -> Iterator[GeneratedToken]:
+        return generate_tokens(
+            model,
+            policy,
+            found.profile,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            kl_weight=1.0 if setting is None else setting.kl_weight,  # only a learned policy looks at it
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            decoder=options.decoder,
+            num_threads=options.threads,
+            ngram_drafts=options.ngram_drafts if isinstance(policy, DraftPolicy) else 0,
+        )
+
     printed = _Printed(model)
-    printed.follow(stream, show_bits=options.show_bits)
+    printed.follow(stream(found.policy, options.max_new_tokens), show_bits=options.show_bits)
     if options.quiet:
         return
+    drafted: dict[str, object] = {}
+    if isinstance(found.policy, FixedDrafts):
+        drafted = draft_results(found.policy, printed.tokens, stream, is_greedy=not options.temperature)
     print_result(
         {
-            "num_tokens": len(printed.widths),
-            "finish_reason": printed.finish_reason,
+            "num_tokens": len(printed.tokens),
+            "finish_reason": printed.tokens[-1].finish_reason,
             **printed.times(found.profile),
+            **drafted,
             # The first token is of the prompt, at the largest width.
             "mean_bit_width": statistics.fmean(printed.mean_bit_widths),
             "speed_asked": options.speed,
@@ -94,14 +104,14 @@ def _prompt(options: GenerateOptions) -> str:
         raise InputError(f"{where} cannot be read ({error.strerror}); give the name of a text file") from error
 
 
-def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | None:
+def _setting(policy: DeployedPolicy | FixedDrafts, options: GenerateOptions) -> DialPoint | None:
     """The setting of the dial: as given, for the speed asked for, or the middle one. None without a dial."""
     speed, kl_weight = options.speed, options.kl_weight
-    if isinstance(policy, StaticPolicy):
+    if isinstance(policy, StaticPolicy | FixedDrafts):
         for name, value in (("speed", speed), ("kl-weight", kl_weight)):
             if value is not None:
                 raise InputError(
-                    f"--{name} {value:g} sets a dial, and {policy.name} has none; choose another mean width instead"
+                    f"--{name} {value:g} sets a dial, and {policy.name} has none; choose another width instead"
                 )
         return None
     if kl_weight is not None:
@@ -127,18 +137,14 @@ class _Printed:
     """What has been printed of a continuation."""
 
     model: NestedCausalLM
-    widths: list[Tensor] = field(default_factory=list)
+    tokens: list[GeneratedToken] = field(default_factory=list)
     mean_bit_widths: list[float] = field(default_factory=list)
-    latencies_ms: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
 
     def follow(self, stream: Iterable[GeneratedToken], *, show_bits: bool) -> None:
         """Prints tokens as they come, on request with their widths."""
         colours = show_bits and has_colours(sys.stdout)
         for token in stream:
-            self.widths.append(token.bit_widths)
-            self.latencies_ms.append(token.latency_ms)
-            self.finish_reason = token.finish_reason
+            self.tokens.append(token)
             mean = float(self.model.mean_bit_width(token.bit_widths))
             self.mean_bit_widths.append(mean)
             piece = coloured(token.text, mean, self.model.bit_widths) if colours else token.text
@@ -148,12 +154,13 @@ class _Printed:
             print(legend(self.model.bit_widths) if colours else numbers(self.mean_bit_widths))
 
     def times(self, profile: Profile) -> dict[str, object]:
-        """The clock's numbers, and the speedup that the profile models for the chosen widths."""
-        steps_ms = self.latencies_ms[1:]  # the first token's is the time of the prompt
-        chosen = torch.stack(self.widths[1:]) if steps_ms else None
+        """The clock's numbers, and the speedup that the profile models for the chosen widths, of single steps alone."""
+        steps_ms = [token.latency_ms for token in self.tokens[1:]]  # the first token's is the time of the prompt
+        is_drafted = bool(self.tokens) and self.tokens[-1].draft_counts is not None
+        chosen = torch.stack([token.bit_widths for token in self.tokens[1:]]) if steps_ms and not is_drafted else None
         full_ms = float(profile.cost.latency_ms(profile.cost.full_width()))
         return {
-            "prompt_seconds": self.latencies_ms[0] / 1e3,
+            "prompt_seconds": self.tokens[0].latency_ms / 1e3,
             "tokens_per_s": len(steps_ms) / sum(steps_ms) * 1e3 if steps_ms else None,
             "speedup_modelled": (
                 None if chosen is None else full_ms * len(chosen) / float(profile.cost.latency_ms(chosen.cpu()).sum())

@@ -167,15 +167,22 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continues a prompt at the widths that a policy chooses, token by token.
+    """Continues a prompt at the widths that a policy chooses, token by token or by drafts.
 
     The text is printed as it comes; the last line is JSON.
     """
 
     model: Model
     """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
-    policy: PolicyName
-    """Directory of an exported policy or of a run, or a static allocation by name (fixed:4, knapsack:4.5)."""
+    policy: PolicyName | None = None
+    """Directory of an exported policy or of a run, a static allocation by name (fixed:4, knapsack:4.5), or drafts
+    (draft:3, with more parameters as draft:3,length=4,confidence=0.4): low widths propose tokens, and a pass at the
+    verify width settles several at once."""
+    verify_width: int | None = None
+    """With drafts: the width that the output equals; default: the largest stored one, which loses nothing. Without
+    --policy the drafts are those of draft:3,length=4,confidence=0.4."""
+    ngram_drafts: int = 0
+    """With drafts: tokens of a round at most that are taken from the text so far, where its last ones stood before."""
     prompt: str | None = None
     """Text to continue; - reads standard input. A model with a chat template gets it as the user's message."""
     prompt_file: File = None

@@ -1,4 +1,4 @@
-"""What `--policy` may name where one policy is to run: a directory with its files, or a static allocation by name."""
+"""What `--policy` may name where one policy is to run: a directory, or by name what needs no training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.export import load_exported
+from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.names import policy_name
@@ -20,6 +21,7 @@ from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.drafts import FixedDrafts
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import DeployedPolicy, PolicyCard, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
@@ -41,7 +43,7 @@ class Servable:
     """
 
     model: NestedCausalLM
-    policy: DeployedPolicy
+    policy: DeployedPolicy | FixedDrafts
     profile: Profile
 
 
@@ -54,11 +56,11 @@ def load_servable(
     threads: int | None = None,
     device: Device = "cpu",
 ) -> Servable:
-    """Loads a model and the policy of a directory, or the static allocation of a name.
+    """Loads a model and the policy of a directory, or the static allocation or drafts of a name.
 
     Args:
         model: As commands name it.
-        policy: Directory of an exported policy or of a run, or a name such as `fixed:4` or `knapsack:4.5`.
+        policy: Directory of an exported policy or of a run, or a name such as `fixed:4`, `knapsack:4.5` or `draft:3`.
         profile: With a name: profile of the model; default: the one in its directory, else made here where needed.
         text: With a name: text files to profile on; default: the held-out standard library.
         threads: Threads that a measured profile must be of.
@@ -80,9 +82,9 @@ def load_servable(
             f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "
             "name a static allocation, e.g. fixed:4"
         )
-    unbound = parse_policy(policy)
+    unbound = parse_drafts(policy) or parse_policy(policy)
     profile = profile or profile_beside(model)
-    if isinstance(unbound, Fixed) and profile is None:
+    if profile is None and (isinstance(unbound, Fixed) or (isinstance(unbound, Drafts) and unbound.is_one_width)):
         if text:
             raise InputError(f"--text {text[0]} is to profile on, and {policy} needs no profile; leave it out")
         return _one_width(_load(model, QuantizationConfig()), unbound)
@@ -101,17 +103,25 @@ def _load(model: str, quantization: QuantizationConfig) -> NestedCausalLM:
     return load_model(path, quantization, keep_reference=False, progress=lambda items: track(items, "quantising"))
 
 
-def _one_width(model: NestedCausalLM, unbound: Fixed) -> Servable:
+def _one_width(model: NestedCausalLM, unbound: Fixed | Drafts) -> Servable:
     """One width for all units: nothing is weighed against anything, so no text is read. The profile says so."""
-    allocation = unbound.allocation(SignalSchema(model.num_units, model.bit_widths))
+    schema = SignalSchema(model.num_units, model.bit_widths)
+    policy = (
+        unbound.at_one_width(schema)
+        if isinstance(unbound, Drafts)
+        else static_policy(model, unbound.allocation(schema))
+    )
     zeros = torch.zeros(model.num_units, len(model.bit_widths))
     profile = Profile(roofline_cost(model), zeros, model.bit_widths, model.fingerprint, 0, reference_name(model))
-    return Servable(model, static_policy(model, allocation), profile)
+    return Servable(model, policy, profile)
 
 
-def _by_name(config: TrainConfig, unbound: UnboundPolicy) -> Servable:
-    """Binds a name to a model; only widths that are the same at every token can leave without the trainer."""
+def _by_name(config: TrainConfig, unbound: UnboundPolicy | Drafts) -> Servable:
+    """Binds a name to a model; what looks at signals cannot leave without the trainer."""
     prepared = prepare(config, None)
+    if isinstance(unbound, Drafts):
+        drafts = unbound.bind(policy_context(prepared))
+        return Servable(prepared.model.drop_reference(), drafts, prepared.profile)
     bound = bind_policy(unbound, policy_context(prepared))
     if not isinstance(bound, StaticAllocation):
         raise InputError(

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import cycle
 
+from flexquant_rl.agents.policies.drafts import parse_drafts
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.knapsack import Knapsack
@@ -66,6 +67,8 @@ def parse_policy(name: str) -> UnboundPolicy:
     for kind in POLICIES:
         if kind.family.name == family:
             return read_parameters(kind, parameters, name)
+    if parse_drafts(name) is not None:
+        raise InputError(f"policy {name!r} drafts, and a policy that settles every step is asked for; try fixed:4")
     own = split_own_name(name)
     if own is not None:
         found = load_own_class(own[0], own[1], name)

@@ -6,17 +6,17 @@ import math
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, get_type_hints
 
-from flexquant_rl.agents.policies.unbound import Family, UnboundPolicy
+from flexquant_rl.agents.policies.unbound import Family, PolicyParameters
 from flexquant_rl.engine.errors import InputError
 
-_Policy = TypeVar("_Policy", bound=UnboundPolicy)
+_Policy = TypeVar("_Policy", bound=PolicyParameters)
 
 Parameter = int | float | bool | str
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _EXAMPLES = {int: "4", float: "4.5", bool: "true", str: "text"}
 
 
-def policy_name(policy: UnboundPolicy) -> str:
+def policy_name(policy: PolicyParameters) -> str:
     """The shortest name that means these parameters: those at their defaults are left out.
 
     The first parameter stands without its key, e.g. `fixed:4` or `entropy:1.5,one_way=true`.
@@ -43,13 +43,13 @@ def _check_text(key: str, value: Parameter) -> None:
         )
 
 
-def prefix(kind: type[UnboundPolicy]) -> str:
+def prefix(kind: type[PolicyParameters]) -> str:
     """What the names of a class of policies begin with: its family, or where to import it from."""
     family = vars(kind).get("family")  # not an inherited one: a class of the user's may extend one of ours
     return family.name if isinstance(family, Family) else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def usage(kind: type[UnboundPolicy]) -> str:
+def usage(kind: type[PolicyParameters]) -> str:
     """How the names of a class of policies are written, e.g. `fixed:BIT_WIDTH`."""
     parameters = _parameters(kind)
     return f"{prefix(kind)}:{parameters[0].name.upper()}" if parameters else prefix(kind)
@@ -92,7 +92,7 @@ def read_parameters(kind: type[_Policy], text: str, name: str) -> _Policy:
         raise InputError(f"policy {name!r}: {error}") from error
 
 
-def check_parameters(kind: type[UnboundPolicy], name: str) -> None:
+def check_parameters(kind: type[PolicyParameters], name: str) -> None:
     """Raises InputError if a field of a class has a type that no text is read as."""
     try:
         hints = get_type_hints(kind)
@@ -106,11 +106,11 @@ def check_parameters(kind: type[UnboundPolicy], name: str) -> None:
             )
 
 
-def _parameters(kind: type[UnboundPolicy]) -> list[Field[Any]]:
+def _parameters(kind: type[PolicyParameters]) -> list[Field[Any]]:
     return [field for field in fields(kind) if field.init]
 
 
-def _keys(kind: type[UnboundPolicy]) -> str:
+def _keys(kind: type[PolicyParameters]) -> str:
     names = ", ".join(field.name for field in _parameters(kind))
     return f"{prefix(kind)} has {names}" if names else f"{prefix(kind)} has no parameters"
 

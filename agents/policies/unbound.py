@@ -113,13 +113,17 @@ class PolicyContext:
             )
 
 
-class UnboundPolicy(Protocol):
-    """The parameters of a policy: a frozen dataclass whose fields are int, float, bool or str.
+class PolicyParameters(Protocol):
+    """What a policy's name says: a frozen dataclass whose fields are int, float, bool or str.
 
     Its `__post_init__` raises InputError for parameters that make no policy of any model.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+class UnboundPolicy(PolicyParameters, Protocol):
+    """Parameters that make a `Policy` of a model."""
 
     def bind(self, context: PolicyContext) -> Policy:
         """The policy for one model.

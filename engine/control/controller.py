@@ -1,7 +1,7 @@
 """A policy at work on rows of tokens: what a step put out goes in, the decision for the next step comes out.
 
 Three controllers give the same decisions at different cost: none of a fixed allocation's own, native code on the CPU,
-torch for everything else.
+torch for everything else. A fourth asks a policy that drafts, and takes its signals from one of the others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.drafts import DraftPolicy, RoundState
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import (
@@ -58,7 +59,9 @@ class Controller(Protocol):
         """Returns rows to a mark, as if what they saw since had never happened."""
 
 
-def make_controller(model: NestedCausalLM, policy: Policy, profile: Profile, *, num_rows: int = 1) -> Controller:
+def make_controller(
+    model: NestedCausalLM, policy: Policy | DraftPolicy, profile: Profile, *, num_rows: int = 1
+) -> Controller:
     """Picks the cheapest controller that gives the policy's decisions.
 
     Args:
@@ -69,6 +72,19 @@ def make_controller(model: NestedCausalLM, policy: Policy, profile: Profile, *, 
     """
     if isinstance(policy, StaticAllocation):
         return StaticController(policy, num_rows)
+    if isinstance(policy, DraftPolicy):
+        signals = _signals_alone(model, profile, num_rows) if policy.uses_signals else None
+        return DraftController(policy, signals, num_rows)
+    return _deciding(model, policy, profile, num_rows)
+
+
+def _signals_alone(model: NestedCausalLM, profile: Profile, num_rows: int) -> NativeController | TorchController:
+    return _deciding(model, None, profile, num_rows)
+
+
+def _deciding(
+    model: NestedCausalLM, policy: Policy | None, profile: Profile, num_rows: int
+) -> NativeController | TorchController:
     if default_decoder(model)[0] == "lean":
         depths = unit_depths(model)
         embedding, unit_weights = model.embedding_matrix(), model.unit_weights
@@ -168,7 +184,7 @@ class NativeController:
     """Native signals on the CPU, and the network of a learned policy too: `TorchController` up to rounding.
 
     Args:
-        policy: The policy.
+        policy: The policy; None where signals alone are wanted.
         profile: The profile that it was trained with.
         embedding: `[vocab, d]` input embeddings.
         depths: `[U]` relative depth of each unit, 0 to 1.
@@ -178,7 +194,7 @@ class NativeController:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | None,
         profile: Profile,
         embedding: Tensor,
         depths: Sequence[float],
@@ -241,6 +257,59 @@ class NativeController:
 
     def _chosen(self, rows: Tensor | None) -> list[NativeControl]:
         return self._rows if rows is None else [self._rows[index] for index in rows.tolist()]
+
+
+class DraftController:
+    """Asks a policy that drafts, with signals where it uses them.
+
+    Args:
+        policy: The policy.
+        signals: Follows the rows for a policy that uses signals.
+        num_rows: R.
+    """
+
+    def __init__(
+        self, policy: DraftPolicy, signals: NativeController | TorchController | None, num_rows: int = 1
+    ) -> None:
+        self._policy = policy
+        self._signals = signals
+        self._num_rows = num_rows
+
+    @property
+    def uses_signals(self) -> bool:
+        """Whether `update` has to be told anything."""
+        return self._signals is not None
+
+    def decide_round(self, row: int, state: RoundState) -> Decision:
+        """The decision for the next step of one row, `[1, U]`."""
+        signals = None if self._signals is None else self._signals.signals(torch.tensor([row]))
+        return self._policy(signals, state)
+
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        if self._signals is not None:
+            self._signals.reset(output, next_token_ids, kl_weight, rows)
+
+    def decide(self, rows: Tensor | None = None) -> Decision:
+        """See `Controller`: where a step has to settle its token, as a given text's, there is no room for drafts."""
+        chosen = range(self._num_rows) if rows is None else rows.tolist()
+        return Decision(torch.cat([self.decide_round(row, RoundState()).bit_widths for row in chosen]))
+
+    def update(
+        self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """See `Controller`."""
+        if self._signals is not None:
+            self._signals.update(output, bit_widths, next_token_ids, rows)
+
+    def mark(self) -> Any:
+        """See `Controller`."""
+        return None if self._signals is None else self._signals.mark()
+
+    def rollback(self, mark: Any, rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        if self._signals is not None:
+            self._signals.rollback(mark, rows)
 
 
 def _horizon(policy: Policy | None) -> int | None:

@@ -14,8 +14,8 @@ class Decision:
 
     Attributes:
         bit_widths: `[B, U]` int64, widths of the pass.
-        verify: Whether the pass settles its token. It always does as long as nothing is drafted: every step is then
-            one ordinary pass.
+        verify: Whether the pass settles its token, and all that are pending. It always does for a `Policy`: every step
+            is then one ordinary pass. A `DraftPolicy` (drafts.py) drafts with False.
     """
 
     bit_widths: Tensor

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from flexquant_rl.engine.control.dial import check_kl_weight
+from flexquant_rl.engine.control.draft_counts import DraftCounts
 from flexquant_rl.engine.control.streamed_text import StopStrings, StreamedText
 from flexquant_rl.engine.decoding.decoder import check_ids, check_vocabulary
 from flexquant_rl.engine.decoding.sampling_bounds import check_sampling, check_seed
@@ -86,9 +87,10 @@ class GeneratedToken:
         token_id: The token.
         text: What it adds to the text, once that is whole and cannot be part of a stop string; "" without a tokenizer.
         bit_widths: `[U]` int64 of the step whose output it was chosen from; the largest width for the first token.
-        latency_ms: Wall clock of that step, policy included; of the prompt for the first token. On a GPU the mean over
-            the few steps that are read at once.
+        latency_ms: Wall clock of that step, policy included; of the prompt for the first token. The mean over tokens
+            that come at once: the few steps that are read together on a GPU, what a verify step settles.
         finish_reason: Why the request ends with this token; None if it goes on.
+        draft_counts: With the last token of a request that was decoded with drafts: what they came to.
     """
 
     request: int
@@ -97,6 +99,7 @@ class GeneratedToken:
     bit_widths: Tensor
     latency_ms: float
     finish_reason: FinishReason | None = None
+    draft_counts: DraftCounts | None = None
 
 
 class RunningRequest:
@@ -128,6 +131,11 @@ class RunningRequest:
         self._eos = eos_token_ids if request.eos_token_ids is None else request.eos_token_ids
         self._num_tokens = 0
         self.is_finished = False
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens that it takes at most from now on."""
+        return self._request.max_new_tokens - self._num_tokens
 
     def add(self, token_id: int, bit_widths: Tensor, latency_ms: float) -> GeneratedToken:
         """Takes the next token and says what it adds."""

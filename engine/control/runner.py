@@ -2,6 +2,7 @@
 
 The environment, the evaluation, generation and timing all go through `PolicyRunner.step`; they differ in who decides
 (a controller or an action), in what the next token is (sampled or a given text) and in what they make of the output.
+A policy that drafts generates through `Rounds`; a step is the special case that verifies every token.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.controller import Controller
+from flexquant_rl.engine.control.controller import Controller, DraftController
 from flexquant_rl.engine.control.cost import clock_ms
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
+from flexquant_rl.engine.control.rounds import Rounds, check_ngram_drafts
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput, check_vocabulary
 from flexquant_rl.engine.decoding.next_token import Greedy, NextTokens, Replay, Sampler
 from flexquant_rl.engine.errors import InputError
@@ -98,6 +100,10 @@ class PolicyRunner:
         next_tokens: Chooses what each step reads next; default: the likeliest token.
         timed: Whether to time every pass, with the device's queue drained before and after.
         first_token_ids: `[R]` int64, what the first step reads where the rows hold prompts and nobody calls `begin`.
+        ngram_drafts: As for `Rounds`; with a controller that does not draft there is nothing to look up.
+
+    Raises:
+        InputError: If `ngram_drafts` is negative or more than a round can hold.
     """
 
     def __init__(
@@ -108,11 +114,14 @@ class PolicyRunner:
         *,
         timed: bool = False,
         first_token_ids: Tensor | None = None,
+        ngram_drafts: int = 0,
     ) -> None:
+        check_ngram_drafts(ngram_drafts)
         self.decoder = decoder
         self.controller = controller
         self.next_tokens: NextTokens = next_tokens or Greedy()
         self._timed = timed
+        self._ngram_drafts = ngram_drafts
         nothing = torch.zeros(len(decoder.lengths), dtype=torch.int64)
         self._upcoming = nothing if first_token_ids is None else first_token_ids
 
@@ -188,6 +197,9 @@ class PolicyRunner:
             request.check(self.decoder.max_length, model.vocab_size)
         sampler = Sampler(len(self._upcoming))
         self.next_tokens = sampler
+        rounds = None
+        if isinstance(self.controller, DraftController):
+            rounds = Rounds(self.decoder, self.controller, sampler, ngram_drafts=self._ngram_drafts)
         waiting = list(enumerate(requests))[::-1]
         running: dict[int, RunningRequest] = {}
         while waiting or running:
@@ -196,8 +208,13 @@ class PolicyRunner:
                     index, request = waiting.pop()
                     running[row] = RunningRequest(index, request, tokenizer, model.eos_token_ids, cancel)
                     yield self._first_token(row, request, running[row], sampler)
+                    if rounds is not None:
+                        rounds.begin(row, request.prompt_ids.tolist(), int(self._upcoming[row]))
             running = {row: request for row, request in running.items() if not request.is_finished}
-            if running:
+            if rounds is not None:
+                for row in sorted(running):
+                    yield from self._round_step(row, running[row], rounds)
+            elif running:
                 yield from self._next_tokens_of(running)
 
     def _first_token(self, row: int, request: Request, running: RunningRequest, sampler: Sampler) -> GeneratedToken:
@@ -217,6 +234,20 @@ class PolicyRunner:
         elapsed_ms = (time.perf_counter() - began) * 1e3
         for row, token_id, widths in zip(rows, step.next_token_ids.tolist(), step.decision.bit_widths, strict=True):
             yield running[row].add(token_id, widths, elapsed_ms)
+
+    def _round_step(self, row: int, running: RunningRequest, rounds: Rounds) -> Iterator[GeneratedToken]:
+        """A step of one row of rounds: a verify step yields what it settles, as far as the request goes."""
+        settled = rounds.step(row, running.num_wanted)
+        if settled is None:
+            return
+        share_ms = settled.round_ms / len(settled.token_ids)
+        for place, token_id in enumerate(settled.token_ids):
+            token = running.add(token_id, settled.bit_widths, share_ms)
+            if running.is_finished:  # what follows is dropped, but it took its time
+                rest_ms = share_ms * (len(settled.token_ids) - place)
+                yield replace(token, latency_ms=rest_ms, draft_counts=rounds.counts(row))
+                return
+            yield token
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float) -> list[Likelihood]:
         """How likely continuations are when the policy reads them, token by token.

@@ -53,18 +53,34 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """See `NextTokens`."""
         indices = range(len(logits)) if rows is None else rows.tolist()
-        if not any(self._temperature[index] for index in indices):
+        if all(self.is_greedy(index) for index in indices):
             return greedy_tokens(logits)
-        return torch.cat([self._sample(row, index) for row, index in zip(logits, indices, strict=True)])
+        return torch.tensor([self._sample(row, index) for row, index in zip(logits, indices, strict=True)])
 
-    def _sample(self, logits: Tensor, index: int) -> Tensor:
-        temperature, top_p = self._temperature[index], self._top_p[index]
-        if temperature == 0:
-            return greedy_tokens(logits[None])
-        probs = (logits / temperature).softmax(-1).cpu()
-        if top_p < 1:
-            probs = nucleus(probs, top_p)
-        return torch.multinomial(probs, 1, generator=self._generators[index])
+    def is_greedy(self, row: int) -> bool:
+        """Whether a row takes the likeliest token."""
+        return self._temperature[row] == 0
+
+    def distribution(self, logits: Tensor, row: int) -> Tensor:
+        """What `[vocab]` logits of a row that is not greedy are sampled from, `[vocab]` float32 on the CPU, sum 1."""
+        probs = (logits / self._temperature[row]).softmax(-1).cpu()
+        if self._top_p[row] == 1:
+            return probs
+        inside = nucleus(probs, self._top_p[row])
+        return inside / inside.sum()
+
+    def draw(self, probs: Tensor, row: int) -> int:
+        """A token of `[vocab]` probabilities, which need not be normalised, by the row's own generator."""
+        return int(torch.multinomial(probs, 1, generator=self._generators[row]))
+
+    def uniform(self, row: int) -> float:
+        """A number from 0 to below 1 by the row's own generator."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generators[row]))
+
+    def _sample(self, logits: Tensor, row: int) -> int:
+        if self.is_greedy(row):
+            return int(greedy_tokens(logits[None]))
+        return self.draw(self.distribution(logits, row), row)
 
 
 class Replay:

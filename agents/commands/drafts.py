@@ -1,0 +1,87 @@
+"""The drafts of `fq generate`: which policy makes them, what they came to, what the same text costs without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from flexquant_rl.agents.commands.options import GenerateOptions
+from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
+from flexquant_rl.agents.policies.names import policy_name
+from flexquant_rl.agents.progress import say
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.drafts import FixedDrafts
+from flexquant_rl.engine.control.request import GeneratedToken
+from flexquant_rl.engine.control.rounds import check_ngram_drafts
+from flexquant_rl.engine.errors import InputError
+
+# Four drafts cost less than two steps of the largest width; Hugging Face's confidence.
+_DEFAULT = Drafts(3, length=4, confidence=0.4)
+_MOST_PLAIN_STEPS = 64
+
+
+def asked_policy(options: GenerateOptions) -> str:
+    """The name or directory of the policy that the options ask for, the verify width filled in.
+
+    Raises:
+        InputError: If no policy is named, if options of drafts are given to another policy, or if the verify width is
+            named twice or not above that of the drafts.
+    """
+    check_ngram_drafts(options.ngram_drafts)
+    width = options.verify_width
+    if options.policy is None and width is None:
+        raise InputError("no policy is named; give --policy DIR or NAME, or --verify-width 8 for drafts without loss")
+    drafts = _DEFAULT if options.policy is None else parse_drafts(options.policy)
+    if drafts is None:
+        for option, value in (("verify-width", width), ("ngram-drafts", options.ngram_drafts or None)):
+            if value is not None:
+                raise InputError(f"--{option} {value} is for drafts, and {options.policy} makes none; try draft:3")
+        assert options.policy is not None
+        return options.policy
+    if width is None:
+        return policy_name(drafts)
+    if drafts.verify not in (0, width):
+        raise InputError(f"--verify-width {width} and {options.policy} name two widths; give one of them")
+    if width < 1:
+        raise InputError(f"--verify-width {width} is no width; choose a stored one, e.g. 8")
+    return policy_name(replace(drafts, verify=width))
+
+
+def draft_results(
+    policy: FixedDrafts,
+    tokens: Sequence[GeneratedToken],
+    generate: Callable[[StaticAllocation, int], Iterator[GeneratedToken]],
+    *,
+    is_greedy: bool,
+) -> dict[str, object]:
+    """What the drafts came to, and the time of the same text's beginning decoded without them, here and now.
+
+    Args:
+        policy: Made the drafts.
+        tokens: What was generated.
+        generate: Continues the same prompt by a policy, so many tokens at most.
+        is_greedy: Whether the same tokens must come.
+    """
+    counts = tokens[-1].draft_counts
+    if counts is None or counts.tokens_per_pass is None:  # the first token, which is of the prompt, was the last
+        return {}
+    plain = list(generate(StaticAllocation("plain", policy.verify_bit_widths), min(len(tokens), _MOST_PLAIN_STEPS + 1)))
+    compared = tokens[: len(plain)]
+    plain_ms, draft_ms = (sum(token.latency_ms for token in run[1:]) for run in (plain, compared))
+    same = [token.token_id for token in plain] == [token.token_id for token in compared]
+    width = int(policy.verify_bit_widths.max())
+    accepted = " ".join(f"{share:.2f}" for share in counts.acceptance_by_position) or "none"
+    say(
+        f"drafts accepted by position: {accepted}; {counts.tokens_per_pass:.2f} tokens per verify pass; "
+        f"{plain_ms / draft_ms:.2f}x measured over {width} bits without drafts"
+    )
+    return {
+        "verify_width": width,
+        "acceptance_by_position": counts.acceptance_by_position,
+        "tokens_per_pass": counts.tokens_per_pass,
+        "num_verify_passes": counts.num_verify_passes,
+        "num_draft_steps": counts.num_draft_steps,
+        "speedup_measured": plain_ms / draft_ms,
+        "plain_tokens_per_s": (len(plain) - 1) / plain_ms * 1e3,
+        "same_as_plain": same if is_greedy else None,
+    }

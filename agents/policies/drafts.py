@@ -1,0 +1,85 @@
+"""Drafts at one allocation, so many a round or until one is unsure: what needs no learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from flexquant_rl.agents.policies.names import policy_name, read_parameters
+from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_stored, check_width
+from flexquant_rl.engine.control.drafts import FixedDrafts, check_drafts
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The parameters of `FixedDrafts`; its names are `draft:3` or `draft:3.5,length=6,confidence=0.4,verify=6`.
+
+    It is no family of the lossy tables: its output is that of its verify width.
+
+    Attributes:
+        width: Mean width of the drafts: a whole number is that stored width for all units, another one a knapsack.
+        length: Drafts of a round at most.
+        confidence: Drafting ends with a draft less sure than this. 0 never ends it; Hugging Face's default is 0.4.
+        verify: The width that the output equals; 0 is the largest stored one.
+    """
+
+    family: ClassVar[Family] = Family("draft", "drafts (fixed)", "#6A3D9A", "P")
+
+    width: float
+    length: int = 4
+    confidence: float = 0.0
+    verify: int = 0
+
+    def __post_init__(self) -> None:
+        check_width("width", self.width)
+        check_drafts(self.length, self.confidence)
+        if self.verify:
+            check_width("verify", self.verify)
+            self._check_below(self.verify)
+
+    @property
+    def is_one_width(self) -> bool:
+        """Whether all units draft at the same width, so that no profile is needed."""
+        return self.width == int(self.width)
+
+    def bind(self, context: PolicyContext) -> FixedDrafts:
+        """The policy for one model.
+
+        Raises:
+            InputError: If a width is not stored, or drafts are not narrower than the verify width.
+        """
+        name = policy_name(self)
+        return self._policy(context.schema, name, context.allocation(self.width, name))
+
+    def at_one_width(self, schema: SignalSchema) -> FixedDrafts:
+        """`bind` for a whole width, of a model without a profile."""
+        name = policy_name(self)
+        check_stored(int(self.width), schema.bit_widths, name)
+        return self._policy(schema, name, torch.full((schema.num_units,), int(self.width)))
+
+    def _policy(self, schema: SignalSchema, name: str, draft: torch.Tensor) -> FixedDrafts:
+        verify = self.verify or max(schema.bit_widths)
+        check_stored(verify, schema.bit_widths, name)
+        self._check_below(verify)
+        return FixedDrafts(name, draft, torch.full((schema.num_units,), verify), self.length, self.confidence)
+
+    def _check_below(self, verify: int) -> None:
+        if self.width >= verify:
+            raise InputError(
+                f"width={self.width:g} of the drafts is not below the verify width {verify}, so drafts save nothing; "
+                "draft at fewer bits"
+            )
+
+
+def parse_drafts(name: str) -> Drafts | None:
+    """Reads the name of such a policy; None if it is another one's.
+
+    Raises:
+        InputError: If its parameters are wrong.
+    """
+    prefix, _, parameters = name.partition(":")
+    return read_parameters(Drafts, parameters, name) if prefix == Drafts.family.name else None

@@ -1,0 +1,43 @@
+"""What drafts came to: how many were accepted at which place of the round, and what a verify pass settled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DraftCounts:
+    """What the rounds of a row came to.
+
+    Attributes:
+        num_tokens: Settled tokens.
+        num_verify_passes: Rounds.
+        num_draft_steps: Passes at draft widths.
+        drafted: How many rounds had a first draft, a second one, and so on.
+        accepted: How many of those were accepted.
+    """
+
+    num_tokens: int = 0
+    num_verify_passes: int = 0
+    num_draft_steps: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def add_round(self, num_pending: int, num_accepted: int) -> None:
+        """Counts a verify step."""
+        self.num_verify_passes += 1
+        self.num_tokens += num_accepted + 1
+        for counts, number in ((self.drafted, num_pending), (self.accepted, num_accepted)):
+            counts.extend([0] * (num_pending - len(counts)))
+            for place in range(number):
+                counts[place] += 1
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of the drafts at each place in the round that were accepted, all drafts before them included."""
+        return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True)]
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Settled tokens of a verify pass; None before the first one."""
+        return self.num_tokens / self.num_verify_passes if self.num_verify_passes else None

@@ -1,0 +1,133 @@
+"""Drafts: tokens that low widths propose, what a policy sees of them, and the policies that need no learning.
+
+That the low bits of the same weights can draft was proposed in llama.cpp issue #3269 and, for hardware, by SPEQ
+(arXiv 2510.18525). docs/verified.md describes the rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.errors import InputError
+
+MOST_PENDING = 15
+"""Drafts of a round at most: with the upcoming token they are the 16 tokens that one native pass reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """One pending token.
+
+    Attributes:
+        token_id: The token.
+        bit_widths: `[U]` int64 of the step that proposed it; None if it was found in the text so far.
+        logits: `[vocab]` float32 that it was chosen from; None if it was found in the text so far.
+        probs: `[vocab]` float32 that it was sampled from; None if there was no choice, as in greedy decoding.
+    """
+
+    token_id: int
+    bit_widths: Tensor | None = None
+    logits: Tensor | None = None
+    probs: Tensor | None = None
+
+    @cached_property
+    def confidence(self) -> float | None:
+        """Probability of the likeliest token where this one was chosen, at temperature 1; None without logits."""
+        return None if self.logits is None else float((self.logits.max() - self.logits.logsumexp(-1)).exp())
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What a policy sees of the round of one row, besides the signals.
+
+    Attributes:
+        pending: The drafts so far, oldest first.
+        room: Drafts that still fit, by the request, the context and `MOST_PENDING`. With 0 the policy must verify.
+    """
+
+    pending: tuple[Draft, ...] = ()
+    room: int = 0
+
+    @property
+    def num_pending(self) -> int:
+        """How many drafts there are."""
+        return len(self.pending)
+
+
+@runtime_checkable
+class DraftPolicy(Protocol):
+    """Decides before each step of a row: verify now, or draft at these widths.
+
+    Like a `Policy` it keeps no state between calls.
+    """
+
+    @property
+    def name(self) -> str:
+        """As it appears in tables, e.g. `draft:3,length=4`."""
+
+    @property
+    def uses_signals(self) -> bool:
+        """Whether it looks at signals; if not, none are computed and it is given None."""
+
+    @property
+    def verify_bit_widths(self) -> Tensor:
+        """`[U]` int64: the widths that its output is to equal, and those it verifies at."""
+
+    def __call__(self, signals: Tensor | None, state: RoundState) -> Decision:
+        """Signals `[1, dim]` float32 and the round of one row to a decision for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class FixedDrafts:
+    """Drafts up to a length at the same widths, or until a draft is unsure.
+
+    The stop is that of Hugging Face's assisted generation: an unsure draft is the last one of its round.
+
+    Attributes:
+        name: As it appears in tables.
+        draft_bit_widths: `[U]` int64.
+        verify_bit_widths: `[U]` int64.
+        length: Drafts of a round at most, at least 1.
+        min_confidence: Drafting ends with a draft whose confidence is below it; 0 never ends it.
+    """
+
+    uses_signals: ClassVar[bool] = False
+
+    name: str
+    draft_bit_widths: Tensor
+    verify_bit_widths: Tensor
+    length: int
+    min_confidence: float = 0.0
+    _draft: Decision = field(init=False, repr=False)
+    _verify: Decision = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_drafts(self.length, self.min_confidence)
+        # A step asks twice or so: the two answers are made once.
+        object.__setattr__(self, "_draft", Decision(self.draft_bit_widths[None], verify=False))
+        object.__setattr__(self, "_verify", Decision(self.verify_bit_widths[None]))
+
+    def __call__(self, signals: Tensor | None, state: RoundState) -> Decision:
+        """See `DraftPolicy`."""
+        if state.room == 0 or state.num_pending >= self.length or self._is_unsure(state):
+            return self._verify
+        return self._draft
+
+    def _is_unsure(self, state: RoundState) -> bool:
+        if not self.min_confidence or not state.pending:
+            return False
+        confidence = state.pending[-1].confidence
+        return confidence is not None and confidence < self.min_confidence
+
+
+def check_drafts(length: int, min_confidence: float) -> None:
+    """Raises InputError on a length of rounds or a confidence that there is none of."""
+    if not 1 <= length <= MOST_PENDING:
+        raise InputError(f"length={length} must be 1 to {MOST_PENDING} drafts; 4 is a good start")
+    if not 0 <= min_confidence <= 1:
+        raise InputError(f"confidence={min_confidence:g} is no probability; give 0 to 1, e.g. 0.4")

@@ -1,0 +1,201 @@
+"""Rounds of drafts and verification on one cache: low widths propose tokens, the verify widths settle them.
+
+Between rounds a row holds its settled tokens, with keys and values of the verify widths, and its upcoming token. Drafts
+are read behind them at their own widths; a verify step cuts them off again and reads all of them in one pass. With
+nothing pending it is an ordinary step. docs/verified.md describes a round in full.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.control.controller import DraftController
+from flexquant_rl.engine.control.draft_counts import DraftCounts
+from flexquant_rl.engine.control.drafts import MOST_PENDING, Draft, RoundState
+from flexquant_rl.engine.decoding.decoder import Decoder, ExtendOutput, greedy_tokens
+from flexquant_rl.engine.decoding.next_token import Sampler
+from flexquant_rl.engine.decoding.ngram import NgramIndex
+from flexquant_rl.engine.decoding.verification import settled_tokens
+from flexquant_rl.engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a verify step settles.
+
+    Attributes:
+        token_ids: The accepted drafts and the token gained, which nobody has read yet.
+        bit_widths: `[U]` int64 of the pass.
+        round_ms: Wall clock of the round, drafts and policy included.
+    """
+
+    token_ids: list[int]
+    bit_widths: Tensor
+    round_ms: float
+
+
+@dataclass
+class _Row:
+    """The round of one row. The cache holds `num_read` tokens behind the settled ones."""
+
+    upcoming: int
+    text: NgramIndex | None
+    drafts: list[Draft] = field(default_factory=list)
+    num_read: int = 0
+    mark: Any = None
+    round_ms: float = 0.0
+    counts: DraftCounts = field(default_factory=DraftCounts)
+
+
+class Rounds:
+    """Runs the rounds of a decoder's rows; each row is at a place of its own in its round.
+
+    Args:
+        decoder: Holds R rows.
+        controller: Decides for R rows.
+        sampler: Chooses the tokens of R rows.
+        ngram_drafts: Drafts of a round at most that are taken from the text so far, before any step; 0 is none.
+
+    Raises:
+        InputError: If `ngram_drafts` is negative or more than a round can hold.
+    """
+
+    def __init__(
+        self, decoder: Decoder, controller: DraftController, sampler: Sampler, *, ngram_drafts: int = 0
+    ) -> None:
+        check_ngram_drafts(ngram_drafts)
+        self._decoder = decoder
+        self._controller = controller
+        self._sampler = sampler
+        self._ngram_drafts = ngram_drafts
+        self._num_rows = len(decoder.lengths)
+        self._rows: dict[int, _Row] = {}
+
+    def begin(self, row: int, prompt_ids: Sequence[int], upcoming: int) -> None:
+        """Starts a row that holds a prompt and whose controller is started.
+
+        Args:
+            row: Index of the row.
+            prompt_ids: The prompt.
+            upcoming: The token that follows it.
+        """
+        self._rows[row] = _Row(upcoming, NgramIndex([*prompt_ids, upcoming]) if self._ngram_drafts else None)
+
+    def counts(self, row: int) -> DraftCounts:
+        """What the rounds of a row have come to since it began."""
+        return self._rows[row].counts
+
+    def step(self, row: int, num_wanted: int) -> Settled | None:
+        """Drafts or verifies, as the controller decides.
+
+        Args:
+            row: Index of the row.
+            num_wanted: Tokens that the row is to go on by at most, at least 1; drafts beyond them would be for nothing.
+
+        Returns:
+            What a verify step settled; None after a draft.
+
+        Raises:
+            ValueError: If the controller drafts where there is no room.
+        """
+        began = time.perf_counter()
+        state = self._rows[row]
+        room = self._room(row, num_wanted)
+        if room and not state.drafts and state.text is not None:
+            found = state.text.continuation(min(room, self._ngram_drafts))
+            state.drafts += map(Draft, found)
+            room -= len(found)
+        decision = self._controller.decide_round(row, RoundState(tuple(state.drafts), room))
+        if decision.verify:
+            token_ids = self.verify(row, decision.bit_widths[0])
+            settled = Settled(token_ids, decision.bit_widths[0], state.round_ms + (time.perf_counter() - began) * 1e3)
+            state.round_ms = 0.0
+            return settled
+        if not room:
+            raise ValueError("the policy drafts where no draft fits (RoundState.room is 0); let it verify there")
+        self.draft(row, decision.bit_widths[0])
+        state.round_ms += (time.perf_counter() - began) * 1e3
+        return None
+
+    def draft(self, row: int, bit_widths: Tensor) -> Draft:
+        """Reads what has not been read at `[U]` draft widths; the token that follows is pending from then on."""
+        state = self._rows[row]
+        if state.mark is None:
+            state.mark = self._controller.mark()
+        unread = [state.upcoming, *(draft.token_id for draft in state.drafts)][state.num_read :]
+        output = self._read(row, unread, bit_widths)
+        state.num_read += len(unread)
+        draft = self._choose(row, output.logits[0, -1], bit_widths)
+        state.drafts.append(draft)
+        self._observe(row, output, bit_widths, [*unread[1:], draft.token_id])
+        state.counts.num_draft_steps += 1
+        return draft
+
+    def verify(self, row: int, bit_widths: Tensor) -> list[int]:
+        """Reads the upcoming token and all drafts at `[U]` verify widths and ends the round.
+
+        Returns:
+            The accepted drafts and the token gained.
+        """
+        state = self._rows[row]
+        settled_length = self._cut(row, state.num_read)
+        state.num_read = 0
+        draft_ids = [draft.token_id for draft in state.drafts]
+        output = self._read(row, [state.upcoming, *draft_ids], bit_widths)
+        kept = settled_tokens(output.logits[0], draft_ids, [draft.probs for draft in state.drafts], self._sampler, row)
+        self._cut(row, 1 + len(draft_ids) - len(kept))
+        assert int(self._decoder.lengths[row]) == settled_length + len(kept)
+        if state.mark is not None:
+            self._controller.rollback(state.mark, torch.tensor([row]))
+        self._observe(row, output, bit_widths, kept)
+        state.counts.add_round(len(draft_ids), len(kept) - 1)
+        state.upcoming, state.mark = kept[-1], None
+        state.drafts.clear()
+        if state.text is not None:
+            for token_id in kept:
+                state.text.add(token_id)
+        return kept
+
+    def _room(self, row: int, num_wanted: int) -> int:
+        """Drafts that still fit: a verify pass settles one token more than there are drafts, and holds them all."""
+        state = self._rows[row]
+        settled_length = int(self._decoder.lengths[row]) - state.num_read
+        most = min(num_wanted - 1, self._decoder.max_length - settled_length - 1, MOST_PENDING)
+        return max(0, most - len(state.drafts))
+
+    def _read(self, row: int, token_ids: list[int], bit_widths: Tensor) -> ExtendOutput:
+        rows = None if self._num_rows == 1 else torch.tensor([row])
+        return self._decoder.extend(torch.tensor([token_ids]), bit_widths, rows=rows)
+
+    def _cut(self, row: int, num_tokens: int) -> int:
+        """Forgets the last tokens of a row; returns how many it holds then."""
+        lengths = self._decoder.lengths.clone()
+        lengths[row] -= num_tokens
+        if num_tokens:
+            self._decoder.truncate(lengths)
+        return int(lengths[row])
+
+    def _choose(self, row: int, logits: Tensor, bit_widths: Tensor) -> Draft:
+        if self._sampler.is_greedy(row):
+            return Draft(int(greedy_tokens(logits[None])), bit_widths, logits)
+        probs = self._sampler.distribution(logits, row)
+        return Draft(self._sampler.draw(probs, row), bit_widths, logits, probs)
+
+    def _observe(self, row: int, output: ExtendOutput, bit_widths: Tensor, next_ids: list[int]) -> None:
+        """Tells the controller what a pass put out at each token that has a next one."""
+        if not self._controller.uses_signals:
+            return
+        for place, token_id in enumerate(next_ids):
+            self._controller.update(output.at(place), bit_widths[None], torch.tensor([token_id]), torch.tensor([row]))
+
+
+def check_ngram_drafts(ngram_drafts: int) -> None:
+    """Raises InputError on a number of drafts that no round can hold."""
+    if not 0 <= ngram_drafts <= MOST_PENDING:
+        raise InputError(f"ngram_drafts={ngram_drafts} must be 0 to {MOST_PENDING}; 0 looks nothing up")

@@ -1,0 +1,87 @@
+"""Drafts by name: what they bind to, and the names that make none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from policy_checks import fake_context
+
+from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
+from flexquant_rl.agents.policies.families import parse_policy
+from flexquant_rl.agents.policies.names import policy_name
+from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("name", "drafts"),
+    [
+        ("draft:3", Drafts(3)),
+        ("draft:width=3,length=8", Drafts(3, length=8)),
+        ("draft:3.5,confidence=0.4,verify=6", Drafts(3.5, confidence=0.4, verify=6)),
+    ],
+)
+def test_names_are_read_and_written(name: str, drafts: Drafts) -> None:
+    assert parse_drafts(name) == drafts
+    assert parse_drafts(policy_name(drafts)) == drafts
+
+
+def test_another_family_is_none() -> None:
+    assert parse_drafts("fixed:4") is None
+    assert parse_drafts("drafts") is None
+
+
+def test_a_whole_width_is_everywhere_and_needs_no_profile() -> None:
+    context = fake_context()
+    bound = Drafts(3, length=2, verify=6).bind(context)
+    assert isinstance(bound, DraftPolicy)
+    assert not bound.uses_signals
+    assert (bound.draft_bit_widths == 3).all()
+    assert (bound.verify_bit_widths == 6).all()
+    alone = Drafts(3, length=2, verify=6).at_one_width(SignalSchema(context.schema.num_units, (3, 4, 5, 6, 8)))
+    for name in ("draft_bit_widths", "verify_bit_widths"):
+        assert torch.equal(getattr(alone, name), getattr(bound, name))
+    assert (alone.name, alone.length) == (bound.name, bound.length) == ("draft:3,length=2,verify=6", 2)
+
+
+def test_a_mean_width_is_a_knapsack_and_the_largest_width_verifies() -> None:
+    context = fake_context()
+    bound = Drafts(4.5).bind(context)
+    assert torch.equal(bound.draft_bit_widths, context.allocation(4.5, "any"))
+    assert len(bound.draft_bit_widths.unique()) > 1
+    assert (bound.verify_bit_widths == 8).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("draft:9", "width=9 is no width"),
+        ("draft:3,length=0", "length=0 must be 1 to 15 drafts"),
+        ("draft:3,confidence=-1", "confidence=-1 is no probability"),
+        ("draft:6,verify=6", "width=6 of the drafts is not below the verify width 6"),
+        ("draft:3,verify=9", "verify=9 is no width"),
+        ("draft:", "width is missing"),
+    ],
+)
+def test_names_that_make_no_drafts(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_drafts(name)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "message"),
+    [
+        (Drafts(7), "'draft:7': width 7 is not stored; choose one of 3, 4, 5, 6, 8"),
+        (Drafts(3, verify=7), "width 7 is not stored"),
+        (Drafts(8), "width=8 of the drafts is not below the verify width 8"),
+    ],
+)
+def test_widths_that_the_model_does_not_allow(drafts: Drafts, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        drafts.bind(fake_context())
+
+
+def test_lossy_tables_refuse_them() -> None:
+    with pytest.raises(InputError, match="'draft:3' drafts"):
+        parse_policy("draft:3")

@@ -1,0 +1,80 @@
+"""`fq generate` with drafts: the text of the verify width, what the drafts came to, and mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_runner import Finished, run
+
+from flexquant_rl import cli
+
+
+@pytest.fixture(scope="module")
+def nested(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("nested") / "model"
+    assert run(cli.main, "quantize", tiny_model_dir, out).code == 0
+    return out
+
+
+def generate(model: Path, *options: object) -> Finished:
+    return run(cli.main, "generate", model, "--prompt", "abc abc", "--max-new-tokens", 24, *options)
+
+
+def text(finished: Finished) -> str:
+    assert finished.code == 0, finished.err
+    return finished.out.rsplit("\n", 2)[0]
+
+
+@pytest.mark.parametrize(("width", "ngram_drafts"), [(8, 0), (6, 4)])
+@pytest.mark.parametrize("decoder", ["lean", "hf"])
+def test_the_text_is_that_of_the_verify_width(nested: Path, width: int, ngram_drafts: int, decoder: str) -> None:
+    drafted = generate(nested, "--verify-width", width, "--ngram-drafts", ngram_drafts, "--decoder", decoder)
+    assert text(drafted) == text(generate(nested, "--policy", f"fixed:{width}", "--decoder", decoder))
+    result = drafted.result
+    assert (result["verify_width"], result["same_as_plain"]) == (width, True)
+    assert result["speedup_modelled"] is None
+    assert result["speedup_measured"] > 0
+    passes = result["num_verify_passes"]
+    assert result["tokens_per_pass"] == (result["num_tokens"] - 1) / passes or result["finish_reason"] == "eos"
+    assert 1 <= len(result["acceptance_by_position"]) <= 4
+    assert "tokens per verify pass" in drafted.err
+    assert f"measured over {width} bits without drafts" in drafted.err
+
+
+def test_sampled_text_is_that_of_its_seed(nested: Path) -> None:
+    options = ("--policy", "draft:4,length=3", "--temperature", 1.2)
+    first, again, other = (generate(nested, *options, "--seed", seed) for seed in (1, 1, 2))
+    assert text(first) == text(again) != text(other)
+    assert first.result["same_as_plain"] is None
+
+
+def test_quiet_is_the_text_alone(nested: Path) -> None:
+    finished = generate(nested, "--verify-width", 8, "--quiet")
+    assert finished.out == text(generate(nested, "--verify-width", 8)) + "\n"
+    assert "verify pass" not in finished.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "no policy is named; give --policy DIR or NAME, or --verify-width 8"),
+        (("--verify-width", 7), "width 7 is not stored; choose one of 3, 4, 5, 6, 8"),
+        (("--verify-width", 0), "--verify-width 0 is no width"),
+        (("--verify-width", 3), "width=3 of the drafts is not below the verify width 3"),
+        (("--policy", "draft:6", "--verify-width", 5), "width=6 of the drafts is not below the verify width 5"),
+        (("--policy", "draft:3,verify=6", "--verify-width", 8), "name two widths; give one of them"),
+        (("--policy", "draft:7"), "width 7 is not stored"),
+        (("--policy", "fixed:4", "--verify-width", 8), "--verify-width 8 is for drafts, and fixed:4 makes none"),
+        (("--policy", "fixed:4", "--ngram-drafts", 2), "--ngram-drafts 2 is for drafts, and fixed:4 makes none"),
+        (("--verify-width", 8, "--ngram-drafts", 16), "ngram_drafts=16 must be 0 to 15"),
+        (("--policy", "draft:3", "--speed", 1.5), "--speed 1.5 sets a dial, and draft:3 has none"),
+    ],
+)
+def test_mistakes(nested: Path, options: tuple[object, ...], said: str) -> None:
+    assert said in generate(nested, *options).error
+
+
+def test_drafts_are_not_exported(nested: Path, tmp_path: Path) -> None:
+    error = run(cli.main, "export", "draft:3", tmp_path / "out", "--model", nested).error
+    assert "policy 'draft:3' drafts" in error
