@@ -84,6 +84,11 @@ class VerifiedSchema:
         """`[R]` drafts that wait."""
         return np.rint(self.column(observations, "pending") * self.depth).astype(np.int64)
 
+    def token_entropy_nats(self, observations: Observations) -> Observations:
+        """`[R]` entropy of the newest output."""
+        entropy: Observations = self.column(observations, "token_entropy") * constants.NATS_SCALE
+        return entropy
+
     def confidences(self, observations: Observations) -> Observations:
         """`[R, D]` top-1 probabilities of the pending drafts, in order; 0 beyond."""
         first = self.index("confidence_0")
