@@ -177,7 +177,7 @@ def _draft(
     decoder: Decoder, token: Tensor, log_probs: Tensor, widths: Tensor, depth: int, room: int
 ) -> tuple[Tensor, Tensor]:
     """Drafts `depth` tokens at one width and forgets them: `[room]` int32 and `[room, 5]` float32."""
-    held = decoder.lengths
+    held = decoder.lengths.clone()
     ids = torch.full((room,), NO_TOKEN, dtype=torch.int32)
     signals = torch.zeros(room, len(OUTPUT_SIGNALS), dtype=torch.float32)
     for index in range(depth):

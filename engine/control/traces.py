@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS, check_widths
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_json, read_tensors, write_json, write_tensors
+from flexquant_rl.engine.files import check_new_directory, read_json, read_tensors, write_json, write_tensors
 
 TRACE_VERSION = 1
 PLAN_FILE, EMBEDDING_FILE = "recording.json", "embedding.safetensors"
@@ -73,6 +73,10 @@ class RecordingPlan:
     def digest(self) -> str:
         """Hex digest of all of it; every file of the recording carries it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def of_sequences(self, sequences: tuple[PlannedSequence, ...]) -> RecordingPlan:
+        """The same plan for other prompts."""
+        return replace(self, sequences=sequences)
 
     def check_model(self, fingerprint: str) -> None:
         """Raises InputError if the recording is of another model."""
@@ -139,15 +143,20 @@ def sequence_path(directory: Path, index: int) -> Path:
     return directory / f"sequence-{index:05d}.safetensors"
 
 
+def check_directory(directory: Path) -> None:
+    """Raises InputError if a directory holds what is no recording. Worth doing before the work that fills it."""
+    if not (directory / PLAN_FILE).is_file():
+        check_new_directory(directory)
+
+
 def start_recording(directory: Path, plan: RecordingPlan) -> None:
     """Writes the plan into a directory that is new, empty, or of the very same plan.
 
     Raises:
         InputError: If the directory holds anything else.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not (directory / PLAN_FILE).is_file():
-            raise InputError(f"{directory} exists and is no recording; choose another output directory or remove it")
+    check_directory(directory)
+    if (directory / PLAN_FILE).is_file():
         found = read_plan(directory)
         if found != plan:
             names = [field.name for field in fields(plan) if getattr(found, field.name) != getattr(plan, field.name)]
@@ -197,7 +206,7 @@ def _plan_of(data: dict[str, Any]) -> RecordingPlan:
         "splits are known": all(planned.split in get_args(SplitName) for planned in sequences),
         "numbers are whole": all(type(number) is int and number >= 0 for number in counts),
         "there is a sequence": bool(sequences),
-        f"depth is 1 to {MAX_DEPTH}": 1 <= plan.depth <= MAX_DEPTH,
+        f"depth is 1 to {MAX_DEPTH}": plan.depth in range(1, MAX_DEPTH + 1),
     }
     for rule, holds in rules.items():
         if not holds:

@@ -93,7 +93,7 @@ def measured_costs(
     full = torch.full((model.num_units,), max(model.bit_widths))
     tokens = torch.arange(context + depth + 1)[None] % model.vocab_size
     decoder.prefill(tokens[:, :context])
-    held = decoder.lengths
+    held = decoder.lengths.clone()
 
     def time_ms(width: int, num_tokens: int) -> float:
         ids, widths = tokens[:, :num_tokens], torch.full_like(full, width)
