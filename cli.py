@@ -20,6 +20,7 @@ from flexquant_rl.agents.commands.options import (
     GenerateOptions,
     ProfileOptions,
     QuantizeOptions,
+    RecordOptions,
     SweepOptions,
     TrainOptions,
 )
@@ -29,6 +30,7 @@ from flexquant_rl.agents.commands.process import ENDINGS, command, run_command
 COMMANDS: dict[str, type[Any]] = {
     "quantize": QuantizeOptions,
     "profile": ProfileOptions,
+    "record": RecordOptions,
     "train": TrainOptions,
     "sweep": SweepOptions,
     "evaluate": EvaluateOptions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,9 @@ from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import shown
 from flexquant_rl.fq_env.arguments import actions_of, number_of, options_of, seed_of, window_of
-from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import Task, draw_kl_weights, info_columns
+from flexquant_rl.fq_env.task import EpisodeRows, Task
 
 Observation = NDArray[np.float32]
-
-OPTIONS = ("window", "kl_weight")
-"""What `reset` may be told."""
 
 METADATA: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
 
@@ -37,7 +33,7 @@ class Environment(gym.Env[Observation, Any]):
 
     metadata = METADATA
 
-    def __init__(self, episodes: Episodes, task: Task, *, render_mode: str | None = None) -> None:
+    def __init__(self, episodes: EpisodeRows, task: Task, *, render_mode: str | None = None) -> None:
         if episodes.num_rows != 1:
             raise ValueError(f"{episodes.num_rows} rows; an Environment plays one, a VectorEnvironment plays several")
         check_render_mode(render_mode)
@@ -62,14 +58,14 @@ class Environment(gym.Env[Observation, Any]):
             InputError: If seed or options are none that can be had.
         """
         super().reset(seed=seed_of(seed))
-        draw = draw_episode(self.np_random, self.episodes, options_of(options, OPTIONS))
+        draw = draw_episode(self.np_random, self.episodes, options_of(options, self.episodes.options))
         row = torch.tensor([0])
         windows, seeds = torch.tensor([draw.window]), torch.tensor([draw.seed])
         dials = torch.tensor([draw.kl_weight], dtype=torch.float32)
         self.episodes.start(row, windows, dials, seeds)
         self.task.start(self.episodes, row)
         self._is_over = False
-        return self._observation(), {"window": draw.window, "kl_weight": draw.kl_weight}
+        return self._observation(), draw.info(self.episodes.options)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Decodes one token as the action says.
@@ -83,7 +79,7 @@ class Environment(gym.Env[Observation, Any]):
         facts = self.episodes.step(self.task.to_decision(actions))
         reward = self.task.reward(facts)
         self._is_over = bool(facts.terminated | facts.truncated)
-        info = {name: column.item() for name, column in info_columns(facts, reward).items()}
+        info = {name: column.item() for name, column in self.task.info(facts, reward).items()}
         return self._observation(), reward.total.item(), bool(facts.terminated), bool(facts.truncated), info
 
     def render(self) -> str | None:
@@ -114,15 +110,19 @@ class EpisodeDraw:
     kl_weight: float
     seed: int
 
+    def info(self, options: Sequence[str]) -> dict[str, Any]:
+        """What `reset` tells of it: what could have been fixed."""
+        return {name: getattr(self, name) for name in options}
 
-def draw_episode(generator: np.random.Generator, episodes: Episodes, options: Mapping[str, Any]) -> EpisodeDraw:
+
+def draw_episode(generator: np.random.Generator, episodes: EpisodeRows, options: Mapping[str, Any]) -> EpisodeDraw:
     """Draws an episode; what `options` fix is drawn all the same, so that it moves nothing else.
 
     Raises:
         InputError: If `options` fix a window that is no integer, or a dial that prices nothing.
     """
     window = int(generator.integers(len(episodes.windows)))
-    kl_weight = float(draw_kl_weights(generator, episodes.config, 1)[0])
+    kl_weight = float(episodes.draw_dials(generator, 1)[0])
     seed = int(generator.integers(1 << 62, size=1)[0])
     window = window_of(options.get("window", window), len(episodes.windows))
     kl_weight = number_of(options.get("kl_weight", kl_weight), "kl_weight")

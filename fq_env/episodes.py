@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flexquant_rl.engine.bits_display import coloured_text
@@ -23,6 +25,7 @@ from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.reference import Reference, SteppingReference, TextReference
+from flexquant_rl.fq_env.task import draw_kl_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +79,8 @@ class Episodes:
         InputError: If the configuration makes no episode, or several rows are to be timed.
     """
 
+    options: ClassVar[tuple[str, ...]] = ("window", "kl_weight")
+
     def __init__(
         self,
         decoder: Decoder,
@@ -123,6 +128,10 @@ class Episodes:
     def kl_weight(self) -> Tensor:
         """`[R]` float32, the dial of each row."""
         return self._kl_weight
+
+    def draw_dials(self, generator: np.random.Generator, count: int) -> NDArray[np.float64]:
+        """Dials of episodes that start together, `[count]`: see `draw_kl_weights`."""
+        return draw_kl_weights(generator, self.config, count)
 
     def signals(self) -> Tensor:
         """What is known before the next step, `[R, dim]` float32."""

@@ -14,6 +14,7 @@ from types import ModuleType
 
 _REGISTRY_MODULE = "gymnasium.envs.registration"
 _MEASURED = {"FlexQuant/Decode-v1": False, "FlexQuant/MeasuredDecode-v1": True}
+_VERIFIED = "FlexQuant/VerifiedDecode-v0"
 
 
 def register() -> None:
@@ -29,6 +30,12 @@ def register() -> None:
                 kwargs={"measured": measured},
                 nondeterministic=measured,
             )
+    if _VERIFIED not in registration.registry:
+        registration.register(
+            id=_VERIFIED,
+            entry_point="flexquant_rl.fq_env.verified_making:VerifiedEnvironment",
+            vector_entry_point="flexquant_rl.fq_env.verified_making:VectorVerifiedEnvironment",
+        )
 
 
 def register_once_loaded() -> None:

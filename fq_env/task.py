@@ -6,9 +6,9 @@ and signals into observations, so all of it is tested without a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -43,6 +43,39 @@ class Reward:
     terms: dict[str, Tensor]
 
 
+class EpisodeRows(Protocol):
+    """R episodes in lockstep, each of which can be restarted: what an environment plays by the rules of a task."""
+
+    options: ClassVar[tuple[str, ...]]
+    """What `reset` may fix: `window`, and the dial where there is one."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+
+    @property
+    def windows(self) -> Sized:
+        """What an episode can be of."""
+
+    def draw_dials(self, generator: np.random.Generator, count: int) -> NDArray[np.float64]:
+        """Dials of episodes that start together, `[count]`."""
+
+    def start(self, rows: Tensor, windows: Tensor, kl_weight: Tensor, seeds: Tensor) -> None:
+        """Starts episodes in rows `[R']`."""
+
+    def step(self, decision: Any) -> Any:
+        """One step of every row, as a decision of the task says; its facts."""
+
+    def signals(self) -> Tensor:
+        """What is known before the next step, `[R, dim]` float32."""
+
+    def coloured(self, row: int) -> str:
+        """A row's text so far, for `render`."""
+
+    def close(self) -> None:
+        """Frees what is held; closing twice is fine."""
+
+
 class Task(Protocol):
     """What an action means, what a step earns and what is seen, for R episodes at once."""
 
@@ -58,17 +91,20 @@ class Task(Protocol):
     def feature_names(self) -> tuple[str, ...]:
         """Names of the elements of an observation, in order."""
 
-    def start(self, episodes: Episodes, rows: Tensor) -> None:
+    def start(self, episodes: Any, rows: Tensor) -> None:
         """Learns that rows `[R']` have just started."""
 
-    def to_decision(self, actions: Tensor) -> Decision:
+    def to_decision(self, actions: Tensor) -> Any:
         """Actions `[R, ...]` int64 to the decision of a step."""
 
-    def to_actions(self, decision: Decision) -> Tensor:
+    def to_actions(self, decision: Any) -> Tensor:
         """The inverse of `to_decision`, for imitation."""
 
-    def reward(self, facts: StepFacts) -> Reward:
+    def reward(self, facts: Any) -> Reward:
         """What a step earns."""
+
+    def info(self, facts: Any, reward: Reward) -> dict[str, Tensor]:
+        """What `info` says of a step, `[R]` each."""
 
     def observation(self, signals: Tensor) -> Tensor:
         """Signals `[R, dim]` to observations, `[R, ...]` float32 within the space."""
@@ -173,6 +209,10 @@ class LossyTask:
             return plain
         rows = torch.arange(len(facts.position))
         return Reward(plain.total - self._static_reward[rows, facts.position], plain.terms)
+
+    def info(self, facts: StepFacts, reward: Reward) -> dict[str, Tensor]:
+        """See `info_columns`."""
+        return info_columns(facts, reward)
 
     def observation(self, signals: Tensor) -> Tensor:
         """The signals as they are."""

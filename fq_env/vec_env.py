@@ -14,13 +14,15 @@ from torch import Tensor
 
 from flexquant_rl.fq_env.arguments import actions_of, seed_of
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
-from flexquant_rl.fq_env.task import Reward, Task, draw_kl_weights, info_columns
+from flexquant_rl.fq_env.task import EpisodeRows, Reward, Task
+from flexquant_rl.fq_env.trace_rounds import TraceRounds
+from flexquant_rl.fq_env.verified import VerifiedTask
 
 
-class DecodeVecEnv(VecEnv):
+class EpisodeVecEnv(VecEnv):
     """R episodes in lockstep, with automatic restart. One generator draws for all rows.
 
-    The dials of rows that start together are stratified: they cover the log range evenly (`draw_kl_weights`).
+    The dials of rows that start together are drawn together (`draw_dials`).
 
     Args:
         episodes: R rows.
@@ -28,11 +30,11 @@ class DecodeVecEnv(VecEnv):
         seed: Seed of prompts, dials and sampling.
     """
 
-    def __init__(self, episodes: Episodes, task: Task, *, seed: int = 0) -> None:
+    def __init__(self, episodes: EpisodeRows, task: Task, *, seed: int = 0) -> None:
         self.episodes = episodes
         self.task = task
         self.feature_names = task.feature_names
-        self.last_facts: StepFacts | None = None
+        self.last_facts: Any = None
         self.last_reward: Reward | None = None
         self.render_mode = None
         self._rng = np.random.default_rng(seed_of(seed))
@@ -65,7 +67,7 @@ class DecodeVecEnv(VecEnv):
     def _start(self, rows: Tensor) -> None:
         count = len(rows)
         windows = self._rng.integers(len(self.episodes.windows), size=count)
-        dials = draw_kl_weights(self._rng, self.episodes.config, count)
+        dials = self.episodes.draw_dials(self._rng, count)
         seeds = self._rng.integers(1 << 62, size=count)
         self.episodes.start(rows, torch.from_numpy(windows), torch.from_numpy(dials).float(), torch.from_numpy(seeds))
         self.task.start(self.episodes, rows)
@@ -82,7 +84,7 @@ class DecodeVecEnv(VecEnv):
         self._pending = None
         self._aligned = False
         self.last_facts, self.last_reward = facts, reward
-        infos = _rows(info_columns(facts, reward))
+        infos = _rows(self.task.info(facts, reward))
         observations = self._observations()
         ended = (facts.terminated | facts.truncated).numpy()
         if ended.any():
@@ -115,17 +117,63 @@ class DecodeVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Refused: rows share one model and one configuration."""
-        raise AttributeError(f"{attr_name}: the rows of a DecodeVecEnv share one configuration; build a new one")
+        raise AttributeError(f"{attr_name}: the rows of a vector environment share one configuration; build a new one")
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         """Refused: there are no single environments inside."""
-        raise AttributeError(f"{method_name}: a DecodeVecEnv has no single environments inside")
+        raise AttributeError(f"{method_name}: a vector environment has no single environments inside")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: VecEnvIndices = None) -> list[bool]:
         """Rows are never wrapped."""
         return [False] * len(list(self._get_indices(indices)))
+
+
+class DecodeVecEnv(EpisodeVecEnv):
+    """`EpisodeVecEnv` of a model that decodes.
+
+    The dials of rows that start together are stratified: they cover the log range evenly (`draw_kl_weights`).
+
+    Args:
+        episodes: R rows.
+        task: What actions mean, what steps earn, what is seen.
+        seed: Seed of prompts, dials and sampling.
+    """
+
+    episodes: Episodes
+    last_facts: StepFacts | None
+
+    def __init__(self, episodes: Episodes, task: Task, *, seed: int = 0) -> None:
+        super().__init__(episodes, task, seed=seed)
+
+
+class VerifiedVecEnv(EpisodeVecEnv):
+    """The same with stable-baselines3's interface, masks as sb3-contrib asks for them.
+
+    Args:
+        rounds: R rows.
+        task: Their task.
+        seed: Seed of which sequences are played.
+    """
+
+    episodes: TraceRounds
+
+    def __init__(self, rounds: TraceRounds, task: VerifiedTask, *, seed: int = 0) -> None:
+        super().__init__(rounds, task, seed=seed)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """`[R, L + 1]`: which actions do what they say."""
+        return self.episodes.action_masks()
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """The masks of the rows; there are no other methods of single environments."""
+        if method_name != "action_masks":
+            return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
+        masks = self.action_masks()
+        return [masks[index] for index in self._get_indices(indices)]
 
 
 def _rows(columns: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import shown
 from flexquant_rl.fq_env.arguments import actions_of, options_of, seed_of
-from flexquant_rl.fq_env.environment import METADATA, OPTIONS, check_render_mode, draw_episode
-from flexquant_rl.fq_env.episodes import Episodes
-from flexquant_rl.fq_env.task import Task, info_columns
+from flexquant_rl.fq_env.environment import METADATA, check_render_mode, draw_episode
+from flexquant_rl.fq_env.task import EpisodeRows, Task
 
 Observations = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -38,7 +37,7 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
 
     metadata = {**METADATA, "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012  # Gymnasium declares it so
 
-    def __init__(self, episodes: Episodes, task: Task, *, render_mode: str | None = None) -> None:
+    def __init__(self, episodes: EpisodeRows, task: Task, *, render_mode: str | None = None) -> None:
         check_render_mode(render_mode)
         self.episodes = episodes
         self.task = task
@@ -70,7 +69,7 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
                 seed is none that can be had.
         """
         seeds = self._seeds(seed)
-        options = options_of(options, (*OPTIONS, "reset_mask"))
+        options = options_of(options, (*self.episodes.options, "reset_mask"))
         restarted = self._reset_mask(options)
         if seeds is not None:
             for row in restarted.nonzero()[0].tolist():
@@ -92,7 +91,7 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
         actions = actions_of(actions, self.single_action_space, self.num_envs)
         facts = self.episodes.step(self.task.to_decision(actions))
         reward = self.task.reward(facts)
-        columns = {name: column.double().numpy() for name, column in info_columns(facts, reward).items()}
+        columns = {name: column.double().numpy() for name, column in self.task.info(facts, reward).items()}
         observations = self._observations()
         ended: Flags = (facts.terminated | facts.truncated).numpy()
         infos: dict[str, Any] = {}
@@ -125,7 +124,7 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
 
     def _start(self, restarted: Flags, options: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Starts rows and returns what `reset` tells of them, `[R]` each."""
-        given = [name for name in ("window", "kl_weight") if name in options]
+        given = [name for name in self.episodes.options if name in options]
         fixed = {name: self._of_rows(options[name], name) for name in given}
         windows, dials = np.zeros(self.num_envs, dtype=np.int64), np.zeros(self.num_envs)
         seeds = np.zeros(self.num_envs, dtype=np.int64)
@@ -137,7 +136,8 @@ class VectorEnvironment(VectorEnv[Observations, Any, NDArray[Any]]):
         chosen = [torch.from_numpy(column[restarted]) for column in (windows, dials, seeds)]
         self.episodes.start(rows, chosen[0], chosen[1].float(), chosen[2])
         self.task.start(self.episodes, rows)
-        return {"window": windows, "kl_weight": dials}
+        told = {"window": windows, "kl_weight": dials}
+        return {name: told[name] for name in self.episodes.options}
 
     def _seeds(self, seed: Any) -> list[int | None] | None:
         if seed is None or isinstance(seed, (int, np.integer)):

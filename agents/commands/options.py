@@ -77,6 +77,41 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True)
+class RecordOptions:
+    """Records what a model writes at its verify width, and what every draft width would have proposed on the way.
+
+    Policies of drafts are trained and judged on it without the model. What is interrupted goes on with the same
+    command.
+    """
+
+    model: Model
+    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    out: Out
+    """New directory, or one of an interrupted recording."""
+    text: Files = ()
+    """Text files that prompts are cut from, the same number from each; default: the held-out standard library."""
+    text_field: str | None = None
+    """Field of jsonl rows that has the text; default: their chats, else all their strings."""
+    tokens: int = 4000
+    """Tokens to record in all; fewer where texts end by themselves."""
+    widths: tuple[int, ...] = (3, 4, 5, 6)
+    """Widths that draft."""
+    depth: int = 8
+    """Tokens drafted from every position."""
+    verify_width: int = 8
+    """Width of the continuations."""
+    prompt_tokens: int = 64
+    """Tokens of a prompt."""
+    max_new_tokens: int = 96
+    """Tokens of a continuation at most; end-of-text tokens end it earlier."""
+    decoder: DecoderName = "auto"
+    """Whose arithmetic is recorded: the lean decoder's (int8 activations, what serves) or Hugging Face's modules
+    (float32); auto: lean where it can run the model."""
+    threads: int = 1
+    """Sequences recorded at a time, each with one thread; with Hugging Face's modules 1."""
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """Trains a precision controller and compares it with others on held-out text."""
 

@@ -314,13 +314,13 @@ class SignalTracker:
         self._rows[name] = changed
 
     def _observe(self, output: StepOutput, next_token_ids: Tensor, rows: Tensor | None, *, first: bool) -> None:
-        log_probs = output.logits.float().log_softmax(-1).clamp_min(constants.LOG_PROBABILITY_FLOOR)
+        log_probs = log_probabilities(output.logits)
         probs = log_probs.exp()
         entropy = -(probs * log_probs).sum(-1)
         if first:
             self._put("entropy_ema", rows, entropy)
         else:
-            self._put("step_kl", rows, (probs * (log_probs - self._of("log_probs", rows))).sum(-1).clamp_min(0))
+            self._put("step_kl", rows, step_kl_nats(log_probs, self._of("log_probs", rows)))
             average = constants.EMA_DECAY * self._of("entropy_ema", rows) + (1 - constants.EMA_DECAY) * entropy
             self._put("entropy_ema", rows, average)
         tokens = next_token_ids.to(log_probs.device)
@@ -362,6 +362,38 @@ class SignalTracker:
         )
         vector = torch.cat([torch.stack(columns, dim=1), state["embedding"], per_unit.flatten(1)], dim=1)
         return vector.clamp(-SIGNAL_LIMIT, SIGNAL_LIMIT)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """What logits `[..., vocab]` say of the next token: log-probabilities, float32, none below a finite floor."""
+    return logits.float().log_softmax(-1).clamp_min(constants.LOG_PROBABILITY_FLOOR)
+
+
+def step_kl_nats(log_probs: Tensor, previous: Tensor) -> Tensor:
+    """KL(this output || the one before) of log-probabilities `[..., vocab]`, `[...]` nats."""
+    return (log_probs.exp() * (log_probs - previous)).sum(-1).clamp_min(0)
+
+
+OUTPUT_SIGNALS = ("token_entropy_nats", "top1_probability", "top_margin", "surprisal_nats", "step_kl_nats")
+"""What signals need to know of one output, unscaled; the columns of `output_signals`."""
+
+
+def output_signals(log_probs: Tensor, next_token_ids: Tensor, previous: Tensor | None) -> Tensor:
+    """What the signals say of outputs, before they are averaged or scaled: `OUTPUT_SIGNALS`, as `SignalTracker` has it.
+
+    Args:
+        log_probs: `[B, vocab]` float32, of `log_probabilities`.
+        next_token_ids: `[B]` int64, the tokens that are read next.
+        previous: `[B, vocab]`, the outputs one token earlier; None after a prompt, where there are none.
+
+    Returns:
+        `[B, 5]` float32.
+    """
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    top2 = log_probs.topk(2, dim=-1).values.exp()
+    surprisal = -log_probs.gather(1, next_token_ids[:, None])[:, 0]
+    step_kl = torch.zeros_like(entropy) if previous is None else step_kl_nats(log_probs, previous)
+    return torch.stack([entropy, top2[:, 0], top2[:, 0] - top2[:, 1], surprisal, step_kl], dim=1)
 
 
 def unit_constants(profile: Profile, schema: SignalSchema) -> Tensor:

@@ -1,0 +1,164 @@
+"""Judging policies of drafts on recorded sequences: time by a cost table, what a bound reaches, tuned settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
+from flexquant_rl.agents.policies.drafting import DraftingContext, DraftingPolicy, DraftingRule
+from flexquant_rl.engine.control.verified_signals import VerifiedSchema
+from flexquant_rl.engine.control.verify_costs import VerifyCosts
+from flexquant_rl.fq_env.trace_rounds import TraceRounds
+from flexquant_rl.fq_env.trace_table import TraceTable
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a policy needed for each of S sequences.
+
+    Attributes:
+        time_steps: `[S]` time in plain steps at the largest width.
+        num_tokens: `[S]` tokens that became settled, one for every plain step.
+        num_rounds: `[S]` passes of verification.
+        num_drafted: `[S]` drafts.
+        num_accepted: `[S]` drafts that were kept.
+    """
+
+    time_steps: Floats
+    num_tokens: Floats
+    num_rounds: Floats
+    num_drafted: Floats
+    num_accepted: Floats
+
+    @property
+    def speedup(self) -> float:
+        """Tokens per second over those of plain decoding: total over total."""
+        return float(self.num_tokens.sum() / self.time_steps.sum())
+
+
+def play(table: TraceTable, costs: VerifyCosts, policy: DraftingPolicy, *, looks: bool = True) -> Played:
+    """Plays every sequence once from its beginning to its end, all in lockstep.
+
+    Args:
+        table: The sequences.
+        costs: What steps cost.
+        policy: Decides.
+        looks: Whether it pays for signals and its own time.
+    """
+    rounds = TraceRounds(table, costs if looks else replace(costs, controller_ms=0.0), table.num_sequences)
+    rows = torch.arange(table.num_sequences)
+    rounds.start(rows, rows, torch.ones(len(rows)), torch.zeros_like(rows))
+    sums = np.zeros((5, len(rows)))
+    running = np.ones(len(rows), dtype=np.bool_)
+    while running.any():
+        facts = rounds.step(torch.from_numpy(policy(rounds.observations())))
+        columns = (
+            facts.latency_ms / costs.full_ms,
+            facts.num_emitted,
+            facts.is_verify,
+            facts.num_drafted,
+            facts.num_accepted,
+        )
+        sums += np.stack([column.numpy() for column in columns]) * running
+        running &= ~(facts.terminated | facts.truncated).numpy()
+    return Played(*sums)
+
+
+def context_of(table: TraceTable, costs: VerifyCosts) -> DraftingContext:
+    """What rules may know: measured on training sequences."""
+    schema = VerifiedSchema(table.num_levels, table.depth, table.embedding.shape[1])
+    return DraftingContext(schema, costs, acceptance(table).mean_by_level())
+
+
+def tuned(rules: Iterable[DraftingRule], table: TraceTable, context: DraftingContext) -> DraftingRule:
+    """The setting that is fastest on some sequences; the first of equals."""
+    return max(rules, key=lambda rule: play(table, context.costs, rule.bind(context), looks=type(rule).looks).speedup)
+
+
+def speedup_interval(played: Played, documents: NDArray[np.int64]) -> tuple[float, float]:
+    """95% interval of the speedup by resampling documents."""
+    weights = document_weights(documents.tolist())[1:]
+    return percentile_interval((weights @ played.num_tokens) / (weights @ played.time_steps))
+
+
+def gain_interval(played: Played, base: Played, documents: NDArray[np.int64]) -> tuple[float, float]:
+    """95% interval of one speedup over another on the same sequences, paired by document."""
+    weights = document_weights(documents.tolist())[1:]
+    return percentile_interval((weights @ base.time_steps) / (weights @ played.time_steps))
+
+
+def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
+    """The fastest that any policy could be that knew every draft before: dynamic programming from the end.
+
+    It drafts each token at the cheapest level that is right, and no draft that is wrong. Deciding costs nothing.
+    """
+    draft_ms, verify_ms = np.array(costs.draft_ms), np.array(costs.verify_ms)
+    cheapest = np.where(table.is_right, draft_ms[None, :, None], np.inf).min(1)  # [F, D]
+    sums = np.zeros((5, table.num_sequences))
+    for index, (first, num_tokens) in enumerate(zip(table.first, table.num_tokens, strict=True)):
+        # Of the rest of the sequence from each position: time, tokens, rounds, drafted, accepted.
+        rest = np.zeros((num_tokens + 1, 5))
+        for position in range(num_tokens - 1, -1, -1):
+            room = min(table.depth, num_tokens - position)
+            drafts = np.concatenate([[0.0], np.cumsum(cheapest[first + position, :room])])
+            gained = np.minimum(np.arange(room + 1) + 1, num_tokens - position)
+            times = drafts + verify_ms[: room + 1] + rest[position + gained, 0]
+            best = int(times.argmin())
+            own = np.array([times[best] - rest[position + gained[best], 0], gained[best], 1, best, best])
+            rest[position] = own + rest[position + gained[best]]
+        sums[:, index] = rest[0]
+    sums[0] /= costs.full_ms
+    return Played(*sums)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How many drafts agree, from every position of some sequences.
+
+    Attributes:
+        reached: `[S, L, D]` rounds in which every draft before the i-th agreed and the i-th could be kept.
+        kept: `[S, L, D]` those in which the i-th agreed too.
+        lengths: `[F', L]` drafts that agree from each position with room for all D.
+    """
+
+    reached: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def by_place(self) -> Floats:
+        """`[L, D]` share of i-th drafts that agree, of those after which all before agreed."""
+        share: Floats = self.kept.sum(0) / np.maximum(self.reached.sum(0), 1)
+        return share
+
+    def mean_by_level(self) -> Floats:
+        """`[L]` the same over all places in the round."""
+        share: Floats = self.kept.sum((0, 2)) / np.maximum(self.reached.sum((0, 2)), 1)
+        return share
+
+    def by_sequence(self) -> Floats:
+        """`[S, L]` the same for each prompt."""
+        share: Floats = self.kept.sum(2) / np.maximum(self.reached.sum(2), 1)
+        return share
+
+
+def acceptance(table: TraceTable) -> Acceptance:
+    """Counts the drafts that agree, from every position."""
+    shape = (table.num_sequences, table.num_levels, table.depth)
+    reached, kept = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    whole = list[NDArray[np.int64]]()
+    places = np.arange(table.depth)
+    for index, (first, num_tokens) in enumerate(zip(table.first, table.num_tokens, strict=True)):
+        agreement = table.agreement[first : first + num_tokens]  # [N, L]
+        room = np.minimum(table.depth, num_tokens - 1 - np.arange(num_tokens))
+        is_reached = (agreement[..., None] >= places) & (places < room[:, None, None])
+        reached[index] = is_reached.sum(0)
+        kept[index] = (is_reached & (agreement[..., None] > places)).sum(0)
+        whole.append(agreement[room == table.depth])
+    return Acceptance(reached, kept, np.concatenate(whole))

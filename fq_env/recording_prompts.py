@@ -1,0 +1,80 @@
+"""Which prompts a recording continues: cut from texts, a few from each of many documents, by split and by text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from flexquant_rl.engine.control.traces import PlannedSequence
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.fq_env.prompts import PromptWindows, Split, load_windows, spread
+
+SHARES: dict[Split, float] = {"train": 0.5, "validation": 0.2, "test": 0.3}
+"""Parts of a recording. More is judged than in the lossy mode: a sequence has few independent rounds."""
+_DEFAULT_SOURCE = "stdlib"
+
+
+def plan_sequences(
+    model: NestedCausalLM,
+    texts: Sequence[Path],
+    *,
+    num_sequences: int,
+    prompt_tokens: int,
+    text_field: str | None = None,
+) -> tuple[PlannedSequence, ...]:
+    """Cuts prompts from texts, the same number from each and in `SHARES` from its splits, one of each in turn.
+
+    Args:
+        model: Has the tokenizer.
+        texts: Files, as for `load_windows`, each a source of its own; none: the held-out standard library.
+        num_sequences: Prompts in all, raised to one from each split of each text.
+        prompt_tokens: Tokens of a prompt.
+        text_field: As for `load_windows`.
+
+    Raises:
+        InputError: If a text cannot be read or a split of it holds no prompt, or two files have the same name.
+    """
+    names = [path.name for path in texts] or [_DEFAULT_SOURCE]
+    if len(set(names)) < len(names):
+        raise InputError(f"--text {' '.join(map(str, texts))}: two files have one name; rename one of them")
+    files: list[tuple[Path, ...]] = [(path,) for path in texts] or [()]
+    columns, num_documents = list[list[PlannedSequence]](), 0
+    for name, file in zip(names, files, strict=True):
+        windows = load_windows(model.tokenizer, prompt_tokens, file, text_field=text_field)
+        for split in get_args(Split):
+            count = max(1, round(SHARES[split] * num_sequences / len(names)))
+            prompts, documents = _pick(windows, split, count)
+            columns.append(
+                [
+                    PlannedSequence(tuple(prompt), split, num_documents + document, name)
+                    for prompt, document in zip(prompts.tolist(), documents.tolist(), strict=True)
+                ]
+            )
+            num_documents += int(windows.documents(split).max()) + 1
+    # In turn, so that whatever part of a recording is there is of all texts and splits.
+    order = [
+        (place / len(column), index, sequence)
+        for index, column in enumerate(columns)
+        for place, sequence in enumerate(column)
+    ]
+    return tuple(sequence for _, _, sequence in sorted(order, key=lambda item: item[:2]))
+
+
+def _pick(windows: PromptWindows, split: Split, count: int) -> tuple[Tensor, Tensor]:
+    """At most `count` prompts of a split and their documents, from as many documents as there are."""
+    documents = windows.documents(split)
+    names, sizes = documents.unique_consecutive(return_counts=True)
+    per_document = math.ceil(count / len(names))
+    first, places = 0, list[Tensor]()
+    for size in sizes.tolist():
+        inner = torch.linspace(0, size - 1, per_document + 2, dtype=torch.float64)[1:-1]
+        places.append(first + inner.round().long().unique())
+        first += size
+    chosen = spread(torch.cat(places), count)
+    return windows.split(split)[chosen], documents[chosen]

@@ -1,0 +1,199 @@
+"""Policies of drafts on traces: times by hand, the bound by brute force, what rules do with what they see."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toy_traces import random_traces, toy_costs, visible_traces
+
+from flexquant_rl.agents.evaluation.drafting import (
+    acceptance,
+    clairvoyant,
+    context_of,
+    gain_interval,
+    play,
+    speedup_interval,
+    tuned,
+)
+from flexquant_rl.agents.policies.drafting import (
+    RULES,
+    Bandit,
+    ConfidenceStop,
+    FixedRounds,
+    MovingAverage,
+    Plain,
+    ProductStop,
+    rule_name,
+)
+from flexquant_rl.engine.control.traces import SequenceTrace
+from flexquant_rl.engine.control.verify_costs import VerifyCosts, modelled_costs
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.trace_table import TraceTable
+
+COSTS = toy_costs(3, 4)
+
+
+def table_of(seed: int, **options: float) -> TraceTable:
+    traces = random_traces(np.random.default_rng(seed), **options)  # type: ignore[arg-type]
+    return TraceTable(traces, range(len(traces.sequences)))
+
+
+def test_plain_decoding_is_one() -> None:
+    table = table_of(0)
+    played = play(table, COSTS, Plain().bind(context_of(table, COSTS)), looks=False)
+    assert played.speedup == 1
+    assert played.num_rounds.tolist() == table.num_tokens.tolist() == played.num_tokens.tolist()
+    assert not played.num_drafted.any()
+
+
+def fixed_time(trace: SequenceTrace, costs: VerifyCosts, level: int, length: int, eos: int, depths: list[int]) -> float:
+    """Slow: rounds of one length at one level over one sequence."""
+    text, position, time = trace.token_ids.tolist(), 0, 0.0
+    while position < trace.num_tokens:
+        drafts = trace.draft_ids[position, level].tolist()[: min(length, depths[position])]
+        if eos in drafts:
+            drafts = drafts[: drafts.index(eos) + 1]
+        rest = text[position + 1 :]
+        kept = next((i for i, draft in enumerate(drafts) if i >= len(rest) or draft != rest[i]), len(drafts))
+        time += len(drafts) * costs.draft_ms[level] + costs.verify_ms[len(drafts)]
+        position += kept + 1
+    return time
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fixed_rounds_take_the_time_that_they_take(seed: int) -> None:
+    traces = random_traces(np.random.default_rng(seed))
+    table = TraceTable(traces, range(len(traces.sequences)))
+    depths = [traces.plan.draft_depth(position) for position in range(traces.plan.max_new_tokens)]
+    for level, length in itertools.product(range(3), range(1, 5)):
+        played = play(table, COSTS, FixedRounds(level, length).bind(context_of(table, COSTS)))
+        expected = [fixed_time(trace, COSTS, level, length, 0, depths) for trace in traces.sequences]
+        np.testing.assert_allclose(played.time_steps, expected)
+
+
+def fastest(table: TraceTable, costs: VerifyCosts, place: int, left: int) -> float:
+    """Slow: the least time of a rest of a sequence, over all rounds without a wrong draft."""
+    if left == 0:
+        return 0.0
+    options, drafting = list[float](), 0.0
+    for length in range(min(table.depth, left - 1) + 1):
+        if length:
+            right = [costs.draft_ms[level] for level in range(3) if table.is_right[place, level, length - 1]]
+            if not right:
+                break
+            drafting += min(right)
+        options.append(
+            drafting + costs.verify_ms[length] + fastest(table, costs, place + length + 1, left - length - 1)
+        )
+    return min(options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bound_is_the_fastest_there_is(seed: int) -> None:
+    table = table_of(seed, max_new_tokens=9)
+    played = clairvoyant(table, COSTS)
+    ends = zip(table.first.tolist(), table.num_tokens.tolist(), strict=True)
+    expected = [fastest(table, COSTS, first, num_tokens) for first, num_tokens in ends]
+    np.testing.assert_allclose(played.time_steps, expected)
+    assert played.num_tokens.tolist() == table.num_tokens.tolist()
+    assert (played.num_rounds + played.num_accepted).tolist() == table.num_tokens.tolist()
+
+
+@pytest.mark.parametrize("family", RULES, ids=lambda family: family.family)
+def test_every_family_plays_and_none_beats_the_bound(family: type) -> None:
+    table = table_of(4)
+    context = context_of(table, COSTS)
+    bound = clairvoyant(table, COSTS)
+    rules = list(family.grid(context.schema))  # type: ignore[attr-defined]
+    assert len({rule_name(rule) for rule in rules}) == len(rules)
+    for rule in rules[:: max(1, len(rules) // 12)]:
+        played = play(table, COSTS, rule.bind(context))
+        assert (played.time_steps >= bound.time_steps - 1e-9).all()
+        assert played.num_tokens.tolist() == table.num_tokens.tolist()
+
+
+def test_tuning_takes_the_fastest_setting() -> None:
+    table = table_of(2, accepted=0.9)
+    context = context_of(table, COSTS)
+    best = tuned(FixedRounds.grid(context.schema), table, context)
+    speeds = {rule: play(table, COSTS, rule.bind(context)).speedup for rule in FixedRounds.grid(context.schema)}
+    assert speeds[best] == max(speeds.values()) > min(speeds.values())  # type: ignore[index]
+
+
+def test_who_looks_pays() -> None:
+    table, costs = table_of(1), replace(COSTS, controller_ms=0.05)
+    policy = ProductStop(0, 0.5).bind(context_of(table, costs))
+    free, paid = (play(table, costs, policy, looks=looks) for looks in (False, True))
+    np.testing.assert_allclose(paid.time_steps - free.time_steps, 0.05 * (free.num_rounds + free.num_drafted))
+
+
+def test_rules_stop_where_they_say() -> None:
+    table = table_of(3, accepted=0.95)
+    context = context_of(table, COSTS)
+    schema = context.schema
+    observations = np.zeros((4, schema.dim), dtype=np.float32)
+    observations[:, schema.index("pending")] = np.array([0, 1, 2, 3]) / 4
+    observations[:, schema.index("confidence_0") : schema.index("confidence_0") + 3] = (0.9, 0.3, 0.5)
+    observations[:, schema.index("confidence_product")] = (1, 0.9, 0.27, 0.135)
+    assert ConfidenceStop(1, 0.4, 3).bind(context)(observations).tolist() == [2, 2, 0, 0]
+    assert ProductStop(2, 0.2).bind(context)(observations).tolist() == [3, 3, 3, 0]
+    assert FixedRounds(0, 2).bind(context)(observations).tolist() == [1, 1, 0, 0]
+    observations[:, schema.index("last_drafted")] = 2 / 4
+    for average, expected in ((0.1, [1, 0, 0, 0]), (0.5, [1, 1, 0, 0]), (0.9, [1, 1, 1, 1])):
+        observations[:, schema.index("acceptance_fast")] = average
+        assert MovingAverage(0, 0.3, 0.7).bind(context)(observations).tolist() == expected
+
+
+def test_a_bandit_finds_the_best_arm() -> None:
+    traces = visible_traces(np.random.default_rng(0), num_sequences=60)
+    table = TraceTable(traces, range(60))
+    costs = modelled_costs((0.9, 0.01), (1.0, 1.01), depth=3)  # only the second level is worth drafting with
+    context = context_of(table, costs)
+    policy = Bandit(0.02).bind(context)
+    for _ in range(4):
+        played = play(table, costs, policy)
+    best = max(play(table, costs, rule.bind(context)).speedup for rule in FixedRounds.grid(context.schema))
+    assert played.speedup > 0.8 * best > 1.2  # its first rounds try every arm
+
+
+def test_acceptance_counts_every_position() -> None:
+    traces = random_traces(np.random.default_rng(8))
+    table = TraceTable(traces, range(len(traces.sequences)))
+    counted = acceptance(table)
+    reached, kept = np.zeros((2, 3, 4))
+    for trace in traces.sequences:
+        text = trace.token_ids.tolist()
+        for position, level in itertools.product(range(trace.num_tokens), range(3)):
+            for place in range(min(4, trace.num_tokens - 1 - position)):
+                drafted = trace.draft_ids[position, level, : place + 1].tolist()
+                reached[level, place] += drafted[:place] == text[position + 1 : position + 1 + place]
+                kept[level, place] += drafted == text[position + 1 : position + 2 + place]
+    np.testing.assert_array_equal(counted.reached.sum(0), reached)
+    np.testing.assert_array_equal(counted.kept.sum(0), kept)
+    np.testing.assert_allclose(counted.mean_by_level(), kept.sum(1) / reached.sum(1))
+
+
+def test_intervals_hold_the_value_and_are_paired() -> None:
+    table = table_of(6, num_sequences=20)
+    context = context_of(table, COSTS)
+    one, two = (play(table, COSTS, FixedRounds(level, 2).bind(context)) for level in (0, 2))
+    low, high = speedup_interval(one, table.documents)
+    assert low < one.speedup < high
+    assert gain_interval(one, one, table.documents) == (1, 1)
+    low, high = gain_interval(one, two, table.documents)
+    assert low < one.speedup / two.speedup < high
+
+
+def test_costs_are_checked_and_go_on_in_a_line() -> None:
+    costs = modelled_costs((0.4,), (1.0, 1.2, 1.3), depth=5)
+    assert costs.verify_ms == pytest.approx((1.0, 1.2, 1.3, 1.4, 1.5, 1.6))
+    with pytest.raises(InputError, match="give those of M = 1 and 2"):
+        modelled_costs((0.4,), (1.0,), depth=3)
+    for shares in ((-0.4,), (float("nan"),), ()):
+        with pytest.raises(InputError, match="a finite time above 0"):
+            modelled_costs(shares, (1.0, 1.1), depth=3)
+    with pytest.raises(InputError, match="must not be negative"):
+        modelled_costs((0.4,), (1.0, 1.1), depth=3, controller_share=-1)
