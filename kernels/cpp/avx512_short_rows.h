@@ -14,12 +14,12 @@ struct ShortToken {
 
 FQ_INLINE FQ_AVX512 void repeat_token(const Activations& x, int64_t m, __m512i word_of_lane, __mmask16 group_lanes,
                                       ShortToken* repeated) {
-    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
+    const int8_t* values = x.values_of<int8_t>(0, m);
     for (int t = 0; t < 8; ++t) {
-        repeated->values[t] = _mm512_permutexvar_epi32(word_of_lane, _mm512_load_si512(base + 64 * t));
+        repeated->values[t] = _mm512_permutexvar_epi32(word_of_lane, _mm512_load_si512(values + 64 * t));
     }
-    repeated->word_scale = _mm512_permutexvar_ps(word_of_lane, _mm512_load_ps(x.word_scale + m * (x.token_bytes / 4)));
-    const __m512 sums = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4));
+    repeated->word_scale = _mm512_permutexvar_ps(word_of_lane, _mm512_load_ps(x.scales_of(0, m)));
+    const __m512 sums = _mm512_load_ps(x.sums_of(0, m));
     repeated->group_sum = _mm512_maskz_permutexvar_ps(group_lanes, word_of_lane, sums);
 }
 
@@ -99,17 +99,19 @@ struct JoinedToken {
 
 FQ_INLINE FQ_AVX512 void join_token(const Activations& x, int64_t m, int64_t num_words, int64_t num_groups,
                                     int64_t num_chunks, JoinedToken* joined) {
-    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
-    const float* word_scale = x.word_scale + m * (x.token_bytes / 4);
-    const float* group_sum = x.group_sum + m * (x.token_bytes / 4);
+    const int8_t* values = x.values_of<int8_t>(0, m);
+    const float *word_scale = x.scales_of(0, m), *group_sum = x.sums_of(0, m);
+    const int32_t words_per_chunk = static_cast<int32_t>(x.stride * kWordsPerChunk);
+    const int32_t places_per_chunk = static_cast<int32_t>(x.stride * kChunkInputs / 4);
     alignas(64) int32_t word[16], place[16];
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         for (int lane = 0; lane < 16; ++lane) {
-            word[lane] = static_cast<int32_t>((chunk * kWordsPerChunk + lane) % num_words);
-            place[lane] = word[lane] / 16 * static_cast<int32_t>(kChunkInputs / 4) + word[lane] % 16;
+            const int32_t index = static_cast<int32_t>((chunk * kWordsPerChunk + lane) % num_words);
+            word[lane] = index / 16 * words_per_chunk + index % 16;
+            place[lane] = index / 16 * places_per_chunk + index % 16;
         }
         for (int t = 0; t < 8; ++t) {
-            joined->values[chunk][t] = _mm512_i32gather_epi32(_mm512_load_si512(place), base + 64 * t, 4);
+            joined->values[chunk][t] = _mm512_i32gather_epi32(_mm512_load_si512(place), values + 64 * t, 4);
         }
         joined->word_scale[chunk] = _mm512_i32gather_ps(_mm512_load_si512(word), word_scale, 4);
     }

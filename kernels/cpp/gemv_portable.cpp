@@ -66,21 +66,20 @@ void run_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64
                 for (int p = 0; p < kWidth; ++p) {
                     planes[p] = static_cast<uint32_t>(words[p * weight.plane_stride + word]);
                 }
-                const int64_t place = word / kWordsPerChunk * kChunkInputs + word % kWordsPerChunk * 4;
+                const int64_t chunk = word / kWordsPerChunk, place = word % kWordsPerChunk;
                 for (int64_t m = 0; m < x.tokens; ++m) {
-                    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
                     if constexpr (kMode == kFqInt8) {
-                        const float word_scale = x.word_scale[m * (x.token_bytes / 4) + word];
-                        const int8_t* values = reinterpret_cast<const int8_t*>(base) + place;
+                        const float word_scale = x.scales_of(chunk, m)[place];
+                        const int8_t* values = x.values_of<int8_t>(chunk, m) + 4 * place;
                         dot[m] += word_scale * dot_int8<kWidth>(planes, values);
                     } else {
-                        const float* values = reinterpret_cast<const float*>(base) + place;
+                        const float* values = x.values_of<float>(chunk, m) + 4 * place;
                         dot[m] += dot_float<kWidth>(planes, values);
                     }
                 }
             }
             for (int64_t m = 0; m < x.tokens; ++m) {
-                const float sum = x.group_sum[m * (x.token_bytes / 4) + group];
+                const float sum = x.sums_of(group, m)[group % kWordsPerChunk];
                 total[m] += scale * factor * dot[m] + offset * sum;
             }
         }
