@@ -2,6 +2,8 @@
 #include "kernels_internal.h"
 
 #if FQ_X86
+#include <utility>
+
 #include "activations.h"
 #include "avx2_codes.h"
 
@@ -132,27 +134,17 @@ FQ_AVX2 void run_rows(const FqWeight& weight, const Activations& x, int64_t begi
     }
 }
 
+template <int kWidth, int... kFewer>  // kFewer: 0, 1, ..., pass_tokens - 1
+FQ_INLINE void run_int8(std::integer_sequence<int, kFewer...>, const FqWeight& weight, const Activations& x,
+                        int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    static constexpr RowsKernel kernels[] = {run_rows<kFqInt8, kWidth, kFewer + 1>...};
+    run_passes<kWidth, kFqInt8>(kernels, weight, x, begin, end, y, y_stride);
+}
+
 template <int kWidth>
-FQ_AVX2 void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
-                      int64_t y_stride) {
-    static constexpr RowsKernel kernels[] = {
-        nullptr,
-        run_rows<kFqInt8, kWidth, 1>,
-        run_rows<kFqInt8, kWidth, 2>,
-        run_rows<kFqInt8, kWidth, 3>,
-        run_rows<kFqInt8, kWidth, 4>,
-        run_rows<kFqInt8, kWidth, 5>,
-        run_rows<kFqInt8, kWidth, 6>,
-        run_rows<kFqInt8, kWidth, 7>,
-        run_rows<kFqInt8, kWidth, 8>,
-    };
-    if (x.tokens <= 8) return kernels[x.tokens](weight, x, begin, end, y, y_stride);
-    const Activations first = x.slice(0, 8, kFqInt8), rest = x.slice(8, x.tokens - 8, kFqInt8);
-    for (int64_t row = begin; row < end; row += 16) {
-        const int64_t last = std::min<int64_t>(end, row + 16);
-        kernels[8](weight, first, row, last, y, y_stride);
-        kernels[rest.tokens](weight, rest, row, last, y + 8 * y_stride, y_stride);
-    }
+void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    using Fewer = std::make_integer_sequence<int, pass_tokens(kWidth)>;
+    run_int8<kWidth>(Fewer{}, weight, x, begin, end, y, y_stride);
 }
 
 template <int kWidth>

@@ -98,6 +98,26 @@ struct Body {
     ReadKernel read;
 };
 
+// Tokens that a body's kernels know at compile time, so that it loops over them in registers. Nobody verifies or decodes
+// several tokens at once at fewer than 4 bits: fewer kernels are compiled for them.
+constexpr int64_t pass_tokens(int width) { return width < 4 ? 4 : 8; }
+
+// Computes rows for any number of tokens with kernels for 1 to pass_tokens(kWidth), kernels[tokens - 1]. Where they must
+// read the rows more than once, a few rows at a time, which are then still in the nearest caches.
+template <int kWidth, int32_t kMode>
+FQ_INLINE void run_passes(const RowsKernel* kernels, const FqWeight& weight, const Activations& x, int64_t begin,
+                          int64_t end, float* y, int64_t y_stride) {
+    constexpr int64_t kRowsPerPass = 16;
+    const int64_t rows = x.tokens <= pass_tokens(kWidth) ? end - begin : kRowsPerPass;
+    for (; begin < end; begin += rows) {
+        const int64_t last = std::min(end, begin + rows);
+        for (int64_t first = 0; first < x.tokens; first += pass_tokens(kWidth)) {
+            const int64_t tokens = std::min(pass_tokens(kWidth), x.tokens - first);
+            kernels[tokens - 1](weight, x.slice(first, tokens, kMode), begin, last, y + first * y_stride, y_stride);
+        }
+    }
+}
+
 // Null if this machine cannot run it.
 const Body* body_of(int32_t isa);
 
