@@ -10,9 +10,19 @@
 
 namespace fq {
 
-// Writes the 32 int8 values of one word to their eight places; `word` is the word's index in the row.
-FQ_INLINE int8_t* word_values(int8_t* values, int64_t word) {
-    return values + word / kWordsPerChunk * kChunkInputs + word % kWordsPerChunk * 4;
+// Where in a buffer of activations what is written of one token and one word goes.
+template <class Value>
+struct WordPlaces {
+    Value* values;  // eight places of four, 64 values apart
+    float* scale;
+    float* sum;  // of the group that has the word's index
+};
+
+template <class Value>
+FQ_INLINE WordPlaces<Value> places_of(const Activations& x, int64_t token, int64_t word) {
+    const int64_t chunk = word / kWordsPerChunk, place = word % kWordsPerChunk;
+    return {const_cast<Value*>(x.values_of<Value>(chunk, token)) + place * 4,
+            const_cast<float*>(x.scales_of(chunk, token)) + place, const_cast<float*>(x.sums_of(word, token)) + place};
 }
 
 FQ_INLINE float round_word(const float* input, int8_t* values, int32_t* sum) {
@@ -52,24 +62,23 @@ FQ_INLINE void prepare_int8(const float* x, int64_t x_stride, int64_t tokens, in
                             int32_t group_size, void* buffer) {
     const int64_t padded_words = round_up(num_words, kWordsPerChunk);
     const int64_t words_per_group = group_size / 32;
+    const Activations prepared = view_activations(buffer, num_words, tokens, kFqInt8);
     for (int64_t token = 0; token < tokens; ++token) {
-        char* base = static_cast<char*>(buffer) + token * token_bytes(num_words, kFqInt8);
-        int8_t* values = reinterpret_cast<int8_t*>(base);
-        float* word_scale = reinterpret_cast<float*>(base + padded_words * 32);
-        float* group_sum = word_scale + padded_words;
         const float* row = x + token * x_stride;
-        for (int64_t group = 0; group < padded_words; ++group) group_sum[group] = 0.0f;
+        for (int64_t group = 0; group < padded_words; ++group) *places_of<int8_t>(prepared, token, group).sum = 0.0f;
         for (int64_t word = 0; word < padded_words; ++word) {
+            const WordPlaces<int8_t> places = places_of<int8_t>(prepared, token, word);
             const int64_t left = num_inputs - 32 * word;
             int32_t sum = 0;
             if (left >= 32) {
-                word_scale[word] = round_word(row + 32 * word, word_values(values, word), &sum);
+                *places.scale = round_word(row + 32 * word, places.values, &sum);
             } else {
                 float padded[32] = {};
                 for (int64_t i = 0; i < left; ++i) padded[i] = row[32 * word + i];
-                word_scale[word] = round_word(padded, word_values(values, word), &sum);
+                *places.scale = round_word(padded, places.values, &sum);
             }
-            group_sum[word / words_per_group] += word_scale[word] * static_cast<float>(sum);
+            float* group_sum = places_of<int8_t>(prepared, token, word / words_per_group).sum;
+            *group_sum += *places.scale * static_cast<float>(sum);
         }
     }
 }
@@ -78,19 +87,16 @@ FQ_INLINE void prepare_float(const float* x, int64_t x_stride, int64_t tokens, i
                              int32_t group_size, void* buffer) {
     const int64_t padded_words = round_up(num_words, kWordsPerChunk);
     const int64_t words_per_group = group_size / 32;
+    const Activations prepared = view_activations(buffer, num_words, tokens, kFqFloat32);
     for (int64_t token = 0; token < tokens; ++token) {
-        char* base = static_cast<char*>(buffer) + token * token_bytes(num_words, kFqFloat32);
-        float* values = reinterpret_cast<float*>(base);
-        float* word_scale = values + padded_words * 32;
-        float* group_sum = word_scale + padded_words;
         const float* row = x + token * x_stride;
         for (int64_t word = 0; word < padded_words; ++word) {
-            word_scale[word] = 1.0f;
-            float* place = values + word / kWordsPerChunk * kChunkInputs + word % kWordsPerChunk * 4;
+            const WordPlaces<float> places = places_of<float>(prepared, token, word);
+            *places.scale = 1.0f;
             for (int t = 0; t < 8; ++t) {
                 for (int c = 0; c < 4; ++c) {
                     const int64_t k = 32 * word + 4 * t + c;
-                    place[t * 64 + c] = k < num_inputs ? row[k] : 0.0f;
+                    places.values[t * 64 + c] = k < num_inputs ? row[k] : 0.0f;
                 }
             }
         }
@@ -98,7 +104,7 @@ FQ_INLINE void prepare_float(const float* x, int64_t x_stride, int64_t tokens, i
             const int64_t begin = group * 32 * words_per_group;
             double sum = 0.0;
             for (int64_t k = begin; k < std::min(begin + 32 * words_per_group, num_inputs); ++k) sum += row[k];
-            group_sum[group] = static_cast<float>(sum);
+            *places_of<float>(prepared, token, group).sum = static_cast<float>(sum);
         }
     }
 }

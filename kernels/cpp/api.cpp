@@ -87,7 +87,7 @@ extern "C" {
 int32_t fq_abi_version(void) { return kAbiVersion; }
 
 int64_t fq_activation_bytes(int64_t num_words, int64_t tokens, int32_t mode) {
-    return tokens * token_bytes(num_words, mode);
+    return activation_bytes(num_words, tokens, mode);
 }
 
 int32_t fq_prepare(const float* x, int64_t x_stride, int64_t tokens, int64_t num_inputs, int64_t num_words,

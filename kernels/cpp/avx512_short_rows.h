@@ -14,12 +14,12 @@ struct ShortToken {
 
 FQ_INLINE FQ_AVX512 void repeat_token(const Activations& x, int64_t m, __m512i word_of_lane, __mmask16 group_lanes,
                                       ShortToken* repeated) {
-    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
+    const int8_t* values = x.values_of<int8_t>(0, m);
     for (int t = 0; t < 8; ++t) {
-        repeated->values[t] = _mm512_permutexvar_epi32(word_of_lane, _mm512_load_si512(base + 64 * t));
+        repeated->values[t] = _mm512_permutexvar_epi32(word_of_lane, _mm512_load_si512(values + 64 * t));
     }
-    repeated->word_scale = _mm512_permutexvar_ps(word_of_lane, _mm512_load_ps(x.word_scale + m * (x.token_bytes / 4)));
-    const __m512 sums = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4));
+    repeated->word_scale = _mm512_permutexvar_ps(word_of_lane, _mm512_load_ps(x.scales_of(0, m)));
+    const __m512 sums = _mm512_load_ps(x.sums_of(0, m));
     repeated->group_sum = _mm512_maskz_permutexvar_ps(group_lanes, word_of_lane, sums);
 }
 
@@ -70,14 +70,15 @@ FQ_AVX512 int64_t run_short_rows(const FqWeight& weight, const Activations& x, i
 constexpr int64_t kMaxJoinedChunks = 15;
 constexpr int64_t kMaxJoinedGroups = 32;  // of all the rows that are joined: two vectors
 
-// How many rows, adjacent in every plane, make up whole vectors; 1 if joining them is not worth it or not possible.
-FQ_INLINE int64_t num_joined_rows(const FqWeight& weight) {
+// How many rows, adjacent in every plane, make up whole vectors; 1 if joining them is not worth it or not possible. The
+// activations of every token are repeated first: for several tokens that is done where a vector is half full, only.
+FQ_INLINE int64_t num_joined_rows(const FqWeight& weight, int tokens) {
     const int64_t last_words = weight.num_words % kWordsPerChunk, count = last_words == 8 ? 2 : 4;
     const int64_t num_words = count * weight.num_words;
     const bool fits = num_words <= kMaxJoinedChunks * kWordsPerChunk &&
                       num_words * 32 <= kMaxJoinedGroups * weight.group_size &&
                       weight.num_words * 32 <= 16 * weight.group_size;
-    return last_words != 0 && fits ? count : 1;
+    return last_words != 0 && fits && (tokens == 1 || count == 2) ? count : 1;
 }
 
 // Up to 32 floats and the lanes picked from them.
@@ -99,17 +100,19 @@ struct JoinedToken {
 
 FQ_INLINE FQ_AVX512 void join_token(const Activations& x, int64_t m, int64_t num_words, int64_t num_groups,
                                     int64_t num_chunks, JoinedToken* joined) {
-    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
-    const float* word_scale = x.word_scale + m * (x.token_bytes / 4);
-    const float* group_sum = x.group_sum + m * (x.token_bytes / 4);
+    const int8_t* values = x.values_of<int8_t>(0, m);
+    const float *word_scale = x.scales_of(0, m), *group_sum = x.sums_of(0, m);
+    const int32_t words_per_chunk = static_cast<int32_t>(x.stride * kWordsPerChunk);
+    const int32_t places_per_chunk = static_cast<int32_t>(x.stride * kChunkInputs / 4);
     alignas(64) int32_t word[16], place[16];
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         for (int lane = 0; lane < 16; ++lane) {
-            word[lane] = static_cast<int32_t>((chunk * kWordsPerChunk + lane) % num_words);
-            place[lane] = word[lane] / 16 * static_cast<int32_t>(kChunkInputs / 4) + word[lane] % 16;
+            const int32_t index = static_cast<int32_t>((chunk * kWordsPerChunk + lane) % num_words);
+            word[lane] = index / 16 * words_per_chunk + index % 16;
+            place[lane] = index / 16 * places_per_chunk + index % 16;
         }
         for (int t = 0; t < 8; ++t) {
-            joined->values[chunk][t] = _mm512_i32gather_epi32(_mm512_load_si512(place), base + 64 * t, 4);
+            joined->values[chunk][t] = _mm512_i32gather_epi32(_mm512_load_si512(place), values + 64 * t, 4);
         }
         joined->word_scale[chunk] = _mm512_i32gather_ps(_mm512_load_si512(word), word_scale, 4);
     }
@@ -121,12 +124,11 @@ FQ_INLINE FQ_AVX512 void join_token(const Activations& x, int64_t m, int64_t num
 
 // Rows that would leave part of their last vector empty: kRows of them are read as one row of whole vectors. A vector
 // in which one row ends and the next begins is unpacked once and added to both, by masks. Returns the first row that
-// is left. kTokens = 0: as many as x has. kWords = 0: rows of any length; else of so many words, in groups of four.
+// is left. kWords = 0: rows of any length; else of so many words, in groups of four.
 template <int kWidth, int kRows, int kTokens, int kWords>
 FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
                                   int64_t y_stride) {
-    constexpr int kHeld = kTokens ? kTokens : kMaxTokens;
-    const int64_t num_words = kWords ? kWords : weight.num_words, tokens = kTokens ? kTokens : x.tokens;
+    const int64_t num_words = kWords ? kWords : weight.num_words;
     const int words_per_group = kWords ? 4 : weight.group_size / 32;
     const int64_t num_groups = num_words / words_per_group, all_groups = kRows * num_groups;
     const bool has_second = all_groups > 16;
@@ -144,8 +146,9 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
         group_mask[row] = _mm512_cmplt_epi32_mask(group, _mm512_set1_epi32(static_cast<int>(num_groups)));
         group_of_lane[row] = _mm512_add_epi32(group, _mm512_set1_epi32(static_cast<int>(row * num_groups)));
     }
-    JoinedToken joined[kHeld];
-    for (int64_t m = 0; m < tokens; ++m) {
+    JoinedToken joined[kTokens];
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < kTokens; ++m) {
         join_token(x, m, num_words, num_groups, kRows * num_words / kWordsPerChunk, &joined[m]);
     }
     Rows rows{reinterpret_cast<const char*>(weight.planes + begin * num_words), weight.plane_stride * 4, 0xffff};
@@ -158,8 +161,9 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
             scales.parts[part] = groups.scale;
             offsets.parts[part] = groups.offset;
         }
-        __m512 total[kHeld][kRows], dot[kHeld], factor[kHeld];
-        for (int64_t m = 0; m < tokens; ++m) {
+        __m512 total[kTokens][kRows], dot[kTokens], factor[kTokens];
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < kTokens; ++m) {
             TwoVectors products{{}, has_second};
             products.parts[0] = _mm512_mul_ps(offsets.parts[0], joined[m].group_sum[0]);
             if (has_second) products.parts[1] = _mm512_mul_ps(offsets.parts[1], joined[m].group_sum[1]);
@@ -174,7 +178,8 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
             const int64_t first = row * num_words % kWordsPerChunk;
             int64_t left = num_words;
             if (first != 0) {
-                for (int64_t m = 0; m < tokens; ++m) {
+#pragma GCC unroll 8
+                for (int64_t m = 0; m < kTokens; ++m) {
                     const __mmask16 in_row = static_cast<__mmask16>(0xffff << first);
                     total[m][row] = _mm512_mask3_fmadd_ps(dot[m], factor[m], total[m][row], in_row);
                 }
@@ -185,7 +190,8 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
                 load_codes<kWidth, false>(rows, &codes);
                 rows.first += kWordsPerChunk * 4;
                 const __m512 scale = scales.pick(group);
-                for (int64_t m = 0; m < tokens; ++m) {
+#pragma GCC unroll 8
+                for (int64_t m = 0; m < kTokens; ++m) {
                     dot[m] = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(joined[m].values[chunk]));
                     factor[m] = _mm512_mul_ps(joined[m].word_scale[chunk], scale);
                     total[m][row] = _mm512_mask3_fmadd_ps(dot[m], factor[m], total[m][row], mask_of(left));
@@ -194,7 +200,8 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
                 ++chunk;
             }
         }
-        for (int64_t m = 0; m < tokens; ++m) store_sums<kRows>(total[m], y + m * y_stride + begin);
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < kTokens; ++m) store_sums<kRows>(total[m], y + m * y_stride + begin);
     }
     return begin;
 }
@@ -203,7 +210,7 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
 template <int kWidth, int kTokens>
 FQ_INLINE FQ_AVX512 int64_t run_sharing_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end,
                                              float* y, int64_t y_stride) {
-    const int64_t num_words = weight.num_words, joined = num_joined_rows(weight);
+    const int64_t num_words = weight.num_words, joined = num_joined_rows(weight, kTokens);
     if (num_words == 4 || num_words == 8) return run_short_rows<kWidth>(weight, x, begin, end, y, y_stride);
     // Loops of constant length are up to a quarter faster: for rows of 768, 896 and 1280 inputs in groups of 128.
     if constexpr (kTokens == 1) {
@@ -213,7 +220,9 @@ FQ_INLINE FQ_AVX512 int64_t run_sharing_rows(const FqWeight& weight, const Activ
         if (known_words == 40) return run_joined_rows<kWidth, 2, 1, 40>(weight, x, begin, end, y, y_stride);
     }
     if (joined == 2) return run_joined_rows<kWidth, 2, kTokens, 0>(weight, x, begin, end, y, y_stride);
-    if (joined == 4) return run_joined_rows<kWidth, 4, kTokens, 0>(weight, x, begin, end, y, y_stride);
+    if constexpr (kTokens == 1) {
+        if (joined == 4) return run_joined_rows<kWidth, 4, 1, 0>(weight, x, begin, end, y, y_stride);
+    }
     return begin;
 }
 

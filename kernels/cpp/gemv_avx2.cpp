@@ -1,104 +1,14 @@
-// AVX2 body. One vector is 8 words of one plane: 256 inputs, half a chunk of activations, one int32 lane per word.
-//
-// Planes are merged pairwise up to nibbles as in the AVX-512 body, but no further: vpmaddubsw adds products in pairs to
-// int16, which a full byte would overflow and a nibble cannot (15 * 127 * 2 * 8 vectors = 30,480).
+// AVX2 body: codes and their dot products are in avx2_codes.h; here they take their scales and become rows of the result.
 #include "kernels_internal.h"
 
 #if FQ_X86
-#include <immintrin.h>
+#include <utility>
 
 #include "activations.h"
-
-#define FQ_AVX2 __attribute__((target("avx2,fma,f16c")))
+#include "avx2_codes.h"
 
 namespace fq {
 namespace {
-
-constexpr int64_t kWordsPerVector = 8;
-// How far ahead each plane is fetched: the hardware prefetchers alone follow eight streams badly. 1 KiB and more was up
-// to 1.5 times slower on 4096 x 4096 weights (AMD Zen 4).
-constexpr int64_t kPrefetchBytes = 256;
-
-struct Rows {  // the words of one half chunk in each plane
-    const char* first;
-    int64_t plane_bytes;
-    __m256i mask;
-};
-
-struct Nibbles {  // r = 0..3; in each byte t = r in the low nibble, t = r + 4 in the high one
-    __m256i r[4];
-};
-
-template <bool kTail>
-FQ_INLINE FQ_AVX2 __m256i load_plane(const Rows& rows, int plane) {
-    const char* address = rows.first + plane * rows.plane_bytes;
-    _mm_prefetch(address + kPrefetchBytes, _MM_HINT_T0);
-    __m256i words;
-    if constexpr (kTail) words = _mm256_maskload_epi32(reinterpret_cast<const int*>(address), rows.mask);
-    else words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(address));
-    // Keeps the compiler from loading the words anew for each use.
-    asm("" : "+x"(words));
-    return words;
-}
-
-// From fields a (more significant) and b of S bits: even takes the fields at even positions, odd those at odd ones. The
-// difference of the two is moved instead of the fields themselves, which saves two of eight operations.
-template <int S>
-FQ_INLINE FQ_AVX2 void merge(__m256i lower, __m256i a, __m256i b, __m256i* even, __m256i* odd) {
-    const __m256i change = _mm256_and_si256(_mm256_xor_si256(a, _mm256_srli_epi32(b, S)), lower);
-    *odd = _mm256_xor_si256(a, change);
-    *even = _mm256_xor_si256(b, _mm256_slli_epi32(change, S));
-}
-
-// Nibbles of kCount planes from kFirst. Bits of a nibble that no plane fills are left undefined: used_bits() masks
-// them.
-template <int kFirst, int kCount, bool kTail>
-FQ_INLINE FQ_AVX2 Nibbles load_nibbles(const Rows& rows) {
-    const __m256i lower1 = _mm256_set1_epi8(0x55), lower2 = _mm256_set1_epi8(0x33);
-    Nibbles nibbles;
-    const __m256i plane0 = load_plane<kTail>(rows, kFirst);
-    if constexpr (kCount == 1) {
-        for (int r = 0; r < 4; ++r) nibbles.r[r] = _mm256_slli_epi32(plane0, 3 - r);
-        return nibbles;
-    }
-    __m256i high[2], low[2];
-    merge<1>(lower1, plane0, load_plane<kTail>(rows, kFirst + 1), &high[0], &high[1]);
-    if constexpr (kCount == 2) {
-        for (int r = 0; r < 2; ++r) {
-            nibbles.r[r] = _mm256_slli_epi32(high[r], 2);
-            nibbles.r[r + 2] = high[r];
-        }
-        return nibbles;
-    }
-    const __m256i plane2 = load_plane<kTail>(rows, kFirst + 2);
-    if constexpr (kCount == 3) {
-        low[0] = _mm256_slli_epi32(plane2, 1);
-        low[1] = plane2;
-    } else {
-        merge<1>(lower1, plane2, load_plane<kTail>(rows, kFirst + 3), &low[0], &low[1]);
-    }
-    for (int r = 0; r < 2; ++r) merge<2>(lower2, high[r], low[r], &nibbles.r[r], &nibbles.r[r + 2]);
-    return nibbles;
-}
-
-// Bits of the low nibble that kCount planes fill.
-template <int kCount>
-FQ_INLINE FQ_AVX2 __m256i used_bits() {
-    return _mm256_set1_epi8(0x0F & 0x0F << (4 - kCount));
-}
-
-// Sum of nibble * activation over the 32 inputs of each word.
-template <int kCount>
-FQ_INLINE FQ_AVX2 __m256i dot_nibbles(const Nibbles& nibbles, const __m256i* values) {
-    __m256i sum = _mm256_setzero_si256();
-    for (int r = 0; r < 4; ++r) {
-        const __m256i low = _mm256_and_si256(nibbles.r[r], used_bits<kCount>());
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(nibbles.r[r], 4), used_bits<kCount>());
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(low, _mm256_load_si256(values + 2 * r)));
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(high, _mm256_load_si256(values + 2 * (r + 4))));
-    }
-    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-}
 
 // Scales or offsets of up to 8 groups; the lanes past the end of the row are zero.
 FQ_INLINE FQ_AVX2 __m256 load_halves(const uint16_t* halves, int64_t count) {
@@ -122,23 +32,17 @@ FQ_INLINE FQ_AVX2 float reduce_add(__m256 value) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-constexpr int top_count(int width) { return width < 4 ? width : 4; }
-
 // Adds the vector's part of one row to each token's total; scale holds the group scale of each of the 8 words.
-template <int kWidth, bool kTail>
-FQ_INLINE FQ_AVX2 void add_int8(const Rows& rows, __m256 scale, const Activations& x, int64_t word, int64_t tokens,
-                                __m256* total) {
-    const Nibbles top = load_nibbles<0, top_count(kWidth), kTail>(rows);
-    Nibbles bottom;
-    if constexpr (kWidth > 4) bottom = load_nibbles<4, kWidth - 4, kTail>(rows);
-    const int64_t place = word / kWordsPerChunk * kChunkInputs + word % kWordsPerChunk * 4;
-    for (int64_t m = 0; m < tokens; ++m) {
-        const char* base = static_cast<const char*>(x.values) + m * x.token_bytes + place;
-        const __m256i* values = reinterpret_cast<const __m256i*>(base);
-        __m256i dot = _mm256_slli_epi32(dot_nibbles<top_count(kWidth)>(top, values), 4);
-        if constexpr (kWidth > 4) dot = _mm256_add_epi32(dot, dot_nibbles<kWidth - 4>(bottom, values));
-        const __m256 word_scale = _mm256_load_ps(x.word_scale + m * (x.token_bytes / 4) + word);
-        total[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(word_scale, scale), total[m]);
+template <int kWidth, int kTokens, bool kTail>
+FQ_INLINE FQ_AVX2 void add_int8(const Rows& rows, __m256 scale, const Activations& x, int64_t word, __m256* total) {
+    const int64_t chunk = word / kWordsPerChunk, place = word % kWordsPerChunk;
+    __m256i dots[kTokens];
+    dot_int8<kWidth, kTokens, kTail>(rows, x.values_of<int8_t>(chunk, 0) + 4 * place, dots);
+    const float* word_scale = x.scales_of(chunk, 0) + place;
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) {
+        const __m256 factor = _mm256_mul_ps(_mm256_load_ps(word_scale + m * kWordsPerChunk), scale);
+        total[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[m]), factor, total[m]);
     }
 }
 
@@ -146,37 +50,26 @@ FQ_INLINE FQ_AVX2 void add_int8(const Rows& rows, __m256 scale, const Activation
 template <int kWidth, bool kTail>
 FQ_INLINE FQ_AVX2 void add_float(const Rows& rows, __m256 scale, const Activations& x, int64_t word, int64_t tokens,
                                  __m256* total) {
-    const Nibbles top = load_nibbles<0, top_count(kWidth), kTail>(rows);
-    const __m256i top_bits = used_bits<top_count(kWidth)>();
-    alignas(32) uint8_t codes[8][32];
-    for (int r = 0; r < 4; ++r) {
-        __m256i low = _mm256_slli_epi32(_mm256_and_si256(top.r[r], top_bits), 4);
-        __m256i high = _mm256_and_si256(top.r[r], _mm256_slli_epi32(top_bits, 4));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(codes[r]), low);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(codes[r + 4]), high);
+    __m256i top[Layout<kWidth>::kVectors], bottom[4];
+    load_codes<kWidth, 0, kTail>(rows, top);
+    if constexpr (kWidth == 8) load_codes<kWidth, 1, kTail>(rows, bottom);
+    alignas(32) uint8_t bytes[8][32];
+    for (int t = 0; t < 8; ++t) {
+        __m256i code = _mm256_slli_epi16(Layout<kWidth>::bytes_at(top, t), kWidth == 8 ? 4 : 8 - kWidth);
+        if constexpr (kWidth == 8) code = _mm256_or_si256(code, Layout<kWidth>::bytes_at(bottom, t));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(bytes[t]), code);
     }
-    if constexpr (kWidth > 4) {
-        const Nibbles bottom = load_nibbles<4, kWidth - 4, kTail>(rows);
-        const __m256i bottom_bits = used_bits<kWidth - 4>();
-        for (int r = 0; r < 4; ++r) {
-            __m256i* low = reinterpret_cast<__m256i*>(codes[r]);
-            __m256i* high = reinterpret_cast<__m256i*>(codes[r + 4]);
-            *low = _mm256_or_si256(*low, _mm256_and_si256(bottom.r[r], bottom_bits));
-            *high = _mm256_or_si256(*high, _mm256_and_si256(_mm256_srli_epi32(bottom.r[r], 4), bottom_bits));
-        }
-    }
-    const int64_t place = word / kWordsPerChunk * kChunkInputs + word % kWordsPerChunk * 4;
+    const int64_t chunk = word / kWordsPerChunk, place = word % kWordsPerChunk;
     const __m256i word_of_lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
     for (int quarter = 0; quarter < 4; ++quarter) {
         const __m256i index = _mm256_add_epi32(word_of_lane, _mm256_set1_epi32(2 * quarter));
         const __m256 lane_scale = _mm256_permutevar8x32_ps(scale, index);
         for (int64_t m = 0; m < tokens; ++m) {
-            const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
-            const float* values = reinterpret_cast<const float*>(base) + place + 8 * quarter;
+            const float* values = x.values_of<float>(chunk, m) + 4 * place + 8 * quarter;
             __m256 sum = _mm256_setzero_ps();
             for (int t = 0; t < 8; ++t) {
-                const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes[t] + 8 * quarter));
-                const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+                const __m128i part = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes[t] + 8 * quarter));
+                const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(part));
                 sum = _mm256_fmadd_ps(code, _mm256_load_ps(values + 64 * t), sum);
             }
             total[m] = _mm256_fmadd_ps(sum, lane_scale, total[m]);
@@ -184,11 +77,10 @@ FQ_INLINE FQ_AVX2 void add_float(const Rows& rows, __m256 scale, const Activatio
     }
 }
 
-template <int kMode, int kWidth, bool kTail>
-FQ_INLINE FQ_AVX2 void add_vector(const Rows& rows, __m256 scale, const Activations& x, int64_t word, int64_t tokens,
-                                  __m256* total) {
-    if constexpr (kMode == kFqInt8) add_int8<kWidth, kTail>(rows, scale, x, word, tokens, total);
-    else add_float<kWidth, kTail>(rows, scale, x, word, tokens, total);
+template <int kMode, int kWidth, int kTokens, bool kTail>
+FQ_INLINE FQ_AVX2 void add_vector(const Rows& rows, __m256 scale, const Activations& x, int64_t word, __m256* total) {
+    if constexpr (kMode == kFqInt8) add_int8<kWidth, kTokens, kTail>(rows, scale, x, word, total);
+    else add_float<kWidth, kTail>(rows, scale, x, word, x.tokens, total);
 }
 
 template <int kMode, int kWidth, int kTokens>  // kTokens = 0: as many as x has
@@ -219,7 +111,7 @@ FQ_AVX2 void run_rows(const FqWeight& weight, const Activations& x, int64_t begi
             const __m256 offset =
                 _mm256_fmadd_ps(group_scale, offset_factor, load_halves(offsets + group, num_groups - group));
             for (int64_t m = 0; m < tokens; ++m) {
-                const __m256 sum = _mm256_load_ps(x.group_sum + m * (x.token_bytes / 4) + group);
+                const __m256 sum = _mm256_load_ps(x.sums_of(group, m) + group % kWordsPerChunk);
                 total[m] = _mm256_fmadd_ps(offset, sum, total[m]);
             }
             group_scale = _mm256_mul_ps(group_scale, scale_factor);
@@ -227,13 +119,14 @@ FQ_AVX2 void run_rows(const FqWeight& weight, const Activations& x, int64_t begi
             const int64_t end_word = std::min(word + words_per_group * kWordsPerVector, full_words);
             for (; word < end_word; word += kWordsPerVector) {
                 const __m256 scale = _mm256_permutevar8x32_ps(group_scale, group_of_word);
-                add_vector<kMode, kWidth, false>(rows, scale, x, word, tokens, total);
+                if (word % kWordsPerChunk == 0) fetch_ahead<kWidth>(rows);
+                add_vector<kMode, kWidth, kTokens, false>(rows, scale, x, word, total);
                 group_of_word = _mm256_add_epi32(group_of_word, groups_per_vector);
                 rows.first += kWordsPerVector * 4;
             }
             if (has_tail && group + 8 >= num_groups) {
                 const __m256 scale = _mm256_permutevar8x32_ps(group_scale, group_of_word);
-                add_vector<kMode, kWidth, true>(rows, scale, x, full_words, tokens, total);
+                add_vector<kMode, kWidth, kTokens, true>(rows, scale, x, full_words, total);
                 rows.first += row_bytes % (kWordsPerVector * 4);
             }
         }
@@ -241,11 +134,17 @@ FQ_AVX2 void run_rows(const FqWeight& weight, const Activations& x, int64_t begi
     }
 }
 
+template <int kWidth, int... kFewer>  // kFewer: 0, 1, ..., pass_tokens - 1
+FQ_INLINE void run_int8(std::integer_sequence<int, kFewer...>, const FqWeight& weight, const Activations& x,
+                        int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    static constexpr RowsKernel kernels[] = {run_rows<kFqInt8, kWidth, kFewer + 1>...};
+    run_passes<kWidth, kFqInt8>(kernels, weight, x, begin, end, y, y_stride);
+}
+
 template <int kWidth>
-FQ_AVX2 void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
-                      int64_t y_stride) {
-    if (x.tokens == 1) run_rows<kFqInt8, kWidth, 1>(weight, x, begin, end, y, y_stride);
-    else run_rows<kFqInt8, kWidth, 0>(weight, x, begin, end, y, y_stride);
+void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    using Fewer = std::make_integer_sequence<int, pass_tokens(kWidth)>;
+    run_int8<kWidth>(Fewer{}, weight, x, begin, end, y, y_stride);
 }
 
 template <int kWidth>

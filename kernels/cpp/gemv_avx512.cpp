@@ -4,6 +4,8 @@
 #include "kernels_internal.h"
 
 #if FQ_X86
+#include <utility>
+
 #include "activations.h"
 #include "avx512_short_rows.h"
 
@@ -14,11 +16,10 @@ namespace {
 template <int kWidth>
 FQ_INLINE FQ_AVX512 void add_int8(const Codes& codes, __m512 scale, const Activations& x, int64_t chunk, int64_t tokens,
                                   __m512* total) {
+#pragma GCC unroll 8
     for (int64_t m = 0; m < tokens; ++m) {
-        const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
-        const float* word_scale = x.word_scale + m * (x.token_bytes / 4) + chunk * kWordsPerChunk;
-        const __m512 dot = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(base) + chunk * kChunkInputs);
-        total[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(_mm512_load_ps(word_scale), scale), total[m]);
+        const __m512 dot = dot_int8<kWidth>(codes, x.values_of<int8_t>(chunk, m));
+        total[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(_mm512_load_ps(x.scales_of(chunk, m)), scale), total[m]);
     }
 }
 
@@ -36,8 +37,7 @@ FQ_INLINE FQ_AVX512 void add_float(const Codes& codes, __m512 scale, const Activ
         const __m512i word = _mm512_add_epi32(word_of_lane, _mm512_set1_epi32(4 * quarter));
         const __m512 lane_scale = _mm512_permutexvar_ps(word, scale);
         for (int64_t m = 0; m < tokens; ++m) {
-            const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
-            const float* values = reinterpret_cast<const float*>(base) + chunk * kChunkInputs + 16 * quarter;
+            const float* values = x.values_of<float>(chunk, m) + 16 * quarter;
             __m512 sum = _mm512_setzero_ps();
             for (int t = 0; t < 8; ++t) {
                 const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[t]) + quarter);
@@ -97,7 +97,7 @@ FQ_AVX512 int64_t run_rows(const FqWeight& weight, const Activations& x, int64_t
                 const int64_t pair = r * num_groups + group;
                 groups[r] = load_groups(scales + pair, offsets + pair, mask, factors);
                 for (int64_t m = 0; m < tokens; ++m) {
-                    const __m512 sum = _mm512_load_ps(x.group_sum + m * (x.token_bytes / 4) + group);
+                    const __m512 sum = _mm512_load_ps(x.sums_of(group, m));
                     total[r][m] = _mm512_fmadd_ps(groups[r].offset, sum, total[r][m]);
                 }
             }
@@ -137,8 +137,8 @@ constexpr bool gains_from_pairs(int64_t num_words) {
 }
 
 template <int kWidth, int kTokens>
-FQ_INLINE FQ_AVX512 void run_int8_tokens(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end,
-                                         float* y, int64_t y_stride) {
+FQ_AVX512 void run_int8_tokens(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
+                               int64_t y_stride) {
     begin = run_sharing_rows<kWidth, kTokens>(weight, x, begin, end, y, y_stride);
     if constexpr (gains_from_pairs(kWidth, kTokens)) {
         if (gains_from_pairs(weight.num_words)) {
@@ -148,11 +148,17 @@ FQ_INLINE FQ_AVX512 void run_int8_tokens(const FqWeight& weight, const Activatio
     run_rows<kFqInt8, kWidth, kTokens, 1>(weight, x, begin, end, y, y_stride);
 }
 
+template <int kWidth, int... kFewer>  // kFewer: 0, 1, ..., pass_tokens - 1
+FQ_INLINE void run_int8(std::integer_sequence<int, kFewer...>, const FqWeight& weight, const Activations& x,
+                        int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    static constexpr RowsKernel kernels[] = {run_int8_tokens<kWidth, kFewer + 1>...};
+    run_passes<kWidth, kFqInt8>(kernels, weight, x, begin, end, y, y_stride);
+}
+
 template <int kWidth>
-FQ_AVX512 void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y,
-                        int64_t y_stride) {
-    if (x.tokens == 1) run_int8_tokens<kWidth, 1>(weight, x, begin, end, y, y_stride);
-    else run_int8_tokens<kWidth, 0>(weight, x, begin, end, y, y_stride);
+void run_int8(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    using Fewer = std::make_integer_sequence<int, pass_tokens(kWidth)>;
+    run_int8<kWidth>(Fewer{}, weight, x, begin, end, y, y_stride);
 }
 
 template <int kWidth>

@@ -29,63 +29,68 @@ FQ_INLINE uint32_t codes_at(const uint32_t* planes, int t) {
     return codes;
 }
 
-template <int kWidth>
-FQ_INLINE float dot_int8(const uint32_t* planes, const int8_t* values) {
+// Of one word: its codes, unpacked once for all tokens, and 32 activations.
+FQ_INLINE float dot_int8(const uint32_t* codes, const int8_t* values) {
     int32_t sum = 0;
     for (int t = 0; t < 8; ++t) {
-        const uint32_t codes = codes_at<kWidth>(planes, t);
-        for (int c = 0; c < 4; ++c) sum += static_cast<int32_t>(codes >> 8 * c & 255u) * values[64 * t + c];
+        for (int c = 0; c < 4; ++c) sum += static_cast<int32_t>(codes[t] >> 8 * c & 255u) * values[64 * t + c];
     }
     return static_cast<float>(sum);
 }
 
-template <int kWidth>
-FQ_INLINE float dot_float(const uint32_t* planes, const float* values) {
+FQ_INLINE float dot_float(const uint32_t* codes, const float* values) {
     float sum[4] = {};
     for (int t = 0; t < 8; ++t) {
-        const uint32_t codes = codes_at<kWidth>(planes, t);
-        for (int c = 0; c < 4; ++c) sum[c] += static_cast<float>(codes >> 8 * c & 255u) * values[64 * t + c];
+        for (int c = 0; c < 4; ++c) sum[c] += static_cast<float>(codes[t] >> 8 * c & 255u) * values[64 * t + c];
     }
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-template <int kMode, int kWidth>
-void run_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+template <int kMode, int kWidth, int kTokens>  // kTokens = 0: as many as x has
+void run_tokens(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
     const int64_t words_per_group = weight.group_size / 32;
     const int64_t num_groups = weight.num_words / words_per_group;
     const float factor = top_aligned_factor(weight);
+    const int64_t tokens = kTokens ? kTokens : x.tokens;
     for (int64_t row = begin; row < end; ++row) {
         const int32_t* words = weight.planes + row * weight.num_words;
-        float total[kMaxTokens] = {};
+        float total[kTokens ? kTokens : kMaxTokens] = {};
         for (int64_t group = 0; group < num_groups; ++group) {
             const float scale = half_to_float(weight.scale[row * num_groups + group]);
             const float offset = half_to_float(weight.offset[row * num_groups + group]) + scale * weight.offset_factor;
-            float dot[kMaxTokens] = {};
+            float dot[kTokens ? kTokens : kMaxTokens] = {};
             for (int64_t word = group * words_per_group; word < (group + 1) * words_per_group; ++word) {
                 uint32_t planes[kWidth];
                 for (int p = 0; p < kWidth; ++p) {
                     planes[p] = static_cast<uint32_t>(words[p * weight.plane_stride + word]);
                 }
-                const int64_t place = word / kWordsPerChunk * kChunkInputs + word % kWordsPerChunk * 4;
-                for (int64_t m = 0; m < x.tokens; ++m) {
-                    const char* base = static_cast<const char*>(x.values) + m * x.token_bytes;
+                uint32_t codes[8];
+                for (int t = 0; t < 8; ++t) codes[t] = codes_at<kWidth>(planes, t);
+                const int64_t chunk = word / kWordsPerChunk, place = word % kWordsPerChunk;
+                for (int64_t m = 0; m < tokens; ++m) {
                     if constexpr (kMode == kFqInt8) {
-                        const float word_scale = x.word_scale[m * (x.token_bytes / 4) + word];
-                        const int8_t* values = reinterpret_cast<const int8_t*>(base) + place;
-                        dot[m] += word_scale * dot_int8<kWidth>(planes, values);
+                        const float word_scale = x.scales_of(chunk, m)[place];
+                        const int8_t* values = x.values_of<int8_t>(chunk, m) + 4 * place;
+                        dot[m] += word_scale * dot_int8(codes, values);
                     } else {
-                        const float* values = reinterpret_cast<const float*>(base) + place;
-                        dot[m] += dot_float<kWidth>(planes, values);
+                        const float* values = x.values_of<float>(chunk, m) + 4 * place;
+                        dot[m] += dot_float(codes, values);
                     }
                 }
             }
-            for (int64_t m = 0; m < x.tokens; ++m) {
-                const float sum = x.group_sum[m * (x.token_bytes / 4) + group];
+            for (int64_t m = 0; m < tokens; ++m) {
+                const float sum = x.sums_of(group, m)[group % kWordsPerChunk];
                 total[m] += scale * factor * dot[m] + offset * sum;
             }
         }
-        for (int64_t m = 0; m < x.tokens; ++m) y[m * y_stride + row] = total[m];
+        for (int64_t m = 0; m < tokens; ++m) y[m * y_stride + row] = total[m];
     }
+}
+
+template <int kMode, int kWidth>
+void run_rows(const FqWeight& weight, const Activations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    if (x.tokens == 1) run_tokens<kMode, kWidth, 1>(weight, x, begin, end, y, y_stride);
+    else run_tokens<kMode, kWidth, 0>(weight, x, begin, end, y, y_stride);
 }
 
 template <int kWidth>

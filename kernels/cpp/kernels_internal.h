@@ -25,28 +25,45 @@ constexpr int32_t kAbiVersion = 2;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Activations permuted to the order of the bits: value [chunk][t][word 0..15][c] is input 32 * (16 * chunk + word) +
-// 4 * t + c. Whatever lies beyond num_inputs is zero, so padded codes never matter.
+constexpr int64_t value_bytes(int32_t mode) { return mode == kFqInt8 ? 1 : 4; }
+
+// Activations permuted to the order of the bits: value [chunk][token][t][word 0..15][c] is input 32 * (16 * chunk + word)
+// + 4 * t + c. Whatever lies beyond num_inputs is zero, so padded codes never matter. The tokens of a chunk are adjacent,
+// so that a kernel that knows their number reaches all of them from one address.
 struct Activations {
-    const void* values;       // int8 or float, num_chunks * 512 per token
-    const float* word_scale;  // int8 only: num_chunks * 16 per token, one scale per 32 inputs
-    const float* group_sum;   // sum of the (rounded) activations of each group, num_chunks * 16 per token
-    int64_t token_bytes;      // from one token to the next, for all three
-    int64_t tokens;
+    const void* values;       // int8 or float, 512 per chunk and token
+    const float* word_scale;  // int8 only: [chunk][token][16], one scale per 32 inputs
+    const float* group_sum;   // [16 groups][token][16]: sum of the (rounded) activations of each group
+    int64_t tokens;           // to compute
+    int64_t stride;           // tokens from one chunk to the next: more than `tokens` in a slice
+
+    template <class Value>
+    FQ_INLINE const Value* values_of(int64_t chunk, int64_t token) const {
+        return static_cast<const Value*>(values) + (chunk * stride + token) * kChunkInputs;
+    }
+    FQ_INLINE const float* scales_of(int64_t chunk, int64_t token) const {
+        return word_scale + (chunk * stride + token) * kWordsPerChunk;
+    }
+    FQ_INLINE const float* sums_of(int64_t group, int64_t token) const {  // of 16 groups from a multiple of 16 on
+        return group_sum + (group / kWordsPerChunk * stride + token) * kWordsPerChunk;
+    }
+    // Tokens [first, first + count).
+    Activations slice(int64_t first, int64_t count, int32_t mode) const {
+        const char* begin = static_cast<const char*>(values) + first * kChunkInputs * value_bytes(mode);
+        return {begin, scales_of(0, first), sums_of(0, first), count, stride};
+    }
 };
 
-inline int64_t token_bytes(int64_t num_words, int32_t mode) {
+inline int64_t activation_bytes(int64_t num_words, int64_t tokens, int32_t mode) {
     const int64_t num_chunks = round_up(num_words, kWordsPerChunk) / kWordsPerChunk;
-    const int64_t value_bytes = num_chunks * kChunkInputs * (mode == kFqInt8 ? 1 : 4);
-    return value_bytes + 2 * num_chunks * kWordsPerChunk * 4;
+    return tokens * num_chunks * (kChunkInputs * value_bytes(mode) + 2 * kWordsPerChunk * 4);
 }
 
 inline Activations view_activations(const void* buffer, int64_t num_words, int64_t tokens, int32_t mode) {
-    const int64_t stride = token_bytes(num_words, mode);
-    const int64_t table_bytes = round_up(num_words, kWordsPerChunk) * 4;
-    const char* bytes = static_cast<const char*>(buffer);
-    return {bytes, reinterpret_cast<const float*>(bytes + stride - 2 * table_bytes),
-            reinterpret_cast<const float*>(bytes + stride - table_bytes), stride, tokens};
+    const int64_t num_chunks = round_up(num_words, kWordsPerChunk) / kWordsPerChunk;
+    const char* values = static_cast<const char*>(buffer);
+    const float* word_scale = reinterpret_cast<const float*>(values + tokens * num_chunks * kChunkInputs * value_bytes(mode));
+    return {values, word_scale, word_scale + tokens * num_chunks * kWordsPerChunk, tokens, tokens};
 }
 
 // Value of one unit of a code aligned to the top of a byte, where every body leaves it.
@@ -80,6 +97,26 @@ struct Body {
     PrepareKernel prepare[2];
     ReadKernel read;
 };
+
+// Tokens that a body's kernels know at compile time, so that it loops over them in registers. Nobody verifies or decodes
+// several tokens at once at fewer than 4 bits: fewer kernels are compiled for them.
+constexpr int64_t pass_tokens(int width) { return width < 4 ? 4 : 8; }
+
+// Computes rows for any number of tokens with kernels for 1 to pass_tokens(kWidth), kernels[tokens - 1]. Where they must
+// read the rows more than once, a few rows at a time, which are then still in the nearest caches.
+template <int kWidth, int32_t kMode>
+FQ_INLINE void run_passes(const RowsKernel* kernels, const FqWeight& weight, const Activations& x, int64_t begin,
+                          int64_t end, float* y, int64_t y_stride) {
+    constexpr int64_t kRowsPerPass = 16;
+    const int64_t rows = x.tokens <= pass_tokens(kWidth) ? end - begin : kRowsPerPass;
+    for (; begin < end; begin += rows) {
+        const int64_t last = std::min(end, begin + rows);
+        for (int64_t first = 0; first < x.tokens; first += pass_tokens(kWidth)) {
+            const int64_t tokens = std::min(pass_tokens(kWidth), x.tokens - first);
+            kernels[tokens - 1](weight, x.slice(first, tokens, kMode), begin, last, y + first * y_stride, y_stride);
+        }
+    }
+}
 
 // Null if this machine cannot run it.
 const Body* body_of(int32_t isa);
