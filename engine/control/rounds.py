@@ -42,9 +42,10 @@ class Settled:
 
 @dataclass
 class _Row:
-    """The round of one row. The cache holds `num_read` tokens behind the settled ones."""
+    """The round of one row. The cache holds `num_read` tokens behind the `length` settled ones."""
 
     upcoming: int
+    length: int
     text: NgramIndex | None
     drafts: list[Draft] = field(default_factory=list)
     num_read: int = 0
@@ -85,7 +86,8 @@ class Rounds:
             prompt_ids: The prompt.
             upcoming: The token that follows it.
         """
-        self._rows[row] = _Row(upcoming, NgramIndex([*prompt_ids, upcoming]) if self._ngram_drafts else None)
+        text = NgramIndex([*prompt_ids, upcoming]) if self._ngram_drafts else None
+        self._rows[row] = _Row(upcoming, int(self._decoder.lengths[row]), text)
 
     def counts(self, row: int) -> DraftCounts:
         """What the rounds of a row have come to since it began."""
@@ -144,13 +146,15 @@ class Rounds:
             The accepted drafts and the token gained.
         """
         state = self._rows[row]
-        settled_length = self._cut(row, state.num_read)
-        state.num_read = 0
+        if state.num_read:
+            self._cut(row)
+            state.num_read = 0
         draft_ids = [draft.token_id for draft in state.drafts]
         output = self._read(row, [state.upcoming, *draft_ids], bit_widths)
         kept = settled_tokens(output.logits[0], draft_ids, [draft.probs for draft in state.drafts], self._sampler, row)
-        self._cut(row, 1 + len(draft_ids) - len(kept))
-        assert int(self._decoder.lengths[row]) == settled_length + len(kept)
+        state.length += len(kept)
+        if len(kept) <= len(draft_ids):  # what was not accepted is still held
+            self._cut(row)
         if state.mark is not None:
             self._controller.rollback(state.mark, torch.tensor([row]))
         self._observe(row, output, bit_widths, kept)
@@ -165,21 +169,22 @@ class Rounds:
     def _room(self, row: int, num_wanted: int) -> int:
         """Drafts that still fit: a verify pass settles one token more than there are drafts, and holds them all."""
         state = self._rows[row]
-        settled_length = int(self._decoder.lengths[row]) - state.num_read
-        most = min(num_wanted - 1, self._decoder.max_length - settled_length - 1, MOST_PENDING)
+        most = min(num_wanted - 1, self._decoder.max_length - state.length - 1, MOST_PENDING)
         return max(0, most - len(state.drafts))
 
     def _read(self, row: int, token_ids: list[int], bit_widths: Tensor) -> ExtendOutput:
         rows = None if self._num_rows == 1 else torch.tensor([row])
-        return self._decoder.extend(torch.tensor([token_ids]), bit_widths, rows=rows)
+        if len(token_ids) > 1:
+            return self._decoder.extend(torch.tensor([token_ids]), bit_widths, rows=rows)
+        # A step of one row takes a shorter way than a pass over several tokens.
+        step = self._decoder.step(torch.tensor(token_ids), bit_widths, rows=rows)
+        return ExtendOutput(step.logits[:, None], step.residual_update[:, None], step.crest[:, None])
 
-    def _cut(self, row: int, num_tokens: int) -> int:
-        """Forgets the last tokens of a row; returns how many it holds then."""
+    def _cut(self, row: int) -> None:
+        """Leaves a row its settled tokens."""
         lengths = self._decoder.lengths.clone()
-        lengths[row] -= num_tokens
-        if num_tokens:
-            self._decoder.truncate(lengths)
-        return int(lengths[row])
+        lengths[row] = self._rows[row].length
+        self._decoder.truncate(lengths)
 
     def _choose(self, row: int, logits: Tensor, bit_widths: Tensor) -> Draft:
         if self._sampler.is_greedy(row):

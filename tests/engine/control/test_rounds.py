@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import (
     DraftController,
     NativeController,
     TorchController,
     make_controller,
 )
+from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.draft_counts import DraftCounts
 from flexquant_rl.engine.control.drafts import MOST_PENDING, Draft, DraftPolicy, FixedDrafts, RoundState
@@ -27,11 +32,13 @@ from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.rounds import Rounds
 from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.decoder import ExtendOutput
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 PROMPTS = ("hello world", "a", "abc abc abc ab", "once", "zz top of the pops")
 
@@ -78,6 +85,17 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
 
 
+@pytest.fixture
+def tiny_profile() -> Callable[[NestedCausalLM], Profile]:
+    """Makes a profile that nothing was measured for."""
+
+    def make(model: NestedCausalLM) -> Profile:
+        zeros = torch.zeros(model.num_units, len(model.bit_widths))
+        return Profile(roofline_cost(model), zeros, model.bit_widths, model.fingerprint, 0, "8-bit")
+
+    return make
+
+
 def ids_of(text: str) -> Tensor:
     return torch.tensor([1, *map(ord, text)])
 
@@ -96,8 +114,6 @@ def runner_of(
     num_threads: int | None = None,
     ngram_drafts: int = 0,
 ) -> PolicyRunner:
-    from flexquant_rl.engine.decoding.choice import session_opener
-
     controller = make_controller(model, policy, profile, num_rows=num_rows)
     session = session_opener(model, decoder=decoder, num_threads=num_threads)(num_rows)
     return PolicyRunner(session, controller, ngram_drafts=ngram_drafts)
@@ -153,7 +169,7 @@ def test_what_is_said_does_not_depend_on_drafts(
 @pytest.mark.parametrize("draft", [3, 6])
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_fixed_drafts_of_any_length_to_the_end_of_the_context(
-    build: Any, tiny_profile: Any, family: str, draft: int, length: int
+    build: Any, tiny_profile: Callable[[NestedCausalLM], Profile], family: str, draft: int, length: int
 ) -> None:
     """A request that fills the row: the last rounds have fewer drafts, and never one too many."""
     model = build(family, device="cpu")
@@ -170,17 +186,6 @@ def test_fixed_drafts_of_any_length_to_the_end_of_the_context(
     assert counts.num_tokens == request.max_new_tokens - 1
     assert counts.num_draft_steps == sum(counts.drafted) > 0
     assert len(counts.drafted) <= length
-
-
-@pytest.fixture
-def tiny_profile() -> Any:
-    from flexquant_rl.engine.control.cost import roofline_cost
-
-    def make(model: NestedCausalLM) -> Profile:
-        zeros = torch.zeros(model.num_units, len(model.bit_widths))
-        return Profile(roofline_cost(model), zeros, model.bit_widths, model.fingerprint, 0, "8-bit")
-
-    return make
 
 
 @pytest.mark.parametrize("place", range(2, 9))
@@ -423,3 +428,28 @@ def test_counts_by_position() -> None:
     assert counts.accepted == [2, 1, 1]
     assert counts.acceptance_by_position == [2 / 3, 1 / 2, 1.0]
     assert counts.tokens_per_pass == 8 / 4
+
+
+@pytest.mark.skipif(not os.environ.get("FQ_REAL_MODELS"), reason="FQ_REAL_MODELS names no folder of real models")
+def test_drafts_of_a_real_model_change_nothing(tiny_profile: Callable[[NestedCausalLM], Profile]) -> None:
+    """Some hundred greedy tokens at 8 bits, over widths, lengths and threads of the drafts."""
+    model = load_model(str(Path(os.environ["FQ_REAL_MODELS"]) / "smollm2-135m"), QuantizationConfig())
+    profile = tiny_profile(model)
+    request = Request(torch.tensor(model.token_text.encode('def add(a, b):\n    """')), 64)
+    plain = StaticAllocation("plain", all_at(model, 8))
+    want = said(list(runner_of(model, profile, plain).generate([request])))
+    accepted = 0
+    for draft, length, num_threads, ngram_drafts in ((3, 1, 1, 0), (4, 3, 2, 0), (4, 7, 1, 4), (6, 5, 2, 0)):
+        policy = FixedDrafts("fixed", all_at(model, draft), all_at(model, 8), length)
+        runner = runner_of(
+            model,
+            profile,
+            policy,
+            num_threads=num_threads,
+            ngram_drafts=ngram_drafts,
+        )
+        tokens = list(runner.generate([request]))
+        assert said(tokens) == want, (draft, length, num_threads)
+        assert tokens[-1].draft_counts is not None
+        accepted += sum(tokens[-1].draft_counts.accepted)
+    assert accepted > 64
