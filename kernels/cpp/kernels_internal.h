@@ -98,9 +98,9 @@ struct Body {
     ReadKernel read;
 };
 
-// Tokens that a body's kernels know at compile time, so that it loops over them in registers. Nobody verifies or decodes
-// several tokens at once at fewer than 4 bits: fewer kernels are compiled for them.
-constexpr int64_t pass_tokens(int width) { return width < 4 ? 4 : 8; }
+// How many tokens at most a body has kernels for that know their number at compile time and keep their sums in registers.
+// They take long to compile: widths at which drafts are seldom verified have fewer, and read their rows more often.
+constexpr int64_t pass_tokens(int width) { return width == 5 || width == 6 || width == 8 ? 8 : 4; }
 
 // Computes rows for any number of tokens with kernels for 1 to pass_tokens(kWidth), kernels[tokens - 1]. Where they must
 // read the rows more than once, a few rows at a time, which are then still in the nearest caches.
