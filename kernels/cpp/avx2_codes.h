@@ -2,8 +2,8 @@
 // 256 inputs, half a chunk of activations, one int32 lane per word.
 //
 // Planes are merged pairwise, planes -> 2-bit fields -> nibbles -> bytes, as in the AVX-512 body. What differs is that
-// vpmaddubsw adds products in pairs to int16: of a byte of 8 bits two could overflow (255 * 127 * 2), so 8 bits stay two
-// nibbles. What fits is added up in int16 before it is widened, which is where most of the time would go otherwise.
+// vpmaddubsw adds products in pairs to int16: two of a byte of 8 bits could overflow (255 * 127 * 2), so 8 bits stay two
+// nibbles. What fits is added up in int16 before it is widened.
 #pragma once
 
 #include "kernels_internal.h"
@@ -13,6 +13,7 @@
 #define FQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 namespace fq {
+namespace {  // of the one file that includes this: the AVX-512 body has parts of the same names
 
 constexpr int64_t kWordsPerVector = 8;
 // How far ahead each plane is fetched: the hardware prefetchers alone follow eight streams badly. 1 KiB and more was up
@@ -179,4 +180,5 @@ FQ_INLINE FQ_AVX2 void dot_int8(const Rows& rows, const int8_t* values, __m256i*
     if constexpr (kAtOnce < Layout<kWidth>::kParts) dot_parts<kWidth, kTokens, 1, 1, kTail>(rows, values, dots);
 }
 
+}  // namespace
 }  // namespace fq

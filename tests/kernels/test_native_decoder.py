@@ -209,10 +209,8 @@ def test_a_pass_over_any_number_of_tokens_has_the_bits_of_single_steps(
     decoder = NativeDecoder(weights, isa=isa, num_threads=num_threads)
     for num_tokens in range(2, 17):
         tokens = random_tokens(num_tokens + 7, seed=num_tokens)
-        cache, position, steps = decoder.new_cache(), 0, []
-        for token in tokens.split(1):
-            steps.append(decoder(cache, token, position, widths))
-            position += 1
+        cache = decoder.new_cache()
+        steps = [decoder(cache, token, position, widths) for position, token in enumerate(tokens.split(1))]
         twin = decoder.new_cache()
         decoder(twin, tokens[:7], 0, widths)
         outputs = decoder(twin, tokens[7:], 7, widths, num_logits=num_tokens)
