@@ -13,8 +13,9 @@ from flexquant_rl.engine.benches.decode import bench_decode
 from flexquant_rl.engine.benches.gemv import bench_gemv
 from flexquant_rl.engine.benches.gptq import bench_gptq
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Row, run_bench, run_tests, table
-from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, GptqBench, PolicyBench
+from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, GptqBench, PolicyBench, VerifyBench
 from flexquant_rl.engine.benches.policy import bench_policy
+from flexquant_rl.engine.benches.verify import bench_verify
 
 
 def bench(command: BenchCommand) -> None:
@@ -28,6 +29,8 @@ def bench(command: BenchCommand) -> None:
     def measure() -> list[Row]:
         if isinstance(what, GemvBench):
             return bench_gemv(what, rounds)
+        if isinstance(what, VerifyBench):
+            return bench_verify(what, rounds, say)
         if isinstance(what, DecodeBench):
             return bench_decode(what, rounds, say)
         if isinstance(what, PolicyBench):

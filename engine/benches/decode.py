@@ -95,7 +95,7 @@ def bench_decode(
     hf_model = random_llama(config)
     task = _Task(config, torch.randint(config.vocab, (1, config.prompt_tokens)), clock)
     progress("nesting the weights")
-    nested = nest(copy.deepcopy(hf_model), _no_tokenizer(), config.quantization, keep_reference=False)
+    nested = nest(copy.deepcopy(hf_model), no_tokenizer(), config.quantization, keep_reference=False)
     with ExitStack() as stack, torch.inference_mode():
         peers = _peers(task, hf_model, stack, progress) if config.peers else {}
         ring = memory_ring(_READ_RING_BYTES)
@@ -165,7 +165,7 @@ def _max_length(config: DecodeBench) -> int:
     return config.prompt_tokens + config.new_tokens
 
 
-def _no_tokenizer() -> PreTrainedTokenizerFast:
+def no_tokenizer() -> PreTrainedTokenizerFast:
     """Random token ids need none, but a nested model carries one."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
 

@@ -42,6 +42,7 @@ _MEASURED = (
     "p75_us",
     "gb_per_s",
     *(f"share_of_{name}" for name in CEILINGS),
+    "steps",
     "tokens_per_s",
     "env_steps_per_s",
 )

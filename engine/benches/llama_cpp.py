@@ -132,6 +132,24 @@ class LlamaCppSession:
         """Appends a token and returns the logits after it, as `prefill` does."""
         return self._decode((token_id,))
 
+    def extend(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Appends tokens in one batch and returns the logits after the last; those of all are computed."""
+        lib = self._lib
+        start = lib.llama_memory_seq_pos_max(lib.llama_get_memory(self._context), 0) + 1
+        batch = lib.llama_batch_init(len(token_ids), 0, 1)
+        try:
+            batch.n_tokens = len(token_ids)
+            for index, token_id in enumerate(token_ids):
+                batch.token[index], batch.pos[index], batch.logits[index] = token_id, start + index, 1
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            return self._decode_batch(batch, len(token_ids))
+        finally:
+            lib.llama_batch_free(batch)
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), 0, length, -1)
+
     def close(self) -> None:
         """Frees model and context; closing twice is fine."""
         if self._context:
@@ -141,7 +159,10 @@ class LlamaCppSession:
 
     def _decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         tokens = (self._lib.llama_token * len(token_ids))(*token_ids)
-        status = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(tokens, len(token_ids)))
+        return self._decode_batch(self._lib.llama_batch_get_one(tokens, len(token_ids)), len(token_ids))
+
+    def _decode_batch(self, batch: Any, num_tokens: int) -> NDArray[np.float32]:
+        status = self._lib.llama_decode(self._context, batch)
         if status != 0:
-            raise RuntimeError(f"llama.cpp failed to decode {len(token_ids)} tokens: status {status}")
+            raise RuntimeError(f"llama.cpp failed to decode {num_tokens} tokens: status {status}")
         return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, -1), shape=(self._vocab,))

@@ -146,6 +146,36 @@ class DecodeBench(BenchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyBench(DecodeBench):
+    """A pass over several tokens, as drafts are verified, beside a step and llama.cpp's own batches."""
+
+    name: ClassVar[str] = "verify"
+    tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_native_gemv.py", "tests/kernels/test_native_decoder.py")
+
+    model: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A nested checkpoint to time instead of a random Llama; it has no row of llama.cpp."""
+    num_tokens: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+    """Tokens of a pass, 1 to 16 and 1 among them: what a pass costs is given in steps."""
+    new_tokens: int = 4
+    """Timed passes in a turn."""
+    bit_widths: tuple[int, ...] = (5, 6, 8)
+    """Widths to time, each for the whole model."""
+    peers: bool = True
+    """Time llama.cpp too, where it is installed."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain or there is no native library."""
+        from flexquant_rl.kernels.native import MAX_TOKENS
+
+        super().validate()
+        if 1 not in self.num_tokens or not all(1 <= count <= MAX_TOKENS for count in self.num_tokens):
+            raise InputError(
+                f"num_tokens={self.num_tokens} must be within 1..{MAX_TOKENS} and have 1 among them; "
+                "give e.g. --num-tokens 1 4 8"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyBench(BenchConfig):
     """The exported policy and its signals, one sequence, random weights."""
 

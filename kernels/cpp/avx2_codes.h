@@ -1,9 +1,9 @@
-// How the AVX2 body turns words of the planes into codes, and codes into dot products. One vector is 8 words of one plane:
-// 256 inputs, half a chunk of activations, one int32 lane per word.
+// How the AVX2 body turns words of the planes into codes, and codes into dot products. One vector is 8 words of one
+// plane: 256 inputs, half a chunk of activations, one int32 lane per word.
 //
-// Planes are merged pairwise, planes -> 2-bit fields -> nibbles -> bytes, as in the AVX-512 body. What differs is that
-// vpmaddubsw adds products in pairs to int16: of a byte of 8 bits two could overflow (255 * 127 * 2), so 8 bits stay two
-// nibbles. What fits is added up in int16 before it is widened, which is where most of the time would go otherwise.
+// Planes are merged pairwise, planes -> 2-bit fields -> nibbles -> bytes, as in the AVX-512 body. What differs is
+// that vpmaddubsw adds products in pairs to int16: two of a byte of 8 bits could overflow (255 * 127 * 2), so 8 bits
+// stay two nibbles. What fits is added up in int16 before it is widened.
 #pragma once
 
 #include "kernels_internal.h"
@@ -13,10 +13,11 @@
 #define FQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 namespace fq {
+namespace {  // of the one file that includes this: the AVX-512 body has parts of the same names
 
 constexpr int64_t kWordsPerVector = 8;
-// How far ahead each plane is fetched: the hardware prefetchers alone follow eight streams badly. 1 KiB and more was up
-// to 1.5 times slower on 4096 x 4096 weights (AMD Zen 4).
+// How far ahead each plane is fetched: the hardware prefetchers alone follow eight streams badly. 1 KiB and more was
+// up to 1.5 times slower on 4096 x 4096 weights (AMD Zen 4).
 constexpr int64_t kPrefetchBytes = 256;
 
 struct Rows {  // the words of one half chunk in each plane
@@ -27,15 +28,16 @@ struct Rows {  // the words of one half chunk in each plane
 
 FQ_INLINE FQ_AVX2 __m256i every_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 
-// How codes lie in vectors of bytes for vpmaddubsw. Up to 4 bits a vector holds nibbles, those of t = r in the low half of
-// each byte, of t = r + 4 in the high half, r = 0..3; from 5 to 7 bits, bytes of t = 0..7. 8 bits are two parts of 4.
+// How codes lie in vectors of bytes for vpmaddubsw. Up to 4 bits a vector holds nibbles, those of t = r in the low
+// half of each byte, of t = r + 4 in the high half, r = 0..3; from 5 to 7 bits, bytes of t = 0..7. 8 bits are two
+// parts of 4.
 template <int kWidth>
 struct Layout {
     static constexpr bool kHasNibbles = kWidth <= 4 || kWidth == 8;
     static constexpr int kParts = kWidth == 8 ? 2 : 1;
     static constexpr int kVectors = kHasNibbles ? 4 : 8;
-    // How many vectors of int16 products of the largest code, or nibble, and activations of 127 add up without overflow:
-    // 15 * 127 * 2 * 8, 31 * 127 * 2 * 4, 63 * 127 * 2 * 2 and 127 * 127 * 2 are all below 2^15.
+    // How many vectors of int16 products of the largest code, or nibble, and activations of 127 add up without
+    // overflow: 15 * 127 * 2 * 8, 31 * 127 * 2 * 4, 63 * 127 * 2 * 2 and 127 * 127 * 2 are all below 2^15.
     static constexpr int kSummands = kHasNibbles ? 8 : 1 << (7 - kWidth);
     // What a part's unit is worth among codes that are aligned to the top of a byte.
     static constexpr int unit(int part) { return kWidth == 8 ? (part == 0 ? 16 : 1) : 1 << (8 - kWidth); }
@@ -65,8 +67,8 @@ FQ_INLINE FQ_AVX2 __m256i load_plane(const Rows& rows, int plane) {
     return words;
 }
 
-// From fields a (more significant) and b of S bits: even takes the fields at even positions, odd those at odd ones. The
-// difference of the two is moved instead of the fields themselves, which saves two of eight operations.
+// From fields a (more significant) and b of S bits: even takes the fields at even positions, odd those at odd ones.
+// The difference of the two is moved instead of the fields themselves, which saves two of eight operations.
 template <int S>
 FQ_INLINE FQ_AVX2 void merge(__m256i lower, __m256i a, __m256i b, __m256i* even, __m256i* odd) {
     const __m256i change = _mm256_and_si256(_mm256_xor_si256(a, _mm256_srli_epi32(b, S)), lower);
@@ -81,8 +83,8 @@ FQ_INLINE FQ_AVX2 void spread(__m256i lower, __m256i b, __m256i* even, __m256i* 
     *odd = _mm256_and_si256(_mm256_srli_epi32(b, S), lower);
 }
 
-// Codes of kCount planes from kFirst, kCount = 1..4, as nibbles: nibbles[r] holds t = r in the low half of each byte and
-// t = r + 4 in the high half.
+// Codes of kCount planes from kFirst, kCount = 1..4, as nibbles: nibbles[r] holds t = r in the low half of each byte
+// and t = r + 4 in the high half.
 template <int kFirst, int kCount, bool kTail>
 FQ_INLINE FQ_AVX2 void load_nibbles(const Rows& rows, __m256i* nibbles) {
     const __m256i lower1 = every_byte(0x55), lower2 = every_byte(0x33);
@@ -121,8 +123,8 @@ FQ_INLINE FQ_AVX2 __m256i multiply(__m256i bytes, const int8_t* values, int m, i
     return _mm256_maddubs_epi16(bytes, _mm256_load_si256(reinterpret_cast<const __m256i*>(address)));
 }
 
-// For each token the sums, one per word, of code * activation over its 32 inputs, of kParts parts of the codes from kPart
-// on, added to `dots` or, of the first part, put there. `values` are the first token's.
+// For each token the sums, one per word, of code * activation over its 32 inputs, of kParts parts of the codes from
+// kPart on, added to `dots` or, of the first part, put there. `values` are the first token's.
 template <int kWidth, int kTokens, int kPart, int kParts, bool kTail>
 FQ_INLINE FQ_AVX2 void dot_parts(const Rows& rows, const int8_t* values, __m256i* dots) {
     using Codes = Layout<kWidth>;
@@ -179,4 +181,5 @@ FQ_INLINE FQ_AVX2 void dot_int8(const Rows& rows, const int8_t* values, __m256i*
     if constexpr (kAtOnce < Layout<kWidth>::kParts) dot_parts<kWidth, kTokens, 1, 1, kTail>(rows, values, dots);
 }
 
+}  // namespace
 }  // namespace fq

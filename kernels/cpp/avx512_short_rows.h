@@ -219,7 +219,9 @@ FQ_INLINE FQ_AVX512 int64_t run_sharing_rows(const FqWeight& weight, const Activ
         if (known_words == 28) return run_joined_rows<kWidth, 4, 1, 28>(weight, x, begin, end, y, y_stride);
         if (known_words == 40) return run_joined_rows<kWidth, 2, 1, 40>(weight, x, begin, end, y, y_stride);
     }
-    if (joined == 2) return run_joined_rows<kWidth, 2, kTokens, 0>(weight, x, begin, end, y, y_stride);
+    if constexpr (kTokens == 1 || pass_tokens(kWidth) == 8) {
+        if (joined == 2) return run_joined_rows<kWidth, 2, kTokens, 0>(weight, x, begin, end, y, y_stride);
+    }
     if constexpr (kTokens == 1) {
         if (joined == 4) return run_joined_rows<kWidth, 4, 1, 0>(weight, x, begin, end, y, y_stride);
     }

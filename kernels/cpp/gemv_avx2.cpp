@@ -1,4 +1,5 @@
-// AVX2 body: codes and their dot products are in avx2_codes.h; here they take their scales and become rows of the result.
+// AVX2 body: codes and their dot products are in avx2_codes.h; here they take their scales and become rows of the
+// result.
 #include "kernels_internal.h"
 
 #if FQ_X86

@@ -27,9 +27,9 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 constexpr int64_t value_bytes(int32_t mode) { return mode == kFqInt8 ? 1 : 4; }
 
-// Activations permuted to the order of the bits: value [chunk][token][t][word 0..15][c] is input 32 * (16 * chunk + word)
-// + 4 * t + c. Whatever lies beyond num_inputs is zero, so padded codes never matter. The tokens of a chunk are adjacent,
-// so that a kernel that knows their number reaches all of them from one address.
+// Activations permuted to the order of the bits: value [chunk][token][t][word 0..15][c] is input 32 * (16 * chunk +
+// word) + 4 * t + c. Whatever lies beyond num_inputs is zero, so padded codes never matter. The tokens of a chunk are
+// adjacent, so that a kernel that knows their number reaches all of them from one address.
 struct Activations {
     const void* values;       // int8 or float, 512 per chunk and token
     const float* word_scale;  // int8 only: [chunk][token][16], one scale per 32 inputs
@@ -62,7 +62,8 @@ inline int64_t activation_bytes(int64_t num_words, int64_t tokens, int32_t mode)
 inline Activations view_activations(const void* buffer, int64_t num_words, int64_t tokens, int32_t mode) {
     const int64_t num_chunks = round_up(num_words, kWordsPerChunk) / kWordsPerChunk;
     const char* values = static_cast<const char*>(buffer);
-    const float* word_scale = reinterpret_cast<const float*>(values + tokens * num_chunks * kChunkInputs * value_bytes(mode));
+    const int64_t all_value_bytes = tokens * num_chunks * kChunkInputs * value_bytes(mode);
+    const float* word_scale = reinterpret_cast<const float*>(values + all_value_bytes);
     return {values, word_scale, word_scale + tokens * num_chunks * kWordsPerChunk, tokens, tokens};
 }
 
@@ -98,12 +99,13 @@ struct Body {
     ReadKernel read;
 };
 
-// Tokens that a body's kernels know at compile time, so that it loops over them in registers. Nobody verifies or decodes
-// several tokens at once at fewer than 4 bits: fewer kernels are compiled for them.
-constexpr int64_t pass_tokens(int width) { return width < 4 ? 4 : 8; }
+// How many tokens at most a body has kernels for that know their number at compile time and keep their sums in
+// registers. They take long to compile: widths at which drafts are seldom verified have fewer, and read their rows
+// more often.
+constexpr int64_t pass_tokens(int width) { return width == 5 || width == 6 || width == 8 ? 8 : 4; }
 
-// Computes rows for any number of tokens with kernels for 1 to pass_tokens(kWidth), kernels[tokens - 1]. Where they must
-// read the rows more than once, a few rows at a time, which are then still in the nearest caches.
+// Computes rows for any number of tokens with kernels for 1 to pass_tokens(kWidth), kernels[tokens - 1]. Where they
+// must read the rows more than once, a few rows at a time, which are then still in the nearest caches.
 template <int kWidth, int32_t kMode>
 FQ_INLINE void run_passes(const RowsKernel* kernels, const FqWeight& weight, const Activations& x, int64_t begin,
                           int64_t end, float* y, int64_t y_stride) {

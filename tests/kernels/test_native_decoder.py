@@ -197,6 +197,28 @@ def test_threads_and_chunks_change_no_bit(isa: Isa, mode: native.Mode) -> None:
         assert all(torch.equal(a, b) for a, b in zip(base, again, strict=True))
 
 
+@each_isa
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("bit_width", STORED_WIDTHS)
+def test_a_pass_over_any_number_of_tokens_has_the_bits_of_single_steps(
+    isa: Isa, num_threads: int, bit_width: int
+) -> None:
+    """Logits, statistics, keys and values; a pass begins at any place of a cache block."""
+    weights = make_weights(hidden=288, inner=352, heads=4, key_value_heads=2, head_dim=64)
+    widths = torch.full((NUM_UNITS,), bit_width)
+    decoder = NativeDecoder(weights, isa=isa, num_threads=num_threads)
+    for num_tokens in range(2, 17):
+        tokens = random_tokens(num_tokens + 7, seed=num_tokens)
+        cache = decoder.new_cache()
+        steps = [decoder(cache, token, position, widths) for position, token in enumerate(tokens.split(1))]
+        twin = decoder.new_cache()
+        decoder(twin, tokens[:7], 0, widths)
+        outputs = decoder(twin, tokens[7:], 7, widths, num_logits=num_tokens)
+        for output, expected in zip(outputs, zip(*steps, strict=True), strict=True):
+            assert torch.equal(output, torch.cat(expected)[7:]), f"M={num_tokens}"
+        assert torch.equal(twin.blocks, cache.blocks), f"M={num_tokens}"
+
+
 def test_head_that_is_no_unit_is_read_unquantised() -> None:
     weights = make_weights(head_unit=-1)
     weights = replace(weights, head=LinearWeights(None, weights.head.dense))

@@ -1,6 +1,7 @@
 """The native CPU product against float64 and integer references, for every instruction set this machine has."""
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from flexquant_rl.kernels import native, native_build
@@ -164,7 +167,7 @@ def test_all_isas_round_activations_alike(num_inputs: int) -> None:
 @each_isa
 @pytest.mark.parametrize("mode", ["int8", "float32"])
 @pytest.mark.parametrize(("num_inputs", "group_size"), [(768, 128), (1056, 64), (4096, 128)])
-def test_same_bits_for_any_threads_and_tokens(isa: Isa, mode: Mode, num_inputs: int, group_size: int) -> None:
+def test_same_bits_for_any_threads(isa: Isa, mode: Mode, num_inputs: int, group_size: int) -> None:
     weight = make_weight(512, num_inputs, group_size)
     x = make_activations(16, num_inputs)
     one, two, many = (NativeGemv(weight, mode=mode, isa=isa, num_threads=threads) for threads in (1, 2, 5))
@@ -173,8 +176,43 @@ def test_same_bits_for_any_threads_and_tokens(isa: Isa, mode: Mode, num_inputs: 
         for gemv in (two, many):
             for _ in range(5):
                 assert torch.equal(gemv(x, bit_width=bit_width, out=poisoned(16, 512)), expected)
-        for row in (0, 7):
-            assert torch.equal(one(x[row : row + 1], bit_width=bit_width)[0], expected[row]), f"b={bit_width}"
+
+
+@each_isa
+@pytest.mark.parametrize("mode", ["int8", "float32"])
+@given(data=st.data())
+@settings(max_examples=40)
+def test_a_pass_over_tokens_has_the_bits_of_single_tokens(isa: Isa, mode: Mode, data: st.DataObject) -> None:
+    """Any number of tokens of any shape, with one thread and with two, whatever was in the result before."""
+    group_size = data.draw(st.sampled_from(GROUP_SIZES), "group size")
+    num_inputs = data.draw(st.integers(1, 1400) | st.sampled_from([896, 1152, 2432, 4864]), "inputs")
+    num_outputs = data.draw(st.integers(1, 70), "outputs")
+    num_tokens, bit_width = data.draw(st.integers(1, 16), "tokens"), data.draw(st.integers(1, 8), "width")
+    seed = data.draw(st.integers(0, 2**31), "seed")
+    weight = make_weight(num_outputs, num_inputs, group_size, seed=seed)
+    x = make_activations(num_tokens, num_inputs, seed=seed + 1) * torch.logspace(-3, 3, num_tokens)[:, None]
+    alone = NativeGemv(weight, mode=mode, isa=isa)
+    expected = torch.cat([alone(row[None], bit_width=bit_width, out=poisoned(1, num_outputs)) for row in x])
+    assert expected.isfinite().all()
+    for num_threads in (1, 2):
+        gemv = NativeGemv(weight, mode=mode, isa=isa, num_threads=num_threads)
+        y = gemv(x, bit_width=bit_width, out=poisoned(num_tokens, num_outputs))
+        assert torch.equal(y, expected)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", ["int8", "float32"])
+@pytest.mark.parametrize("num_inputs", [100, 768, 896, 2048])
+def test_every_number_of_tokens_at_every_width(isa: Isa, mode: Mode, num_inputs: int) -> None:
+    """The property above, with none left to chance."""
+    weight = make_weight(93, num_inputs, 128)
+    x = make_activations(16, num_inputs)
+    one, two = (NativeGemv(weight, mode=mode, isa=isa, num_threads=threads) for threads in (1, 2))
+    for bit_width in WIDTHS:
+        expected = torch.cat([one(row[None], bit_width=bit_width, out=poisoned(1, 93)) for row in x])
+        for num_tokens, gemv in itertools.product(range(1, 17), (one, two)):
+            y = gemv(x[:num_tokens], bit_width=bit_width, out=poisoned(num_tokens, 93))
+            assert torch.equal(y, expected[:num_tokens]), f"b={bit_width} M={num_tokens}"
 
 
 @each_isa

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from flexquant_rl.engine.benches import gemv as bench_gemv
 from flexquant_rl.engine.benches import llama_cpp as bench_llama_cpp
@@ -15,8 +16,10 @@ from flexquant_rl.engine.benches.decode import bench_decode, random_llama
 from flexquant_rl.engine.benches.gptq import bench_gptq
 from flexquant_rl.engine.benches.harness import READ, BenchRefusedError, table
 from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, has_llama_cpp, write_gguf
-from flexquant_rl.engine.benches.options import BenchConfig, DecodeBench, GemvBench, GptqBench, PolicyBench
+from flexquant_rl.engine.benches.options import BenchConfig, DecodeBench, GemvBench, GptqBench, PolicyBench, VerifyBench
 from flexquant_rl.engine.benches.policy import bench_policy
+from flexquant_rl.engine.benches.verify import add_steps, bench_verify
+from flexquant_rl.engine.decoding.lean import LeanSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.kernels.native import supported_isas
 
@@ -40,7 +43,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("config", [GemvBench, DecodeBench, PolicyBench], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [GemvBench, DecodeBench, VerifyBench, PolicyBench], ids=lambda config: config.name)
 def test_test_files_exist(config: type[BenchConfig], repo_root: Path) -> None:
     assert config.tests
     assert all((repo_root / name).is_file() for name in config.tests)
@@ -124,6 +127,59 @@ def test_decode_threads_that_make_no_rows(threads: tuple[int, ...], message: str
         replace(TINY_LLAMA, threads=threads).validate()
 
 
+@needs_library
+class TestVerify:
+    CONFIG = VerifyBench(
+        **{
+            name: getattr(TINY_LLAMA, name)
+            for name in ("hidden_size", "num_layers", "num_heads", "ffn_size", "vocab", "prompt_tokens", "rounds")
+        },
+        num_tokens=(3, 1, 16),
+        bit_widths=(4, 8),
+        threads=(1, 2),
+        peers=False,
+        new_tokens=2,
+    )
+
+    def test_rows(self) -> None:
+        self.CONFIG.validate()
+        found = bench_verify(self.CONFIG)
+        kinds = [(row["num_threads"], row["bit_width"], row["num_tokens"]) for row in found]
+        assert kinds == [(threads, width, count) for threads in (1, 2) for width in (4, 8) for count in (3, 1, 16)]
+        assert all(row["num_samples"] == 2 and row["op"] == "verify" for row in found)
+        assert all(row["steps"] == 1 for row in found if row["num_tokens"] == 1)
+        assert "steps" in table(found).splitlines()[0].split()
+
+    def test_steps_are_of_the_same_provider_width_and_threads(self) -> None:
+        found = [
+            {"provider": name, "num_threads": threads, "bit_width": width, "num_tokens": count, "p50_us": p50_us}
+            for name, threads, width, count, p50_us in (
+                *[("a", 1, 8, 2, 6.0), ("a", 1, 8, 1, 4.0), ("a", 1, 6, 1, 3.0), ("a", 2, 8, 1, 2.0)],
+                *[("a", 1, 6, 4, 4.5), ("a", 2, 8, 4, 8.0), ("b", 1, 8, 1, 12.0), ("b", 1, 8, 4, 6.0)],
+            )
+        ]
+        add_steps(found)
+        assert [row["steps"] for row in found] == [1.5, 1, 1, 1, 1.5, 4, 1, 0.5]
+
+    def test_a_pass_with_other_logits_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = LeanSession.extend
+
+        def wrong(session: LeanSession, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> object:
+            output = right(session, token_ids, bit_widths, rows=rows)
+            if token_ids.shape[1] == 3:
+                output.logits[0, 1, 7] += 1e-6
+            return output
+
+        monkeypatch.setattr(LeanSession, "extend", wrong)
+        with pytest.raises(BenchRefusedError, match="over 3 tokens at 4 bits"):
+            bench_verify(self.CONFIG)
+
+    @pytest.mark.parametrize("num_tokens", [(), (2, 4), (1, 17)], ids=str)
+    def test_numbers_of_tokens_that_make_no_rows(self, num_tokens: tuple[int, ...]) -> None:
+        with pytest.raises(InputError, match="--num-tokens 1"):
+            replace(self.CONFIG, num_tokens=num_tokens).validate()
+
+
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python and gguf are not installed")
 class TestLlamaCpp:
     def relative_error(self, tmp_path: Path, gguf_type: bench_llama_cpp.GgufType) -> float:
@@ -142,6 +198,9 @@ class TestLlamaCpp:
         logits = session.prefill(token_ids[0, :5].tolist())
         for token_id in token_ids[0, 5:].tolist():
             logits = session.step(token_id)
+        session.truncate(5)
+        batch = session.extend(token_ids[0, 5:].tolist())
+        assert np.allclose(batch, logits, rtol=0.05, atol=0.05 * float(np.abs(logits).max()))
         error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
         session.close()
         session.close()
