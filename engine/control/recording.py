@@ -36,7 +36,7 @@ from flexquant_rl.engine.control.traces import (
     write_sequence,
 )
 from flexquant_rl.engine.decoding.choice import session_opener
-from flexquant_rl.engine.decoding.decoder import Decoder, greedy_tokens
+from flexquant_rl.engine.decoding.decoder import Decoder, check_max_length, greedy_tokens
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -59,6 +59,7 @@ def check_plan(plan: RecordingPlan, model: NestedCausalLM) -> None:
         raise InputError(f"depth={plan.depth} must be 1 to {MAX_DEPTH} tokens")
     if plan.max_new_tokens < 2:
         raise InputError(f"max_new_tokens={plan.max_new_tokens} leaves nothing to draft; give 2 or more")
+    check_max_length(_row_length(plan), model)
 
 
 def record(
@@ -98,6 +99,11 @@ def record(
     return len(todo)
 
 
+def _row_length(plan: RecordingPlan) -> int:
+    """Tokens of the longest prompt and a whole continuation."""
+    return max((len(planned.prompt_ids) for planned in plan.sequences), default=0) + plan.max_new_tokens
+
+
 def _record_sequences(
     plan: RecordingPlan,
     model: NestedCausalLM,
@@ -106,7 +112,7 @@ def _record_sequences(
     num_threads: int,
     progress: Progress,
 ) -> None:
-    length = max(len(planned.prompt_ids) for planned in plan.sequences) + plan.max_new_tokens
+    length = _row_length(plan)
     num_workers = min(num_threads, len(todo)) if plan.decoder == "lean" else 1
     sessions = [session_opener(model, max_length=length, decoder=plan.decoder)(1) for _ in range(num_workers)]
     free = list(sessions)

@@ -85,9 +85,8 @@ def fastest(table: TraceTable, costs: VerifyCosts, place: int, left: int) -> flo
             if not right:
                 break
             drafting += min(right)
-        options.append(
-            drafting + costs.verify_ms[length] + fastest(table, costs, place + length + 1, left - length - 1)
-        )
+        rest = fastest(table, costs, place + length + 1, left - length - 1)
+        options.append(drafting + costs.verify_ms[length] + rest)
     return min(options)
 
 
