@@ -202,14 +202,14 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continues a prompt at the widths that a policy chooses, token by token or by drafts.
+    """Continues a prompt at the widths that a policy chooses, step by step.
 
     The text is printed as it comes; the last line is JSON.
     """
 
     model: Model
     """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
-    policy: PolicyName | None = None
+    policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
     """Directory of an exported policy or of a run, a static allocation by name (fixed:4, knapsack:4.5), or drafts
     (draft:3, with more parameters as draft:3,length=4,confidence=0.4): low widths propose tokens, and a pass at the
     verify width settles several at once."""
