@@ -78,10 +78,9 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """Records what a model writes at its verify width, and what every draft width would have proposed on the way.
+    """Records a model's own text and what every draft width would have proposed.
 
-    Policies of drafts are trained and judged on it without the model. What is interrupted goes on with the same
-    command.
+    Policies of drafts are trained on it. The same command goes on with the rest.
     """
 
     model: Model
