@@ -50,7 +50,7 @@ def make_rounds(
 
 
 class VerifiedEnvironment(Environment, EzPickle):
-    """One greedy continuation, drafted at few bits and verified at the largest width: when to draft, when to verify.
+    """One greedy continuation, drafted at few bits and verified at more: when to draft, when to verify.
 
     ## Description
     A nested model is its own draft model. A *round* drafts tokens one after the other, each by reading the newest token

@@ -73,7 +73,7 @@ class CodeSearch:
         Args:
             weight: `[g, n]`.
             errors: `[g, V, n]`, the weight less what the codes stand for; kept up to date.
-            slopes: `[g, V, n]`, the hessian times the errors of all inputs; overwritten.
+            slopes: `[g, V, n]`, the hessian times the errors of all inputs.
             codes: `[g, n]`, the codes; replaced.
             hessian: `[g, g]`, unit stride in a row.
         """

@@ -46,7 +46,7 @@ def test_a_recording_and_the_same_command_again(tiny_model_dir: Path, text: Path
     [
         (("--tokens", 0), "--tokens 0 must be at least 1"),
         (("--prompt-tokens", 0), "--prompt-tokens 0 must be at least 1"),
-        (("--depth", 0), "depth=0 must be 1 to 16"),
+        (("--depth", 0), "depth=0 must be 1 to 15"),
         (("--widths", 3, 7), "width 7 is not stored"),
         (("--verify-width", 3), "must be one or more below the verify width 3"),
         (("--max-new-tokens", 1), "leaves nothing to draft"),

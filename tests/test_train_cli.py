@@ -103,6 +103,7 @@ class TestWholeRun:
             "meeting the time budgets",
             "evaluating",
             "timing",
+            "the clock disagrees",  # where the machine is not quiet
             "oracle",
             "report",
         )

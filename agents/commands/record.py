@@ -31,7 +31,10 @@ def record(options: RecordOptions) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     check_directory(options.out)
     nested = load_model(
-        resolve_model(options.model), QuantizationConfig(), progress=lambda items: track(items, "quantising")
+        resolve_model(options.model),
+        QuantizationConfig(),
+        keep_reference=False,
+        progress=lambda items: track(items, "quantising"),
     )
     plan = RecordingPlan(
         fingerprint=nested.fingerprint,

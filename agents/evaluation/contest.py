@@ -46,7 +46,7 @@ from flexquant_rl.fq_env.prompts import spread
 _DIAL_MARGIN = 4.0
 _TIMED_WINDOWS, _TIMED_TOKENS = 3, 32
 # More than this between the same steps, as a log ratio, is not the steps'.
-_CLOCK_TOLERANCE = 0.05
+_CLOCK_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _beside_own_static(
     found = []
     for index, (entry, row) in enumerate(zip(settings.entries, rows, strict=True)):
         own = entry.first.policy if entry.family == STATIC.name else None
-        beside = in_time_taken.get(index) or settings.static_at(entry.time_budget)
+        beside = in_time_taken[index] if index in in_time_taken else settings.static_at(entry.time_budget)
         static = own if isinstance(own, StaticAllocation) else beside
         differs = None if static is None else _trace_of(entry, traces).differs_from(static.bit_widths)
         found.append(replace(row, differs_from_static=differs))

@@ -22,15 +22,29 @@ class DraftCounts:
     num_draft_steps: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    _last_round: tuple[int, int] = (0, 0)
 
     def add_round(self, num_pending: int, num_accepted: int) -> None:
         """Counts a verify step."""
+        self._last_round = (num_pending, num_accepted)
         self.num_verify_passes += 1
         self.num_tokens += num_accepted + 1
         for counts, number in ((self.drafted, num_pending), (self.accepted, num_accepted)):
             counts.extend([0] * (num_pending - len(counts)))
             for place in range(number):
                 counts[place] += 1
+
+    def drop(self, num_tokens: int) -> None:
+        """Forgets the last tokens of the last round, at least 1, and the drafts behind what is left: the text ended."""
+        num_pending, num_accepted = self._last_round
+        taken = num_accepted + 1 - num_tokens
+        self.num_tokens -= num_tokens
+        for place in range(taken, num_pending):
+            self.drafted[place] -= 1
+            self.accepted[place] -= place < num_accepted
+        while self.drafted and not self.drafted[-1]:
+            self.drafted.pop()
+            self.accepted.pop()
 
     @property
     def acceptance_by_position(self) -> list[float]:

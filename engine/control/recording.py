@@ -37,6 +37,7 @@ from flexquant_rl.engine.control.traces import (
 )
 from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.decoder import Decoder, check_max_length, greedy_tokens
+from flexquant_rl.engine.decoding.lean import why_not_lean
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -60,6 +61,9 @@ def check_plan(plan: RecordingPlan, model: NestedCausalLM) -> None:
     if plan.max_new_tokens < 2:
         raise InputError(f"max_new_tokens={plan.max_new_tokens} leaves nothing to draft; give 2 or more")
     check_max_length(_row_length(plan), model)
+    reason = why_not_lean(model) if plan.decoder == "lean" else None
+    if reason is not None:
+        raise InputError(f"the lean decoder cannot run this model ({reason}); use --decoder hf")
 
 
 def record(

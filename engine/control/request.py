@@ -128,7 +128,7 @@ class RunningRequest:
         self._request = request
         self._text = None if tokenizer is None else StreamedText(tokenizer, request.prompt_ids.tolist())
         self._stop = StopStrings(request.stop)
-        self._eos = eos_token_ids if request.eos_token_ids is None else request.eos_token_ids
+        self.eos_token_ids = eos_token_ids if request.eos_token_ids is None else request.eos_token_ids
         self._num_tokens = 0
         self.is_finished = False
 
@@ -140,7 +140,7 @@ class RunningRequest:
     def add(self, token_id: int, bit_widths: Tensor, latency_ms: float) -> GeneratedToken:
         """Takes the next token and says what it adds."""
         self._num_tokens += 1
-        is_eos = token_id in self._eos
+        is_eos = token_id in self.eos_token_ids
         text = "" if self._text is None or is_eos else self._stop.add(self._text.add(token_id))
         reason: FinishReason | None = None
         if is_eos:

@@ -47,6 +47,7 @@ class _Row:
     upcoming: int
     length: int
     text: NgramIndex | None
+    eos_token_ids: tuple[int, ...] = ()
     drafts: list[Draft] = field(default_factory=list)
     num_read: int = 0
     mark: Any = None
@@ -78,16 +79,17 @@ class Rounds:
         self._num_rows = len(decoder.lengths)
         self._rows: dict[int, _Row] = {}
 
-    def begin(self, row: int, prompt_ids: Sequence[int], upcoming: int) -> None:
+    def begin(self, row: int, prompt_ids: Sequence[int], upcoming: int, *, eos_token_ids: tuple[int, ...] = ()) -> None:
         """Starts a row that holds a prompt and whose controller is started.
 
         Args:
             row: Index of the row.
             prompt_ids: The prompt.
             upcoming: The token that follows it.
+            eos_token_ids: Nothing is drafted behind any of these.
         """
         text = NgramIndex([*prompt_ids, upcoming]) if self._ngram_drafts else None
-        self._rows[row] = _Row(upcoming, int(self._decoder.lengths[row]), text)
+        self._rows[row] = _Row(upcoming, int(self._decoder.lengths[row]), text, eos_token_ids)
 
     def counts(self, row: int) -> DraftCounts:
         """What the rounds of a row have come to since it began."""
@@ -110,9 +112,11 @@ class Rounds:
         state = self._rows[row]
         room = self._room(row, num_wanted)
         if room and not state.drafts and state.text is not None:
-            found = state.text.continuation(min(room, self._ngram_drafts))
-            state.drafts += map(Draft, found)
-            room -= len(found)
+            for token_id in state.text.continuation(min(room, self._ngram_drafts)):
+                state.drafts.append(Draft(token_id))
+                if token_id in state.eos_token_ids:
+                    break
+            room = self._room(row, num_wanted)
         decision = self._controller.decide_round(row, RoundState(tuple(state.drafts), room))
         if decision.verify:
             token_ids = self.verify(row, decision.bit_widths[0])
@@ -169,6 +173,8 @@ class Rounds:
     def _room(self, row: int, num_wanted: int) -> int:
         """Drafts that still fit: a verify pass settles one token more than there are drafts, and holds them all."""
         state = self._rows[row]
+        if state.drafts and state.drafts[-1].token_id in state.eos_token_ids:
+            return 0
         most = min(num_wanted - 1, self._decoder.max_length - state.length - 1, MOST_PENDING)
         return max(0, most - len(state.drafts))
 

@@ -209,7 +209,12 @@ class PolicyRunner:
                     running[row] = RunningRequest(index, request, tokenizer, model.eos_token_ids, cancel)
                     yield self._first_token(row, request, running[row], sampler)
                     if rounds is not None:
-                        rounds.begin(row, request.prompt_ids.tolist(), int(self._upcoming[row]))
+                        rounds.begin(
+                            row,
+                            request.prompt_ids.tolist(),
+                            int(self._upcoming[row]),
+                            eos_token_ids=running[row].eos_token_ids,
+                        )
             running = {row: request for row, request in running.items() if not request.is_finished}
             if rounds is not None:
                 for row in sorted(running):
@@ -244,6 +249,8 @@ class PolicyRunner:
         for place, token_id in enumerate(settled.token_ids):
             token = running.add(token_id, settled.bit_widths, share_ms)
             if running.is_finished:  # what follows is dropped, but it took its time
+                if place + 1 < len(settled.token_ids):
+                    rounds.counts(row).drop(len(settled.token_ids) - place - 1)
                 rest_ms = share_ms * (len(settled.token_ids) - place)
                 yield replace(token, latency_ms=rest_ms, draft_counts=rounds.counts(row))
                 return

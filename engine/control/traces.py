@@ -16,13 +16,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.control.drafts import MOST_PENDING
 from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS, check_widths
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, read_json, read_tensors, write_json, write_tensors
 
 TRACE_VERSION = 1
 PLAN_FILE, EMBEDDING_FILE = "recording.json", "embedding.safetensors"
-MAX_DEPTH = 16
+MAX_DEPTH = MOST_PENDING
 NO_TOKEN = -1
 """Where nothing was drafted, because the continuation may not be that long."""
 SplitName = Literal["train", "validation", "test"]

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.quantize import check_format, check_range, check_weight, check_width_weights
 from flexquant_rl.engine.quantisation.refit import damped_hessian, refit_pairs
 from flexquant_rl.kernels.bitplane import NUM_PLANES, NestedWeight, pack_codes, padded_inputs
 from flexquant_rl.kernels.code_search import CodeSearch, can_search
+from flexquant_rl.kernels.native import choose_isa
 from flexquant_rl.kernels.reference import dequantize
 
 _MAX_CODE = 2**NUM_PLANES - 1
@@ -243,7 +245,11 @@ class Grid:
 
     def _native(self) -> CodeSearch:
         grids = torch.stack([self.scale, self.offset, self._steps_per_value, self._cost, self._wish_shares])
-        return CodeSearch(grids, self._bit_widths, self._num_searched)
+        try:
+            isa = choose_isa(None)
+        except ValueError as error:  # a body that this machine lacks was asked for by name
+            raise InputError(str(error)) from error
+        return CodeSearch(grids, self._bit_widths, self._num_searched, isa=isa)
 
 
 class _Chunk:

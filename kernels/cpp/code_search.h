@@ -25,7 +25,7 @@ FQ_EXPORT int32_t fq_feed_back(const float* grids, const int64_t* bit_widths, in
 
 // Chooses every code of one group once more, given all the others: a sweep of coordinate descent.
 // weight: [inputs, rows]. errors: [inputs, widths, rows], weight less what the codes stand for, kept up to date.
-// slopes: [inputs, widths, rows], hessian times the errors of all inputs; overwritten. hessian: [inputs, inputs].
+// slopes: [inputs, widths, rows], hessian times the errors of all inputs. hessian: [inputs, inputs].
 FQ_EXPORT int32_t fq_descend(const float* grids, const int64_t* bit_widths, int64_t num_widths, int64_t searched,
                              const float* weight, float* errors, float* slopes, float* codes, const float* hessian,
                              int64_t stride, int64_t num_inputs, int64_t num_rows, int32_t isa, int32_t num_threads);

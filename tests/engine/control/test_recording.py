@@ -15,6 +15,7 @@ from cli_runner import tree
 from toy_traces import random_traces
 
 from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.control import recording
 from flexquant_rl.engine.control.recording import check_plan, record, record_sequence
 from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS, log_probabilities, project_embedding
 from flexquant_rl.engine.control.traces import (
@@ -191,7 +192,7 @@ def test_damaged_and_foreign_files_are_one_line(nested: NestedCausalLM, recorded
     ("change", "message"),
     [
         ({"version": 7}, "traces of version 7, this is 1"),
-        ({"depth": 0}, "depth is 1 to 16"),
+        ({"depth": 0}, "depth is 1 to 15"),
         ({"depth": "3"}, "numbers are whole"),
         ({"decoder": "gpu"}, "decoder is lean or hf"),
         ({"draft_widths": [9]}, "bit_widths are not whole numbers"),
@@ -216,13 +217,24 @@ def test_a_plan_that_is_none_is_one_line(recorded: Path, change: dict[str, Any],
         ({"verify_width": 7}, "width 7 is not stored"),
         ({"draft_widths": (3, 8)}, "must be one or more below the verify width 8"),
         ({"draft_widths": ()}, "must be one or more below"),
-        ({"depth": 17}, "depth=17 must be 1 to 16"),
+        ({"depth": 16}, "depth=16 must be 1 to 15"),
         ({"max_new_tokens": 1}, "leaves nothing to draft"),
     ],
 )
 def test_plans_that_do_not_fit_the_model(nested: NestedCausalLM, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_plan(replace(plan_for(nested, "hf"), **change), nested)
+
+
+def test_a_decoder_that_cannot_run_leaves_nothing(
+    nested: NestedCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "why_not_lean", lambda model: "it is another kind")
+    with pytest.raises(
+        InputError, match="the lean decoder cannot run this model .it is another kind.; use --decoder hf"
+    ):
+        recording.record(replace(plan_for(nested, "hf"), decoder="lean"), nested, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_log_probabilities_have_a_floor() -> None:

@@ -209,6 +209,14 @@ def test_eos_and_stop_strings_end_a_text_within_a_round(
         assert said(got) == said(want)
         assert got[-1].finish_reason is not None
         assert got[-1].finish_reason == want[-1].finish_reason
+        counts = got[-1].draft_counts
+        if counts is None:
+            assert len(got) == 1, "the first token, which is of the prompt, is the end"
+            continue
+        assert counts.num_tokens == len(got) - 1, "what is dropped counts for nothing"
+        assert sum(counts.accepted) == sum(counts.drafted), "at the verify width every draft is accepted"
+        if got[-1].finish_reason == "eos":
+            assert counts.num_draft_steps <= counts.num_tokens, "nothing is drafted behind an end"
 
 
 @pytest.mark.parametrize("place", range(1, 9))
@@ -428,6 +436,18 @@ def test_counts_by_position() -> None:
     assert counts.accepted == [2, 1, 1]
     assert counts.acceptance_by_position == [2 / 3, 1 / 2, 1.0]
     assert counts.tokens_per_pass == 8 / 4
+
+
+def test_what_is_dropped_does_not_count() -> None:
+    counts = DraftCounts()
+    counts.add_round(2, 1)
+    counts.add_round(4, 3)
+    counts.drop(2)  # of three accepted drafts and the token gained, two drafts were taken
+    assert (counts.drafted, counts.accepted) == ([2, 2], [2, 1])
+    assert counts.num_tokens == 2 + 2
+    counts.add_round(3, 1)
+    counts.drop(1)
+    assert (counts.drafted, counts.accepted, counts.num_tokens) == ([3, 2], [3, 1], 5)
 
 
 @pytest.mark.skipif(not os.environ.get("FQ_REAL_MODELS"), reason="FQ_REAL_MODELS names no folder of real models")
