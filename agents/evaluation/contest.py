@@ -260,9 +260,13 @@ def _beside_own_static(
         own = entry.first.policy if entry.family == STATIC.name else None
         beside = in_time_taken[index] if index in in_time_taken else settings.static_at(entry.time_budget)
         static = own if isinstance(own, StaticAllocation) else beside
-        differs = None if static is None else _trace_of(entry, traces).differs_from(static.bit_widths)
-        found.append(replace(row, differs_from_static=differs))
+        found.append(_beside(row, _trace_of(entry, traces), static))
     return found
+
+
+def _beside(row: EvalRow, trace: Trace | SharedTrace, static: StaticAllocation | None) -> EvalRow:
+    """A row with how often its trace differs from static, where there is one."""
+    return row if static is None else replace(row, differs_from_static=trace.differs_from(static.bit_widths))
 
 
 def _trace_of(entry: Entry, traces: dict[_Key, Trace]) -> SharedTrace:
@@ -343,16 +347,15 @@ def oracle_row(prepared: Prepared, num_sequences: int, config: OracleConfig, set
         progress=lambda sequences: track(sequences, "oracle"),
     )
     budget = oracle_time_share(prepared, config)
-    static = settings.static_at(budget)
-    return summarise(
+    row = summarise(
         trace,
         policy=f"{ORACLE.name}:token",
         family=ORACLE.name,
         reference=reference_name(prepared.model),
         time_budget=budget,
-        static_widths=None if static is None else static.bit_widths,
         documents=documents,
     )
+    return _beside(row, trace, settings.static_at(budget))
 
 
 def _oracle_allocations(prepared: Prepared) -> tuple[Tensor, Tensor]:

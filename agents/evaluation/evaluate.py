@@ -214,7 +214,6 @@ def summarise(
     kl_weight: float | None = None,
     time_budget: float | None = None,
     time_share_measured: float | None = None,
-    static_widths: Tensor | None = None,
     documents: Sequence[int] | None = None,
 ) -> EvalRow:
     """One row of the table: means over all tokens, a bootstrap interval over documents.
@@ -228,7 +227,6 @@ def summarise(
         kl_weight: See there.
         time_budget: See there.
         time_share_measured: See there.
-        static_widths: `[U]`: the static allocation of the same budget, where there is one.
         documents: The document of each sequence; default: each is its own.
     """
     shared = trace if isinstance(trace, SharedTrace) else SharedTrace(trace, trace, 0.0)
@@ -249,7 +247,7 @@ def summarise(
         output_kl_p99_nats=shared.quantile(lambda one: one.output_kl_nats, 0.99),
         perplexity=float(shared.mean(lambda one: one.token_nll_nats).mean().exp()),
         top1_agreement=float(shared.mean(lambda one: one.top1_agreement).mean()),
-        differs_from_static=None if static_widths is None else shared.differs_from(static_widths),
+        differs_from_static=None,
         time_share_modelled=time_share,
         time_share_measured=time_share_measured,
         speedup_modelled=1 / time_share,

@@ -10,6 +10,7 @@ Sweeps of coordinate descent over the codes follow, which GPTQ has not, and a re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -207,7 +208,7 @@ class Grid:
             factor: `[g, g]`, the group's part of `_inverse_factor`.
         """
         if can_search(targets):
-            self._native().feed_back(targets, codes, factor)
+            self._native.feed_back(targets, codes, factor)
         else:
             self.feed_back_in_torch(targets, codes, factor)
 
@@ -230,7 +231,7 @@ class Grid:
             hessian: `[g, g]`, the group's part of the hessian.
         """
         if can_search(weight):
-            self._native().descend(weight, errors, slopes, codes, hessian)
+            self._native.descend(weight, errors, slopes, codes, hessian)
         else:
             self.descend_in_torch(weight, errors, slopes, codes, hessian)
 
@@ -243,7 +244,9 @@ class Grid:
             errors[j] += step
             slopes.flatten(1).addr_(hessian[:, j], step.flatten())
 
+    @cached_property
     def _native(self) -> CodeSearch:
+        """The search over these pairs, which serves every sweep."""
         grids = torch.stack([self.scale, self.offset, self._steps_per_value, self._cost, self._wish_shares])
         try:
             isa = choose_isa(None)
