@@ -28,6 +28,8 @@ Setting = float | str
 """A time budget; of rows without one the dial or the policy's name."""
 SMALLEST_KL_NATS = 1e-12
 """A resampled KL may be exactly zero where whole sequences are; its logarithm must stay finite."""
+SMALLEST_LOG_RATIO = 5e-4
+"""Ratios of less are printed as 0.0%, and are none."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,12 @@ class LogRatio:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval is on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval is on one side of zero; an end that is printed as 0.0% is not."""
+        return (
+            self.low is not None
+            and self.high is not None
+            and (self.low >= SMALLEST_LOG_RATIO or self.high <= -SMALLEST_LOG_RATIO)
+        )
 
     def words(self) -> str:
         """E.g. `7.1% less (95% interval 9.0% less to 5.2% less, which excludes zero)`."""

@@ -12,6 +12,7 @@ from evaluation_rows import BUDGETS, evaluation, row, static_kl
 
 from flexquant_rl.agents.evaluation.comparison import (
     Comparison,
+    LogRatio,
     captured_headroom,
     compare,
     ratios_to_static,
@@ -132,6 +133,15 @@ def test_one_document_has_no_interval() -> None:
     result = compared([replace(r, sequence_documents=(7,) * 24) for r in evaluation()])
     assert (result.overall.low, result.overall.excludes_zero) == (None, False)
     assert "one document gives no interval" in result.sentence()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "excludes"), [(1e-4, 3e-4, False), (1e-4, 2e-3, False), (6e-4, 2e-3, True), (-2e-3, -6e-4, True)]
+)
+def test_an_interval_that_begins_at_zero_as_printed_includes_it(low: float, high: float, excludes: bool) -> None:
+    ratio = LogRatio(value=(low + high) / 2, low=low, high=high, num_seeds=0)
+    assert ratio.excludes_zero == excludes
+    assert f"{'ex' if excludes else 'in'}cludes zero" in ratio.words()
 
 
 def test_rows_of_other_sequences_are_refused() -> None:
