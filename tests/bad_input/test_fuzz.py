@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from mistakes import Inputs
+from toy_traces import random_traces
 from transformers import AutoTokenizer
 
 from flexquant_rl.agents.config import TrainConfig, check_config
@@ -27,9 +29,11 @@ from flexquant_rl.agents.export import load_exported
 from flexquant_rl.agents.runs.run import RUN_VERSION, load_run
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.traces import read_traces, start_recording, write_embedding, write_sequence
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, read_tensors, write_tensors
 from flexquant_rl.fq_env.prompts import file_documents
+from flexquant_rl.fq_env.trace_table import TraceTable
 
 SECONDS = float(os.environ.get("FQ_FUZZ_SECONDS", 0))
 
@@ -66,6 +70,23 @@ def front(folder: Path) -> Path:
     tensors = {"kl_weight": torch.rand(4), "bit_widths": torch.full((4, 3), 4), "output_kl_nats": torch.rand(4)}
     write_tensors(folder / "front.safetensors", tensors, {"profile_sha256": "0" * 64})
     return folder
+
+
+def recording(folder: Path) -> Path:
+    traces = random_traces(np.random.default_rng(0), num_sequences=3)
+    start_recording(folder, traces.plan)
+    for index, trace in enumerate(traces.sequences):
+        write_sequence(folder, traces.plan, index, trace)
+    write_embedding(folder, traces.plan, traces.embedding_ids, traces.embedding)
+    return folder
+
+
+def read_recording(folder: Path) -> None:
+    traces = read_traces(folder)
+    table = TraceTable(traces, range(len(traces.sequences)))
+    assert np.isfinite(table.settled_signals).all()
+    assert np.isfinite(table.draft_signals).all()
+    assert np.isfinite(table.embedding).all()
 
 
 def read_run(folder: Path) -> None:
@@ -106,6 +127,7 @@ def targets(shared: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "profile": Target(folder / "profile", lambda path: Profile.load(path / "profile.json").check(model), 200),
         "policy": Target(shared.policy, read_policy, 200),
         "front": Target(front(made("front")), lambda path: read_tensors(path / "front.safetensors", fix="x"), 100),
+        "recording": Target(recording(made("recording")), read_recording, 200),
         "checkpoint": Target(shared.nested, lambda path: load_model(str(path)), 40),
     }
 
@@ -256,7 +278,7 @@ def fuzz(target: Target, root: Path, number: int, examples: int) -> int:
 
 @pytest.mark.timeout(0)
 @pytest.mark.filterwarnings("ignore")  # transformers has much to say of its own files
-@pytest.mark.parametrize("name", ["text", "run", "profile", "policy", "front", "checkpoint"])
+@pytest.mark.parametrize("name", ["text", "run", "profile", "policy", "front", "recording", "checkpoint"])
 def test_damaged_files(name: str, targets: dict[str, Target], tmp_path: Path) -> None:
     target, began, number, count = targets[name], time.monotonic(), 0, 0
     until = began + SECONDS / len(targets)
