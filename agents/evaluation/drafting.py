@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
-from flexquant_rl.agents.policies.drafting import DraftingContext, DraftingPolicy, DraftingRule
-from flexquant_rl.engine.control.verified_signals import VerifiedSchema
+from flexquant_rl.engine.control.drafting_rules import DraftingContext, DraftingPolicy, DraftingRule
+from flexquant_rl.engine.control.verified_signals import Sees, VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
 from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.trace_table import TraceTable
@@ -43,16 +43,16 @@ class Played:
         return float(self.num_tokens.sum() / self.time_steps.sum())
 
 
-def play(table: TraceTable, costs: VerifyCosts, policy: DraftingPolicy, *, looks: bool = True) -> Played:
+def play(table: TraceTable, costs: VerifyCosts, policy: DraftingPolicy, *, sees: Sees = "signals") -> Played:
     """Plays every sequence once from its beginning to its end, all in lockstep.
 
     Args:
         table: The sequences.
         costs: What steps cost.
         policy: Decides.
-        looks: Whether it pays for signals and its own time.
+        sees: What it looks at, and pays for.
     """
-    rounds = TraceRounds(table, costs if looks else replace(costs, controller_ms=0.0), table.num_sequences)
+    rounds = TraceRounds(table, costs.charging(sees), table.num_sequences)
     rows = torch.arange(table.num_sequences)
     rounds.start(rows, rows, torch.ones(len(rows)), torch.zeros_like(rows))
     sums = np.zeros((5, len(rows)))
@@ -79,7 +79,12 @@ def context_of(table: TraceTable, costs: VerifyCosts) -> DraftingContext:
 
 def tuned(rules: Iterable[DraftingRule], table: TraceTable, context: DraftingContext) -> DraftingRule:
     """The setting that is fastest on some sequences; the first of equals."""
-    return max(rules, key=lambda rule: play(table, context.costs, rule.bind(context), looks=type(rule).looks).speedup)
+    return max(rules, key=lambda rule: play_rule(table, context, rule).speedup)
+
+
+def play_rule(table: TraceTable, context: DraftingContext, rule: DraftingRule) -> Played:
+    """`play` for a rule, which pays for what it looks at."""
+    return play(table, context.known_costs(), rule.bind(context), sees=rule.sees)
 
 
 def speedup_interval(played: Played, documents: NDArray[np.int64]) -> tuple[float, float]:

@@ -14,13 +14,16 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.control.allocation_kl import TextFacts, allocation_facts
-from flexquant_rl.engine.control.controller import make_controller
+from flexquant_rl.engine.control.controller import DraftController, make_controller
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.rounds import Rounds, Settled
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import open_session
-from flexquant_rl.engine.decoding.next_token import Replay
+from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
+from flexquant_rl.engine.decoding.next_token import Replay, Sampler
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
@@ -273,7 +276,7 @@ def measured_time_shares(
     profile: Profile,
     windows: Tensor,
     config: EnvConfig,
-    policies: Sequence[tuple[Policy, float]],
+    policies: Sequence[tuple[Policy | DraftPolicy, float]],
     *,
     rounds: int = 21,
     num_threads: int | None = None,
@@ -286,6 +289,9 @@ def measured_time_shares(
     each token the median over rounds counts, so that a stall does not; the medians are added up over all tokens, so
     that dear tokens count as they are.
 
+    A policy of drafts has no say in a text that is given: it continues the windows' prompts greedily, for as many
+    tokens or to the end of its text, and its time is per token. Of each prompt the median over rounds counts.
+
     Args:
         model: The model.
         profile: Profile that the signals are made with.
@@ -297,7 +303,7 @@ def measured_time_shares(
         progress: Wraps the rounds.
     """
     baseline = StaticAllocation("baseline", profile.cost.full_width())
-    contestants = [(baseline, 1.0), *policies]
+    contestants: list[tuple[Policy | DraftPolicy, float]] = [(baseline, 1.0), *policies]
     controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
     first, num_steps = config.prompt_tokens, config.max_new_tokens
     parents = [open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads) for _ in windows]
@@ -306,8 +312,12 @@ def measured_time_shares(
     def turn_ms(which: int) -> list[float]:
         """Times of all tokens of all windows."""
         times = []
+        controller = controllers[which]
         for parent, prompt, window in zip(parents, prompts, windows, strict=True):
-            runner = PolicyRunner(parent.fork(), controllers[which], Replay(window[None, first:]))
+            if isinstance(controller, DraftController):
+                times.append(_drafted_ms(parent.fork(), controller, prompt, window[:first], num_steps))
+                continue
+            runner = PolicyRunner(parent.fork(), controller, Replay(window[None, first:]))
             runner.begin(prompt, torch.tensor([contestants[which][1]]))
             times += [clock_ms(runner.step, model.device) for _ in range(num_steps)]
             runner.decoder.close()
@@ -325,3 +335,28 @@ def measured_time_shares(
         parent.close()
     full_ms, *own_ms = (sum(map(statistics.median, zip(*own, strict=True))) for own in turns)
     return [ms / full_ms for ms in own_ms]
+
+
+def _drafted_ms(
+    decoder: Decoder, controller: DraftController, prompt: StepOutput, prompt_ids: Tensor, num_tokens: int
+) -> float:
+    """Wall clock of `num_tokens` tokens behind a prompt that a decoder holds, drafted and verified greedily."""
+    runner = PolicyRunner(decoder, controller)
+    runner.begin(prompt, torch.ones(1))
+    rounds, eos = Rounds(decoder, controller, Sampler(1)), tuple(decoder.model.eos_token_ids)
+    rounds.begin(0, prompt_ids.tolist(), int(runner.upcoming_token_ids), eos_token_ids=eos)
+    done, elapsed_ms, has_ended = 0, 0.0, False
+    while done < num_tokens and not has_ended:
+        settled: list[Settled | None] = []
+        wanted = num_tokens - done
+        elapsed_ms += clock_ms(_kept(settled, rounds, wanted), decoder.model.device)
+        if settled[0] is not None:
+            done += len(settled[0].token_ids)
+            has_ended = bool(set(settled[0].token_ids) & set(eos))
+    decoder.close()
+    return elapsed_ms * num_tokens / done
+
+
+def _kept(settled: list[Settled | None], rounds: Rounds, num_wanted: int) -> Callable[[], None]:
+    """A step of rounds that leaves what it settles in a list."""
+    return lambda: settled.append(rounds.step(0, num_wanted))
