@@ -218,6 +218,7 @@ def summarise(
     time_budget: float | None = None,
     time_share_measured: float | None = None,
     documents: Sequence[int] | None = None,
+    is_modelled: bool = True,
 ) -> EvalRow:
     """One row of the table: means over all tokens, a bootstrap interval over documents.
 
@@ -231,6 +232,7 @@ def summarise(
         time_budget: See there.
         time_share_measured: See there.
         documents: The document of each sequence; default: each is its own.
+        is_modelled: Whether the trace has the policy's time; that of drafts is what a text costs without them.
     """
     shared = trace if isinstance(trace, SharedTrace) else SharedTrace(trace, trace, 0.0)
     per_sequence = shared.mean(lambda one: one.output_kl_nats).mean(1)
@@ -251,9 +253,9 @@ def summarise(
         perplexity=float(shared.mean(lambda one: one.token_nll_nats).mean().exp()),
         top1_agreement=float(shared.mean(lambda one: one.top1_agreement).mean()),
         differs_from_static=None,
-        time_share_modelled=time_share,
+        time_share_modelled=time_share if is_modelled else None,
         time_share_measured=time_share_measured,
-        speedup_modelled=1 / time_share,
+        speedup_modelled=1 / time_share if is_modelled else None,
         speedup_measured=None if time_share_measured is None else 1 / time_share_measured,
         num_sequences=len(per_sequence),
         num_tokens=shared.first.output_kl_nats.numel(),

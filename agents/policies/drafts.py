@@ -20,7 +20,7 @@ from flexquant_rl.engine.errors import InputError
 class Drafts:
     """The parameters of `drafts_at`; their names are `draft:3` or `draft:3.5,length=6,confidence=0.4,verify=6`.
 
-    It is no family of the lossy tables: its output is that of its verify width.
+    Their output is that of the verify width.
 
     Attributes:
         width: Mean width of the drafts: a whole number is that stored width for all units, another one a knapsack.
@@ -29,7 +29,7 @@ class Drafts:
         verify: The width that the output equals; 0 is the largest stored one.
     """
 
-    family: ClassVar[Family] = Family("draft", "drafts (fixed)", "#6A3D9A", "P")
+    family: ClassVar[Family] = Family("draft", "drafts, verified", "#6A3D9A", "P")
 
     width: float
     length: int = 4
