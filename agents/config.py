@@ -110,7 +110,7 @@ class VerifiedPPOConfig:
 class VerifiedConfig:
     """What is recorded for --task verified, and how policies of drafts are trained on it."""
 
-    tokens: int = 6000
+    tokens: int = 4000
     """Tokens to record in all; fewer where texts end by themselves."""
     widths: tuple[int, ...] = (3, 4, 5, 6)
     """Widths that draft."""

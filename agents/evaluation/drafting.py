@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.trace_table import TraceTable
 
 Floats = NDArray[np.float64]
+_AT_ONCE = 24
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,30 @@ def play(table: TraceTable, costs: VerifyCosts, policy: DraftingPolicy, *, sees:
         policy: Decides.
         sees: What it looks at, and pays for.
     """
-    rounds = TraceRounds(table, costs.charging(sees), table.num_sequences)
-    rows = torch.arange(table.num_sequences)
-    rounds.start(rows, rows, torch.ones(len(rows)), torch.zeros_like(rows))
+    return play_all(table, costs, [policy], sees=sees)[0]
+
+
+def play_all(
+    table: TraceTable, costs: VerifyCosts, policies: Sequence[DraftingPolicy], *, sees: Sees = "signals"
+) -> list[Played]:
+    """`play` for several policies at once, which takes less time than one after the other.
+
+    Args:
+        table: The sequences.
+        costs: What steps cost.
+        policies: Each plays all sequences in rows of its own.
+        sees: What they all look at, and pay for.
+    """
+    size = table.num_sequences
+    rounds = TraceRounds(table, costs.charging(sees), size * len(policies))
+    rows = torch.arange(rounds.num_rows)
+    rounds.start(rows, rows % size, torch.ones(len(rows)), torch.zeros_like(rows))
     sums = np.zeros((5, len(rows)))
     running = np.ones(len(rows), dtype=np.bool_)
     while running.any():
-        facts = rounds.step(torch.from_numpy(policy(rounds.observations())))
+        seen = rounds.observations().reshape(len(policies), size, -1)
+        actions = np.concatenate([policy(own) for policy, own in zip(policies, seen, strict=True)])
+        facts = rounds.step(torch.from_numpy(actions))
         columns = (
             facts.latency_ms / costs.full_ms,
             facts.num_emitted,
@@ -68,7 +86,7 @@ def play(table: TraceTable, costs: VerifyCosts, policy: DraftingPolicy, *, sees:
         )
         sums += np.stack([column.numpy() for column in columns]) * running
         running &= ~(facts.terminated | facts.truncated).numpy()
-    return Played(*sums)
+    return [Played(*own) for own in sums.reshape(5, len(policies), size).transpose(1, 0, 2)]
 
 
 def context_of(table: TraceTable, costs: VerifyCosts) -> DraftingContext:
@@ -78,8 +96,14 @@ def context_of(table: TraceTable, costs: VerifyCosts) -> DraftingContext:
 
 
 def tuned(rules: Iterable[DraftingRule], table: TraceTable, context: DraftingContext) -> DraftingRule:
-    """The setting that is fastest on some sequences; the first of equals."""
-    return max(rules, key=lambda rule: play_rule(table, context, rule).speedup)
+    """The setting of one family that is fastest on some sequences; the first of equals."""
+    every = list(rules)
+    speeds: list[float] = []
+    for begin in range(0, len(every), _AT_ONCE):
+        some = every[begin : begin + _AT_ONCE]
+        policies = [rule.bind(context) for rule in some]
+        speeds += [played.speedup for played in play_all(table, context.known_costs(), policies, sees=some[0].sees)]
+    return every[int(np.argmax(speeds))]
 
 
 def play_rule(table: TraceTable, context: DraftingContext, rule: DraftingRule) -> Played:

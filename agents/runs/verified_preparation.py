@@ -5,6 +5,7 @@ Recording and costs are kept in the run's directory, so that a resume finds the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ from flexquant_rl.fq_env.trace_table import TraceTable
 TRACES_FOLDER, COSTS_FILE = "traces", "costs.json"
 _COSTS_VERSION = 1
 _CONTEXT_TOKENS = 64
+_MOST_RECORDERS = 4
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def _recorded(config: TrainConfig, model: NestedCausalLM, directory: Path) -> Tr
         text_field=config.text_field,
     )
     say(f"recording {len(plan.sequences)} continuations and the drafts of {len(plan.draft_widths)} widths")
-    record(plan, model, directory, num_threads=config.threads or 1, progress=track)
+    # The bytes are the same however many sequences are recorded at a time.
+    num_threads = config.threads or min(_MOST_RECORDERS, os.cpu_count() or 1)
+    record(plan, model, directory, num_threads=num_threads, progress=track)
     return read_traces(directory)
 
 

@@ -16,6 +16,7 @@ from flexquant_rl.agents.evaluation.drafting import (
     context_of,
     gain_interval,
     play,
+    play_all,
     play_rule,
     speedup_interval,
     tuned,
@@ -202,3 +203,15 @@ def test_costs_are_checked_and_go_on_in_a_line() -> None:
             modelled_costs(shares, (1.0, 1.1), depth=3)
     with pytest.raises(InputError, match="must not be negative"):
         modelled_costs((0.4,), (1.0, 1.1), depth=3, controller_share=-1)
+
+
+@pytest.mark.parametrize("family", RULES, ids=lambda family: family.family)
+def test_policies_that_play_at_once_do_as_each_alone(family: type) -> None:
+    table = table_of(5)
+    context = context_of(table, COSTS)
+    rules = list(family.grid(context.schema))[::9]  # type: ignore[attr-defined]
+    together = play_all(table, COSTS, [rule.bind(context) for rule in rules], sees=rules[0].sees)
+    for rule, played in zip(rules, together, strict=True):
+        alone = play(table, COSTS, rule.bind(context), sees=rule.sees)
+        for name, values in vars(alone).items():
+            np.testing.assert_array_equal(getattr(played, name), values)
