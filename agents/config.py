@@ -122,7 +122,7 @@ class VerifiedConfig:
     """Tokens of a prompt."""
     max_new_tokens: int = 96
     """Tokens of a continuation at most; end-of-text tokens end it earlier."""
-    live_prompts: int = 4
+    live_prompts: int = 2
     """Test prompts that every policy continues by the clock, beside plain decoding; 0 leaves the clock out."""
     ppo: VerifiedPPOConfig = field(default_factory=VerifiedPPOConfig)
     """Learning."""

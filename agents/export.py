@@ -53,31 +53,34 @@ def check_parity(
         )
 
 
-def export_drafts_run(run_dir: Path, out: Path, rule: str | None = None) -> DeployedDrafts:
-    """Copies the chosen policy of a finished run of drafts, or a rule that it has tuned, read back before it is named.
+def export_again(source: Path, out: Path, repair: str = "export it again with `fq export`") -> DeployedPolicy:
+    """Copies an exported policy to a new directory, read back before it gets its name.
 
     Args:
-        run_dir: The run.
+        source: Its directory, as that of a rule that a run of drafts has tuned.
         out: New directory.
-        rule: Family of the rule; None for the policy that validation chose.
+        repair: What to do about damaged or missing files, as the error says it.
 
     Raises:
-        InputError: If the run has no such policy yet, if its files are damaged, or if `out` is not empty.
+        InputError: If its files are damaged, or if `out` is not empty.
     """
-    source = run_dir / "policy" if rule is None else run_dir / RULES_FOLDER / rule
-    again = f"python train.py --resume {run_dir}"
-    if not (source / CARD_FILE).is_file():
-        known = ", ".join(sorted(path.name for path in (run_dir / RULES_FOLDER).glob("*"))) or "none yet"
-        what = "finished policy" if rule is None else f"rule {rule!r}; it has {known}"
-        raise InputError(f"{run_dir} holds no {what}; finish it with: {again}")
-    repair = f"delete {source} and have it made again with: {again}"
     load_policy(source, repair=repair)
     with new_directory(out) as directory:
         _copy(source, directory)
-        policy = load_policy(directory, name=out.name)
-    if not isinstance(policy, DeployedDrafts):
-        raise InputError(f"{source} holds no policy of drafts; {repair}")
-    return policy
+        return load_policy(directory, name=out.name)
+
+
+def export_drafts_run(run_dir: Path, out: Path) -> DeployedPolicy:
+    """`export_again` for the policy that a finished run of drafts has chosen.
+
+    Raises:
+        InputError: If the run has no policy yet, or as `export_again`.
+    """
+    source = run_dir / "policy"
+    again = f"python train.py --resume {run_dir}"
+    if not (source / CARD_FILE).is_file():
+        raise InputError(f"{run_dir} holds no finished policy; finish it with: {again}")
+    return export_again(source, out, f"delete {source} and have it made again with: {again}")
 
 
 def _copy(source: Path, directory: Path) -> None:

@@ -13,10 +13,11 @@ from cli_runner import Finished, leftovers, run, tree, write_sentences
 from PIL import Image
 
 from flexquant_rl import cli, train
-from flexquant_rl.agents.runs import verified_run
+from flexquant_rl.agents.evaluation import evaluate
+from flexquant_rl.agents.runs import verified_ppo, verified_run
 from flexquant_rl.engine.control.artefact import load_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
-from flexquant_rl.engine.control.drafting_rules import RULES, FixedRounds, ProductStop
+from flexquant_rl.engine.control.drafting_rules import RULES, FixedRounds, Plain, ProductStop
 from flexquant_rl.engine.model import NestedCausalLM
 
 TINY_DRAFTS = (
@@ -30,9 +31,11 @@ FILES = {"policy.json", "policy.safetensors", "profile.json"}
 
 @pytest.fixture(scope="module")
 def endless() -> Any:
-    """Random weights choose EOS soon; here it is a token like the others."""
+    """Random weights choose EOS soon; here it is a token like the others. What takes seconds is cut short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NestedCausalLM, "eos_token_ids", ())
+        patch.setattr(verified_ppo, "_CLONE_STEPS", 20)
+        patch.setattr(evaluate, "_TIMING_S", 0.0)
         yield
 
 
@@ -60,7 +63,8 @@ def finished(folder: Path, train_it: Callable[..., Finished]) -> Finished:
 
 
 def leave_out_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timing takes seconds, and says nothing of what is kept."""
+    """Clock and picture take seconds, and say nothing of what is kept."""
+    monkeypatch.setattr(verified_run, "plot_drafts", lambda *_, **__: None)
     monkeypatch.setattr(verified_run, "measured_time_shares", lambda *arguments, **_: [1.0] * len(arguments[4]))
 
 
@@ -77,7 +81,7 @@ class TestRun:
         for name, row in rows.items():
             assert row["speedup_low"] <= row["speedup_modelled"] * (1 + 1e-9)
             assert row["output_kl_nats"] == 0
-            assert (row["speedup_measured"] is None) == (name in ("plain", "clairvoyant"))
+            assert (row["speedup_measured"] is None) == (name == "clairvoyant")
             assert row["speedup_modelled"] <= rows["clairvoyant"]["speedup_modelled"] + 1e-9
         said = " ".join(result["findings"])
         assert "the learned policy (2 training seeds)" in said
@@ -99,7 +103,8 @@ class TestRun:
         assert finished.code == 0
         files = tree(folder / "run")
         assert {"config.json", "costs.json", "eval.jsonl", "report.md", "drafts.png"} <= files.keys()
-        places = ["policy", "seeds/0/policy", "seeds/1/policy", *(f"rules/{kind.family}" for kind in RULES)]
+        rules = [f"rules/{kind.family}" for kind in (Plain, *RULES)]
+        places = ["policy", "seeds/0/policy", "seeds/1/policy", *rules]
         assert {f"{place}/{name}" for place in places for name in FILES} <= files.keys()
         assert leftovers(files) == []
         lines = [json.loads(line) for line in (folder / "run" / "eval.jsonl").read_text().splitlines()]
@@ -183,6 +188,7 @@ def test_a_recording_that_exists(
     own = [option for option in TINY_DRAFTS if not str(option).startswith("--verified.tokens")][2:]
     learning = own[own.index("--env-steps") :]
     monkeypatch.setattr(verified_run, "RULES", (FixedRounds, ProductStop))
+    leave_out_the_clock(monkeypatch)
     start = ("--model", tiny_model_dir, "--task", "verified", *learning, "--verified.live-prompts", 0)
     taken = run(train.main, *start, "--traces", traces, "--run", tmp_path / "run", "--seeds", 1).result
     assert all(row["speedup_measured"] is None for row in taken["rows"])
@@ -195,7 +201,7 @@ def test_policies_are_exported_and_generate(finished: Finished, folder: Path, ti
     model = ("--model", tiny_model_dir)
     for name, command in (
         ("chosen", (folder / "run", folder / "chosen")),
-        ("rule", (folder / "run", folder / "rule", "--rule", "confidence")),
+        ("rule", (folder / "run" / "rules" / "confidence", folder / "rule")),
         ("named", ("draft:3,length=2,confidence=0.3", folder / "named", *model)),
     ):
         exported = run(cli.main, "export", *command).result
@@ -268,8 +274,8 @@ def test_mistakes(options: tuple[object, ...], said: str, tiny_model_dir: Path, 
 def test_rules_and_runs_are_told_apart(finished: Finished, folder: Path, tmp_path: Path) -> None:
     assert finished.code == 0
     for options, said in (
-        ((folder / "run", tmp_path / "a", "--rule", "none"), "rule 'none'; it has bandit, confidence"),
-        (("draft:3", tmp_path / "a", "--rule", "fixed", "--model", "x"), "draft:3 is a policy by name"),
+        ((folder / "run" / "rules", tmp_path / "a"), "is not a run"),
+        ((folder / "run" / "rules" / "fixed", tmp_path / "a", "--model", "x"), "--model is for a policy by name"),
         (("draft:3", tmp_path / "a"), "name the model with --model"),
         (("draft:0", tmp_path / "a"), "width=0 is no width"),
     ):

@@ -8,11 +8,11 @@ from pathlib import Path
 from flexquant_rl.agents.commands.options import ExportOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import load_servable
-from flexquant_rl.agents.export import export_drafts_run, export_run
+from flexquant_rl.agents.export import export_again, export_drafts_run, export_run
 from flexquant_rl.agents.policies.drafts import parse_drafts
 from flexquant_rl.agents.policies.families import parse_policy
 from flexquant_rl.agents.runs.run import load_run
-from flexquant_rl.engine.control.artefact import DeployedPolicy, save_policy
+from flexquant_rl.engine.control.artefact import CARD_FILE, DeployedPolicy, save_policy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory
 
@@ -42,18 +42,15 @@ def _from_run(options: ExportOptions) -> DeployedPolicy:
         if value:
             raise InputError(f"--{name} is for a policy by name, and {options.policy} is a run; leave it out")
     run = Path(options.policy)
-    if load_run(run).task == "verified":
-        return export_drafts_run(run, options.out, options.rule)
-    if options.rule is not None:
-        raise InputError(f"--rule {options.rule} is for a run of --task verified, and {run} is none; leave it out")
-    return export_run(run, options.out)
+    if (run / CARD_FILE).is_file():
+        return export_again(run, options.out)
+    is_of_drafts = load_run(run).task == "verified"
+    return export_drafts_run(run, options.out) if is_of_drafts else export_run(run, options.out)
 
 
 def _from_name(options: ExportOptions) -> DeployedPolicy:
     # Before the model: a wrong name should not be found out after minutes.
     _ = parse_drafts(options.policy) or parse_policy(options.policy)
-    if options.rule is not None:
-        raise InputError(f"--rule {options.rule} is for a run, and {options.policy} is a policy by name; leave it out")
     if options.model is None:
         raise InputError(f"{options.policy} is a policy of some model; name the model with --model MODEL")
     check_new_directory(options.out)

@@ -189,12 +189,10 @@ class ExportOptions:
     """Writes a policy, of a run or by name, as files that need torch alone."""
 
     policy: Positional[PolicyName]
-    """Directory of a run of train.py, or a name (fixed:4, knapsack:4.5, draft:3,length=4)."""
+    """Directory of a run of train.py or of a policy in it (RUN/rules/confidence), or a name (fixed:4, knapsack:4.5,
+    draft:3,length=4)."""
     out: Out
     """New directory."""
-    rule: str | None = None
-    """With a run of --task verified: the tuned rule of this family, e.g. confidence, in place of the policy that
-    validation chose."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """With a name: the model whose units get the widths; `default` is the embedded one."""
     profile: File = None

@@ -35,7 +35,7 @@ class DraftRow:
         speedup_low: Lower end of its bootstrap 95% interval over documents.
         speedup_high: Upper end.
         speedup_measured: The same by the clock, on some of the test prompts; None where not measured.
-        speedup_validation: By the cost table on validation sequences; None for plain decoding and the bound.
+        speedup_validation: By the cost table on validation sequences; None for the bound.
         tokens_per_pass: Settled tokens of a pass of verification.
         drafts_per_token: Draft steps for each settled token.
         accepted_share: Accepted drafts over drafts; None without drafts.
@@ -176,12 +176,13 @@ def gain(rows: Sequence[DraftRow], base: DraftRow) -> Gain:
     return Gain(value, math.exp(low), math.exp(high), len(rows))
 
 
-def findings(rows: Sequence[DraftRow], chosen: str) -> list[str]:
+def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
     """The results in words, without full stops.
 
     Args:
         rows: All rows.
         chosen: What validation chose to be exported, in words.
+        pays: Whether it drafts.
     """
     learned = [row for row in rows if row.kind == "learned"]
     fixed, rule = best_fixed(rows), best_rule(rows)
@@ -201,10 +202,15 @@ def findings(rows: Sequence[DraftRow], chosen: str) -> list[str]:
         f"{rule.speedup_modelled:.3f} tuned rule, {', '.join(f'{row.speedup_modelled:.3f}' for row in learned)} "
         f"learned, {bound.speedup_modelled:.3f} of a bound that knows every draft before"
     )
-    clocked = [row for row in rows if row.speedup_measured is not None]
+    clocked = [row for row in rows if row.speedup_measured is not None and row.kind != "plain"]
     if clocked:
         by_clock = ", ".join(f"{row.speedup_measured:.3f} {_short(row)}" for row in clocked)
         found.append(f"by the clock, on some of the test prompts: {by_clock}")
+    if not pays:
+        found.append(
+            "drafts do not pay: on validation sequences nothing that drafts is faster than plain decoding of this "
+            "model on this device"
+        )
     return [*found, f"exported is {chosen}"]
 
 

@@ -44,6 +44,8 @@ from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.vec_env import VerifiedVecEnv
 from flexquant_rl.fq_env.verified_making import make_rounds
 
+_LIVE_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -94,9 +96,9 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
     prepared = prepare_drafts(config, run_dir)
     rules = [
         _tuned_rule(config, prepared, kind, run_dir / RULES_FOLDER / kind.family)
-        for kind in track(RULES, "tuning rules")
+        for kind in track((Plain, *RULES), "tuning rules")
     ]
-    start = max(rules, key=lambda one: one.speedup_validation)
+    start = max(rules[1:], key=lambda one: one.speedup_validation)
     seeds = [
         _trained_seed(config, prepared, config.seed + index, start, run_dir / "seeds" / str(config.seed + index))
         for index in range(config.seeds)
@@ -109,7 +111,7 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
     rows = _judge(config, prepared, candidates)
     learned = "" if chosen.seed is None else f" of seed {chosen.seed}"
     words = f"{chosen.name}{learned}, the fastest on validation sequences ({chosen.speedup_validation:.3f})"
-    sentences = findings(rows, words)
+    sentences = findings(rows, words, pays=chosen.family != Plain.family)
     _publish(config, prepared, rows, sentences, run_dir)
     widths = prepared.traces.plan.draft_widths
     rates = [one.env_steps_per_s for one in seeds if one.env_steps_per_s]
@@ -202,12 +204,7 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
     """Every policy on test sequences, plain decoding first and the bound last."""
     table, costs, context = prepared.test, prepared.costs, prepared.context
     verify_width, source = prepared.traces.plan.verify_width, costs.source
-    plain = play(table, costs, Plain().bind(context), sees="nothing")
-    rows = [
-        draft_row(
-            plain, table, policy="plain", family="plain", kind="plain", verify_width=verify_width, cost_source=source
-        )
-    ]
+    rows = []
     for one in candidates:
         rule = one.policy.facts.rule
         played = play(table, costs, one.policy.decide) if rule is None else play_rule(table, context, rule)
@@ -217,7 +214,7 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
                 table,
                 policy=one.name,
                 family=one.family,
-                kind="learned" if rule is None else "rule",
+                kind="learned" if rule is None else "plain" if isinstance(rule, Plain) else "rule",
                 verify_width=verify_width,
                 cost_source=source,
                 seed=one.seed,
@@ -236,7 +233,7 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
             cost_source=source,
         )
     )
-    return with_clock(rows, [None, *shares, None])
+    return with_clock(rows, [*shares, None])
 
 
 def _clocked(
@@ -250,7 +247,7 @@ def _clocked(
     chosen = [table.sequences[index] for index in longest_first(table, config.verified.live_prompts)]
     prompts = [sequences.plan.sequences[index].prompt_ids for index in chosen]
     texts = [sequences.sequences[index].token_ids.tolist() for index in chosen]
-    prompt_tokens, new_tokens = min(map(len, prompts)), min(map(len, texts)) - 1
+    prompt_tokens, new_tokens = min(map(len, prompts)), min(_LIVE_TOKENS, *(len(text) - 1 for text in texts))
     windows = torch.tensor(
         [[*prompt[-prompt_tokens:], *text[: new_tokens + 1]] for prompt, text in zip(prompts, texts, strict=True)]
     )

@@ -39,7 +39,7 @@ class Draft:
     @cached_property
     def confidence(self) -> float | None:
         """Probability of the likeliest token where this one was chosen, at temperature 1; None without logits."""
-        return None if self.logits is None else float((self.logits.max() - self.logits.logsumexp(-1)).exp())
+        return None if self.logits is None else 1 / float((self.logits - self.logits.max()).exp_().sum())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
@@ -26,6 +27,7 @@ from flexquant_rl.engine.control.drafts import Draft, RoundState, check_drafts
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.verified_signals import OUTPUT_NAMES, Observations, Sees, VerifiedSchema
 
+_ONE = np.ones(1, dtype=np.bool_)
 _SURE = 1.0
 """Confidence of a draft that was found in the text: it counts as certain, as it does when sampled."""
 
@@ -81,18 +83,15 @@ class ServedDrafts:
             state: The round, with room for a draft.
         """
         schema = self.schema
-        outputs = np.zeros((1, len(OUTPUT_NAMES)), dtype=np.float32)
-        embedding = np.zeros((1, schema.num_embedding_dims), dtype=np.float32)
-        if signals is not None:
-            values = signals[:, self._columns].numpy()
-            outputs, embedding = values[:, : len(OUTPUT_NAMES)], values[:, len(OUTPUT_NAMES) :]
+        values = self._blind if signals is None else signals.numpy()[:, self._columns]
+        outputs, embedding = values[:, : len(OUTPUT_NAMES)], values[:, len(OUTPUT_NAMES) :]
         confidences = np.zeros((1, schema.depth), dtype=np.float32)
         if self.sees != "nothing":
             known = [_SURE if draft.confidence is None else draft.confidence for draft in state.pending]
             confidences[0, : len(known)] = known
         return schema.assemble(
             outputs,
-            can_draft=np.ones(1, dtype=np.bool_),
+            can_draft=_ONE,
             num_pending=np.array([state.num_pending]),
             confidences=confidences,
             level=np.array([self._level(state.pending[-1]) if state.pending else -1]),
@@ -103,17 +102,21 @@ class ServedDrafts:
 
     def _level(self, draft: Draft) -> int:
         if draft.bit_widths is not None:
-            for level, widths in enumerate(self.level_bit_widths):
-                if torch.equal(widths, draft.bit_widths):
+            for level, decision in enumerate(self._decisions[1:]):
+                if torch.equal(decision.bit_widths[0], draft.bit_widths):
                     return level
         return -1
 
     @cached_property
-    def _columns(self) -> Tensor:
+    def _blind(self) -> Observations:
+        return np.zeros((1, len(OUTPUT_NAMES) + self.schema.num_embedding_dims), dtype=np.float32)
+
+    @cached_property
+    def _columns(self) -> NDArray[np.int64]:
         """Where the signals hold what an observation does; the signals of the token come first, whatever the model."""
         signals = SignalSchema(0, (), self.schema.num_embedding_dims)
         names = [*OUTPUT_NAMES, *(f"embedding_{index}" for index in range(self.schema.num_embedding_dims))]
-        return torch.tensor([signals.index(name) for name in names])
+        return np.array([signals.index(name) for name in names])
 
 
 def drafts_at(

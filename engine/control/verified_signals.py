@@ -75,7 +75,7 @@ class VerifiedSchema:
     @property
     def dim(self) -> int:
         """Length of an observation."""
-        return len(self.names)
+        return len(self._places)
 
     def index(self, name: str) -> int:
         """Position of an element."""
@@ -151,23 +151,37 @@ class VerifiedSchema:
         Returns:
             `[R, dim]`, within ±`SIGNAL_LIMIT`.
         """
+        # One row is put together before each step that is served: few operations, and no Python that walks over names.
         vector: Observations = np.zeros((len(outputs), self.dim), dtype=np.float32)
-        drafted = np.arange(self.depth) < num_pending[:, None]
+        first, by, history = self._parts
+        drafted = self._places_of_drafts < num_pending[:, None]
         waiting = np.where(drafted, confidences, 1)
-        first = self.index("confidence_0")
         vector[:, : len(OUTPUT_NAMES)] = outputs
         vector[:, first - 4] = can_draft
         vector[:, first - 3] = num_pending / self.depth
-        vector[:, first - 2] = waiting.prod(-1)
-        vector[:, first - 1] = waiting.min(-1)
-        vector[:, first : first + self.depth] = np.where(drafted, confidences, 0)
-        by = first + self.depth
-        vector[:, by : by + self.num_levels] = level[:, None] == np.arange(self.num_levels)
-        history = by + self.num_levels
+        vector[:, first - 2] = np.multiply.reduce(waiting, axis=-1)
+        vector[:, first - 1] = np.minimum.reduce(waiting, axis=-1)
+        np.multiply(confidences, drafted, out=vector[:, first:by], casting="same_kind")
+        vector[:, by:history] = level[:, None] == self._levels
         vector[:, history : history + 2] = acceptance
         vector[:, history + 2 : history + 4] = last_round / self.depth
         vector[:, history + 4 :] = embedding
-        return np.clip(vector, -constants.SIGNAL_LIMIT, constants.SIGNAL_LIMIT, out=vector)
+        np.minimum(vector, constants.SIGNAL_LIMIT, out=vector)
+        return np.maximum(vector, -constants.SIGNAL_LIMIT, out=vector)
+
+    @cached_property
+    def _parts(self) -> tuple[int, int, int]:
+        """Where confidences, levels and history begin."""
+        first = self.index("confidence_0")
+        return first, first + self.depth, first + self.depth + self.num_levels
+
+    @cached_property
+    def _places_of_drafts(self) -> NDArray[np.int64]:
+        return np.arange(self.depth)
+
+    @cached_property
+    def _levels(self) -> NDArray[np.int64]:
+        return np.arange(self.num_levels)
 
 
 _DECAYS = np.array([FAST_DECAY, SLOW_DECAY], dtype=np.float32)

@@ -32,7 +32,7 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.trace_table import TraceTable
 
-WIDTHS, DEPTH, TOKENS = (3, 5), 4, 40
+WIDTHS, DEPTH, TOKENS = (3, 5), 4, 24
 COSTS = modelled_costs((0.4, 0.6), (1.0, 1.1), depth=DEPTH)
 PROMPT = torch.tensor([1, *map(ord, "abc abd abc")])
 
@@ -134,10 +134,10 @@ def test_serving_sees_and_does_what_the_recording_did(nested: NestedCausalLM, de
         assert kept.said[:count] == expected.said[:count], name
         drafted += sum(action > 0 for action in expected.said[:count])
         if sees != "signals":
-            less = Kept(policies(table)[[one[0] for one in policies(table)].index(name)][3])
+            less = Kept(next(one[3] for one in policies(table) if one[0] == name))
             served(nested, decoder, ServedDrafts(name, schema, levels, policy.verify_bit_widths, less, sees))
             assert less.said == kept.said, f"{name} sees more than it says"
-    assert drafted > 40
+    assert drafted > 30
 
 
 def first_mixed(said: list[int]) -> int:
@@ -151,12 +151,13 @@ def first_mixed(said: list[int]) -> int:
 
 
 def test_a_bandit_learns_from_text_to_text_and_rows_do_not_mix(nested: NestedCausalLM) -> None:
-    context = context_of(recorded(nested, "hf"), COSTS)
+    decoder = default_decoder(nested)[0]
+    context = context_of(recorded(nested, decoder), COSTS)
     policy = Bandit(0.02).bind(context)
     levels = torch.tensor(WIDTHS)[:, None].expand(-1, nested.num_units).contiguous()
     bandit = ServedDrafts("bandit", context.schema, levels, torch.full((nested.num_units,), 8), policy, "nothing")
     for _ in range(3):
-        served(nested, "hf", bandit)
+        served(nested, decoder, bandit)
     assert policy._arm is None, "the policy itself plays no row"  # type: ignore[attr-defined]
     assert (policy._arms._count > 0.5).sum() > 3, "arms were tried and counted"  # type: ignore[attr-defined]
 
