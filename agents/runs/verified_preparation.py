@@ -5,6 +5,7 @@ Recording and costs are kept in the run's directory, so that a resume finds the 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ TRACES_FOLDER, COSTS_FILE = "traces", "costs.json"
 _COSTS_VERSION = 1
 _CONTEXT_TOKENS = 64
 _MOST_RECORDERS = 4
+# The same step timed in two ways, as a log ratio. One of them asks a policy.
+_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,12 @@ def _costs(config: TrainConfig, model: NestedCausalLM, traces: Traces, path: Pat
         confidence_ms=confidence_ms,
     )
     session.close()
+    of_itself = costs.verify_ms[0] / costs.full_ms
+    if plan.verify_width == max(model.bit_widths) and abs(math.log(of_itself)) > _TOLERANCE:
+        say(
+            f"the clock disagrees with itself: a step took {of_itself:.2f} of its own time; what is judged by these "
+            f"times is unreliable: delete {path} when the machine is quiet, and start a new run with --traces"
+        )
     write_json(path, {"version": _COSTS_VERSION, "recording": plan.digest(), "costs": costs.to_dict()})
     return costs
 
