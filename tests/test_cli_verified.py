@@ -17,7 +17,7 @@ from flexquant_rl.agents.evaluation import evaluate
 from flexquant_rl.agents.runs import verified_ppo, verified_run
 from flexquant_rl.engine.control.artefact import load_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
-from flexquant_rl.engine.control.drafting_rules import RULES, FixedRounds, Plain, ProductStop
+from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, RULES, FixedRounds, Plain, ProductStop
 from flexquant_rl.engine.model import NestedCausalLM
 
 TINY_DRAFTS = (
@@ -85,7 +85,7 @@ class TestRun:
             assert row["speedup_modelled"] <= rows["clairvoyant"]["speedup_modelled"] + 1e-9
         said = " ".join(result["findings"])
         assert "the learned policy (2 training seeds)" in said
-        assert "the best fixed rounds, fixed:level=" in said
+        assert "the best fixed rounds, fixed:width=" in said
         assert "the best tuned rule, " in said
         assert "exported is " in said
 
@@ -103,7 +103,7 @@ class TestRun:
         assert finished.code == 0
         files = tree(folder / "run")
         assert {"config.json", "costs.json", "eval.jsonl", "report.md", "drafts.png"} <= files.keys()
-        rules = [f"rules/{kind.family}" for kind in (Plain, *RULES)]
+        rules = [f"rules/{kind.family}" for kind in EVERY_RULE]
         places = ["policy", "seeds/0/policy", "seeds/1/policy", *rules]
         assert {f"{place}/{name}" for place in places for name in FILES} <= files.keys()
         assert leftovers(files) == []
@@ -187,7 +187,7 @@ def test_a_recording_that_exists(
     assert "--verified.tokens is for a recording made here" in error
     own = [option for option in TINY_DRAFTS if not str(option).startswith("--verified.tokens")][2:]
     learning = own[own.index("--env-steps") :]
-    monkeypatch.setattr(verified_run, "RULES", (FixedRounds, ProductStop))
+    monkeypatch.setattr(verified_run, "EVERY_RULE", (Plain, FixedRounds, ProductStop))
     leave_out_the_clock(monkeypatch)
     start = ("--model", tiny_model_dir, "--task", "verified", *learning, "--verified.live-prompts", 0)
     taken = run(train.main, *start, "--traces", traces, "--run", tmp_path / "run", "--seeds", 1).result

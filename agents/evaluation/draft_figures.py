@@ -79,19 +79,19 @@ def _draw_modelled(axes: Axes, rows: Sequence[DraftRow], places: np.ndarray) -> 
             linestyle="none",
         )
     axes.set_yticks(places.tolist(), [_label(row) for row in rows], fontsize=9)
-    _dress_speeds(axes, "speed over plain decoding, by the cost table")
+    _dress_speeds(axes, len(rows), "speed over plain decoding, by the cost table")
 
 
 def _draw_measured(axes: Axes, rows: Sequence[DraftRow], places: np.ndarray) -> None:
     for row, place in zip(rows, places, strict=True):
         if row.speedup_measured is not None:
             axes.plot([row.speedup_measured], [place], color=_colour(row), marker="D", markersize=6.5)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(places.tolist(), [""] * len(rows))
-    _dress_speeds(axes, "the same, by the clock")
+    _dress_speeds(axes, len(rows), "the same, by the clock")
 
 
-def _dress_speeds(axes: Axes, label: str) -> None:
+def _dress_speeds(axes: Axes, num_rows: int, label: str) -> None:
+    axes.set_ylim(-0.6, num_rows - 0.4)
     axes.axvline(1, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.grid(axis="both", linewidth=0.6)
     axes.set_xlabel(label)

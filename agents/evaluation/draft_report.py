@@ -163,7 +163,7 @@ def _method(rows: Sequence[DraftRow]) -> list[str]:
     if any(row.speedup_measured is not None for row in rows):
         lines.append(
             "By the clock, policies continue some of the test prompts greedily, in turns with plain decoding; of each "
-            "prompt the median over turns counts. It is never in one column with the cost table."
+            "step the median over turns counts. It is never in one column with the cost table."
         )
     return lines
 

@@ -27,7 +27,7 @@ class DraftRow:
     """What one policy needed for the test sequences.
 
     Attributes:
-        policy: Name, e.g. `confidence:level=0,threshold=0.4,length=8`, `ppo`, `clairvoyant`.
+        policy: Name, e.g. `confidence:width=3,threshold=0.4,length=8`, `ppo`, `clairvoyant`.
         family: The rule's, `plain`, `ppo` or `clairvoyant`.
         kind: What it is: plain decoding, a tuned rule, a learned policy, the bound.
         seed: Training seed of a learned policy, else None.

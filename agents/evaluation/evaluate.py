@@ -292,7 +292,8 @@ def measured_time_shares(
     that dear tokens count as they are.
 
     A policy of drafts has no say in a text that is given: it continues the windows' prompts greedily, for as many
-    tokens or to the end of its text, and its time is per token. Of each prompt the median over rounds counts.
+    tokens or to the end of its text, and its time is per token. Its steps are the same in every round, so medians are
+    taken alike; of a policy that learns on the way the median of whole turns counts.
 
     Args:
         model: The model.
@@ -317,7 +318,7 @@ def measured_time_shares(
         controller = controllers[which]
         for parent, prompt, window in zip(parents, prompts, windows, strict=True):
             if isinstance(controller, DraftController):
-                times.append(_drafted_ms(parent.fork(), controller, prompt, window[:first], num_steps))
+                times += _drafted_ms(parent.fork(), controller, prompt, window[:first], num_steps)
                 continue
             runner = PolicyRunner(parent.fork(), controller, Replay(window[None, first:]))
             runner.begin(prompt, torch.tensor([contestants[which][1]]))
@@ -335,28 +336,36 @@ def measured_time_shares(
             turns[which].append(turn_ms(which))
     for parent in parents:
         parent.close()
-    full_ms, *own_ms = (sum(map(statistics.median, zip(*own, strict=True))) for own in turns)
+    full_ms, *own_ms = map(_usual_ms, turns)
     return [ms / full_ms for ms in own_ms]
 
 
 def _drafted_ms(
     decoder: Decoder, controller: DraftController, prompt: StepOutput, prompt_ids: Tensor, num_tokens: int
-) -> float:
-    """Wall clock of `num_tokens` tokens behind a prompt that a decoder holds, drafted and verified greedily."""
+) -> list[float]:
+    """Wall clock of the steps of a greedy text behind a prompt that a decoder holds, as if it had `num_tokens`."""
     runner = PolicyRunner(decoder, controller)
     runner.begin(prompt, torch.ones(1))
     rounds, eos = Rounds(decoder, controller, Sampler(1)), tuple(decoder.model.eos_token_ids)
     rounds.begin(0, prompt_ids.tolist(), int(runner.upcoming_token_ids), eos_token_ids=eos)
-    done, elapsed_ms, has_ended = 0, 0.0, False
+    done, has_ended = 0, False
+    times_ms: list[float] = []
     while done < num_tokens and not has_ended:
         settled: list[Settled | None] = []
         wanted = num_tokens - done
-        elapsed_ms += clock_ms(_kept(settled, rounds, wanted), decoder.model.device)
+        times_ms.append(clock_ms(_kept(settled, rounds, wanted), decoder.model.device))
         if settled[0] is not None:
             done += len(settled[0].token_ids)
             has_ended = bool(set(settled[0].token_ids) & set(eos))
     decoder.close()
-    return elapsed_ms * num_tokens / done
+    return [ms * num_tokens / done for ms in times_ms]
+
+
+def _usual_ms(turns: Sequence[Sequence[float]]) -> float:
+    """Time of a turn: of each step the median over turns, or of whole turns where their steps differ."""
+    if len({len(turn) for turn in turns}) == 1:
+        return float(sum(map(statistics.median, zip(*turns, strict=True))))
+    return float(statistics.median(map(sum, turns)))
 
 
 def _kept(settled: list[Settled | None], rounds: Rounds, num_wanted: int) -> Callable[[], None]:

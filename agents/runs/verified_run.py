@@ -35,7 +35,7 @@ from flexquant_rl.agents.runs.verified_ppo import seen_by, train_drafts
 from flexquant_rl.agents.runs.verified_preparation import PreparedDrafts, longest_first, prepare_drafts
 from flexquant_rl.engine.control.artefact import CARD_FILE, load_policy, save_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_net, deploy_rule
-from flexquant_rl.engine.control.drafting_rules import RULES, Plain, rule_name
+from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, DraftingRule, Plain, rule_name
 from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.profile import unmeasured_profile
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
@@ -72,9 +72,13 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As it appears in tables."""
+        """As it appears in tables: a rule with the width of its level, which says more than its number."""
         rule = self.policy.facts.rule
-        return PPO.name if rule is None else rule_name(rule)
+        if rule is None:
+            return PPO.name
+        level = getattr(rule, "level", None)
+        width = None if level is None else float(self.policy.level_bit_widths[level].double().mean())
+        return rule_name(rule) if width is None else rule_name(rule).replace(f"level={level}", f"width={width:g}")
 
     @property
     def family(self) -> str:
@@ -96,7 +100,7 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
     prepared = prepare_drafts(config, run_dir)
     rules = [
         _tuned_rule(config, prepared, kind, run_dir / RULES_FOLDER / kind.family)
-        for kind in track((Plain, *RULES), "tuning rules")
+        for kind in track(EVERY_RULE, "tuning rules")
     ]
     start = max(rules[1:], key=lambda one: one.speedup_validation)
     seeds = [
@@ -132,7 +136,7 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
     }
 
 
-def _tuned_rule(config: TrainConfig, prepared: PreparedDrafts, kind: Any, directory: Path) -> Candidate:
+def _tuned_rule(config: TrainConfig, prepared: PreparedDrafts, kind: type[DraftingRule], directory: Path) -> Candidate:
     """The fastest setting of a family on training and validation sequences, kept as an exported policy."""
     found = _kept(prepared, directory)
     if found is not None:

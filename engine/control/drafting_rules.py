@@ -406,6 +406,8 @@ RULES: tuple[type[DraftingRule], ...] = (
     Bandit,
 )
 """Every family that is tuned, in the order of tables."""
+EVERY_RULE: tuple[type[DraftingRule], ...] = (Plain, *RULES)
+"""Plain decoding before them."""
 
 
 def rule_to_dict(rule: DraftingRule) -> dict[str, Any]:
@@ -420,8 +422,7 @@ def rule_from_dict(data: Mapping[str, Any], schema: VerifiedSchema) -> DraftingR
     Raises:
         KeyError, TypeError, ValueError: If it is no rule of these observations.
     """
-    every: tuple[type[DraftingRule], ...] = (Plain, *RULES)
-    kinds = {kind.family: kind for kind in every}
+    kinds = {kind.family: kind for kind in EVERY_RULE}
     kind, parameters = kinds[data["family"]], dict(data["parameters"])
     hints = get_type_hints(kind)
     for name, value in parameters.items():

@@ -34,7 +34,7 @@ from flexquant_rl.fq_env.trace_table import TraceTable
 
 WIDTHS, DEPTH, TOKENS = (3, 5), 4, 24
 COSTS = modelled_costs((0.4, 0.6), (1.0, 1.1), depth=DEPTH)
-PROMPT = torch.tensor([1, *map(ord, "abc abd abc")])
+PROMPT = torch.tensor([1, *map(ord, "abc abe abc")])
 
 
 @pytest.fixture(autouse=True)
