@@ -6,7 +6,8 @@ Imports nothing that is slow.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
@@ -20,11 +21,27 @@ from flexquant_rl.fq_env.config import EnvConfig
 
 Device = Literal["cpu", "cuda"]
 Latency = Literal["measured", "roofline"]
-
+Task = Literal["lossy", "verified"]
 
 BASELINES = ("random", "entropy", "schedule", "regressor", "untrained")
 """Families that are tuned beside the policy, from cheap to dear; static allocations and fixed widths always compete."""
 _LEAST_WINDOWS = 10
+_ENV_STEPS: dict[Task, int] = {"lossy": 36_864, "verified": 400_000}
+_OF_LOSSY = (
+    *("profile", "validation_sequences", "test_sequences", "importance_windows", "time_budgets", "baselines"),
+    *("oracle_masks", "long_tokens", "num_dials", "env", "ppo"),
+)
+_OF_VERIFIED = ("traces", "verified")
+"""Options of one task alone."""
+
+
+def _check_bounds(config: object, prefix: str, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raises InputError on a field outside its bounds, both included, or infinite."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if not low <= value <= high or math.isinf(value):
+            limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
+            raise InputError(f"{prefix}.{name}={value:g} must be {limit}; change --{prefix}.{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)
@@ -57,16 +74,77 @@ class PPOConfig:
         bounds |= {"num_epochs": (1, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
         bounds |= {name: (0, math.inf) for name in ("entropy_coefficient", "value_coefficient")}
         bounds |= {name: (1e-12, math.inf) for name in ("learning_rate", "clip_range")}
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high or math.isinf(value):
-                limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
-                raise InputError(f"ppo.{name}={value:g} must be {limit}; change --ppo.{name.replace('_', '-')}")
+        _check_bounds(self, "ppo", bounds)
+
+
+@dataclass(frozen=True)
+class VerifiedPPOConfig:
+    """How a policy of drafts is trained."""
+
+    num_envs: int = 128
+    """Recorded sequences in lockstep."""
+    rollout_steps: int = 32
+    """Steps of each row between updates."""
+    batch_size: int = 512
+    """Transitions of a gradient step."""
+    num_epochs: int = 10
+    """Times that a rollout is gone through."""
+    learning_rate: float = 2e-3
+    """At the beginning; falls to 0 in a straight line."""
+    gamma: float = 0.9
+    """Discount of a step: what a draft gains is known within its round."""
+    gae_lambda: float = 0.95
+    """Decay of the advantage estimates."""
+    entropy_coefficient: float = 0.01
+    """Weight of the policy entropy."""
+
+    def validate(self) -> None:
+        """Raises InputError on values that PPO cannot learn with."""
+        bounds: dict[str, tuple[float, float]] = dict.fromkeys(("num_envs", "num_epochs"), (1, math.inf))
+        bounds |= dict.fromkeys(("rollout_steps", "batch_size"), (2, math.inf))
+        bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coefficient": (0, math.inf)}
+        _check_bounds(self, "verified.ppo", bounds | {"learning_rate": (1e-12, math.inf)})
+
+
+@dataclass(frozen=True)
+class VerifiedConfig:
+    """What is recorded for --task verified, and how policies of drafts are trained on it."""
+
+    tokens: int = 4000
+    """Tokens to record in all; fewer where texts end by themselves."""
+    widths: tuple[int, ...] = (3, 4, 5, 6)
+    """Widths that draft."""
+    depth: int = 8
+    """Tokens drafted from every position: drafts of a round at most."""
+    verify_width: int = 8
+    """Width that the output equals."""
+    prompt_tokens: int = 64
+    """Tokens of a prompt."""
+    max_new_tokens: int = 96
+    """Tokens of a continuation at most; end-of-text tokens end it earlier."""
+    live_prompts: int = 2
+    """Test prompts that every policy continues by the clock, beside plain decoding; 0 leaves the clock out."""
+    ppo: VerifiedPPOConfig = field(default_factory=VerifiedPPOConfig)
+    """Learning."""
+
+    def validate(self) -> None:
+        """Raises InputError on values that make no recording of any model."""
+        for name, least in (("tokens", 1), ("depth", 1), ("prompt_tokens", 1), ("max_new_tokens", 2)):
+            if getattr(self, name) < least:
+                option = f"--verified.{name.replace('_', '-')}"
+                raise InputError(f"verified.{name}={getattr(self, name)} must be at least {least}; change {option}")
+        if self.live_prompts < 0:
+            raise InputError(f"verified.live_prompts={self.live_prompts} must not be negative; 0 leaves the clock out")
+        self.ppo.validate()
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run's result; saved as `config.json`."""
+
+    task: Task = "lossy"
+    """lossy: the widths chosen are the widths used; verified: low widths draft, and nothing is lost against
+    --verified.verify-width. Options of the one are refused with the other."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
@@ -76,8 +154,9 @@ class TrainConfig:
     """Field of the rows of .jsonl files that is the text, outer.inner for one inside another; default: all of them."""
     seeds: int = 2
     """Policies trained, each with its own seed."""
-    env_steps: int = 36_864
-    """Environment steps per seed; rounded up to whole rollouts."""
+    env_steps: int | None = None
+    """Environment steps per seed; rounded up to whole rollouts. Default: 36,864; with --task verified, whose steps need
+    no model, 400,000."""
     seed: int = 0
     """First seed."""
     device: Device = "cpu"
@@ -115,6 +194,15 @@ class TrainConfig:
     """Episodes and reward."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Learning."""
+    traces: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """With --task verified: a recording of the model by `fq record`; default: one is made in the run's directory."""
+    verified: VerifiedConfig = field(default_factory=VerifiedConfig)
+    """Drafts."""
+
+    @property
+    def steps_per_seed(self) -> int:
+        """The environment steps, the default filled in."""
+        return _ENV_STEPS[self.task] if self.env_steps is None else self.env_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +240,10 @@ def check_device(device: str) -> None:
 def check_config(config: TrainConfig) -> None:
     """Raises InputError on values that make no run."""
     check_field_types(config)
+    _check_task(config)
     for name in ("seeds", "env_steps", "validation_sequences", "test_sequences", "num_dials"):
         value = getattr(config, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"{name}={value} must be at least 1; give --{name.replace('_', '-')} 1 or more")
     if not 0 <= config.seed <= 2**32 - config.seeds:
         raise InputError(f"seed={config.seed} is not one that NumPy takes; use 0 to {2**32 - config.seeds}")
@@ -201,3 +290,23 @@ def check_config(config: TrainConfig) -> None:
     config.quantization.validate()
     config.env.validate()
     config.ppo.validate()
+    config.verified.validate()
+
+
+def _check_task(config: TrainConfig) -> None:
+    """Raises InputError on a task that there is none of, or on options of the other one."""
+    if config.task not in get_args(Task):
+        raise InputError(f"task={config.task} is not known; choose one of {', '.join(get_args(Task))}")
+    default = TrainConfig()
+    for name in _OF_LOSSY if config.task == "verified" else _OF_VERIFIED:
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            shown = "" if is_dataclass(value) else f" {value}"
+            other = "lossy" if config.task == "verified" else "verified"
+            option = f"--{name.replace('_', '-')}{'.*' if is_dataclass(value) else ''}{shown}"
+            raise InputError(f"{option} is for --task {other}, and the task is {config.task}; leave it out")
+    if config.task == "verified" and config.latency == "roofline":
+        raise InputError(
+            "--latency roofline counts the bytes of a step, and has no time for a pass over several tokens; leave it "
+            "out: drafts and passes are timed on this device"
+        )

@@ -12,15 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE, load_policy
-from flexquant_rl.engine.control.policy import DeployedPolicy, LearnedPolicy, PolicyCard
+from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE, DeployedPolicy, load_policy
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import check_field_types, shown
-from flexquant_rl.engine.files import file_sha256, new_directory
+from flexquant_rl.engine.files import file_sha256, new_directory, read_json
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 PARITY_OBSERVATIONS = 1000
+RULES_FOLDER = "rules"
+"""Where a run of drafts keeps the rules that it has tuned, each an exported policy."""
 
 
 def check_parity(
@@ -31,20 +34,60 @@ def check_parity(
     Args:
         exported: Directory of the artefact.
         observations: `[n, dim]` float32, recorded from an environment.
-        predict: SB3's deterministic prediction: observations -> indices of widths `[n, U]`.
+        predict: SB3's deterministic prediction: observations -> indices of widths `[n, U]`; of drafts actions `[n]`.
 
     Raises:
-        RuntimeError: If a single width differs.
+        RuntimeError: If a single width or action differs.
     """
-    policy = load_policy(exported)
-    ours = policy(observations).bit_widths
-    theirs = torch.tensor(policy.card.schema.bit_widths)[torch.as_tensor(predict(observations.numpy()))]
+    policy, predicted = load_policy(exported), torch.as_tensor(predict(observations.numpy()))
+    if isinstance(policy, DeployedDrafts):
+        ours, theirs = torch.as_tensor(policy.decide(observations.numpy())), predicted
+    else:
+        ours, theirs = policy(observations).bit_widths, torch.tensor(policy.card.schema.bit_widths)[predicted]
     differing = int((ours != theirs).sum())
     if differing:
+        what = "actions" if isinstance(policy, DeployedDrafts) else "widths"
         raise RuntimeError(
-            f"{exported}: {differing} of {ours.numel()} widths differ from the trained policy's on recorded "
+            f"{exported}: {differing} of {ours.numel()} {what} differ from the trained policy's on recorded "
             "observations"
         )
+
+
+def export_again(source: Path, out: Path, repair: str = "export it again with `fq export`") -> DeployedPolicy:
+    """Copies an exported policy to a new directory, read back before it gets its name.
+
+    Args:
+        source: Its directory, as that of a rule that a run of drafts has tuned.
+        out: New directory.
+        repair: What to do about damaged or missing files, as the error says it.
+
+    Raises:
+        InputError: If its files are damaged, or if `out` is not empty.
+    """
+    load_policy(source, repair=repair)
+    with new_directory(out) as directory:
+        _copy(source, directory)
+        return load_policy(directory, name=out.name)
+
+
+def export_drafts_run(run_dir: Path, out: Path) -> DeployedPolicy:
+    """`export_again` for the policy that a finished run of drafts has chosen.
+
+    Raises:
+        InputError: If the run has no policy yet, or as `export_again`.
+    """
+    source = run_dir / "policy"
+    again = f"python train.py --resume {run_dir}"
+    if not (source / CARD_FILE).is_file():
+        raise InputError(f"{run_dir} holds no finished policy; finish it with: {again}")
+    return export_again(source, out, f"delete {source} and have it made again with: {again}")
+
+
+def _copy(source: Path, directory: Path) -> None:
+    for name in (WEIGHTS_FILE, PROFILE_FILE, CARD_FILE):
+        shutil.copyfile(source / name, directory / name)
+        if (directory / name).read_bytes() != (source / name).read_bytes():
+            raise RuntimeError(f"{directory / name} does not hold what was copied from {source / name}")
 
 
 def export_run(run_dir: Path, out: Path) -> LearnedPolicy:
@@ -63,10 +106,7 @@ def export_run(run_dir: Path, out: Path) -> LearnedPolicy:
     load_policy(source, repair=repair)
     checked = _checked_seed(run_dir, source, repair)
     with new_directory(out) as directory:
-        for name in (WEIGHTS_FILE, PROFILE_FILE, CARD_FILE):
-            shutil.copyfile(source / name, directory / name)
-            if (directory / name).read_bytes() != (source / name).read_bytes():
-                raise RuntimeError(f"{directory / name} does not hold what was copied from {source / name}")
+        _copy(source, directory)
         policy = _learned(load_policy(directory, name=out.name), directory, repair)
         generator = torch.Generator().manual_seed(0)
         signals = 2 * torch.randn(PARITY_OBSERVATIONS, checked.card.schema.dim, generator=generator)
@@ -119,6 +159,15 @@ def policy_directory(path: Path) -> Path:
     return path / "policy" if is_run else path
 
 
+def exports_drafts(path: Path) -> bool:
+    """Whether a directory, or the run that it is, holds a policy of drafts. What is wrong with it loading will say."""
+    try:
+        data = read_json(policy_directory(path) / CARD_FILE)
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("kind") == "drafts"
+
+
 def load_exported(directory: Path, name: str | None = None) -> ExportedPolicy:
     """Loads an exported policy and the profile beside it.
 
@@ -155,6 +204,8 @@ def load_exported_together(directories: Mapping[str, Path]) -> dict[str, Exporte
     """
     exported = {name: load_exported(directory, name) for name, directory in directories.items()}
     hashes = {name: file_sha256(policy.directory / PROFILE_FILE) for name, policy in exported.items()}
+    # That of a policy of drafts says nothing: it looks at no sensitivities.
+    hashes = {name: sha256 for name, sha256 in hashes.items() if exported[name].profile.num_tokens}
     first = next(iter(hashes), "")
     for name, sha256 in hashes.items():
         if sha256 != hashes[first]:

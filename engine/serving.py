@@ -18,12 +18,14 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
-from flexquant_rl.engine.control.drafts import DraftPolicy, FixedDrafts
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
+from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
 from flexquant_rl.engine.decoding.decoder import check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
@@ -259,14 +261,14 @@ def generate(
 
 def check_policy(policy: Policy | DraftPolicy, model: NestedCausalLM) -> None:
     """Raises InputError if a policy is one of another model, or has fixed widths that this model has not."""
-    if isinstance(policy, LearnedPolicy | StaticPolicy):
+    if isinstance(policy, LearnedPolicy | StaticPolicy | DeployedDrafts):
         policy.card.check_model(model.fingerprint, Path(policy.name))
     if isinstance(policy, StaticAllocation):
         check_bit_widths(policy.bit_widths, model.bit_widths, model.num_units)
     if isinstance(policy, DraftPolicy):
         check_bit_widths(policy.verify_bit_widths, model.bit_widths, model.num_units)
-    if isinstance(policy, FixedDrafts):
-        check_bit_widths(policy.draft_bit_widths, model.bit_widths, model.num_units)
+    if isinstance(policy, ServedDrafts):
+        check_bit_widths(policy.level_bit_widths, model.bit_widths, model.num_units)
 
 
 def encode(model: NestedCausalLM, text: str) -> Tensor:

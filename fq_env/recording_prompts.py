@@ -10,7 +10,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.traces import PlannedSequence
+from flexquant_rl.engine.control.recording import check_plan
+from flexquant_rl.engine.control.traces import PlannedSequence, RecordingPlan
+from flexquant_rl.engine.decoding.choice import default_decoder
+from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.prompts import PromptWindows, Split, load_windows, spread
@@ -18,6 +21,57 @@ from flexquant_rl.fq_env.prompts import PromptWindows, Split, load_windows, spre
 SHARES: dict[Split, float] = {"train": 0.5, "validation": 0.2, "test": 0.3}
 """Parts of a recording. More is judged than in the lossy mode: a sequence has few independent rounds."""
 _DEFAULT_SOURCE = "stdlib"
+
+
+def plan_recording(
+    model: NestedCausalLM,
+    texts: Sequence[Path],
+    *,
+    decoder: DecoderName,
+    verify_width: int,
+    widths: Sequence[int],
+    depth: int,
+    tokens: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    text_field: str | None = None,
+) -> RecordingPlan:
+    """What a recording of a model holds, checked before its text is read.
+
+    Args:
+        model: The model.
+        texts: As for `plan_sequences`.
+        decoder: Whose arithmetic; `auto`: lean where it can run the model.
+        verify_width: Width of the continuations.
+        widths: Those that draft.
+        depth: Tokens drafted from every position.
+        tokens: Tokens to record in all.
+        prompt_tokens: Tokens of a prompt.
+        max_new_tokens: Tokens of a continuation at most.
+        text_field: As for `plan_sequences`.
+
+    Raises:
+        InputError: If the model cannot be recorded like that, or as `plan_sequences`.
+    """
+    plan = RecordingPlan(
+        fingerprint=model.fingerprint,
+        decoder=default_decoder(model)[0] if decoder == "auto" else decoder,
+        verify_width=verify_width,
+        draft_widths=tuple(sorted(set(widths))),
+        depth=depth,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=tuple(model.eos_token_ids),
+        sequences=(),
+    )
+    check_plan(plan, model)
+    sequences = plan_sequences(
+        model,
+        texts,
+        num_sequences=-(-tokens // max_new_tokens),
+        prompt_tokens=prompt_tokens,
+        text_field=text_field,
+    )
+    return plan.of_sequences(sequences)
 
 
 def plan_sequences(

@@ -13,13 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS, SIGNAL_LIMIT
+from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS
 from flexquant_rl.engine.control.verified_signals import (
     ACCEPTANCE_AT_START,
-    FAST_DECAY,
-    SLOW_DECAY,
     Observations,
     VerifiedSchema,
+    next_acceptance,
     next_entropy_average,
     scaled_outputs,
 )
@@ -158,22 +157,17 @@ class TraceRounds:
 
     def observations(self) -> Observations:
         """The same as an array."""
-        depth = self.table.depth
         position = self._place - self.table.first[self._sequence] + self._pending
-        drafted = np.arange(depth) < self._pending[:, None]
-        waiting = np.where(drafted, self._confidences, 1)
-        of_round = [self.can_draft(), self._pending / depth, waiting.prod(-1), waiting.min(-1)]
-        parts = [
+        return self.schema.assemble(
             scaled_outputs(self._newest, self._ema, position),
-            np.stack(of_round, axis=1),
-            np.where(drafted, self._confidences, 0),
-            self._level[:, None] == np.arange(self.table.num_levels),
-            self._acceptance,
-            self._last_round / depth,
-            self.table.embedding[self._embedding_row],
-        ]
-        vector = np.concatenate(parts, axis=1, dtype=np.float32)
-        return np.clip(vector, -SIGNAL_LIMIT, SIGNAL_LIMIT, out=vector)
+            can_draft=self.can_draft(),
+            num_pending=self._pending,
+            confidences=self._confidences,
+            level=self._level,
+            acceptance=self._acceptance,
+            last_round=self._last_round,
+            embedding=self.table.embedding[self._embedding_row],
+        )
 
     def coloured(self, row: int) -> str:
         """Traces have tokens, not text."""
@@ -208,9 +202,8 @@ class TraceRounds:
         emitted = np.minimum(accepted + 1, left)
         had_any = drafted > 0
         tried = rows[had_any]
-        share = (accepted[had_any] / drafted[had_any]).astype(np.float32)[:, None]
-        decay = np.array([FAST_DECAY, SLOW_DECAY], dtype=np.float32)
-        self._acceptance[tried] = decay * self._acceptance[tried] + (1 - decay) * share
+        share = (accepted[had_any] / drafted[had_any])[:, None]
+        self._acceptance[tried] = next_acceptance(self._acceptance[tried], share)
         self._last_round[tried] = np.stack([drafted, accepted], axis=1)[had_any]
         self._place[rows] += emitted
         self._begin_round(rows)

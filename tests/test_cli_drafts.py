@@ -73,8 +73,3 @@ def test_quiet_is_the_text_alone(nested: Path) -> None:
 )
 def test_mistakes(nested: Path, options: tuple[object, ...], said: str) -> None:
     assert said in generate(nested, *options).error
-
-
-def test_drafts_are_not_exported(nested: Path, tmp_path: Path) -> None:
-    error = run(cli.main, "export", "draft:3", tmp_path / "out", "--model", nested).error
-    assert "policy 'draft:3' drafts" in error

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from flexquant_rl.agents.commands.options import GenerateOptions
+from flexquant_rl.agents.export import exports_drafts
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.progress import say
+from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.drafts import FixedDrafts
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
 from flexquant_rl.engine.errors import InputError
@@ -33,10 +36,12 @@ def asked_policy(options: GenerateOptions) -> str:
         raise InputError("no policy is named; give --policy DIR or NAME, or --verify-width 8 for drafts without loss")
     drafts = _DEFAULT if options.policy is None else parse_drafts(options.policy)
     if drafts is None:
+        assert options.policy is not None
+        if exports_drafts(Path(options.policy)):
+            return options.policy
         for option, value in (("verify-width", width), ("ngram-drafts", options.ngram_drafts or None)):
             if value is not None:
                 raise InputError(f"--{option} {value} is for drafts, and {options.policy} makes none; try draft:3")
-        assert options.policy is not None
         return options.policy
     if width is None:
         return policy_name(drafts)
@@ -47,8 +52,18 @@ def asked_policy(options: GenerateOptions) -> str:
     return policy_name(replace(drafts, verify=width))
 
 
+def check_verify_width(policy: DeployedPolicy, options: GenerateOptions) -> None:
+    """Raises InputError if drafts from a directory are asked for another width than they were made for."""
+    width = options.verify_width
+    if isinstance(policy, DeployedDrafts) and width is not None and policy.verify_width != width:
+        raise InputError(
+            f"--verify-width {width}, but {policy.name} verifies at {policy.verify_width}; leave the option out, or "
+            f"train for it with --task verified --verified.verify-width {width}"
+        )
+
+
 def draft_results(
-    policy: FixedDrafts,
+    policy: DeployedDrafts,
     tokens: Sequence[GeneratedToken],
     generate: Callable[[StaticAllocation, int], Iterator[GeneratedToken]],
     *,
@@ -69,7 +84,7 @@ def draft_results(
     compared = tokens[: len(plain)]
     plain_ms, draft_ms = (sum(token.latency_ms for token in run[1:]) for run in (plain, compared))
     same = [token.token_id for token in plain] == [token.token_id for token in compared]
-    width = int(policy.verify_bit_widths.max())
+    width = policy.verify_width
     accepted = " ".join(f"{share:.2f}" for share in counts.acceptance_by_position) or "none"
     say(
         f"drafts accepted by position: {accepted}; {counts.tokens_per_pass:.2f} tokens per verify pass; "

@@ -8,11 +8,11 @@ from pathlib import Path
 from flexquant_rl.agents.commands.options import ExportOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import load_servable
-from flexquant_rl.agents.export import export_run
+from flexquant_rl.agents.export import export_again, export_drafts_run, export_run
+from flexquant_rl.agents.policies.drafts import parse_drafts
 from flexquant_rl.agents.policies.families import parse_policy
 from flexquant_rl.agents.runs.run import load_run
-from flexquant_rl.engine.control.artefact import save_policy
-from flexquant_rl.engine.control.policy import DeployedPolicy
+from flexquant_rl.engine.control.artefact import CARD_FILE, DeployedPolicy, save_policy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory
 
@@ -42,16 +42,18 @@ def _from_run(options: ExportOptions) -> DeployedPolicy:
         if value:
             raise InputError(f"--{name} is for a policy by name, and {options.policy} is a run; leave it out")
     run = Path(options.policy)
-    load_run(run)
-    return export_run(run, options.out)
+    if (run / CARD_FILE).is_file():
+        return export_again(run, options.out)
+    is_of_drafts = load_run(run).task == "verified"
+    return export_drafts_run(run, options.out) if is_of_drafts else export_run(run, options.out)
 
 
 def _from_name(options: ExportOptions) -> DeployedPolicy:
-    parse_policy(options.policy)  # before the model: a wrong name should not be found out after minutes
+    # Before the model: a wrong name should not be found out after minutes.
+    _ = parse_drafts(options.policy) or parse_policy(options.policy)
     if options.model is None:
         raise InputError(f"{options.policy} is a policy of some model; name the model with --model MODEL")
     check_new_directory(options.out)
     found = load_servable(options.model, options.policy, profile=options.profile, text=options.text)
-    assert isinstance(found.policy, DeployedPolicy), "parse_policy refuses drafts"
     save_policy(found.policy, found.profile, options.out)
     return found.policy

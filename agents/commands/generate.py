@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flexquant_rl.agents.commands.drafts import asked_policy, draft_results
+from flexquant_rl.agents.commands.drafts import asked_policy, check_verify_width, draft_results
 from flexquant_rl.agents.commands.options import GenerateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import load_servable
 from flexquant_rl.agents.config import check_device
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
+from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.dial import check_kl_weight
-from flexquant_rl.engine.control.drafts import DraftPolicy, FixedDrafts
-from flexquant_rl.engine.control.policy import DeployedPolicy, DialPoint, StaticPolicy
+from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.policy import DialPoint, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.decoding.options import check_num_threads
@@ -43,6 +45,7 @@ def generate(options: GenerateOptions) -> None:
         threads=options.threads,
         device=options.device,
     )
+    check_verify_width(found.policy, options)
     setting = _setting(found.policy, options)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
@@ -69,7 +72,7 @@ def generate(options: GenerateOptions) -> None:
     if options.quiet:
         return
     drafted: dict[str, object] = {}
-    if isinstance(found.policy, FixedDrafts):
+    if isinstance(found.policy, DeployedDrafts):
         drafted = draft_results(found.policy, printed.tokens, stream, is_greedy=not options.temperature)
     print_result(
         {
@@ -104,10 +107,10 @@ def _prompt(options: GenerateOptions) -> str:
         raise InputError(f"{where} cannot be read ({error.strerror}); give the name of a text file") from error
 
 
-def _setting(policy: DeployedPolicy | FixedDrafts, options: GenerateOptions) -> DialPoint | None:
+def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | None:
     """The setting of the dial: as given, for the speed asked for, or the middle one. None without a dial."""
     speed, kl_weight = options.speed, options.kl_weight
-    if isinstance(policy, StaticPolicy | FixedDrafts):
+    if isinstance(policy, StaticPolicy | DeployedDrafts):
         for name, value in (("speed", speed), ("kl-weight", kl_weight)):
             if value is not None:
                 raise InputError(

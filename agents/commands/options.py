@@ -156,9 +156,12 @@ class EvaluateOptions:
     model: Model
     """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = ("fixed:4", "fixed:8", "knapsack:4.5")
-    """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3), with more parameters as
-    key=value (entropy:1.5,one_way=true); runs of train.py; directories of exported policies; classes of your own, as
-    module:Class or module:Class:key=value,..., found from the current directory (docs/extending.md)."""
+    """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3, draft:3), with more parameters
+    as key=value (entropy:1.5,one_way=true or draft:3,length=4,verify=6); runs of train.py; directories of exported
+    policies; classes of your own, as module:Class or module:Class:key=value,..., found from the current directory
+    (docs/extending.md)."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
+    """New directory for a report with the table, its rows and a picture; default: the table is printed alone."""
     text: Files = ()
     """Text files; default: the held-out standard library."""
     text_field: str | None = None
@@ -177,8 +180,6 @@ class EvaluateOptions:
     threads: int | None = None
     """Threads of the timed steps, and of those that a measured profile holds; default: 1 with the lean decoder, else
     torch's number."""
-    mode: Literal["lossy"] = "lossy"
-    """Lossy decoding: the widths chosen are the widths used."""
     env: EnvConfig = field(default_factory=EnvConfig)
     """Episodes."""
 
@@ -188,7 +189,8 @@ class ExportOptions:
     """Writes a policy, of a run or by name, as files that need torch alone."""
 
     policy: Positional[PolicyName]
-    """Directory of a run of train.py, or a name (fixed:4, knapsack:4.5)."""
+    """Directory of a run of train.py or of a policy in it (RUN/rules/confidence), or a name (fixed:4, knapsack:4.5,
+    draft:3,length=4)."""
     out: Out
     """New directory."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.export import load_exported
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
@@ -19,12 +17,12 @@ from flexquant_rl.agents.policies.unbound import UnboundPolicy
 from flexquant_rl.agents.preparation import policy_context, prepare, profile_beside
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.drafts import FixedDrafts
-from flexquant_rl.engine.control.output_kl import reference_name
-from flexquant_rl.engine.control.policy import DeployedPolicy, PolicyCard, StaticPolicy
-from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
+from flexquant_rl.engine.control.policy import PolicyCard, StaticPolicy
+from flexquant_rl.engine.control.profile import Profile, unmeasured_profile
+from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
@@ -43,7 +41,7 @@ class Servable:
     """
 
     model: NestedCausalLM
-    policy: DeployedPolicy | FixedDrafts
+    policy: DeployedPolicy
     profile: Profile
 
 
@@ -107,13 +105,11 @@ def _one_width(model: NestedCausalLM, unbound: Fixed | Drafts) -> Servable:
     """One width for all units: nothing is weighed against anything, so no text is read. The profile says so."""
     schema = SignalSchema(model.num_units, model.bit_widths)
     policy = (
-        unbound.at_one_width(schema)
+        _deployed_drafts(model, unbound, unbound.at_one_width(schema))
         if isinstance(unbound, Drafts)
         else static_policy(model, unbound.allocation(schema))
     )
-    zeros = torch.zeros(model.num_units, len(model.bit_widths))
-    profile = Profile(roofline_cost(model), zeros, model.bit_widths, model.fingerprint, 0, reference_name(model))
-    return Servable(model, policy, profile)
+    return Servable(model, policy, unmeasured_profile(model))
 
 
 def _by_name(config: TrainConfig, unbound: UnboundPolicy | Drafts) -> Servable:
@@ -121,7 +117,8 @@ def _by_name(config: TrainConfig, unbound: UnboundPolicy | Drafts) -> Servable:
     prepared = prepare(config, None)
     if isinstance(unbound, Drafts):
         drafts = unbound.bind(policy_context(prepared))
-        return Servable(prepared.model.drop_reference(), drafts, prepared.profile)
+        model = prepared.model.drop_reference()
+        return Servable(model, _deployed_drafts(model, unbound, drafts), prepared.profile)
     bound = bind_policy(unbound, policy_context(prepared))
     if not isinstance(bound, StaticAllocation):
         raise InputError(
@@ -132,7 +129,17 @@ def _by_name(config: TrainConfig, unbound: UnboundPolicy | Drafts) -> Servable:
     return Servable(model_alone, static_policy(model_alone, bound), prepared.profile)
 
 
+def _deployed_drafts(model: NestedCausalLM, unbound: Drafts, served: ServedDrafts) -> DeployedDrafts:
+    """Drafts by name with the card that ties them to a model."""
+    card, facts = _card(model), DraftsFacts(unbound.rule)
+    levels, verify = served.level_bit_widths, served.verify_bit_widths
+    return deploy_rule(served.name, served.schema, levels, verify, card, facts)
+
+
+def _card(model: NestedCausalLM) -> PolicyCard:
+    return PolicyCard.of_model(model, {"quantization": asdict(model.config)})
+
+
 def static_policy(model: NestedCausalLM, allocation: StaticAllocation) -> StaticPolicy:
     """A static allocation with the card that ties it to a model."""
-    card = PolicyCard.of_model(model, {"quantization": asdict(model.config)})
-    return StaticPolicy(allocation.name, allocation.bit_widths, card)
+    return StaticPolicy(allocation.name, allocation.bit_widths, _card(model))

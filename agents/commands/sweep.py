@@ -33,6 +33,8 @@ from flexquant_rl.engine.errors import InputError
 def sweep(options: SweepOptions) -> None:
     """Starts or continues a sweep and prints the table and the JSON line."""
     if options.resume is None:
+        if options.config.task != "lossy":
+            raise InputError(f"--task {options.config.task}: a sweep is of the lossy task; use train.py --seeds")
         swept = parse_settings(options.settings)
         check_swept(options.config, swept)
         workers = _workers(options, options.config)

@@ -14,6 +14,7 @@ from flexquant_rl.agents.evaluation.report import ROWS_FILE, console_table
 from flexquant_rl.agents.evaluation.rows import read_rows
 from flexquant_rl.agents.runs.phases import evaluate_run, train_run
 from flexquant_rl.agents.runs.run import load_run, locked_run, new_run
+from flexquant_rl.agents.runs.verified_run import run_verified
 from flexquant_rl.engine.errors import InputError
 
 
@@ -40,10 +41,21 @@ def _program() -> str:
 def _finish(config: TrainConfig, run_dir: Path) -> None:
     """Runs what is left of a run."""
     try:
+        if config.task == "verified":
+            print_drafts(*run_verified(config, run_dir))
+            return
         result = evaluate_run(config, train_run(config, run_dir), run_dir)
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"continue with: {_program()} --resume {shlex.quote(str(run_dir))}") from interruption
     print_outcome(run_dir, result)
+
+
+def print_drafts(tables: str, result: dict[str, Any]) -> None:
+    """The tables of a run of drafts, its findings and the JSON line."""
+    print(tables)
+    for finding in result["findings"]:
+        print(f"- {finding}")
+    print_result(result)
 
 
 def print_outcome(run_dir: Path, result: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from flexquant_rl.agents.policies.families import STATIC
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
+from flexquant_rl.engine.control.drafts import DraftPolicy
 
 _GRID = 5
 _MAX_STEPS = 6
@@ -27,12 +28,31 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Contestant:
-    """One policy at one setting of the dial."""
+    """One policy at one setting of the dial.
+
+    Attributes:
+        family: Its family.
+        policy: What decides the widths that a text is read at.
+        kl_weight: The dial.
+        seed: Training seed of a learned policy.
+        drafts: A policy of drafts whose output is that of `policy`, its verify widths; it is what is timed.
+    """
 
     family: str
     policy: Policy
     kl_weight: float | None = None
     seed: int | None = None
+    drafts: DraftPolicy | None = None
+
+    @staticmethod
+    def of_drafts(family: str, drafts: DraftPolicy) -> Contestant:
+        """A policy of drafts: nothing is lost against its verify widths, so its KL is theirs."""
+        return Contestant(family, StaticAllocation(drafts.name, drafts.verify_bit_widths), drafts=drafts)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every step takes the same widths, and so the time that the latency table has for them."""
+        return self.drafts is None and isinstance(self.policy, StaticAllocation)
 
     @property
     def name(self) -> str:

@@ -105,8 +105,13 @@ def seed_groups(rows: Iterable[EvalRow], family: str) -> list[SeedGroup]:
 
 
 def drawable_rows(rows: Iterable[EvalRow]) -> list[EvalRow]:
-    """Rows with a modelled time and a KL that has a logarithm; the reference itself has none."""
-    return [row for row in rows if row.time_share_modelled is not None and 0 < row.output_kl_nats < math.inf]
+    """Rows with a time, modelled or measured, and a KL that has a logarithm; the reference itself has none."""
+    return [row for row in rows if has_time(row) and 0 < row.output_kl_nats < math.inf]
+
+
+def has_time(row: EvalRow) -> bool:
+    """Whether there is a modelled or a measured time."""
+    return row.time_share_modelled is not None or row.time_share_measured is not None
 
 
 def steps_unlike_static(rows: Sequence[EvalRow], family: str) -> str | None:

@@ -190,6 +190,8 @@ def _members(entries: Sequence[Entry]) -> dict[_Key, Contestant]:
 
 
 def _key(one: Contestant) -> _Key:
+    if one.drafts is not None:
+        return one.family, one.drafts.name
     if isinstance(one.policy, StaticAllocation):
         return tuple(one.policy.bit_widths.tolist())
     return one.family, one.seed, one.kl_weight, one.policy.name
@@ -231,6 +233,7 @@ def _rows(
                 time_budget=entry.time_budget,
                 time_share_measured=time,
                 documents=documents,
+                is_modelled=entry.first.drafts is None,
             )
         )
     return rows
@@ -294,7 +297,7 @@ def _clocked(
         prepared.profile,
         spread(windows, _TIMED_WINDOWS)[:, : env.window_tokens],
         env,
-        [(one.policy, one.kl_weight or 1.0) for one in asked],
+        [(one.drafts or one.policy, one.kl_weight or 1.0) for one in asked],
         num_threads=prepared.num_threads,
         progress=lambda rounds: track(rounds, "timing"),
     )
@@ -303,7 +306,7 @@ def _clocked(
     static = [
         (float(prepared.cost.time_share(one.policy.bit_widths)), share)
         for one, share in zip(asked, measured, strict=True)
-        if isinstance(one.policy, StaticAllocation)
+        if one.is_static and isinstance(one.policy, StaticAllocation)
     ]
     line = ClockLine.fit([modelled for modelled, _ in static], [share for _, share in static])
     return measured[: len(contestants)], line
@@ -320,7 +323,8 @@ def _check_clock(full_shares: Sequence[float]) -> None:
 
 
 def _plays(one: Contestant, bit_widths: Tensor) -> bool:
-    return isinstance(one.policy, StaticAllocation) and torch.equal(one.policy.bit_widths, bit_widths)
+    widths = one.policy.bit_widths if isinstance(one.policy, StaticAllocation) and one.is_static else None
+    return widths is not None and torch.equal(widths, bit_widths)
 
 
 def oracle_time_share(prepared: Prepared, config: OracleConfig) -> float:

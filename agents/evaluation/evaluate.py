@@ -14,13 +14,16 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.control.allocation_kl import TextFacts, allocation_facts
-from flexquant_rl.engine.control.controller import make_controller
+from flexquant_rl.engine.control.controller import DraftController, make_controller
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.rounds import Rounds, Settled
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.choice import open_session
-from flexquant_rl.engine.decoding.next_token import Replay
+from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
+from flexquant_rl.engine.decoding.next_token import Replay, Sampler
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
@@ -215,6 +218,7 @@ def summarise(
     time_budget: float | None = None,
     time_share_measured: float | None = None,
     documents: Sequence[int] | None = None,
+    is_modelled: bool = True,
 ) -> EvalRow:
     """One row of the table: means over all tokens, a bootstrap interval over documents.
 
@@ -228,6 +232,7 @@ def summarise(
         time_budget: See there.
         time_share_measured: See there.
         documents: The document of each sequence; default: each is its own.
+        is_modelled: Whether the trace has the policy's time; that of drafts is what a text costs without them.
     """
     shared = trace if isinstance(trace, SharedTrace) else SharedTrace(trace, trace, 0.0)
     per_sequence = shared.mean(lambda one: one.output_kl_nats).mean(1)
@@ -248,9 +253,9 @@ def summarise(
         perplexity=float(shared.mean(lambda one: one.token_nll_nats).mean().exp()),
         top1_agreement=float(shared.mean(lambda one: one.top1_agreement).mean()),
         differs_from_static=None,
-        time_share_modelled=time_share,
+        time_share_modelled=time_share if is_modelled else None,
         time_share_measured=time_share_measured,
-        speedup_modelled=1 / time_share,
+        speedup_modelled=1 / time_share if is_modelled else None,
         speedup_measured=None if time_share_measured is None else 1 / time_share_measured,
         num_sequences=len(per_sequence),
         num_tokens=shared.first.output_kl_nats.numel(),
@@ -273,7 +278,7 @@ def measured_time_shares(
     profile: Profile,
     windows: Tensor,
     config: EnvConfig,
-    policies: Sequence[tuple[Policy, float]],
+    policies: Sequence[tuple[Policy | DraftPolicy, float]],
     *,
     rounds: int = 21,
     num_threads: int | None = None,
@@ -286,6 +291,10 @@ def measured_time_shares(
     each token the median over rounds counts, so that a stall does not; the medians are added up over all tokens, so
     that dear tokens count as they are.
 
+    A policy of drafts has no say in a text that is given: it continues the windows' prompts greedily, for as many
+    tokens or to the end of its text, and its time is per token. Its steps are the same in every round, so medians are
+    taken alike; of a policy that learns on the way the median of whole turns counts.
+
     Args:
         model: The model.
         profile: Profile that the signals are made with.
@@ -297,7 +306,7 @@ def measured_time_shares(
         progress: Wraps the rounds.
     """
     baseline = StaticAllocation("baseline", profile.cost.full_width())
-    contestants = [(baseline, 1.0), *policies]
+    contestants: list[tuple[Policy | DraftPolicy, float]] = [(baseline, 1.0), *policies]
     controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
     first, num_steps = config.prompt_tokens, config.max_new_tokens
     parents = [open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads) for _ in windows]
@@ -306,8 +315,12 @@ def measured_time_shares(
     def turn_ms(which: int) -> list[float]:
         """Times of all tokens of all windows."""
         times = []
+        controller = controllers[which]
         for parent, prompt, window in zip(parents, prompts, windows, strict=True):
-            runner = PolicyRunner(parent.fork(), controllers[which], Replay(window[None, first:]))
+            if isinstance(controller, DraftController):
+                times += _drafted_ms(parent.fork(), controller, prompt, window[:first], num_steps)
+                continue
+            runner = PolicyRunner(parent.fork(), controller, Replay(window[None, first:]))
             runner.begin(prompt, torch.tensor([contestants[which][1]]))
             times += [clock_ms(runner.step, model.device) for _ in range(num_steps)]
             runner.decoder.close()
@@ -323,5 +336,38 @@ def measured_time_shares(
             turns[which].append(turn_ms(which))
     for parent in parents:
         parent.close()
-    full_ms, *own_ms = (sum(map(statistics.median, zip(*own, strict=True))) for own in turns)
+    full_ms, *own_ms = map(_usual_ms, turns)
     return [ms / full_ms for ms in own_ms]
+
+
+def _drafted_ms(
+    decoder: Decoder, controller: DraftController, prompt: StepOutput, prompt_ids: Tensor, num_tokens: int
+) -> list[float]:
+    """Wall clock of the steps of a greedy text behind a prompt that a decoder holds, as if it had `num_tokens`."""
+    runner = PolicyRunner(decoder, controller)
+    runner.begin(prompt, torch.ones(1))
+    rounds, eos = Rounds(decoder, controller, Sampler(1)), tuple(decoder.model.eos_token_ids)
+    rounds.begin(0, prompt_ids.tolist(), int(runner.upcoming_token_ids), eos_token_ids=eos)
+    done, has_ended = 0, False
+    times_ms: list[float] = []
+    while done < num_tokens and not has_ended:
+        settled: list[Settled | None] = []
+        wanted = num_tokens - done
+        times_ms.append(clock_ms(_kept(settled, rounds, wanted), decoder.model.device))
+        if settled[0] is not None:
+            done += len(settled[0].token_ids)
+            has_ended = bool(set(settled[0].token_ids) & set(eos))
+    decoder.close()
+    return [ms * num_tokens / done for ms in times_ms]
+
+
+def _usual_ms(turns: Sequence[Sequence[float]]) -> float:
+    """Time of a turn: of each step the median over turns, or of whole turns where their steps differ."""
+    if len({len(turn) for turn in turns}) == 1:
+        return float(sum(map(statistics.median, zip(*turns, strict=True))))
+    return float(statistics.median(map(sum, turns)))
+
+
+def _kept(settled: list[Settled | None], rounds: Rounds, num_wanted: int) -> Callable[[], None]:
+    """A step of rounds that leaves what it settles in a list."""
+    return lambda: settled.append(rounds.step(0, num_wanted))

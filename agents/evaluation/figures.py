@@ -24,6 +24,7 @@ from flexquant_rl.agents.evaluation.comparison import (
     SeedGroup,
     drawable_rows,
     families,
+    has_time,
     ratios_to_static,
     seed_groups,
     setting_of,
@@ -54,20 +55,19 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
     not positive (the reference itself) has no place on a logarithmic axis: the caption names it.
 
     Args:
-        rows: Rows of any families; those without a modelled time are left out.
+        rows: Rows of any families; those without a time are left out. Drafts have no modelled one.
         path: Path of the PNG, written atomically.
         title: One line.
         caption: The conditions (model, text, machine, seeds), wrapped below the axes; what the bars are is added.
         source: Source of the latency table, for the label of the x-axis.
     """
     drawable = drawable_rows(rows)
-    hidden = sorted(
-        {row.policy for row in rows if row.time_share_modelled is not None} - {row.policy for row in drawable}
-    )
+    hidden = sorted({row.policy for row in rows if has_time(row)} - {row.policy for row in drawable})
     if hidden:
         caption = f"{caption.rstrip(' .')}. Not drawn, as the KL is 0: {', '.join(hidden)}."
+    modelled = [row for row in drawable if row.time_share_modelled is not None]
     timed = [row for row in drawable if row.time_share_measured is not None]
-    columns: dict[Clock, list[EvalRow]] = {"modelled": drawable, **({"measured": timed} if timed else {})}
+    columns: dict[Clock, list[EvalRow]] = {"modelled": modelled, **({"measured": timed} if timed else {})}
     drawn = families(drawable)
     has_ratios = any(len(_ratio_points(drawable, name, "modelled")) for name in drawn)
     caption = (

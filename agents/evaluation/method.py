@@ -9,25 +9,34 @@ from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.equal_time import ClockLine, rung_error
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.drafts import Drafts
 from flexquant_rl.agents.policies.families import STATIC
+
+_BUDGETS = (
+    "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
+    "validation text: the knob of a policy by bisection, for `static` the allocation of least KL on that text "
+    "among the knapsack solved at the very budget, its neighbours and the fixed widths. `fixed` shares the time "
+    "between two widths."
+)
 
 
 def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
-    """How rows with time budgets came about and are compared, for reports."""
+    """How rows came about and are compared, for reports."""
     documents = len({document for row in rows for document in row.sequence_documents})
     seeds = len({row.seed for row in rows if row.seed is not None})
+    is_budgeted = any(row.time_budget is not None for row in rows)
     lines = [
-        "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
-        "validation text: the knob of a policy by bisection, for `static` the allocation of least KL on that text "
-        "among the knapsack solved at the very budget, its neighbours and the fixed widths. `fixed` shares the time "
-        "between two widths.",
-        "Test text is opened once, at these settings. What a policy takes there may miss the budget a little, so each "
-        "row is compared with static in the very time that it took" + _between(rows) + " Two families that are not "
+        _BUDGETS if is_budgeted else "Every policy is run at the settings that were asked for.",
+        "Test text is opened once, at these settings. "
+        + ("What a policy takes there may miss the budget a little, so each" if is_budgeted else "Each")
+        + " row is compared with static in the very time that it took"
+        + _between(rows)
+        + " Two families that are not "
         "static are compared by what each leaves of static's KL.",
         "A policy that looks at signals is charged the controller's time, which the latency table holds where it was "
         "measured.",
     ]
-    if any(row.family in BASELINES for row in rows):
+    if is_budgeted and any(row.family in BASELINES for row in rows):
         lines.insert(
             1,
             "The baselines that look at the text or the position are searched over their other parameters too (widths, "
@@ -38,6 +47,12 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
             "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "
             "over the same sum at the largest width. Static in equal measured time is found on the straight line "
             "through the clocked shares of all static allocations over their modelled ones" + _missed(rows) + "."
+        )
+    if any(row.family.partition(":")[0] == Drafts.family.name for row in rows):
+        lines.append(
+            "Drafts lose nothing against their verify width: their KL, perplexity and agreement are those of that "
+            "width on the same text. They have no say in a text that is given, so by the clock they continue the "
+            "prompts of the same windows greedily, in turns with the other policies; no latency table has their time."
         )
     lines.append(f"Intervals resample the {documents} documents of the test text, the same ones for both policies.")
     if seeds >= ENOUGH_SEEDS:

@@ -1,4 +1,4 @@
-"""Drafts at one allocation, so many a round or until one is unsure: what needs no learning."""
+"""Drafts by name, at one allocation, so many a round or until one is unsure: what needs no learning."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 
 from flexquant_rl.agents.policies.names import policy_name, read_parameters
 from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_stored, check_width
-from flexquant_rl.engine.control.drafts import FixedDrafts, check_drafts
+from flexquant_rl.engine.control.drafting_rules import DraftingRule
+from flexquant_rl.engine.control.drafts import check_drafts
+from flexquant_rl.engine.control.served_drafts import ServedDrafts, drafts_at, rule_at
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """The parameters of `FixedDrafts`; its names are `draft:3` or `draft:3.5,length=6,confidence=0.4,verify=6`.
+    """The parameters of `drafts_at`; their names are `draft:3` or `draft:3.5,length=6,confidence=0.4,verify=6`.
 
-    It is no family of the lossy tables: its output is that of its verify width.
+    Their output is that of the verify width.
 
     Attributes:
         width: Mean width of the drafts: a whole number is that stored width for all units, another one a knapsack.
@@ -27,7 +29,7 @@ class Drafts:
         verify: The width that the output equals; 0 is the largest stored one.
     """
 
-    family: ClassVar[Family] = Family("draft", "drafts (fixed)", "#6A3D9A", "P")
+    family: ClassVar[Family] = Family("draft", "drafts, verified", "#6A3D9A", "P")
 
     width: float
     length: int = 4
@@ -46,7 +48,12 @@ class Drafts:
         """Whether all units draft at the same width, so that no profile is needed."""
         return self.width == int(self.width)
 
-    def bind(self, context: PolicyContext) -> FixedDrafts:
+    @property
+    def rule(self) -> DraftingRule:
+        """What decides, at the only level."""
+        return rule_at(self.length, self.confidence)
+
+    def bind(self, context: PolicyContext) -> ServedDrafts:
         """The policy for one model.
 
         Raises:
@@ -55,17 +62,18 @@ class Drafts:
         name = policy_name(self)
         return self._policy(context.schema, name, context.allocation(self.width, name))
 
-    def at_one_width(self, schema: SignalSchema) -> FixedDrafts:
+    def at_one_width(self, schema: SignalSchema) -> ServedDrafts:
         """`bind` for a whole width, of a model without a profile."""
         name = policy_name(self)
         check_stored(int(self.width), schema.bit_widths, name)
         return self._policy(schema, name, torch.full((schema.num_units,), int(self.width)))
 
-    def _policy(self, schema: SignalSchema, name: str, draft: torch.Tensor) -> FixedDrafts:
+    def _policy(self, schema: SignalSchema, name: str, draft: torch.Tensor) -> ServedDrafts:
         verify = self.verify or max(schema.bit_widths)
         check_stored(verify, schema.bit_widths, name)
         self._check_below(verify)
-        return FixedDrafts(name, draft, torch.full((schema.num_units,), verify), self.length, self.confidence)
+        widths = torch.full((schema.num_units,), verify)
+        return drafts_at(name, draft, widths, length=self.length, min_confidence=self.confidence)
 
     def _check_below(self, verify: int) -> None:
         if self.width >= verify:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import cycle
 
-from flexquant_rl.agents.policies.drafts import parse_drafts
+from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.knapsack import Knapsack
@@ -39,9 +39,8 @@ _SPARE_MARKERS = ("<", ">", "1", "H", "8", "h", "v")
 
 def family_facts(names: Iterable[str]) -> dict[str, Family]:
     """The facts of families by name, in the order of tables and legends: oracles last, and unknown ones before them."""
-    known = {
-        family.name: family for family in (*(policy.family for policy in POLICIES), STATIC, UNTRAINED, PPO, ORACLE)
-    }
+    ours = (*(policy.family for policy in POLICIES), STATIC, UNTRAINED, PPO, Drafts.family, ORACLE)
+    known = {family.name: family for family in ours}
     present = set(names)
     spare = cycle(zip(_SPARE_COLOURS, _SPARE_MARKERS, strict=True))
     facts = [family for name, family in known.items() if name in present]

@@ -131,7 +131,7 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     return {
         "run_dir": str(run_dir),
         "policy_dir": str(trained.policy_dir),
-        "env_steps": config.env_steps * config.seeds,
+        "env_steps": config.steps_per_seed * config.seeds,
         "env_steps_per_s": sum(rates) / len(rates) if rates else None,
         "validation_reward_over_static": {
             "cloned": [result.cloned_score for result in results],
@@ -192,7 +192,7 @@ def _publish(
     is_embedded = config.model is None or config.model == DEFAULT_MODEL
     name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
     where, source = f"{name}, {prepared.windows.source}", prepared.cost.source
-    seeds = f"{config.seeds} training seed{'s' if config.seeds > 1 else ''} of {config.env_steps:,} env steps"
+    seeds = f"{config.seeds} training seed{'s' if config.seeds > 1 else ''} of {config.steps_per_seed:,} env steps"
     conditions = (
         f"{where}; {rows[0].num_sequences} test sequences of {prepared.env.max_new_tokens} tokens, {seeds}; "
         f"KL against the {reference_name(prepared.model)} model."
@@ -219,7 +219,7 @@ def _publish(
         "text": prepared.windows.source,
         "profile source": source,
         "training seeds": config.seeds,
-        "env steps per seed": config.env_steps,
+        "env steps per seed": config.steps_per_seed,
         "machine": f"{platform.machine()}, {prepared.model.device.type}",
         "threads": torch.get_num_threads(),
     }

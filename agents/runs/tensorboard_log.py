@@ -15,7 +15,8 @@ from flexquant_rl.agents.config import TrainConfig
 VALIDATION_TAG = "validation/reward_over_static"
 """The score by which networks are chosen, and the metric that TensorBoard lists beside the hyper-parameters."""
 
-_NOT_A_HYPER_PARAMETER = ("seeds", "seed")
+_NOT_A_HYPER_PARAMETER = ("seeds", "seed", "task", "traces")
+_OF_ANOTHER_TASK = "verified."
 
 HyperParameters = Mapping[str, bool | int | float | str]
 
@@ -35,8 +36,12 @@ def log_hyper_parameters(logger: Logger, values: HyperParameters) -> None:
 
 def hyper_parameters(config: TrainConfig, seed: int) -> HyperParameters:
     """All that decides a policy, by the names of the options (`ppo.learning_rate`), and the training seed."""
-    flat = {name: _plain(value) for name, value in _flattened(asdict(config)) if name not in _NOT_A_HYPER_PARAMETER}
-    return {**flat, "seed": seed}
+    flat = {
+        name: _plain(value)
+        for name, value in _flattened(asdict(config))
+        if name not in _NOT_A_HYPER_PARAMETER and not name.startswith(_OF_ANOTHER_TASK)
+    }
+    return {**flat, "env_steps": config.steps_per_seed, "seed": seed}
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -151,7 +151,7 @@ def train_seed(
         seed=seed,
     )
     ppo = build_ppo(env, config.ppo, seed=seed, device=config.device)
-    bar = StepBar(f"PPO seed {seed}", config.env_steps)
+    bar = StepBar(f"PPO seed {seed}", config.steps_per_seed)
     checkpoint = directory / "checkpoint.safetensors"
     callback = TrainingCallback(
         checkpoint, validation, on_update=lambda steps, score: bar.update(steps, f"best over static {score:+.4f}")
@@ -171,7 +171,7 @@ def train_seed(
         say(f"PPO seed {seed}: cloned {what}, {agreement:.1%} of widths agree")
         write_tensors(directory / _CLONED_FILE, net.actor().cpu().state_dict())
     began, steps_before = time.monotonic(), ppo.num_timesteps
-    learn(ppo, callback, config.env_steps, directory / "tensorboard", hyper_parameters(config, seed))
+    learn(ppo, callback, config.steps_per_seed, directory / "tensorboard", hyper_parameters(config, seed))
     rate = (ppo.num_timesteps - steps_before) / (time.monotonic() - began) if ppo.num_timesteps > steps_before else None
     bar.close()
     env.close()

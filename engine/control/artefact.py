@@ -11,8 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flexquant_rl.engine.control.deployed_drafts import (
+    DeployedDrafts,
+    drafts_from,
+    drafts_tensors,
+    drafts_to_dict,
+    drafts_version,
+)
 from flexquant_rl.engine.control.policy import (
-    DeployedPolicy,
     DialPoint,
     LearnedPolicy,
     PolicyCard,
@@ -20,6 +26,7 @@ from flexquant_rl.engine.control.policy import (
     StaticPolicy,
 )
 from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
+from flexquant_rl.engine.control.verified_signals import VERIFIED_SCHEMA_VERSION
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 
@@ -32,19 +39,25 @@ PROFILE_FILE = "profile.json"
 WEIGHTS_FILE = "policy.safetensors"
 _STATIC_TENSOR = "bit_widths"
 
+DeployedPolicy = LearnedPolicy | StaticPolicy | DeployedDrafts
+"""What is exported and loaded."""
+
 
 def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
     """Writes `policy.safetensors`, `policy.json` and the `profile.json` it was trained with, atomically.
 
     The profile belongs to the policy: sensitivities and times are among its signals. The weights of a static
-    allocation are its widths.
+    allocation are its widths; a policy of drafts has its levels and verify widths there, and a network its weights.
 
     Raises:
         InputError: If `out` exists and is not an empty directory.
     """
     card = policy.card
+    more: dict[str, Any] = {}
     if isinstance(policy, LearnedPolicy):
         kind, tensors = "learned", dict(policy.net.state_dict())
+    elif isinstance(policy, DeployedDrafts):
+        kind, tensors, more = "drafts", drafts_tensors(policy), {"drafts": drafts_to_dict(policy)}
     else:
         kind, tensors = "static", {_STATIC_TENSOR: policy.bit_widths}
     with new_directory(out) as directory:
@@ -61,6 +74,7 @@ def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
                 "unit_names": list(card.unit_names),
                 "dial": [vars(point) for point in card.dial],
                 "config": card.config,
+                **more,
                 "weights_sha256": file_sha256(directory / WEIGHTS_FILE),
                 "profile_sha256": file_sha256(directory / PROFILE_FILE),
             },
@@ -74,7 +88,7 @@ def load_policy(
     name: str | None = None,
     repair: str = "export it again with `fq export`",
 ) -> DeployedPolicy:
-    """Loads an exported policy, learned or static. Needs torch alone.
+    """Loads an exported policy: learned, static, or one of drafts. Needs torch alone.
 
     Args:
         directory: Holds `policy.safetensors`, `policy.json` and `profile.json`.
@@ -117,8 +131,10 @@ def load_policy(
             )
     if kind == "static":
         return StaticPolicy(name or own_name, _static_widths(weights, card, f"{weights_path}", repair), card)
+    if kind == "drafts":
+        return _drafts(directory, data.get("drafts"), weights, card, name or directory.name, repair)
     if kind != "learned":
-        raise InputError(f"{card_path}: kind {kind!r} is not learned or static; {repair}")
+        raise InputError(f"{card_path}: kind {kind!r} is not learned, static or drafts; {repair}")
     num_signals = card.schema.num_global + card.schema.num_per_unit
     try:
         if weights["mean"].shape != (num_signals,):  # before a net of any size is made
@@ -154,6 +170,22 @@ def _card(data: dict[str, Any]) -> PolicyCard:
     if broken:
         raise ValueError(f"in a policy card {broken[0]}")
     return card
+
+
+def _drafts(
+    directory: Path, data: Any, tensors: dict[str, Tensor], card: PolicyCard, name: str, repair: str
+) -> DeployedDrafts:
+    """A policy of drafts, checked against its card."""
+    version = drafts_version(data)
+    if version != VERIFIED_SCHEMA_VERSION:
+        raise InputError(
+            f"{directory}: drafts for version {version} of their observation, but this program has "
+            f"{VERIFIED_SCHEMA_VERSION}; train and export the policy again"
+        )
+    try:
+        return drafts_from(data, tensors, card, name)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{directory}: not a whole policy of drafts ({error!r}); {repair}") from error
 
 
 def _static_widths(tensors: dict[str, Tensor], card: PolicyCard, where: str, repair: str) -> Tensor:

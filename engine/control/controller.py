@@ -17,6 +17,7 @@ from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocat
 from flexquant_rl.engine.control.drafts import DraftPolicy, RoundState
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.control.signals import (
     SignalMark,
     SignalSchema,
@@ -272,8 +273,8 @@ class DraftController:
         self, policy: DraftPolicy, signals: NativeController | TorchController | None, num_rows: int = 1
     ) -> None:
         self._policy = policy
+        self._of_row = [_restarted(policy)] * num_rows
         self._signals = signals
-        self._num_rows = num_rows
 
     @property
     def uses_signals(self) -> bool:
@@ -283,17 +284,18 @@ class DraftController:
     def decide_round(self, row: int, state: RoundState) -> Decision:
         """The decision for the next step of one row, `[1, U]`."""
         signals = None if self._signals is None else self._signals.signals(torch.tensor([row]))
-        return self._policy(signals, state)
+        return self._of_row[row](signals, state)
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
+        for row in self._chosen(rows):
+            self._of_row[row] = _restarted(self._policy)
         if self._signals is not None:
             self._signals.reset(output, next_token_ids, kl_weight, rows)
 
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`: where a step has to settle its token, as a given text's, there is no room for drafts."""
-        chosen = range(self._num_rows) if rows is None else rows.tolist()
-        return Decision(torch.cat([self.decide_round(row, RoundState()).bit_widths for row in chosen]))
+        return Decision(torch.cat([self.decide_round(row, RoundState()).bit_widths for row in self._chosen(rows)]))
 
     def update(
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
@@ -310,6 +312,14 @@ class DraftController:
         """See `Controller`."""
         if self._signals is not None:
             self._signals.rollback(mark, rows)
+
+    def _chosen(self, rows: Tensor | None) -> Sequence[int]:
+        return range(len(self._of_row)) if rows is None else rows.tolist()
+
+
+def _restarted(policy: DraftPolicy) -> DraftPolicy:
+    """The policy for a row that begins a text."""
+    return policy.restarted() if isinstance(policy, ServedDrafts) else policy
 
 
 def _horizon(policy: Policy | None) -> int | None:

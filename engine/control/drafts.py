@@ -1,4 +1,4 @@
-"""Drafts: tokens that low widths propose, what a policy sees of them, and the policies that need no learning.
+"""Drafts: tokens that low widths propose, what a policy sees of them, and what a policy of drafts is.
 
 That the low bits of the same weights can draft was proposed in llama.cpp issue #3269 and, for hardware, by SPEQ
 (arXiv 2510.18525). docs/verified.md describes the rounds.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.errors import InputError
 
 MOST_PENDING = 15
@@ -38,7 +39,7 @@ class Draft:
     @cached_property
     def confidence(self) -> float | None:
         """Probability of the likeliest token where this one was chosen, at temperature 1; None without logits."""
-        return None if self.logits is None else float((self.logits.max() - self.logits.logsumexp(-1)).exp())
+        return None if self.logits is None else 1 / float((self.logits - self.logits.max()).exp_().sum())
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,12 @@ class RoundState:
     Attributes:
         pending: The drafts so far, oldest first.
         room: Drafts that still fit, by the request, the context and `MOST_PENDING`. With 0 the policy must verify.
+        history: What the rounds before came to.
     """
 
     pending: tuple[Draft, ...] = ()
     room: int = 0
+    history: RoundHistory = field(default_factory=RoundHistory)
 
     @property
     def num_pending(self) -> int:
@@ -80,49 +83,6 @@ class DraftPolicy(Protocol):
 
     def __call__(self, signals: Tensor | None, state: RoundState) -> Decision:
         """Signals `[1, dim]` float32 and the round of one row to a decision for it."""
-
-
-@dataclass(frozen=True, eq=False)
-class FixedDrafts:
-    """Drafts up to a length at the same widths, or until a draft is unsure.
-
-    The stop is that of Hugging Face's assisted generation: an unsure draft is the last one of its round.
-
-    Attributes:
-        name: As it appears in tables.
-        draft_bit_widths: `[U]` int64.
-        verify_bit_widths: `[U]` int64.
-        length: Drafts of a round at most, at least 1.
-        min_confidence: Drafting ends with a draft whose confidence is below it; 0 never ends it.
-    """
-
-    uses_signals: ClassVar[bool] = False
-
-    name: str
-    draft_bit_widths: Tensor
-    verify_bit_widths: Tensor
-    length: int
-    min_confidence: float = 0.0
-    _draft: Decision = field(init=False, repr=False)
-    _verify: Decision = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_drafts(self.length, self.min_confidence)
-        # A step asks twice or so: the two answers are made once.
-        object.__setattr__(self, "_draft", Decision(self.draft_bit_widths[None], verify=False))
-        object.__setattr__(self, "_verify", Decision(self.verify_bit_widths[None]))
-
-    def __call__(self, signals: Tensor | None, state: RoundState) -> Decision:
-        """See `DraftPolicy`."""
-        if state.room == 0 or state.num_pending >= self.length or self._is_unsure(state):
-            return self._verify
-        return self._draft
-
-    def _is_unsure(self, state: RoundState) -> bool:
-        if not self.min_confidence or not state.pending:
-            return False
-        confidence = state.pending[-1].confidence
-        return confidence is not None and confidence < self.min_confidence
 
 
 def check_drafts(length: int, min_confidence: float) -> None:

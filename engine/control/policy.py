@@ -242,6 +242,3 @@ class StaticPolicy(StaticAllocation):
     """
 
     card: PolicyCard
-
-
-DeployedPolicy = LearnedPolicy | StaticPolicy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.allocation_kl import affordable_windows, allocation_kl_nats
-from flexquant_rl.engine.control.cost import CostTable
+from flexquant_rl.engine.control.cost import CostTable, roofline_cost
 from flexquant_rl.engine.control.output_kl import reference_name, reference_width
 from flexquant_rl.engine.control.signals import check_widths
 from flexquant_rl.engine.decoding.session import DecodeSession
@@ -103,6 +103,12 @@ class Profile:
             return profile
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InputError(f"{path}: not a whole profile ({error!r}); run `fq profile`") from error
+
+
+def unmeasured_profile(model: NestedCausalLM) -> Profile:
+    """The profile of a model that nothing was measured of, for policies that weigh nothing: roofline and zeros."""
+    zeros = torch.zeros(model.num_units, len(model.bit_widths))
+    return Profile(roofline_cost(model), zeros, model.bit_widths, model.fingerprint, 0, reference_name(model))
 
 
 def num_profile_windows(model: NestedCausalLM, length: int) -> int:

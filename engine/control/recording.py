@@ -160,7 +160,8 @@ def record_sequence(
     units = decoder.model.num_units
     verify = torch.full((units,), plan.verify_width)
     levels = [torch.full((units,), width) for width in plan.draft_widths]
-    log_probs = log_probabilities(decoder.prefill(torch.tensor([prompt_ids]), bit_widths=verify).logits)
+    # At the largest width, as every prompt that is served.
+    log_probs = log_probabilities(decoder.prefill(torch.tensor([prompt_ids])).logits)
     token = greedy_tokens(log_probs)
     tokens, settled = [token], [output_signals(log_probs, token, None)]
     drafts, signals = list[Tensor](), list[Tensor]()

@@ -18,6 +18,7 @@ from torch import Tensor
 from flexquant_rl.engine.control.controller import DraftController
 from flexquant_rl.engine.control.draft_counts import DraftCounts
 from flexquant_rl.engine.control.drafts import MOST_PENDING, Draft, RoundState
+from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.decoding.decoder import Decoder, ExtendOutput, greedy_tokens
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.ngram import NgramIndex
@@ -53,6 +54,7 @@ class _Row:
     mark: Any = None
     round_ms: float = 0.0
     counts: DraftCounts = field(default_factory=DraftCounts)
+    history: RoundHistory = field(default_factory=RoundHistory)
 
 
 class Rounds:
@@ -117,7 +119,7 @@ class Rounds:
                 if token_id in state.eos_token_ids:
                     break
             room = self._room(row, num_wanted)
-        decision = self._controller.decide_round(row, RoundState(tuple(state.drafts), room))
+        decision = self._controller.decide_round(row, RoundState(tuple(state.drafts), room, state.history))
         if decision.verify:
             token_ids = self.verify(row, decision.bit_widths[0])
             settled = Settled(token_ids, decision.bit_widths[0], state.round_ms + (time.perf_counter() - began) * 1e3)
@@ -163,6 +165,7 @@ class Rounds:
             self._controller.rollback(state.mark, torch.tensor([row]))
         self._observe(row, output, bit_widths, kept)
         state.counts.add_round(len(draft_ids), len(kept) - 1)
+        state.history = state.history.after(len(draft_ids), len(kept) - 1)
         state.upcoming, state.mark = kept[-1], None
         state.drafts.clear()
         if state.text is not None:

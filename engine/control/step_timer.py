@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import Controller, StaticController, make_controller
-from flexquant_rl.engine.control.cost import CostTable, clock_ms, measured_cost, roofline_cost
+from flexquant_rl.engine.control.cost import CostTable, clock_ms, measured_cost
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
-from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.profile import unmeasured_profile
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.choice import open_session
@@ -114,12 +113,10 @@ def measured_controller_ms(session: DecodeSession | LeanSession, prompt: StepOut
         token_ids: `[1]` int64, what every step reads.
     """
     model = session.model
-    zeros = torch.zeros(model.num_units, len(model.bit_widths))
-    cost = roofline_cost(model)
-    profile = Profile(cost, zeros, model.bit_widths, model.fingerprint, 0, reference_name(model))
+    profile = unmeasured_profile(model)
     schema = SignalSchema(model.num_units, model.bit_widths)
     policy = LearnedPolicy(PrecisionNet(schema), PolicyCard.of_model(model, {}))
-    largest = StaticAllocation("timed", cost.full_width())
+    largest = StaticAllocation("timed", profile.cost.full_width())
     text = token_ids.expand(1, MAX_PAIRS)
 
     def outside_ms(controller: Controller) -> list[float]:

@@ -1,16 +1,13 @@
-"""What drafts and passes of verification cost: milliseconds by level and by tokens, given or measured."""
+"""What drafts and passes of verification cost: milliseconds by level and by tokens."""
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-import torch
-
-from flexquant_rl.engine.control.cost import clock_ms
-from flexquant_rl.engine.decoding.decoder import Decoder
+from flexquant_rl.engine.control.verified_signals import Sees
 from flexquant_rl.engine.errors import InputError
 
 
@@ -24,6 +21,7 @@ class VerifyCosts:
         draft_ms: `[L]`, a draft step at each level.
         verify_ms: `[D + 1]`, a pass at the verify width over M = 1, 2, ... tokens.
         controller_ms: What signals and policy add to a decision; fixed rounds and the bound do not pay it.
+        confidence_ms: What a rule adds that looks at no more than how sure the drafts are.
     """
 
     source: Literal["modelled", "measured"]
@@ -31,13 +29,15 @@ class VerifyCosts:
     draft_ms: tuple[float, ...]
     verify_ms: tuple[float, ...]
     controller_ms: float = 0.0
+    confidence_ms: float = 0.0
 
     def __post_init__(self) -> None:
         times = (self.full_ms, *self.draft_ms, *self.verify_ms)
         if not self.draft_ms or not self.verify_ms or not all(0 < ms < float("inf") for ms in times):
             raise InputError(f"costs {times} ms: give a finite time above 0 for every level and number of tokens")
-        if not 0 <= self.controller_ms < float("inf"):
-            raise InputError(f"controller_ms={self.controller_ms:g} must not be negative")
+        for name in ("controller_ms", "confidence_ms"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name}={getattr(self, name):g} must not be negative")
 
     def check(self, num_levels: int, depth: int) -> None:
         """Raises InputError unless there is a time for each of so many levels and each round of so many drafts."""
@@ -46,6 +46,31 @@ class VerifyCosts:
                 f"costs of {len(self.draft_ms)} levels and passes over up to {len(self.verify_ms)} tokens were given, "
                 f"but the traces have {num_levels} levels and rounds of up to {depth + 1} tokens"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> VerifyCosts:
+        """Reads the JSON form.
+
+        Raises:
+            TypeError, ValueError: If it is not what `to_dict` writes.
+        """
+        lists = {name: tuple(data.get(name, ())) for name in ("draft_ms", "verify_ms")}
+        numbers = [*lists["draft_ms"], *lists["verify_ms"]]
+        numbers += [data.get(name, 0.0) for name in ("full_ms", "controller_ms", "confidence_ms")]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ValueError("times of drafts and passes are not finite numbers")
+        if data.get("source") not in ("modelled", "measured"):
+            raise ValueError("times of drafts and passes are not modelled or measured")
+        return VerifyCosts(**{**data, **lists})
+
+    def charging(self, sees: Sees) -> VerifyCosts:
+        """These costs where each decision takes the time of a policy that sees so much."""
+        own_ms: float = {"nothing": 0.0, "confidences": self.confidence_ms, "signals": self.controller_ms}[sees]
+        return replace(self, controller_ms=own_ms)
 
 
 def modelled_costs(
@@ -68,44 +93,3 @@ def modelled_costs(
     while len(shares) <= depth:
         shares.append(2 * shares[-1] - shares[-2])
     return VerifyCosts("modelled", 1.0, tuple(draft_shares), tuple(shares), controller_share)
-
-
-def measured_costs(
-    decoder: Decoder,
-    draft_widths: Sequence[int],
-    *,
-    verify_width: int,
-    depth: int,
-    num_rounds: int = 15,
-    context: int = 64,
-) -> VerifyCosts:
-    """Times draft steps and passes in turn, so that what slows the machine hits all of them; medians over rounds.
-
-    Args:
-        decoder: Has one row, with room for `context + depth + 1` tokens.
-        draft_widths: Width of each level.
-        verify_width: Width of the passes.
-        depth: D, drafts of a round at most.
-        num_rounds: Times that each is timed, after one that is not.
-        context: Tokens in the cache.
-    """
-    model = decoder.model
-    full = torch.full((model.num_units,), max(model.bit_widths))
-    tokens = torch.arange(context + depth + 1)[None] % model.vocab_size
-    decoder.prefill(tokens[:, :context])
-    held = decoder.lengths.clone()
-
-    def time_ms(width: int, num_tokens: int) -> float:
-        ids, widths = tokens[:, :num_tokens], torch.full_like(full, width)
-        # A single token is decoded by a step, which takes a shorter way than a pass over several.
-        run = (lambda: decoder.step(ids[:, 0], widths)) if num_tokens == 1 else (lambda: decoder.extend(ids, widths))
-        ms = clock_ms(run, model.device)
-        decoder.truncate(held)
-        return ms
-
-    kinds = [(max(model.bit_widths), 1), *((width, 1) for width in draft_widths)]
-    kinds += [(verify_width, num_tokens) for num_tokens in range(1, depth + 2)]
-    times = [[time_ms(*kind) for kind in kinds] for _ in range(num_rounds + 1)][1:]
-    medians = [statistics.median(column) for column in zip(*times, strict=True)]
-    levels = len(draft_widths)
-    return VerifyCosts("measured", medians[0], tuple(medians[1 : 1 + levels]), tuple(medians[1 + levels :]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from flexquant_rl.agents.evaluation.drafting import (
     context_of,
     gain_interval,
     play,
+    play_all,
+    play_rule,
     speedup_interval,
     tuned,
 )
-from flexquant_rl.agents.policies.drafting import (
+from flexquant_rl.engine.control.drafting_rules import (
     RULES,
     Bandit,
     ConfidenceStop,
@@ -29,6 +32,7 @@ from flexquant_rl.agents.policies.drafting import (
     rule_name,
 )
 from flexquant_rl.engine.control.traces import SequenceTrace
+from flexquant_rl.engine.control.verified_signals import Sees
 from flexquant_rl.engine.control.verify_costs import VerifyCosts, modelled_costs
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.trace_table import TraceTable
@@ -43,7 +47,7 @@ def table_of(seed: int, **options: float) -> TraceTable:
 
 def test_plain_decoding_is_one() -> None:
     table = table_of(0)
-    played = play(table, COSTS, Plain().bind(context_of(table, COSTS)), looks=False)
+    played = play(table, COSTS, Plain().bind(context_of(table, COSTS)), sees="nothing")
     assert played.speedup == 1
     assert played.num_rounds.tolist() == table.num_tokens.tolist() == played.num_tokens.tolist()
     assert not played.num_drafted.any()
@@ -123,10 +127,13 @@ def test_tuning_takes_the_fastest_setting() -> None:
 
 
 def test_who_looks_pays() -> None:
-    table, costs = table_of(1), replace(COSTS, controller_ms=0.05)
+    table, costs = table_of(1), replace(COSTS, controller_ms=0.05, confidence_ms=0.02)
     policy = ProductStop(0, 0.5).bind(context_of(table, costs))
-    free, paid = (play(table, costs, policy, looks=looks) for looks in (False, True))
-    np.testing.assert_allclose(paid.time_steps - free.time_steps, 0.05 * (free.num_rounds + free.num_drafted))
+    free, less, all_of_it = (play(table, costs, policy, sees=sees) for sees in get_args(Sees))
+    for paid, price in ((less, 0.02), (all_of_it, 0.05)):
+        np.testing.assert_allclose(paid.time_steps - free.time_steps, price * (free.num_rounds + free.num_drafted))
+    by_rule = play_rule(table, context_of(table, costs), ProductStop(0, 0.5))
+    np.testing.assert_array_equal(by_rule.time_steps, less.time_steps)
 
 
 def test_rules_stop_where_they_say() -> None:
@@ -196,3 +203,15 @@ def test_costs_are_checked_and_go_on_in_a_line() -> None:
             modelled_costs(shares, (1.0, 1.1), depth=3)
     with pytest.raises(InputError, match="must not be negative"):
         modelled_costs((0.4,), (1.0, 1.1), depth=3, controller_share=-1)
+
+
+@pytest.mark.parametrize("family", RULES, ids=lambda family: family.family)
+def test_policies_that_play_at_once_do_as_each_alone(family: type) -> None:
+    table = table_of(5)
+    context = context_of(table, COSTS)
+    rules = list(family.grid(context.schema))[::9]  # type: ignore[attr-defined]
+    together = play_all(table, COSTS, [rule.bind(context) for rule in rules], sees=rules[0].sees)
+    for rule, played in zip(rules, together, strict=True):
+        alone = play(table, COSTS, rule.bind(context), sees=rule.sees)
+        for name, values in vars(alone).items():
+            np.testing.assert_array_equal(getattr(played, name), values)

@@ -11,6 +11,7 @@ from flexquant_rl.agents.policies.families import parse_policy
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.control.verified_signals import VerifiedSchema
 from flexquant_rl.engine.errors import InputError
 
 
@@ -37,19 +38,21 @@ def test_a_whole_width_is_everywhere_and_needs_no_profile() -> None:
     bound = Drafts(3, length=2, verify=6).bind(context)
     assert isinstance(bound, DraftPolicy)
     assert not bound.uses_signals
-    assert (bound.draft_bit_widths == 3).all()
+    assert (bound.level_bit_widths == 3).all()
     assert (bound.verify_bit_widths == 6).all()
     alone = Drafts(3, length=2, verify=6).at_one_width(SignalSchema(context.schema.num_units, (3, 4, 5, 6, 8)))
-    for name in ("draft_bit_widths", "verify_bit_widths"):
+    for name in ("level_bit_widths", "verify_bit_widths"):
         assert torch.equal(getattr(alone, name), getattr(bound, name))
-    assert (alone.name, alone.length) == (bound.name, bound.length) == ("draft:3,length=2,verify=6", 2)
+    assert (
+        (alone.name, alone.schema) == (bound.name, bound.schema) == ("draft:3,length=2,verify=6", VerifiedSchema(1, 2))
+    )
 
 
 def test_a_mean_width_is_a_knapsack_and_the_largest_width_verifies() -> None:
     context = fake_context()
     bound = Drafts(4.5).bind(context)
-    assert torch.equal(bound.draft_bit_widths, context.allocation(4.5, "any"))
-    assert len(bound.draft_bit_widths.unique()) > 1
+    assert torch.equal(bound.level_bit_widths[0], context.allocation(4.5, "any"))
+    assert len(bound.level_bit_widths.unique()) > 1
     assert (bound.verify_bit_widths == 8).all()
 
 

@@ -27,11 +27,12 @@ from flexquant_rl.engine.control.controller import (
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.draft_counts import DraftCounts
-from flexquant_rl.engine.control.drafts import MOST_PENDING, Draft, DraftPolicy, FixedDrafts, RoundState
+from flexquant_rl.engine.control.drafts import MOST_PENDING, Draft, DraftPolicy, RoundState
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.rounds import Rounds
 from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.served_drafts import drafts_at
 from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.decoder import ExtendOutput
 from flexquant_rl.engine.decoding.next_token import Sampler
@@ -66,17 +67,23 @@ class RandomDrafts:
 
 
 @dataclass(frozen=True, eq=False)
-class Watching(FixedDrafts):
-    """Drafts as it is told, and keeps the signals that it was asked with."""
+class Watching:
+    """Drafts so many tokens a round, and keeps the signals that it was asked with."""
 
     uses_signals: ClassVar[bool] = True
 
+    name: str
+    draft_bit_widths: Tensor
+    verify_bit_widths: Tensor
+    length: int
     seen: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __call__(self, signals: Tensor | None, state: RoundState) -> Decision:
         assert signals is not None
         self.seen.append((state.num_pending, signals.clone()))
-        return super().__call__(signals, state)
+        if state.room == 0 or state.num_pending >= self.length:
+            return Decision(self.verify_bit_widths[None])
+        return Decision(self.draft_bit_widths[None], verify=False)
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +184,7 @@ def test_fixed_drafts_of_any_length_to_the_end_of_the_context(
     request = Request(torch.randint(0, 83, (7,)), model.max_context - 7 + 1)
     assert request.num_held == model.max_context
     (want,) = said(list(runner_of(model, profile, StaticAllocation("plain", all_at(model, 8))).generate([request])))
-    policy = FixedDrafts("fixed", all_at(model, draft), all_at(model, 8), length)
+    policy = drafts_at("fixed", all_at(model, draft), all_at(model, 8), length=length)
     tokens = list(runner_of(model, profile, policy).generate([request]))
     assert said(tokens) == [want]
     assert want[-1][2] == "length"
@@ -195,7 +202,7 @@ def test_eos_and_stop_strings_end_a_text_within_a_round(
     """At every place of a round: what follows the end is dropped, and held back text comes out."""
     model, tokenizer = nested_model, nested_model.tokenizer
     plain = StaticAllocation("plain", all_at(model, 8))
-    drafts = FixedDrafts("same", all_at(model, 8), all_at(model, 8), 4)  # width 8 drafts are all accepted
+    drafts = drafts_at("same", all_at(model, 8), all_at(model, 8), length=4)  # width 8 drafts are all accepted
     request = Request(ids_of("hello"), 20)
     free = list(runner_of(model, profile, plain).generate([request], tokenizer))
     ids, text = [token.token_id for token in free], "".join(token.text for token in free)
@@ -223,7 +230,7 @@ def test_eos_and_stop_strings_end_a_text_within_a_round(
 def test_a_cancelled_request_ends_with_its_next_token(
     nested_model: NestedCausalLM, profile: Profile, place: int
 ) -> None:
-    drafts = FixedDrafts("same", all_at(nested_model, 8), all_at(nested_model, 8), 4)
+    drafts = drafts_at("same", all_at(nested_model, 8), all_at(nested_model, 8), length=4)
     request = Request(ids_of("hello"), 30, cancel=threading.Event())
     tokens = []
     for token in runner_of(nested_model, profile, drafts).generate([request]):
@@ -287,14 +294,14 @@ def test_drafting_moves_the_signals_on(nested_model: NestedCausalLM, profile: Pr
 def test_likelihoods_are_those_of_the_verify_widths(nested_model: NestedCausalLM, profile: Profile) -> None:
     pairs = [([1, 104], [105, 106, 107]), ([1], [98, 99])]
     verify = all_at(nested_model, 6)
-    drafts = FixedDrafts("d", all_at(nested_model, 3), verify, 3)
+    drafts = drafts_at("d", all_at(nested_model, 3), verify, length=3)
     plain = StaticAllocation("plain", verify)
     want = runner_of(nested_model, profile, plain, num_rows=2).loglikelihood(pairs, 1.0)
     assert runner_of(nested_model, profile, drafts, num_rows=2).loglikelihood(pairs, 1.0) == want
 
 
 def test_a_policy_that_drafts_without_room_is_told(nested_model: NestedCausalLM, profile: Profile) -> None:
-    class Endless(FixedDrafts):
+    class Endless(Watching):
         def __call__(self, signals: Tensor | None, state: RoundState) -> Decision:
             return Decision(self.draft_bit_widths[None], verify=False)
 
@@ -308,7 +315,7 @@ def test_sampled_rows_together_equal_each_alone(
     nested_model: NestedCausalLM, profile: Profile, ngram_drafts: int
 ) -> None:
     """Each row has a generator of its own, and a round of its own; the same seed gives the same text."""
-    policy = FixedDrafts("d", all_at(nested_model, 4), all_at(nested_model, 8), 3, 0.2)
+    policy = drafts_at("d", all_at(nested_model, 4), all_at(nested_model, 8), length=3, min_confidence=0.2)
     requests = [
         Request(ids_of(prompt), 9 + 2 * index, temperature=0.7, top_p=0.9, seed=index)
         for index, prompt in enumerate(PROMPTS)
@@ -354,7 +361,7 @@ def test_sampled_drafts_leave_the_distribution_as_it_is(temperature: float, top_
     """Three tokens after a prompt against exact enumeration, by chi-square."""
     num_trials, text = 2500, 3
     widths = torch.full((4,), 8)
-    policy = FixedDrafts("d", torch.full((4,), 3), widths, 2)
+    policy = drafts_at("d", torch.full((4,), 3), widths, length=2)
     session = MarkovSession()
     sampler = Sampler(1)
     sampler.start(0, temperature=temperature, top_p=top_p, seed=7)
@@ -390,7 +397,7 @@ def test_sampled_drafts_leave_the_distribution_as_it_is(temperature: float, top_
 
 def test_fixed_drafts_stop_at_their_length_and_at_an_unsure_draft() -> None:
     low, high = torch.full((2,), 3), torch.full((2,), 8)
-    policy = FixedDrafts("d", low, high, 3, 0.4)
+    policy = drafts_at("d", low, high, length=3, min_confidence=0.4)
     sure = Draft(1, low, torch.tensor([0.0, 3.0, 0.0]))
     unsure = Draft(1, low, torch.tensor([0.0, 0.05, 0.0]))
     found = Draft(1)
@@ -417,11 +424,11 @@ def test_fixed_drafts_stop_at_their_length_and_at_an_unsure_draft() -> None:
 )
 def test_drafts_that_there_are_none_of(length: int, confidence: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        FixedDrafts("d", torch.full((2,), 3), torch.full((2,), 8), length, confidence)
+        drafts_at("d", torch.full((2,), 3), torch.full((2,), 8), length=length, min_confidence=confidence)
 
 
 def test_ngram_drafts_that_no_round_holds(nested_model: NestedCausalLM, profile: Profile) -> None:
-    policy = FixedDrafts("d", all_at(nested_model, 3), all_at(nested_model, 8), 3)
+    policy = drafts_at("d", all_at(nested_model, 3), all_at(nested_model, 8), length=3)
     for wrong in (-1, MOST_PENDING + 1):
         with pytest.raises(InputError, match=rf"ngram_drafts={wrong} must be 0 to 15"):
             runner_of(nested_model, profile, policy, ngram_drafts=wrong)
@@ -460,7 +467,7 @@ def test_drafts_of_a_real_model_change_nothing(tiny_profile: Callable[[NestedCau
     want = said(list(runner_of(model, profile, plain).generate([request])))
     accepted = 0
     for draft, length, num_threads, ngram_drafts in ((3, 1, 1, 0), (4, 3, 2, 0), (4, 7, 1, 4), (6, 5, 2, 0)):
-        policy = FixedDrafts("fixed", all_at(model, draft), all_at(model, 8), length)
+        policy = drafts_at("fixed", all_at(model, draft), all_at(model, 8), length=length)
         runner = runner_of(
             model,
             profile,

@@ -13,7 +13,7 @@ from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.profile import profile_model
 from flexquant_rl.engine.control.signals import log_probabilities, output_signals
 from flexquant_rl.engine.control.verified_signals import VerifiedSchema, next_entropy_average, scaled_outputs
-from flexquant_rl.engine.control.verify_costs import measured_costs
+from flexquant_rl.engine.control.verify_timer import measured_costs
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.quantisation.config import QuantizationConfig

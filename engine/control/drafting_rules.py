@@ -2,20 +2,22 @@
 
 A rule is a frozen dataclass; its fields are its parameters, and `grid` lists those worth trying. It is bound to costs
 and to what was seen on training sequences, and then maps observations to actions: 0 verifies, 1 to L draft at level 0
-to L - 1. Where no draft is possible any action verifies, so no rule has to look.
+to L - 1. Where no draft is possible any action verifies, so no rule has to look. The same function plays recordings
+and serves (`served_drafts.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexquant_rl.engine.control.verified_signals import Observations, VerifiedSchema
+from flexquant_rl.engine.control.verified_signals import Observations, Sees, VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
 
 Actions = NDArray[np.int64]
@@ -31,13 +33,34 @@ class DraftingContext:
 
     Attributes:
         schema: What observations are.
-        costs: What steps cost.
-        acceptance: `[L]` share of drafts that agree on training sequences, of those after which all before agreed.
+        costs: What steps cost; None where nobody knows, as for drafts by name.
+        acceptance: `[L]` share of drafts that agree on training sequences, of those after which all before agreed;
+            None where nothing was recorded.
     """
 
     schema: VerifiedSchema
-    costs: VerifyCosts
-    acceptance: NDArray[np.float64]
+    costs: VerifyCosts | None = None
+    acceptance: NDArray[np.float64] | None = None
+
+    def known_costs(self) -> VerifyCosts:
+        """The costs, for rules that weigh them.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if self.costs is None:
+            raise ValueError("this rule weighs what steps cost, and no costs are known")
+        return self.costs
+
+    def known_acceptance(self) -> NDArray[np.float64]:
+        """The acceptance, for rules that weigh it.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.acceptance is None:
+            raise ValueError("this rule weighs how often drafts agree, and nothing was recorded")
+        return self.acceptance
 
 
 class DraftingRule(Protocol):
@@ -45,11 +68,11 @@ class DraftingRule(Protocol):
 
     Attributes:
         family: Its name in tables.
-        looks: Whether it looks at signals, and pays for them.
+        sees: What it looks at, and pays for.
     """
 
     family: ClassVar[str]
-    looks: ClassVar[bool]
+    sees: ClassVar[Sees]
 
     @classmethod
     def grid(cls, schema: VerifiedSchema) -> Iterator[DraftingRule]:
@@ -70,7 +93,7 @@ class Plain:
     """Never drafts: one pass per token."""
 
     family: ClassVar[str] = "plain"
-    looks: ClassVar[bool] = False
+    sees: ClassVar[Sees] = "nothing"
 
     @classmethod
     def grid(cls, schema: VerifiedSchema) -> Iterator[Plain]:
@@ -92,7 +115,7 @@ class FixedRounds:
     """
 
     family: ClassVar[str] = "fixed"
-    looks: ClassVar[bool] = False
+    sees: ClassVar[Sees] = "nothing"
 
     level: int
     length: int
@@ -120,7 +143,7 @@ class ConfidenceStop:
     """
 
     family: ClassVar[str] = "confidence"
-    looks: ClassVar[bool] = True
+    sees: ClassVar[Sees] = "confidences"
 
     level: int
     threshold: float = 0.4
@@ -156,7 +179,7 @@ class ProductStop:
     """
 
     family: ClassVar[str] = "product"
-    looks: ClassVar[bool] = True
+    sees: ClassVar[Sees] = "confidences"
 
     level: int
     threshold: float
@@ -186,7 +209,7 @@ class EntropyBound:
     """
 
     family: ClassVar[str] = "entropy-bound"
-    looks: ClassVar[bool] = True
+    sees: ClassVar[Sees] = "signals"
 
     level: int
     threshold: float
@@ -219,7 +242,7 @@ class MovingAverage:
     """
 
     family: ClassVar[str] = "moving-average"
-    looks: ClassVar[bool] = False
+    sees: ClassVar[Sees] = "nothing"
 
     level: int
     low: float
@@ -259,7 +282,7 @@ class ProfileGuided:
     """
 
     family: ClassVar[str] = "profile-guided"
-    looks: ClassVar[bool] = True
+    sees: ClassVar[Sees] = "confidences"
 
     price: float
     trust: float
@@ -272,14 +295,14 @@ class ProfileGuided:
 
     def bind(self, context: DraftingContext) -> DraftingPolicy:
         """See `DraftingRule`."""
-        schema, costs = context.schema, context.costs
+        schema, costs, acceptance = context.schema, context.known_costs(), context.known_acceptance()
         draft, verify = np.array(costs.draft_ms) / costs.full_ms, np.array(costs.verify_ms) / costs.full_ms
         longer = np.append(np.diff(verify), np.inf)
 
         def decide(observations: Observations) -> Actions:
             likely = schema.column(observations, "confidence_product")[:, None] ** self.trust
             time = draft + longer[schema.num_pending(observations)][:, None]
-            worth = likely * context.acceptance - self.price * time
+            worth = likely * acceptance - self.price * time
             best = worth.argmax(-1)
             return np.where(worth.max(-1) > 0, best + 1, 0).astype(np.int64)
 
@@ -295,7 +318,7 @@ class Bandit:
     """
 
     family: ClassVar[str] = "bandit"
-    looks: ClassVar[bool] = False
+    sees: ClassVar[Sees] = "nothing"
 
     exploration: float
 
@@ -307,47 +330,30 @@ class Bandit:
 
     def bind(self, context: DraftingContext) -> DraftingPolicy:
         """See `DraftingRule`; the policy begins to learn anew."""
-        return _BanditPolicy(self.exploration, context)
+        return BanditPolicy(context.schema, _Arms(self.exploration, context))
 
 
-class _BanditPolicy:
-    """Statistics of the arms, and which arm each row plays."""
+class _Arms:
+    """What a bandit has learned of each level and length of rounds; the first arm never drafts."""
 
     def __init__(self, exploration: float, context: DraftingContext) -> None:
-        schema, costs = context.schema, context.costs
-        arms = [(0, 0), *itertools.product(range(schema.num_levels), range(1, schema.depth + 1))]
-        self._levels, self._lengths = (np.array(column) for column in zip(*arms, strict=True))
-        self._exploration, self._schema, self._costs = exploration, schema, costs
+        arms = [(0, 0), *itertools.product(range(context.schema.num_levels), range(1, context.schema.depth + 1))]
+        self.levels, self.lengths = (np.array(column) for column in zip(*arms, strict=True))
+        self._exploration, self._costs = exploration, context.known_costs()
         self._tokens, self._steps, self._count = np.zeros((3, len(arms)))
-        self._arm: Actions | None = None
 
-    def __call__(self, observations: Observations) -> Actions:
-        pending = self._schema.num_pending(observations)
-        begins = pending == 0
-        if self._arm is None or len(self._arm) != len(pending):
-            self._arm = np.zeros(len(pending), dtype=np.int64)
-        else:
-            self._learn(observations, begins)
-        for row in begins.nonzero()[0]:
-            self._arm[row] = self._choose()
-        return _drafts_if(pending < self._lengths[self._arm], self._levels[self._arm])
-
-    def _learn(self, observations: Observations, begins: NDArray[np.bool_]) -> None:
-        assert self._arm is not None
-        arm = self._arm[begins]
-        accepted, drafted = (
-            np.rint(self._schema.column(observations, name)[begins] * self._schema.depth).astype(int)
-            for name in ("last_accepted", "last_drafted")
-        )
-        is_plain = self._lengths[arm] == 0
+    def learn(self, arm: NDArray[np.int64], drafted: NDArray[np.int64], accepted: NDArray[np.int64]) -> None:
+        """Tells how rounds of these arms went."""
+        is_plain = self.lengths[arm] == 0
         accepted, drafted = np.where(is_plain, 0, accepted), np.where(is_plain, 0, drafted)
         costs = self._costs
-        time = drafted * np.array(costs.draft_ms)[self._levels[arm]] + np.array(costs.verify_ms)[drafted]
+        time = drafted * np.array(costs.draft_ms)[self.levels[arm]] + np.array(costs.verify_ms)[drafted]
         np.add.at(self._tokens, arm, accepted + 1)
         np.add.at(self._steps, arm, time / costs.full_ms)
         np.add.at(self._count, arm, 1)
 
-    def _choose(self) -> int:
+    def choose(self) -> int:
+        """The arm to play next."""
         untried = (self._count == 0).nonzero()[0]
         if len(untried):
             self._count[untried[0]] = 1e-9  # others are tried meanwhile
@@ -355,6 +361,39 @@ class _BanditPolicy:
         tokens = np.maximum(self._tokens, 1e-9)
         bound = np.sqrt(np.log(max(self._count.sum(), 2)) / np.maximum(self._count, 1e-9))
         return int((-self._steps / tokens + self._exploration * bound).argmax())
+
+
+class BanditPolicy:
+    """Which arm each row plays. Rows share what is learned.
+
+    Args:
+        schema: What observations are.
+        arms: What is learned.
+    """
+
+    def __init__(self, schema: VerifiedSchema, arms: _Arms) -> None:
+        self._schema, self._arms = schema, arms
+        self._arm: Actions | None = None
+
+    def restarted(self) -> BanditPolicy:
+        """The same bandit for rows that begin a text: it has learned the same, and they play no arm yet."""
+        return BanditPolicy(self._schema, self._arms)
+
+    def __call__(self, observations: Observations) -> Actions:
+        """The actions of the rows."""
+        pending = self._schema.num_pending(observations)
+        begins = pending == 0
+        if self._arm is None or len(self._arm) != len(pending):
+            self._arm = np.zeros(len(pending), dtype=np.int64)
+        else:
+            accepted, drafted = (
+                np.rint(self._schema.column(observations, name)[begins] * self._schema.depth).astype(np.int64)
+                for name in ("last_accepted", "last_drafted")
+            )
+            self._arms.learn(self._arm[begins], drafted, accepted)
+        for row in begins.nonzero()[0]:
+            self._arm[row] = self._arms.choose()
+        return _drafts_if(pending < self._arms.lengths[self._arm], self._arms.levels[self._arm])
 
 
 RULES: tuple[type[DraftingRule], ...] = (
@@ -367,6 +406,34 @@ RULES: tuple[type[DraftingRule], ...] = (
     Bandit,
 )
 """Every family that is tuned, in the order of tables."""
+EVERY_RULE: tuple[type[DraftingRule], ...] = (Plain, *RULES)
+"""Plain decoding before them."""
+
+
+def rule_to_dict(rule: DraftingRule) -> dict[str, Any]:
+    """JSON form of a rule: its family and its parameters."""
+    parameters = {field.name: getattr(rule, field.name) for field in fields(rule)}  # type: ignore[arg-type]
+    return {"family": rule.family, "parameters": parameters}
+
+
+def rule_from_dict(data: Mapping[str, Any], schema: VerifiedSchema) -> DraftingRule:
+    """Reads the JSON form.
+
+    Raises:
+        KeyError, TypeError, ValueError: If it is no rule of these observations.
+    """
+    kinds = {kind.family: kind for kind in EVERY_RULE}
+    kind, parameters = kinds[data["family"]], dict(data["parameters"])
+    hints = get_type_hints(kind)
+    for name, value in parameters.items():
+        wanted: tuple[type, ...] = (int,) if hints[name] is int else (int, float)
+        if type(value) not in wanted or not math.isfinite(value):
+            raise ValueError(f"{name} of rule {kind.family} is not {' or '.join(one.__name__ for one in wanted)}")
+    bounds = {"level": range(schema.num_levels), "length": range(1, schema.depth + 1)}
+    for name, allowed in bounds.items():
+        if name in parameters and parameters[name] not in allowed:
+            raise ValueError(f"{name} of rule {kind.family} is not in {allowed.start} to {allowed.stop - 1}")
+    return kind(**parameters)
 
 
 def _drafts_if(drafts: NDArray[np.bool_], level: int | NDArray[np.int64]) -> Actions:

@@ -1,0 +1,283 @@
+"""`train.py --task verified` on a tiny model: what it leaves, how it goes on, and what others do with its policies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runner import Finished, leftovers, run, tree, write_sentences
+from PIL import Image
+
+from flexquant_rl import cli, train
+from flexquant_rl.agents.evaluation import evaluate
+from flexquant_rl.agents.runs import verified_ppo, verified_run
+from flexquant_rl.engine.control.artefact import load_policy
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, RULES, FixedRounds, Plain, ProductStop
+from flexquant_rl.engine.model import NestedCausalLM
+
+TINY_DRAFTS = (
+    *("--task", "verified", "--verified.tokens", 96, "--verified.widths", 3, 5, "--verified.depth", 2),
+    *("--verified.prompt-tokens", 8, "--verified.max-new-tokens", 12, "--verified.live-prompts", 1),
+    *("--env-steps", 64, "--verified.ppo.num-envs", 4, "--verified.ppo.rollout-steps", 8),
+    *("--verified.ppo.batch-size", 16, "--verified.ppo.num-epochs", 1),
+)
+FILES = {"policy.json", "policy.safetensors", "profile.json"}
+
+
+@pytest.fixture(scope="module")
+def endless() -> Any:
+    """Random weights choose EOS soon; here it is a token like the others. What takes seconds is cut short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NestedCausalLM, "eos_token_ids", ())
+        patch.setattr(verified_ppo, "_CLONE_STEPS", 20)
+        patch.setattr(evaluate, "_TIMING_S", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    write_sentences(path, 120)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("verified")
+
+
+@pytest.fixture(scope="module")
+def train_it(endless: None, tiny_model_dir: Path, text: Path) -> Callable[..., Finished]:
+    start = ("--model", tiny_model_dir, "--text", text, *TINY_DRAFTS)
+    return lambda *options: run(train.main, *start, *options)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, train_it: Callable[..., Finished]) -> Finished:
+    return train_it("--run", folder / "run", "--seeds", 2)
+
+
+def leave_out_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clock and picture take seconds, and say nothing of what is kept."""
+    monkeypatch.setattr(verified_run, "plot_drafts", lambda *_, **__: None)
+    monkeypatch.setattr(verified_run, "measured_time_shares", lambda *arguments, **_: [1.0] * len(arguments[4]))
+
+
+class TestRun:
+    def test_the_last_line(self, finished: Finished, folder: Path) -> None:
+        result = finished.result
+        assert result["run_dir"] == str(folder / "run")
+        assert result["policy_dir"] == str(folder / "run" / "policy")
+        assert (result["env_steps"], result["verify_width"], result["latency_source"]) == (128, 8, "measured")
+        families = [row["family"] for row in result["rows"]]
+        assert families == ["plain", *(kind.family for kind in RULES), "ppo", "ppo", "clairvoyant"]
+        assert [row["seed"] for row in result["rows"] if row["family"] == "ppo"] == [0, 1]
+        rows = {row["family"]: row for row in result["rows"]}
+        for name, row in rows.items():
+            assert row["speedup_low"] <= row["speedup_modelled"] * (1 + 1e-9)
+            assert row["output_kl_nats"] == 0
+            assert (row["speedup_measured"] is None) == (name == "clairvoyant")
+            assert row["speedup_modelled"] <= rows["clairvoyant"]["speedup_modelled"] + 1e-9
+        said = " ".join(result["findings"])
+        assert "the learned policy (2 training seeds)" in said
+        assert "the best fixed rounds, fixed:width=" in said
+        assert "the best tuned rule, " in said
+        assert "exported is " in said
+
+    def test_acceptance_is_shown_first(self, finished: Finished, folder: Path) -> None:
+        assert finished.out.startswith("acceptance of drafts. By place in the round")
+        assert max(map(len, finished.out.splitlines()[: finished.out.splitlines().index("")])) <= 110
+        report = (folder / "run" / "report.md").read_text()
+        parts = [line for line in report.splitlines() if line.startswith("## ")]
+        assert parts[0] == "## How acceptance is spread"
+        assert parts[1] == "## Result"
+        assert "](drafts.png)" in report
+        assert "n-gram drafts are off" in report
+
+    def test_what_is_left(self, finished: Finished, folder: Path) -> None:
+        assert finished.code == 0
+        files = tree(folder / "run")
+        assert {"config.json", "costs.json", "eval.jsonl", "report.md", "drafts.png"} <= files.keys()
+        rules = [f"rules/{kind.family}" for kind in EVERY_RULE]
+        places = ["policy", "seeds/0/policy", "seeds/1/policy", *rules]
+        assert {f"{place}/{name}" for place in places for name in FILES} <= files.keys()
+        assert leftovers(files) == []
+        lines = [json.loads(line) for line in (folder / "run" / "eval.jsonl").read_text().splitlines()]
+        assert [line["policy"] for line in lines] == [row["policy"] for row in finished.result["rows"]]
+        assert {len(line["sequence_time_steps"]) for line in lines} == {lines[0]["num_sequences"]}
+        with Image.open(folder / "run" / "drafts.png") as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 300
+
+    def test_what_is_exported_is_the_fastest_on_validation(self, finished: Finished, folder: Path) -> None:
+        chosen = load_policy(folder / "run" / "policy")
+        assert isinstance(chosen, DeployedDrafts)
+        speeds = [row["speedup_validation"] for row in finished.result["rows"] if row["speedup_validation"]]
+        assert chosen.facts.speedup_validation == max(speeds)
+
+    def test_a_resume_repeats_nothing(self, finished: Finished, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("tuned", "train_drafts"):
+            monkeypatch.setattr(verified_run, name, lambda *_, **__: pytest.fail("done before"))
+        leave_out_the_clock(monkeypatch)
+        again = run(train.main, "--resume", folder / "run").result
+        columns = ("policy", "seed", "speedup_modelled", "speedup_validation")
+        for row, before in zip(again["rows"], finished.result["rows"], strict=True):
+            assert [row[name] for name in columns] == [before[name] for name in columns]
+
+    def test_costs_of_another_recording(self, finished: Finished, folder: Path) -> None:
+        assert finished.code == 0
+        path = folder / "run" / "costs.json"
+        whole = path.read_text()
+        try:
+            path.write_text(json.dumps(json.loads(whole) | {"recording": "other"}))
+            assert "is of another recording than this run's" in run(train.main, "--resume", folder / "run").error
+            path.write_text("{}")
+            assert "no readable costs" in run(train.main, "--resume", folder / "run").error
+        finally:
+            path.write_text(whole)
+
+
+def test_an_interruption_changes_nothing(
+    finished: Finished, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted while the second seed trains; its costs are those of the run that was not."""
+    source, copy = folder / "run", tmp_path / "run"
+    copy.mkdir()
+    for name in ("config.json", "costs.json"):
+        (copy / name).write_bytes((source / name).read_bytes())
+    for name in ("traces", "rules"):
+        shutil.copytree(source / name, copy / name)
+    shutil.rmtree(copy / "rules" / "confidence")
+    leave_out_the_clock(monkeypatch)
+    whole = verified_run.train_drafts
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if options["seed"] == 1:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(verified_run, "train_drafts", interrupted)
+    stopped = run(train.main, "--resume", copy)
+    assert stopped.code == 130
+    assert f"--resume {copy}" in stopped.err
+    assert (copy / "seeds" / "0" / "policy" / "policy.json").is_file()
+    monkeypatch.setattr(verified_run, "train_drafts", whole)
+    assert run(train.main, "--resume", copy).code == 0
+    for name in ("seeds/0/policy", "seeds/1/policy", "rules/confidence", "policy"):
+        for file in ("policy.safetensors", "profile.json"):
+            assert (copy / name / file).read_bytes() == (source / name / file).read_bytes(), name
+
+
+def test_a_recording_that_exists(
+    finished: Finished,
+    folder: Path,
+    train_it: Callable[..., Finished],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert finished.code == 0
+    traces = folder / "run" / "traces"
+    error = train_it("--traces", traces, "--run", tmp_path / "run").error
+    assert "--verified.tokens is for a recording made here" in error
+    own = [option for option in TINY_DRAFTS if not str(option).startswith("--verified.tokens")][2:]
+    learning = own[own.index("--env-steps") :]
+    monkeypatch.setattr(verified_run, "EVERY_RULE", (Plain, FixedRounds, ProductStop))
+    leave_out_the_clock(monkeypatch)
+    start = ("--model", tiny_model_dir, "--task", "verified", *learning, "--verified.live-prompts", 0)
+    taken = run(train.main, *start, "--traces", traces, "--run", tmp_path / "run", "--seeds", 1).result
+    assert all(row["speedup_measured"] is None for row in taken["rows"])
+    assert not (tmp_path / "run" / "traces").exists()
+
+
+def test_policies_are_exported_and_generate(finished: Finished, folder: Path, tiny_model_dir: Path) -> None:
+    """The run's own policy, one of its rules, and drafts by name."""
+    assert finished.code == 0
+    model = ("--model", tiny_model_dir)
+    for name, command in (
+        ("chosen", (folder / "run", folder / "chosen")),
+        ("rule", (folder / "run" / "rules" / "confidence", folder / "rule")),
+        ("named", ("draft:3,length=2,confidence=0.3", folder / "named", *model)),
+    ):
+        exported = run(cli.main, "export", *command).result
+        assert exported["out"] == str(folder / name)
+        assert {path.name for path in (folder / name).iterdir()} == FILES
+    prompt = ("--prompt", "the cat sat", "--max-new-tokens", 24)
+    plain = run(cli.main, "generate", tiny_model_dir, "--policy", "fixed:8", *prompt)
+    for name in ("run", "chosen", "rule", "named"):
+        drafted = run(cli.main, "generate", tiny_model_dir, "--policy", folder / name, "--ngram-drafts", 2, *prompt)
+        assert drafted.result["same_as_plain"] is True
+        assert drafted.out.rsplit("\n", 2)[0] == plain.out.rsplit("\n", 2)[0]
+    error = run(cli.main, "generate", tiny_model_dir, "--policy", folder / "rule", "--verify-width", 6, *prompt).error
+    assert "verifies at 8; leave the option out" in error
+
+
+def test_both_modes_in_one_table(finished: Finished, folder: Path, tiny_model_dir: Path, text: Path) -> None:
+    assert finished.code == 0
+    policies = ("fixed:6", "fixed:8", "draft:3,length=2", "draft:3,length=2,verify=6", folder / "run")
+    options = ("--text", text, "--sequences", 3, "--env.prompt-tokens", 8, "--env.max-new-tokens", 6)
+    out = folder / "compared"
+    done = run(
+        cli.main,
+        "evaluate",
+        tiny_model_dir,
+        "--policy",
+        *policies,
+        *options,
+        "--latency",
+        "roofline",
+        "--out",
+        out,
+    )
+    rows = {row["policy"]: row for row in done.result["rows"]}
+    assert len(rows) == 5
+    for name, width in (("draft:3,length=2", 8), ("draft:3,length=2,verify=6", 6), (str(folder / "run"), 8)):
+        row, base = rows[name], rows[f"fixed:{width}"]
+        for column in ("output_kl_nats", "perplexity", "top1_agreement", "mean_bit_width"):
+            assert row[column] == base[column]
+        assert row["time_share_modelled"] is None
+        assert row["speedup_measured"] > 0
+    assert {path.name for path in out.iterdir()} == {"eval.jsonl", "report.md", "pareto.png"}
+    report = (out / "report.md").read_text()
+    assert "Drafts lose nothing against their verify width" in report
+    assert "Every policy is run at the settings that were asked for" in report
+    assert "not modelled" in report
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--task", "verified", "--oracle-masks", 4), "--oracle-masks 4 is for --task lossy, and the task is verified"),
+        (("--task", "verified", "--ppo.gamma", 0.5), "--ppo.* is for --task lossy"),
+        (("--traces", "somewhere"), "--traces somewhere is for --task verified, and the task is lossy"),
+        (("--verified.depth", 4), "--verified.* is for --task verified"),
+        (("--task", "verified", "--latency", "roofline"), "--latency roofline counts the bytes of a step"),
+        (("--task", "verified", "--traces", "nowhere"), "no readable recording"),
+        (("--task", "verified", "--verified.depth", 0), "verified.depth=0 must be at least 1"),
+        (("--task", "verified", "--verified.live-prompts", -1), "verified.live_prompts=-1 must not be negative"),
+        (("--task", "verified", "--verified.ppo.gamma", 2), "verified.ppo.gamma=2 must be from 0 to 1"),
+        (("--task", "verified", "--verified.depth", 99), "depth=99 must be 1 to 15"),
+        (("--task", "verified", "--verified.widths", 8), "must be one or more below the verify width"),
+    ],
+)
+def test_mistakes(options: tuple[object, ...], said: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    error = run(train.main, "--model", tiny_model_dir, "--run", tmp_path / "run", *options).error
+    assert said in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_rules_and_runs_are_told_apart(finished: Finished, folder: Path, tmp_path: Path) -> None:
+    assert finished.code == 0
+    for options, said in (
+        ((folder / "run" / "rules", tmp_path / "a"), "is not a run"),
+        ((folder / "run" / "rules" / "fixed", tmp_path / "a", "--model", "x"), "--model is for a policy by name"),
+        (("draft:3", tmp_path / "a"), "name the model with --model"),
+        (("draft:0", tmp_path / "a"), "width=0 is no width"),
+    ):
+        assert said in run(cli.main, "export", *options).error
+    assert not (tmp_path / "a").exists()
