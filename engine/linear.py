@@ -208,6 +208,11 @@ class DenseCache:
                 self._bytes -= oldest.nbytes
             return matrix
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenseCache:
+        """The cache of a copied model: its linears are others."""
+        twin = memo[id(self)] = DenseCache(self.max_bytes)
+        return twin
+
     def clear(self) -> None:
         """Forgets everything, e.g. after the model moved to another device."""
         with self._lock:
@@ -303,7 +308,7 @@ class NestedLinear(nn.Module):
                 "again and leave `.to(dtype)` and `.half()` out"
             )
         self.cache.clear()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, x: Tensor) -> Tensor:

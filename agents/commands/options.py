@@ -200,6 +200,17 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class InspectOptions:
+    """Says what a file or directory is, of which model, and whether it is whole."""
+
+    path: Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
+    """A model, nested checkpoint, policy, run, sweep, recording, profile.json or eval.jsonl; `default` is the embedded
+    model."""
+    json: bool = False
+    """Print the JSON line alone."""
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Continues a prompt at the widths that a policy chooses, step by step.
 

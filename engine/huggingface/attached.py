@@ -68,13 +68,13 @@ class AttachedPolicy:
         self.kl_weight = kl_weight
         self.bit_widths: list[Tensor] = []
         self._profile = profile
-        self._model = model
+        self._model: Any = model  # `nn.Module` has no type for what is set on it
         self._nested = nested
         self._replaced = {name: vars(model).get(name) for name in ("forward", "generate")}
-        self._forward: Callable[..., Any] = model.forward
-        self._generate: Callable[..., Any] = model.generate
-        model.forward = _Replacement(model.forward, self._call)  # type: ignore[method-assign]
-        model.generate = _Replacement(model.generate, self._continue)  # type: ignore[method-assign]
+        self._forward: Callable[..., Any] = self._model.forward
+        self._generate: Callable[..., Any] = self._model.generate
+        self._model.forward = _Replacement(self._forward, self._call)
+        self._model.generate = _Replacement(self._generate, self._continue)
 
     @property
     def mean_bit_width(self) -> float:
@@ -226,7 +226,8 @@ def attach_policy(
         profile = profile or Profile.load(directory / PROFILE_FILE)
     if isinstance(policy, DraftPolicy):
         raise InputError(
-            f"policy {policy.name!r} drafts, which takes passes that `generate` does not make; use flexquant_rl.generate"
+            f"policy {policy.name!r} drafts, which takes passes that `generate` does not make; use "
+            "flexquant_rl.generate"
         )
     check_policy(policy, nested)
     if profile is None and not isinstance(policy, StaticAllocation):

@@ -44,7 +44,7 @@ _WITHOUT_EFFECT = ("max_shard_size", "safe_serialization", "token", "save_origin
 
 
 @register_quantization_config(QUANT_METHOD)
-class FlexQuantConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
+class FlexQuantConfig(QuantizationConfigMixin):
     """How transformers nests a plain model, or what it reads in a nested checkpoint.
 
     Args:
@@ -133,7 +133,9 @@ class FlexQuantizer(HfQuantizer):
         wanted = {name: place for name, place in stored_tensors(model).items() if name not in tied}
         files = list(checkpoint_files or ())
         if [Path(file).name for file in files] != [TENSORS_FILE]:
-            raise InputError(f"a nested checkpoint has its weights in {TENSORS_FILE}, not in {files}; load its directory")
+            raise InputError(
+                f"a nested checkpoint has its weights in {TENSORS_FILE}, not in {files}; load its directory"
+            )
         check_tensors(Path(files[0]).parent, wanted)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -145,11 +147,12 @@ class FlexQuantizer(HfQuantizer):
             cache = next(module.cache for module in model.modules() if isinstance(module, NestedLinear))
             nested = NestedCausalLM(model, None, config, units, cache, calibration, tuning)
         else:
-            del model.config.quantization_config  # `nest` takes plain models alone
-            try:
-                nested = nest(model, None, config, keep_reference=False)
-            finally:
-                model.config.quantization_config = self.quantization_config
+            # `nest` takes plain models alone, which this one still is.
+            del model.config.quantization_config
+            model.is_quantized = False  # type: ignore[assignment]
+            nested = nest(model, None, config, keep_reference=False)
+            model.is_quantized = True  # type: ignore[assignment]
+            model.config.quantization_config = self.quantization_config
             _untie_nested(model)
         model.flexquant = nested  # type: ignore[assignment]
         model.save_pretrained = MethodType(_save, model)  # type: ignore[method-assign]
