@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class AttachedPolicy:
         self.kl_weight = kl_weight
         self.bit_widths: list[Tensor] = []
         self._profile = profile
-        self._model: Any = model  # `nn.Module` has no type for what is set on it
+        self._model = cast(Any, model)  # `nn.Module` has no type for what is set on it
         self._nested = nested
         self._replaced = {name: vars(model).get(name) for name in ("forward", "generate")}
         self._forward: Callable[..., Any] = self._model.forward
