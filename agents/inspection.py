@@ -19,6 +19,7 @@ from safetensors import safe_open
 from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE
 from flexquant_rl.agents.evaluation.rows import read_rows
 from flexquant_rl.agents.export import load_exported
+from flexquant_rl.agents.onnx_policy import ONNX_FILE
 from flexquant_rl.agents.runs.run import load_run, load_sweep
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_checkpoint
 from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE
@@ -171,6 +172,7 @@ def _policy(path: Path) -> tuple[str, Facts]:
         "dial": [asdict(point) for point in card.dial],
         "horizon": card.schema.horizon,
         "profile": _profile(exported.profile),
+        "has_onnx": (path / ONNX_FILE).is_file(),
     }
     if isinstance(policy, StaticPolicy):
         facts["allocation"] = policy.bit_widths.tolist()

@@ -43,10 +43,12 @@ def _from_run(options: ExportOptions) -> DeployedPolicy:
             raise InputError(f"--{name} is for a policy by name, and {options.policy} is a run; leave it out")
     run = Path(options.policy)
     load_run(run)
-    return export_run(run, options.out)
+    return export_run(run, options.out, onnx=options.onnx)
 
 
 def _from_name(options: ExportOptions) -> DeployedPolicy:
+    if options.onnx:
+        raise InputError(f"--onnx writes the network of a run, and {options.policy} has none; leave it out")
     parse_policy(options.policy)  # before the model: a wrong name should not be found out after minutes
     if options.model is None:
         raise InputError(f"{options.policy} is a policy of some model; name the model with --model MODEL")

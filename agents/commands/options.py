@@ -197,6 +197,8 @@ class ExportOptions:
     """With a name: profile.json of the model; default: the one in its directory, else made here."""
     text: Files = ()
     """With a name: text files to profile on, where there is no profile; default: the held-out standard library."""
+    onnx: bool = False
+    """With a run: write policy.onnx too, the network for ONNX Runtime. Needs the extra `onnx`."""
 
 
 @dataclass(frozen=True)
