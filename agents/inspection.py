@@ -27,16 +27,17 @@ from flexquant_rl.engine.control.policy import StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.traces import EMBEDDING_FILE, PLAN_FILE, read_plan, read_sequence, read_traces
 from flexquant_rl.engine.control.traces import sequence_path as trace_path
-from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import read_json
+from flexquant_rl.engine.loading import GGUF_SUFFIX, check_gguf
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.plain_model import check_directory, check_stored, weight_files
 
 Facts = dict[str, Any]
 CONFIG_FILE = "config.json"
 _KINDS = (
-    "a model, a nested checkpoint, a policy, a run, a sweep, a profile (profile.json), a recording or evaluation rows "
-    "(eval.jsonl)"
+    "a model (a directory or .gguf file), a nested checkpoint, a policy, a run, a sweep, a profile (profile.json), a "
+    "recording or evaluation rows (eval.jsonl)"
 )
 
 
@@ -90,6 +91,8 @@ def _directory(path: Path) -> tuple[str, Facts]:
 
 
 def _file(path: Path) -> tuple[str, Facts]:
+    if path.suffix == GGUF_SUFFIX:
+        return "gguf model", _gguf(path)
     if path.suffix == ".jsonl":
         return "evaluation rows", _rows(path)
     if path.suffix != ".json":
@@ -280,6 +283,29 @@ def _plain(path: Path) -> Facts:
         "weights": sum(dtypes.values()),
         "weights_by_dtype": dtypes,
         "profile": _profile(Profile.load(profile)) if profile.is_file() else None,
+    }
+
+
+def _gguf(path: Path) -> Facts:
+    check_gguf(path)
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        types: dict[str, int] = {}
+        for tensor in reader.tensors:
+            types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    except Exception as error:  # the reader checks nothing, and fails wherever a damaged file leads it
+        raise InputError(f"{path}: damaged or cut short ({first_line(error)}); download it again") from error
+    names = {"layers": "block_count", "hidden_size": "embedding_length", "context_tokens": "context_length"}
+    fields = {fact: reader.fields.get(f"{architecture}.{name}") for fact, name in names.items()}
+    return {
+        "architecture": architecture,
+        **{fact: None if field is None else field.contents() for fact, field in fields.items()},
+        "tensors": len(reader.tensors),
+        "weights": sum(types.values()),
+        "weights_by_type": types,
     }
 
 

@@ -16,7 +16,7 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
 
 Model = Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-"""Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+"""Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
 Run = Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 Out = Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
 PolicyName = Annotated[str, tyro.conf.arg(metavar="POLICY")]
@@ -29,7 +29,7 @@ class QuantizeOptions:
     """Nests a model's weights and writes a checkpoint."""
 
     source: Model
-    """Hugging Face directory or hub name; `default` is the embedded model."""
+    """Hugging Face directory, hub name or .gguf file; `default` is the embedded model."""
     out: Out
     """New directory."""
     method: Literal["rtn", "gptq"] | None = None
@@ -61,7 +61,7 @@ class ProfileOptions:
     """Measures what every unit's width costs in time and in output KL."""
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     text: Files = ()
     """Text files; default: the held-out standard library."""
     text_field: str | None = None
@@ -84,7 +84,7 @@ class RecordOptions:
     """
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     out: Out
     """New directory, or one of an interrupted recording."""
     text: Files = ()
@@ -154,7 +154,7 @@ class EvaluateOptions:
     """Compares policies on the test split of some text."""
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = ("fixed:4", "fixed:8", "knapsack:4.5")
     """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3), with more parameters as
     key=value (entropy:1.5,one_way=true); runs of train.py; directories of exported policies; classes of your own, as
@@ -220,7 +220,7 @@ class GenerateOptions:
     """
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
     """Directory of an exported policy or of a run, a static allocation by name (fixed:4, knapsack:4.5), or drafts
     (draft:3, with more parameters as draft:3,length=4,confidence=0.4): low widths propose tokens, and a pass at the
