@@ -18,6 +18,7 @@ from flexquant_rl.agents.commands.options import (
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
+    InspectOptions,
     ProfileOptions,
     QuantizeOptions,
     RecordOptions,
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
     "generate": GenerateOptions,
+    "inspect": InspectOptions,
     "bench": BenchCommand,
 }
 """Options of every command; what it does is the function of its name in `agents/commands`, in the file of its name."""

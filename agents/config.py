@@ -147,7 +147,7 @@ class TrainConfig:
     --verified.verify-width. Options of the one are refused with the other."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; none or `default` is the embedded model."""
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES")] = ()
     """Text files for prompts; default: standard-library modules that the embedded model has not seen."""
     text_field: str | None = None
@@ -213,7 +213,7 @@ class EnvBench(BenchConfig):
     tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py",)
 
     model: str | None = None
-    """Hugging Face directory or hub name, or a nested checkpoint; none or `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; none or `default` is the embedded model."""
     text: tuple[str, ...] = ()
     """Text files; default: the held-out standard library."""
     num_envs: int = 128

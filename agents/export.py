@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flexquant_rl.agents.onnx_policy import ONNX_FILE, check_extra, check_onnx, write_onnx
 from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE, DeployedPolicy, load_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard
@@ -90,14 +91,22 @@ def _copy(source: Path, directory: Path) -> None:
             raise RuntimeError(f"{directory / name} does not hold what was copied from {source / name}")
 
 
-def export_run(run_dir: Path, out: Path) -> LearnedPolicy:
+def export_run(run_dir: Path, out: Path, *, onnx: bool = False) -> LearnedPolicy:
     """Copies the policy of a finished run to a new directory, read back and compared before it gets its name.
 
     What it is compared with is the policy of a training seed, which was compared with SB3 itself when it was trained.
 
+    Args:
+        run_dir: The run.
+        out: The new directory.
+        onnx: Whether to write the network as an ONNX graph too, compared on the same signals.
+
     Raises:
-        InputError: If the run has no policy yet, if its files are damaged, or if `out` is not empty.
+        InputError: If the run has no policy yet, if its files are damaged, if `out` is not empty, or if the extra
+            `onnx` is wanted and not installed.
     """
+    if onnx:
+        check_extra()
     source = run_dir / "policy"
     again = f"python train.py --resume {run_dir}"
     if not (source / CARD_FILE).is_file():
@@ -113,6 +122,9 @@ def export_run(run_dir: Path, out: Path) -> LearnedPolicy:
         differing = int((policy(signals).bit_widths != checked(signals).bit_widths).sum())
         if differing:
             raise RuntimeError(f"{source}: {differing} widths differ from the checked policy's on random signals")
+        if onnx:
+            write_onnx(policy, directory / ONNX_FILE)
+            check_onnx(directory / ONNX_FILE, policy, signals)
     return policy
 
 

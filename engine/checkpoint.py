@@ -3,12 +3,15 @@
 `config.json` (with `quantization_config`), `model.safetensors`, the tokenizer's files and `manifest.json`, which holds
 shape, dtype and sha256 of every tensor and the sha256 of every other file. What the directory must hold follows from
 config.json alone; the manifest says whether it is what was written.
+
+A program that knows the model and not the format would fill the nested linears with random weights. So config.json also
+has an entry that transformers reads as the name of the weights' file, and that says what to do instead.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +25,13 @@ from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hf_modules import empty_causal_lm, fill, stored_tensors
-from flexquant_rl.engine.linear import DenseCache, NestedLinear, is_dense
+from flexquant_rl.engine.linear import DenseCache, NestedLinear, dense_cache_bytes, is_dense
 from flexquant_rl.engine.llama_tree import LlamaTree
 from flexquant_rl.engine.loading import GENERATION_FILE, empty_tree, load_causal_lm, load_for_serving, load_tokenizer
 from flexquant_rl.engine.model import (
     NestedCausalLM,
     Unit,
     check_units,
-    dense_cache_bytes,
     make_units,
     nest,
 )
@@ -47,6 +49,10 @@ CHECKPOINT_VERSION = 1
 QUANT_METHOD = "flexquant"
 BIT_ORDER = "8c+t"  # bit 8c+t of a word is its input 4t+c (kernels/bitplane.py)
 CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE = "config.json", "model.safetensors", "manifest.json"
+WEIGHTS_ENTRY = "transformers_weights"
+"""Where transformers looks for the name of another file of weights in config.json."""
+WEIGHTS_NOTE = "none, because the weights are nested bitplanes; `import flexquant_rl` before they are loaded"
+"""What it finds there, and says, in a process that has not imported this package."""
 _COPY_AGAIN = "copy or quantise the checkpoint again"
 
 
@@ -67,28 +73,38 @@ def save_checkpoint(model: NestedCausalLM, out: Path) -> int:
     """
     with new_directory(out) as directory:
         model.tokenizer.save_pretrained(directory)
-        _write_config(model, directory)
-        tensors = {
-            name: _narrowed(tensor.detach()).cpu().contiguous()
-            for name, tensor in stored_tensors(model.hf_model).items()
-        }
-        write_tensors(directory / TENSORS_FILE, tensors)
-        files = sorted(path for path in directory.rglob("*") if path.is_file())
-        manifest = {
-            "format": QUANT_METHOD,
-            "version": CHECKPOINT_VERSION,
-            "files": {
-                path.relative_to(directory).as_posix(): file_sha256(path)
-                for path in files
-                if path.name != TENSORS_FILE  # its tensors have hashes of their own
-            },
-            "tensors": {
-                name: {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "sha256": _tensor_sha256(tensor)}
-                for name, tensor in tensors.items()
-            },
-        }
-        write_json(directory / MANIFEST_FILE, manifest)
-        return sum(path.stat().st_size for path in [*files, directory / MANIFEST_FILE])
+        tokenizer_files = [path for path in directory.rglob("*") if path.is_file()]
+        return write_model(model, directory, tokenizer_files)
+
+
+def write_model(model: NestedCausalLM, directory: Path, others: Iterable[Path] = ()) -> int:
+    """Writes the files of a checkpoint but for the tokenizer's, the manifest last, over those that are there.
+
+    Args:
+        model: The model.
+        directory: Where they go.
+        others: Files of the directory that the manifest lists too.
+
+    Returns:
+        Bytes of all these files.
+    """
+    tensors = {
+        name: _narrowed(tensor.detach()).cpu().contiguous() for name, tensor in stored_tensors(model.hf_model).items()
+    }
+    write_tensors(directory / TENSORS_FILE, tensors)
+    files = sorted({*others, *_write_config(model, directory)})
+    manifest = {
+        "format": QUANT_METHOD,
+        "version": CHECKPOINT_VERSION,
+        # The tensors of TENSORS_FILE have hashes of their own.
+        "files": {path.relative_to(directory).as_posix(): file_sha256(path) for path in files},
+        "tensors": {
+            name: {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "sha256": _tensor_sha256(tensor)}
+            for name, tensor in tensors.items()
+        },
+    }
+    write_json(directory / MANIFEST_FILE, manifest)
+    return sum(path.stat().st_size for path in [*files, directory / TENSORS_FILE, directory / MANIFEST_FILE])
 
 
 def load_checkpoint(path: Path) -> NestedCausalLM:
@@ -107,7 +123,7 @@ def load_checkpoint(path: Path) -> NestedCausalLM:
         raise _unbuildable(path, error) from error
     units = make_units(tree, config)
     cache = DenseCache(dense_cache_bytes())
-    _insert_empty_linears(tree, units, config, cache)
+    insert_empty_linears(tree, units, config, cache)
     _load_tensors(path, tree, manifest["tensors"])
     tree.eval().requires_grad_(False)
     check_vocabulary(str(path), tokenizer, tree)
@@ -129,6 +145,7 @@ def _empty_model(path: Path, entries: dict[str, Any]) -> PreTrainedModel | Llama
             f"{path / CONFIG_FILE}: not a model that transformers knows ({first_line(error)}); update it"
         ) from error
     del hf_config.quantization_config  # of the stored tensors, not of the model that is built
+    vars(hf_config).pop(WEIGHTS_ENTRY, None)
     try:
         hf_model = empty_causal_lm(hf_config)
         if (path / GENERATION_FILE).is_file():
@@ -189,27 +206,38 @@ def _narrowed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _write_config(model: NestedCausalLM, directory: Path) -> None:
+def _write_config(model: NestedCausalLM, directory: Path) -> list[Path]:
     hf_model = model.hf_model
     hf_model.config.save_pretrained(directory)
     config = read_json(directory / CONFIG_FILE)
     config["architectures"] = [type(hf_model).__name__]
-    config["quantization_config"] = {
+    config["quantization_config"] = quantization_entries(model.config, model.calibration, model.tuning)
+    config[WEIGHTS_ENTRY] = WEIGHTS_NOTE
+    write_json(directory / CONFIG_FILE, config)
+    generation = getattr(hf_model, "generation_config", None)
+    if generation is None:
+        return [directory / CONFIG_FILE]
+    # Not save_pretrained: it refuses what many published models have, such as a temperature without sampling.
+    generation.to_json_file(directory / GENERATION_FILE)
+    return [directory / CONFIG_FILE, directory / GENERATION_FILE]
+
+
+def quantization_entries(
+    config: QuantizationConfig, calibration: Calibration | None = None, tuning: Tuning | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint's config.json."""
+    entries = {
         "quant_method": QUANT_METHOD,
         "version": CHECKPOINT_VERSION,
         "planes": NUM_PLANES,
         "bit_order": BIT_ORDER,
-        **asdict(model.config),
+        **asdict(config),
     }
-    if model.calibration is not None:
-        config["quantization_config"]["calibration"] = asdict(model.calibration)
-    if model.tuning is not None:
-        config["quantization_config"]["tuning"] = asdict(model.tuning)
-    write_json(directory / CONFIG_FILE, config)
-    generation = getattr(hf_model, "generation_config", None)
-    if generation is not None:
-        # Not save_pretrained: it refuses what many published models have, such as a temperature without sampling.
-        generation.to_json_file(directory / GENERATION_FILE)
+    if calibration is not None:
+        entries["calibration"] = asdict(calibration)
+    if tuning is not None:
+        entries["tuning"] = asdict(tuning)
+    return entries
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -259,12 +287,28 @@ def _read_config(
     file = path / CONFIG_FILE
     entries = _read_json(file)
     stored = entries.pop("quantization_config", None)
+    entries.pop(WEIGHTS_ENTRY, None)
     if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
         raise InputError(f"{file} has no quantization_config of method {QUANT_METHOD!r}; pass a nested checkpoint")
+    return entries, *parse_quantization(stored, str(file))
+
+
+def parse_quantization(
+    stored: Mapping[str, Any], where: str
+) -> tuple[QuantizationConfig, Calibration | None, Tuning | None]:
+    """What `quantization_entries` wrote.
+
+    Args:
+        stored: The entries.
+        where: What errors call their place.
+
+    Raises:
+        InputError: If they are of another version, or not whole.
+    """
     for key, expected in (("version", CHECKPOINT_VERSION), ("planes", NUM_PLANES), ("bit_order", BIT_ORDER)):
         if stored.get(key) != expected:
             raise InputError(
-                f"{file}: {key} {stored.get(key)!r}, but this program reads {expected!r}; "
+                f"{where}: {key} {stored.get(key)!r}, but this program reads {expected!r}; "
                 "quantise the original model again or use the program that wrote it"
             )
     try:
@@ -280,11 +324,11 @@ def _read_config(
         calibration = Calibration(**stored["calibration"]) if "calibration" in stored else None
         tuning = Tuning(**stored["tuning"]) if "tuning" in stored else None
     except (KeyError, TypeError, InputError) as error:
-        raise InputError(f"{file}: bad quantization_config ({first_line(error)}); {_COPY_AGAIN}") from error
-    return entries, config, calibration, tuning
+        raise InputError(f"{where}: bad quantization_config ({first_line(error)}); {_COPY_AGAIN}") from error
+    return config, calibration, tuning
 
 
-def _insert_empty_linears(
+def insert_empty_linears(
     model: PreTrainedModel | LlamaTree, units: tuple[Unit, ...], config: QuantizationConfig, cache: DenseCache
 ) -> None:
     """Replaces the linears of a model without storage by nested ones without storage."""
@@ -310,21 +354,45 @@ def _insert_empty_linears(
 
 def _load_tensors(path: Path, model: PreTrainedModel | LlamaTree, listed: dict[str, dict[str, Any]]) -> None:
     """Fills a model without storage, checking every tensor against the model, the manifest and its hash."""
-    file = path / TENSORS_FILE
     wanted = stored_tensors(model)
     _check_names(listed, wanted, f"{path / MANIFEST_FILE}")
-    loaded: dict[str, Tensor] = {}
+    loaded = {name: tensor.to(wanted[name].dtype) for name, tensor in _checked_tensors(path, wanted, listed)}
+    fill(model, loaded)
+
+
+def check_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
+    """Checks the stored tensors of a checkpoint that somebody else will load.
+
+    Args:
+        path: The directory. Where it has no manifest, as in a part of a download, hashes are not checked.
+        wanted: The tensors' places in a model, by name.
+
+    Raises:
+        InputError: If one is missing, unexpected, damaged or misshapen.
+    """
+    listed = None
+    if (path / MANIFEST_FILE).is_file():
+        listed = _read_manifest(path)["tensors"]
+        _check_names(listed, wanted, f"{path / MANIFEST_FILE}")
+    for _ in _checked_tensors(path, wanted, listed):
+        continue
+
+
+def _checked_tensors(
+    path: Path, wanted: Mapping[str, Tensor], listed: Mapping[str, dict[str, Any]] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors, each checked against its place in the model and, where there is one, the manifest."""
+    file = path / TENSORS_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
             _check_names(tensors.keys(), wanted, f"{file}")
             for name, place in wanted.items():
                 # A copy: what safetensors returns is mapped from the file and would change with it after the check.
                 tensor = tensors.get_tensor(name).clone()
-                _check_tensor(f"{file}: {name}", tensor, place, listed[name])
-                loaded[name] = tensor.to(place.dtype)
+                _check_tensor(f"{file}: {name}", tensor, place, None if listed is None else listed[name])
+                yield name, tensor
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: damaged or cut short ({first_line(error)}); {_COPY_AGAIN}") from error
-    fill(model, loaded)
 
 
 def _check_names(found: Iterable[str], wanted: Iterable[str], where: str) -> None:
@@ -334,8 +402,8 @@ def _check_names(found: Iterable[str], wanted: Iterable[str], where: str) -> Non
             raise InputError(f"{where} {what} {len(names)} tensors, e.g. {names[0]}; {_COPY_AGAIN}")
 
 
-def _check_tensor(where: str, tensor: Tensor, place: Tensor, entry: dict[str, Any]) -> None:
-    """Raises InputError unless a stored tensor fits its place in the model and its entry in the manifest."""
+def _check_tensor(where: str, tensor: Tensor, place: Tensor, entry: dict[str, Any] | None) -> None:
+    """Raises InputError unless a stored tensor fits its place in the model and, if any, its entry in the manifest."""
     if tensor.shape != place.shape:
         raise InputError(
             f"{where} has shape {list(tensor.shape)}, but config.json needs {list(place.shape)}; {_COPY_AGAIN}"
@@ -346,6 +414,8 @@ def _check_tensor(where: str, tensor: Tensor, place: Tensor, entry: dict[str, An
         raise InputError(
             f"{where} is {_dtype_name(tensor)}, but must be {_dtype_name(place)} as config.json has it; {_COPY_AGAIN}"
         )
+    if entry is None:
+        return
     found = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "sha256": _tensor_sha256(tensor)}
     for key, value in found.items():
         if entry.get(key) != value:

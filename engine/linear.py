@@ -2,11 +2,13 @@
 
 Hugging Face modules do not pass extra arguments down to their linears, so the bit-widths of a call travel in a
 `ContextVar` holding a `WidthPlan`. It is set for the duration of one forward pass and reset by `with`, whatever happens
-in between: no module ever *has* a bit-width, and an exception cannot leave a model at the wrong one.
+in between: no module ever *has* a bit-width, and an exception cannot leave a model at the wrong one. A call outside any
+plan, as of a model in somebody else's hands, reads the largest width.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -161,6 +163,22 @@ def reference_matrix(linear: nn.Module) -> Tensor:
     return dense_matrix(linear).t().clone(memory_format=torch.contiguous_format).t()
 
 
+_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 8 << 30
+
+
+def dense_cache_bytes() -> int:
+    """Default cap on dequantised matrices kept by one model: half of this machine's memory, 2 to 8 GiB.
+
+    Rows of a batch at different widths read all widths of all matrices in turn. If they do not all fit, each is decoded
+    again at every use, which takes many times as long as the product.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        memory = 0
+    return min(max(memory // 2, _MIN_CACHE_BYTES), _MAX_CACHE_BYTES)
+
+
 class DenseCache:
     """Keeps the most recently used dequantised matrices, up to a number of bytes.
 
@@ -189,6 +207,11 @@ class DenseCache:
                 _, oldest = self._entries.popitem(last=False)
                 self._bytes -= oldest.nbytes
             return matrix
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenseCache:
+        """The cache of a copied model: its linears are others."""
+        twin = memo[id(self)] = DenseCache(self.max_bytes)
+        return twin
 
     def clear(self) -> None:
         """Forgets everything, e.g. after the model moved to another device."""
@@ -220,7 +243,7 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 class NestedLinear(nn.Module):
-    """`y = x @ W_b.T + bias`, where each token's b comes from the active `WidthPlan`.
+    """`y = x @ W_b.T + bias`, where each token's b comes from the active `WidthPlan`; without one it is the largest.
 
     Args:
         weight: The stored bitplanes.
@@ -255,7 +278,7 @@ class NestedLinear(nn.Module):
         self.group_size = weight.group_size
         self.num_inputs = weight.num_inputs
         self.unit_idx = unit_idx
-        self._cache = cache
+        self.cache = cache
 
     @property
     def weight(self) -> NestedWeight:
@@ -265,7 +288,7 @@ class NestedLinear(nn.Module):
     def dense(self, bit_width: int) -> Tensor:
         """The `[N, K]` float32 matrix that `bit_width` stands for."""
         if bit_width != REFERENCE_WIDTH:
-            return self._cache.get(self, bit_width)
+            return self.cache.get(self, bit_width)
         if self.reference_weight is None:
             raise InputError(
                 "the unquantised weights were asked for (width 0), but this model holds nested weights only; "
@@ -273,15 +296,26 @@ class NestedLinear(nn.Module):
             )
         return self.reference_weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiplies; `x`: `[..., K]` -> `[..., N]`, tokens in the order of the active plan.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
+        """Moves the buffers, as `nn.Module.to` has it; dequantised copies of where they were are dropped.
 
         Raises:
-            RuntimeError: If called outside `reading(plan)`: bit-widths are an argument of every call.
+            InputError: If the call is for another dtype.
         """
+        if fn(self.scale.new_empty(0)).dtype != self.scale.dtype:
+            raise InputError(
+                "a nested model computes in float32 from float16 scales, and cannot be cast to another dtype; load it "
+                "again and leave `.to(dtype)` and `.half()` out"
+            )
+        self.cache.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies; `x`: `[..., K]` float32 -> `[..., N]`, tokens in the order of the active plan."""
         plan = _ACTIVE_PLAN.get()
         if plan is None:
-            raise RuntimeError("NestedLinear called without bit-widths; go through DecodeSession")
+            return F.linear(x, self.dense(self.bit_widths[-1]), self.bias)
         groups = plan.groups(self.unit_idx)
         if groups.order is None:
             return F.linear(x, self.dense(groups.runs[0][0]), self.bias)

@@ -1,7 +1,9 @@
-"""Plain models from directories and hub names: as Hugging Face's modules, or as what serving needs of one."""
+"""Plain models from directories, hub names and .gguf files: Hugging Face's modules, or what serving needs of one."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError, first_line
@@ -30,10 +33,11 @@ if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving nee
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GENERATION_FILE = "generation_config.json"
+GGUF_SUFFIX, _GGUF_MAGIC = ".gguf", b"GGUF"
 
 
 def load_causal_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads an unquantised causal LM in float32 from a directory or, by name, from the hub.
+    """Loads an unquantised causal LM in float32 from a directory or, by name, from the hub; or a .gguf file's values.
 
     Raises:
         InputError: If it is missing, not a causal LM, incomplete, quantised already or unreadable.
@@ -50,6 +54,8 @@ def load_for_serving(path: str) -> tuple[PreTrainedModel | LlamaTree, PreTrained
 
 
 def _load(path: str, *, as_tree: bool) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase | TokenText]:
+    if path.endswith(GGUF_SUFFIX):
+        return _load_gguf(path)
     is_name = not Path(path).exists() and not path.startswith((".", "/", "~")) and path.count("/") <= 1
     directory = snapshot_config(path) if is_name else Path(path)
     entries = check_directory(path, directory)
@@ -67,6 +73,62 @@ def _load(path: str, *, as_tree: bool) -> tuple[PreTrainedModel | LlamaTree, Pre
     loaded = tree if tree is not None and _fill_from(files, tree) else _hf_model(path, directory)
     check_vocabulary(path, tokenizer, loaded)
     return loaded.eval(), tokenizer
+
+
+def _load_gguf(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a .gguf file; transformers turns its blocks into the values that they stand for."""
+    file = Path(path)
+    check_gguf(file)
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import quantization_config
+
+    options: dict[str, Any] = {"gguf_file": file.name}
+    check_no_state(path, _from_files(path, AutoConfig, file.parent, **options))
+    tokenizer: PreTrainedTokenizerBase = _from_files(f"{path}: its tokenizer", AutoTokenizer, file.parent, **options)
+    if hasattr(quantization_config, "GgufConfig"):  # older releases keep no blocks
+        options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
+    hf_model = _hf_model(path, file.parent, use_safetensors=None, **options)
+    embedding: Any = hf_model.get_input_embeddings()
+    tokenizer = _of_the_file(tokenizer, int(embedding.weight.shape[0]))
+    check_vocabulary(path, tokenizer, hf_model)
+    return hf_model.eval(), tokenizer
+
+
+def _of_the_file(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a .gguf file without what transformers adds to its vocabulary, <|endoftext|> above all.
+
+    Args:
+        tokenizer: As transformers made it.
+        num_rows: Rows of the embedding; tokens beyond it are not the file's.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or max(tokenizer.get_vocab().values(), default=0) < num_rows:
+        return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    stored = json.loads(backend.to_str())
+    stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < num_rows]
+    reduced = Tokenizer.from_str(json.dumps(stored))
+    vocabulary = reduced.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if str(token) in vocabulary}
+    plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+        tokenizer_object=reduced, chat_template=tokenizer.chat_template, **special
+    )
+    return plain
+
+
+def check_gguf(file: Path) -> None:
+    """Raises InputError unless a .gguf file is there, begins as one does, and can be read here."""
+    if not file.is_file():
+        raise InputError(f"{file} is not a file; give the path of a .gguf file")
+    with file.open("rb") as stream:
+        if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+            raise InputError(f"{file} does not begin as a .gguf file does; download it again (git-lfs: `git lfs pull`)")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f'{file}: .gguf files need {" and ".join(missing)}; install the extra: pip install "flexquant-rl[gguf]"'
+        )
 
 
 def empty_tree(directory: Path, entries: dict[str, Any]) -> LlamaTree | None:
@@ -99,7 +161,7 @@ def _fill_from(files: Sequence[Path], tree: LlamaTree) -> bool:
     return True
 
 
-def _hf_model(path: str, directory: Path) -> PreTrainedModel:
+def _hf_model(path: str, directory: Path, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     hf_model: PreTrainedModel
@@ -108,9 +170,9 @@ def _hf_model(path: str, directory: Path) -> PreTrainedModel:
         AutoModelForCausalLM,
         directory,
         dtype=torch.float32,
-        use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the information, and refused by name
+        **({"use_safetensors": True} | options),
     )
     check_loaded(path, hf_model, info)
     return hf_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
@@ -19,6 +18,7 @@ from flexquant_rl.engine.linear import (
     DenseCache,
     NestedLinear,
     WidthPlan,
+    dense_cache_bytes,
     dense_matrix,
     is_dense,
     layer_hook,
@@ -40,8 +40,6 @@ if TYPE_CHECKING:  # its modelling code takes seconds to import, and serving nee
     from transformers.pytorch_utils import Conv1D
 
     from flexquant_rl.engine.decoding.kv_cache import RowCache
-
-_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 8 << 30
 
 CALIBRATION_MISSING = (
     "method='gptq' fits weights to text, but there is none; run `fq quantize SOURCE OUT --method gptq "
@@ -86,7 +84,6 @@ class NestedCausalLM:
 
     Attributes:
         tree: Its modules under Hugging Face's names, evaluation mode, float32, linears replaced by `NestedLinear`.
-        token_text: Its tokenizer, for tokens from text and text from tokens.
         config: How it was quantised.
         calibration: The text that it was calibrated on, or None.
         tuning: How its scales and offsets were tuned, or None.
@@ -97,7 +94,7 @@ class NestedCausalLM:
     def __init__(
         self,
         tree: PreTrainedModel | LlamaTree,
-        token_text: PreTrainedTokenizerBase | TokenText,
+        token_text: PreTrainedTokenizerBase | TokenText | None,
         config: QuantizationConfig,
         units: tuple[Unit, ...],
         dense_cache: DenseCache,
@@ -105,7 +102,7 @@ class NestedCausalLM:
         tuning: Tuning | None = None,
     ) -> None:
         self.tree = tree
-        self.token_text = token_text
+        self._token_text = token_text
         self.config = config
         self.calibration = calibration
         self.tuning = tuning
@@ -134,11 +131,22 @@ class NestedCausalLM:
         return tree
 
     @property
+    def token_text(self) -> PreTrainedTokenizerBase | TokenText:
+        """Its tokenizer, for tokens from text and text from tokens.
+
+        Raises:
+            InputError: If it has none, as a model that Hugging Face's loader made.
+        """
+        if self._token_text is None:
+            raise InputError("the model was loaded without its tokenizer; load both with flexquant_rl.load_model")
+        return self._token_text
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Transformers' tokenizer, made on first use like `hf_model`."""
+        """Transformers' tokenizer, made on first use like `hf_model`; errors as `token_text`."""
         token_text = self.token_text
         if isinstance(token_text, TokenText):
-            token_text = self.token_text = token_text.full()
+            token_text = self._token_text = token_text.full()
         return token_text
 
     @property
@@ -181,7 +189,8 @@ class NestedCausalLM:
         source = tree if isinstance(tree, LlamaTree) else tree.generation_config
         configured = getattr(source, "eos_token_id", None)
         listed = configured if isinstance(configured, list | tuple) else [configured]
-        return tuple(sorted({int(t) for t in (*listed, self.token_text.eos_token_id) if t is not None}))
+        own = None if self._token_text is None else self._token_text.eos_token_id
+        return tuple(sorted({int(t) for t in (*listed, own) if t is not None}))
 
     @property
     def has_reference(self) -> bool:
@@ -262,10 +271,18 @@ class NestedCausalLM:
             positions: `[R, T]` int64, with `cache`.
             mask: Additive `[R, 1, T, end]`, with `cache`.
         """
+        plan = self.width_plan(bit_widths, keep=keep, collect=0 if cache is None else keep)
+        logits = logits_under(plan, self.hf_model, token_ids, keep=keep, cache=cache, positions=positions, mask=mask)
+        return self.result_of(plan, logits)
+
+    def width_plan(self, bit_widths: Tensor, *, keep: int, collect: int) -> WidthPlan:
+        """What the linears read in a pass, as an argument of it: `[R, T, U]` widths, `keep` as in `forward`."""
         body = bit_widths[..., self._body_units].flatten(0, 1)
         head = bit_widths[:, -keep:, -1].flatten() if self._has_head_unit else None
-        plan = WidthPlan(body, head, collect=0 if cache is None else keep)
-        logits = logits_under(plan, self.hf_model, token_ids, keep=keep, cache=cache, positions=positions, mask=mask)
+        return WidthPlan(body, head, collect=collect)
+
+    def result_of(self, plan: WidthPlan, logits: Tensor) -> ForwardResult:
+        """The logits of a pass with what its plan has collected."""
         if not plan.collect:
             return ForwardResult(logits, None, None)
         return ForwardResult(
@@ -273,19 +290,6 @@ class NestedCausalLM:
             torch.stack([plan.residual_update[index] for index in range(self.num_layers)], dim=-1),
             torch.stack([plan.crest[index] for index in range(self.num_layers)], dim=-1),
         )
-
-
-def dense_cache_bytes() -> int:
-    """Default cap on dequantised matrices kept by one model: half of this machine's memory, 2 to 8 GiB.
-
-    Rows of a batch at different widths read all widths of all matrices in turn. If they do not all fit, each is decoded
-    again at every use, which takes many times as long as the product.
-    """
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        memory = 0
-    return min(max(memory // 2, _MIN_CACHE_BYTES), _MAX_CACHE_BYTES)
 
 
 def _observe_layers(hf_model: PreTrainedModel) -> None:
@@ -387,7 +391,7 @@ def _num_weights(linear: nn.Linear | Conv1D | NestedLinear) -> int:
 
 def nest(
     hf_model: PreTrainedModel | LlamaTree,
-    tokenizer: PreTrainedTokenizerBase | TokenText,
+    tokenizer: PreTrainedTokenizerBase | TokenText | None,
     config: QuantizationConfig,
     *,
     keep_reference: bool = True,
@@ -398,7 +402,7 @@ def nest(
 
     Args:
         hf_model: Any causal LM whose decoder layers are made of `nn.Linear` or GPT-2's `Conv1D`.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None for a model that nobody asks for text.
         config: Method, group size, widths, unit.
         keep_reference: Keep the unquantised matrices too, as the reference for output KL.
         calibration: `[n, T]` int64, windows of token ids to fit the weights to. `gptq` needs them; with `rtn` they

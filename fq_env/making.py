@@ -56,7 +56,7 @@ def make_episodes(
 
     Args:
         num_rows: Episodes in lockstep.
-        model: Hugging Face directory or hub name, or a nested checkpoint; default: the embedded model.
+        model: Hugging Face directory, hub name, nested checkpoint or .gguf file; default: the embedded model.
         texts: Text files; default: standard-library modules that the embedded model has not seen.
         split: `train`, `validation` or `test`.
         profile: A `profile.json`; default: sensitivities measured here, latency by the bytes read.
@@ -147,7 +147,7 @@ class DecodeEnvironment(Environment, EzPickle):
     2. Truncation: `max_new_tokens` steps.
 
     ## Arguments
-    `model`: a Hugging Face directory or hub name, or a nested checkpoint (default: the embedded model). `texts`: files
+    `model`: a Hugging Face directory, hub name, nested checkpoint or .gguf file (default: the embedded model). `texts`: files
     (default: held-out standard-library modules). `split`: `train`, `validation` or `test`. `profile`: a `profile.json`
     (default: measured, once in a process). `task`: what makes the task (default: the lossy one above).
     `render_mode`: `ansi` or none. `text_field`: the field of `.jsonl` rows that is the text. Any field of `EnvConfig`

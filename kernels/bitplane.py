@@ -8,6 +8,7 @@ cuts off.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class NestedWeight:
     bit_widths: tuple[int, ...]
     group_size: int
     num_inputs: int
+    # transformers draws random weights for what lacks it, also where a module is asked for the weight of its child.
+    _is_hf_initialized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks everything that can be checked without reading a value from the device."""

@@ -42,13 +42,20 @@ def _from_run(options: ExportOptions) -> DeployedPolicy:
         if value:
             raise InputError(f"--{name} is for a policy by name, and {options.policy} is a run; leave it out")
     run = Path(options.policy)
-    if (run / CARD_FILE).is_file():
-        return export_again(run, options.out)
-    is_of_drafts = load_run(run).task == "verified"
-    return export_drafts_run(run, options.out) if is_of_drafts else export_run(run, options.out)
+    is_artefact = (run / CARD_FILE).is_file()
+    if is_artefact or load_run(run).task == "verified":
+        _check_no_onnx(options)
+        return export_again(run, options.out) if is_artefact else export_drafts_run(run, options.out)
+    return export_run(run, options.out, onnx=options.onnx)
+
+
+def _check_no_onnx(options: ExportOptions) -> None:
+    if options.onnx:
+        raise InputError(f"--onnx writes the network of a lossy run, and {options.policy} is none; leave it out")
 
 
 def _from_name(options: ExportOptions) -> DeployedPolicy:
+    _check_no_onnx(options)
     # Before the model: a wrong name should not be found out after minutes.
     _ = parse_drafts(options.policy) or parse_policy(options.policy)
     if options.model is None:

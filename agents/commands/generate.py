@@ -122,7 +122,6 @@ def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | No
             raise InputError(f"--speed {speed:g} and --kl-weight {kl_weight:g} set the same dial; give one of them")
         check_kl_weight(kl_weight)
         return DialPoint(kl_weight, float("nan"), float("nan"), float("nan"))
-    points = policy.card.dial
     if speed is not None:
         point = policy.card.setting_for_speed(speed)
         say(
@@ -130,9 +129,7 @@ def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | No
             f"modelled, output KL {point.output_kl_nats:.2e} nats, {point.mean_bit_width:.2f} bits (validation text)"
         )
         return point
-    if not points:
-        raise InputError(f"policy {policy.name!r} has no table of its dial to choose a setting from; give --kl-weight")
-    return points[len(points) // 2]
+    return policy.card.middle_setting()
 
 
 @dataclass

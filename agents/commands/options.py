@@ -16,7 +16,7 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
 
 Model = Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-"""Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+"""Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
 Run = Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 Out = Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
 PolicyName = Annotated[str, tyro.conf.arg(metavar="POLICY")]
@@ -29,7 +29,7 @@ class QuantizeOptions:
     """Nests a model's weights and writes a checkpoint."""
 
     source: Model
-    """Hugging Face directory or hub name; `default` is the embedded model."""
+    """Hugging Face directory, hub name or .gguf file; `default` is the embedded model."""
     out: Out
     """New directory."""
     method: Literal["rtn", "gptq"] | None = None
@@ -61,7 +61,7 @@ class ProfileOptions:
     """Measures what every unit's width costs in time and in output KL."""
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     text: Files = ()
     """Text files; default: the held-out standard library."""
     text_field: str | None = None
@@ -84,7 +84,7 @@ class RecordOptions:
     """
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     out: Out
     """New directory, or one of an interrupted recording."""
     text: Files = ()
@@ -154,7 +154,7 @@ class EvaluateOptions:
     """Compares policies on the test split of some text."""
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = ("fixed:4", "fixed:8", "knapsack:4.5")
     """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3, draft:3), with more parameters
     as key=value (entropy:1.5,one_way=true or draft:3,length=4,verify=6); runs of train.py; directories of exported
@@ -199,6 +199,19 @@ class ExportOptions:
     """With a name: profile.json of the model; default: the one in its directory, else made here."""
     text: Files = ()
     """With a name: text files to profile on, where there is no profile; default: the held-out standard library."""
+    onnx: bool = False
+    """With a run: write policy.onnx too, the network for ONNX Runtime. Needs the extra `onnx`."""
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Says what a file or directory is, of which model, and whether it is whole."""
+
+    path: Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
+    """A model, nested checkpoint, policy, run, sweep, recording, profile.json or eval.jsonl; `default` is the embedded
+    model."""
+    json: bool = False
+    """Print the JSON line alone."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,7 @@ class GenerateOptions:
     """
 
     model: Model
-    """Hugging Face directory or hub name, or a nested checkpoint; `default` is the embedded model."""
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
     """Directory of an exported policy or of a run, a static allocation by name (fixed:4, knapsack:4.5), or drafts
     (draft:3, with more parameters as draft:3,length=4,confidence=0.4): low widths propose tokens, and a pass at the

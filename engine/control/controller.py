@@ -61,18 +61,19 @@ class Controller(Protocol):
 
 
 def make_controller(
-    model: NestedCausalLM, policy: Policy | DraftPolicy, profile: Profile, *, num_rows: int = 1
+    model: NestedCausalLM, policy: Policy | DraftPolicy, profile: Profile | None, *, num_rows: int = 1
 ) -> Controller:
     """Picks the cheapest controller that gives the policy's decisions.
 
     Args:
         model: The model.
         policy: The policy.
-        profile: The profile that the policy was trained with.
+        profile: The profile that the policy was trained with; None with a static allocation, which sees none.
         num_rows: R.
     """
     if isinstance(policy, StaticAllocation):
         return StaticController(policy, num_rows)
+    assert profile is not None, "a policy that looks at signals has a profile"
     if isinstance(policy, DraftPolicy):
         signals = _signals_alone(model, profile, num_rows) if policy.uses_signals else None
         return DraftController(policy, signals, num_rows)

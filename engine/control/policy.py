@@ -126,6 +126,16 @@ class PolicyCard:
             config=config,
         )
 
+    def middle_setting(self) -> DialPoint:
+        """The setting of the dial where nobody asks for one.
+
+        Raises:
+            InputError: If the card has no table of the dial.
+        """
+        if not self.dial:
+            raise InputError("the policy has no table of its dial to choose a setting from; give the KL weight itself")
+        return self.dial[len(self.dial) // 2]
+
     def setting_for_speed(self, speedup: float) -> DialPoint:
         """The setting of the dial for a speedup, between two measured ones where it lies there.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import REFERENCE_WIDTH
-from flexquant_rl.engine.model import NestedCausalLM, Unit
+from flexquant_rl.engine.model import ForwardResult, NestedCausalLM, Unit
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class ExtendOutput:
     logits: Tensor
     residual_update: Tensor
     crest: Tensor
+
+    @staticmethod
+    def of_pass(model: NestedCausalLM, result: ForwardResult) -> ExtendOutput:
+        """What a pass of a model put out at its kept tokens, the layers' statistics spread over the units."""
+        assert result.residual_update is not None and result.crest is not None, "the pass collected statistics"
+        return ExtendOutput(result.logits, model.per_unit(result.residual_update), model.per_unit(result.crest))
 
     def at(self, index: int) -> StepOutput:
         """The output at one of the tokens; -1 is the last."""

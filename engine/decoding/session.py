@@ -18,7 +18,7 @@ from flexquant_rl.engine.decoding.decoder import (
 )
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import REFERENCE_WIDTH
-from flexquant_rl.engine.model import ForwardResult, NestedCausalLM
+from flexquant_rl.engine.model import NestedCausalLM
 
 if TYPE_CHECKING:
     from flexquant_rl.engine.decoding.kv_cache import RowCache
@@ -177,12 +177,7 @@ class DecodeSession:
             token_ids.to(device), widths, keep=keep or length, cache=cache, positions=positions, mask=mask
         )
         cache.commit()
-        return self._per_unit(result)
-
-    def _per_unit(self, result: ForwardResult) -> ExtendOutput:
-        assert result.residual_update is not None and result.crest is not None
-        spread = self._model.per_unit
-        return ExtendOutput(result.logits, spread(result.residual_update), spread(result.crest))
+        return ExtendOutput.of_pass(self._model, result)
 
     def _expand(self, bit_widths: Tensor, rows: int, length: int) -> Tensor:
         """Checks widths and broadcasts them to `[rows, length, U]`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.linear import REFERENCE_WIDTH, DenseCache, NestedLinear, WidthPlan, active_plan, reading
-from flexquant_rl.engine.model import dense_cache_bytes
+from flexquant_rl.engine.linear import (
+    REFERENCE_WIDTH,
+    DenseCache,
+    NestedLinear,
+    WidthPlan,
+    active_plan,
+    dense_cache_bytes,
+    reading,
+)
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.reference import dequantize
 
@@ -96,9 +105,10 @@ def test_each_linear_reads_the_width_of_its_unit() -> None:
             torch.testing.assert_close(outputs[index][row], expected)
 
 
-def test_call_without_widths_raises() -> None:
-    with pytest.raises(RuntimeError, match="without bit-widths"):
-        make_linear()(torch.randn(1, NUM_INPUTS))
+def test_call_outside_any_plan_reads_the_largest_width() -> None:
+    linear = make_linear()
+    x = torch.randn(2, NUM_INPUTS)
+    assert torch.equal(linear(x), F.linear(x, linear.dense(8), linear.bias))
 
 
 def test_plan_ends_with_its_block_even_after_an_exception() -> None:
@@ -111,8 +121,6 @@ def test_plan_ends_with_its_block_even_after_an_exception() -> None:
         assert active_plan() is outer
         assert torch.equal(linear(x), F.linear(x, linear.dense(8), linear.bias))
     assert active_plan() is None
-    with pytest.raises(RuntimeError, match="without bit-widths"):
-        linear(x)
 
 
 def test_reference_width_without_reference_weights_raises() -> None:
@@ -182,6 +190,16 @@ class TestDenseCache:
             matrix = linear.dense(bit_width)
             assert (matrix.dtype, matrix.is_contiguous()) == (torch.float32, True)
             torch.testing.assert_close(matrix, expected[bit_width], rtol=1e-6, atol=1e-6)
+
+    def test_moving_or_copying_a_linear_forgets(self) -> None:
+        linear = make_linear()
+        before = linear.dense(4)
+        twin = copy.deepcopy(linear)
+        assert twin.cache is not linear.cache
+        assert linear.dense(4) is before
+        linear.to("cpu")
+        assert linear.dense(4) is not before
+        assert torch.equal(linear.dense(4), twin.dense(4))
 
     def test_clear_forgets(self) -> None:
         cache = DenseCache(1 << 20)
