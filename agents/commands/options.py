@@ -47,6 +47,9 @@ class QuantizeOptions:
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""
+    calibration_weights: tuple[float, ...] = ()
+    """How much of the windows each calibration file gives, a number for each, e.g. 2 1; default: as much as it is
+    long."""
     tune_steps: int | None = None
     """Steps in which scales and offsets of each width follow the KL of the whole model on the calibration text; 0:
     none. Default: by the model's size where there is such text, else 0."""
