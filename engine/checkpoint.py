@@ -22,14 +22,13 @@ from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hf_modules import empty_causal_lm, fill, stored_tensors
-from flexquant_rl.engine.linear import DenseCache, NestedLinear, is_dense
+from flexquant_rl.engine.linear import DenseCache, NestedLinear, dense_cache_bytes, is_dense
 from flexquant_rl.engine.llama_tree import LlamaTree
 from flexquant_rl.engine.loading import GENERATION_FILE, empty_tree, load_causal_lm, load_for_serving, load_tokenizer
 from flexquant_rl.engine.model import (
     NestedCausalLM,
     Unit,
     check_units,
-    dense_cache_bytes,
     make_units,
     nest,
 )

@@ -7,6 +7,7 @@ in between: no module ever *has* a bit-width, and an exception cannot leave a mo
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from flexquant_rl.kernels.signal_constants import NORM_FLOOR
 
 if TYPE_CHECKING:  # serving imports this module, and must not pull in transformers with it
     from transformers.pytorch_utils import Conv1D
+
+_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 8 << 30
 
 REFERENCE_WIDTH = 0
 """Stands for the unquantised weights wherever a bit-width is expected."""
@@ -159,6 +162,19 @@ def dense_matrix(linear: nn.Module) -> Tensor:
 def reference_matrix(linear: nn.Module) -> Tensor:
     """A copy of them by columns, as `DenseCache` keeps others; a tied embedding no longer shares its storage."""
     return dense_matrix(linear).t().clone(memory_format=torch.contiguous_format).t()
+
+
+def dense_cache_bytes() -> int:
+    """Default cap on dequantised matrices kept by one model: half of this machine's memory, 2 to 8 GiB.
+
+    Rows of a batch at different widths read all widths of all matrices in turn. If they do not all fit, each is decoded
+    again at every use, which takes many times as long as the product.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        memory = 0
+    return min(max(memory // 2, _MIN_CACHE_BYTES), _MAX_CACHE_BYTES)
 
 
 class DenseCache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,7 @@ _VECTOR_MS = 25.0
 """Time that a width vector is worth: short steps are repeated more often."""
 _NUM_BASELINES = 9
 _CONTROLLER_ROUNDS = 9
+_UNIFORM_TURNS = 5
 
 
 def measured_table(
@@ -46,13 +48,33 @@ def measured_table(
     Raises:
         InputError: As `measured_cost`.
     """
-    # Halfway through an episode, so that attention costs what it costs on average.
-    num_held = max(1, min(windows.shape[1] // 2, model.max_context - MAX_PAIRS))
-    session = open_session(model, max_length=num_held + MAX_PAIRS, num_threads=num_threads)
-    prompt = session.prefill(windows[:1, :num_held])
+    session, prompt = _halfway(model, windows, num_threads)
     timer = StepTimer(session, windows[0, :1])
     cost = measured_cost(model, timer, num_steps=num_steps, num_threads=num_threads)
     return replace(cost, controller_ms=measured_controller_ms(session, prompt, windows[0, :1]))
+
+
+def uniform_step_ms(
+    model: NestedCausalLM, windows: Tensor, bit_widths: Sequence[int], *, num_threads: int | None = None
+) -> list[float]:
+    """Milliseconds of a whole step on this device with every unit at the same width; arguments as `measured_table`.
+
+    Each width is timed several times, spread over all of them, and its median taken.
+    """
+    session, _ = _halfway(model, windows, num_threads)
+    timer = StepTimer(session, windows[0, :1])
+    turns = [[timer(torch.full((model.num_units,), width)) for width in bit_widths] for _ in range(_UNIFORM_TURNS)]
+    session.close()
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
+
+
+def _halfway(
+    model: NestedCausalLM, windows: Tensor, num_threads: int | None
+) -> tuple[DecodeSession | LeanSession, StepOutput]:
+    """A session halfway through an episode, so that attention costs what it costs on average, and its last output."""
+    num_held = max(1, min(windows.shape[1] // 2, model.max_context - MAX_PAIRS))
+    session = open_session(model, max_length=num_held + MAX_PAIRS, num_threads=num_threads)
+    return session, session.prefill(windows[:1, :num_held])
 
 
 class StepTimer:

@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.linear import REFERENCE_WIDTH, DenseCache, NestedLinear, WidthPlan, active_plan, reading
-from flexquant_rl.engine.model import dense_cache_bytes
+from flexquant_rl.engine.linear import (
+    REFERENCE_WIDTH,
+    DenseCache,
+    NestedLinear,
+    WidthPlan,
+    active_plan,
+    dense_cache_bytes,
+    reading,
+)
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.kernels.reference import dequantize
 
