@@ -23,7 +23,7 @@ _CACHE_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class PastKl:
-    """Output KL by its origin, `[W, n, T]` float32 nats on the CPU.
+    """Output KL by its origin, `[W, n, P]` float32 nats on the CPU.
 
     Attributes:
         own_step: The token is read at the width, all before it by the reference.
@@ -39,32 +39,32 @@ def past_kl_nats(
     windows: Tensor,
     bit_widths: Sequence[int],
     *,
-    first: int,
+    places: Tensor,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> PastKl:
-    """Reads every token of a text behind the pasts of the reference and of each width.
+    """Reads tokens of a text behind the pasts of the reference and of each width.
 
     Args:
         model: The model.
-        windows: `[n, first + T]` int64.
+        windows: `[n, T]` int64.
         bit_widths: W stored widths, in every unit alike.
-        first: Tokens that are only context, at least one.
+        places: `[P]` int64, which tokens of each window.
         progress: Wraps the loop over windows.
     """
-    shape = (len(bit_widths), len(windows), windows.shape[1] - first)
+    shape = (len(bit_widths), len(windows), len(places))
     found = PastKl(*(torch.empty(shape, dtype=torch.float32) for _ in range(2)))
     base = reference_width(model)
     for row in progress(range(len(windows))):
         window = windows[row].to(model.device)
         clean = _read(model, window, base)
         widths = torch.full((model.num_units,), base)
-        reference = clean.score(window[None], widths, first=first)[0]
-        for index, bit_width in enumerate(bit_widths):
-            found.own_step[index, row] = _stepped(clean, window, bit_width, reference)
-            written = _read(model, window, bit_width)
-            found.past[index, row] = _stepped(written, window, base, reference)
-            written.close()
+        reference = clean.score(window[None], widths)[0, places]
+        found.own_step[:, row] = _stepped(clean, window, places, bit_widths, reference)
         clean.close()
+        for index, bit_width in enumerate(bit_widths):
+            written = _read(model, window, bit_width)
+            found.past[index, row] = _stepped(written, window, places, [base], reference)[0]
+            written.close()
     return found
 
 
@@ -75,21 +75,27 @@ def _read(model: NestedCausalLM, window: Tensor, bit_width: int) -> DecodeSessio
     return session
 
 
-def _stepped(session: DecodeSession, window: Tensor, bit_width: int, reference: Tensor) -> Tensor:
-    """KL of the last tokens of a window, each read at a width behind what the session holds of what is before it.
+def _stepped(
+    session: DecodeSession, window: Tensor, places: Tensor, bit_widths: Sequence[int], reference: Tensor
+) -> Tensor:
+    """KL of tokens of a window, `[W, P]`, each read at some widths behind what the session holds of what is before it.
 
     Args:
-        session: Holds the window `[L]`.
-        window: `[L]` int64.
-        bit_width: Width of each token's own step.
-        reference: `[T, vocab]` logits of the last T tokens.
+        session: Holds the window `[T]`.
+        window: `[T]` int64.
+        places: `[P]` int64.
+        bit_widths: Widths of each token's own step.
+        reference: `[P, vocab]` logits after these tokens.
     """
-    first = len(window) - len(reference)
-    widths = torch.full((session.model.num_units,), bit_width)
+    chunks = torch.arange(len(places)).split(max(1, _CACHE_BYTES // session.num_bytes))
     parts = []
-    for places in torch.arange(first, len(window)).split(max(1, _CACHE_BYTES // session.num_bytes)):
-        branches = session.branches(places)
-        logits = branches.step(window[places], widths).logits
-        parts.append(ReferenceDistribution(reference[places - first]).kl_nats(logits).cpu())
+    for chunk in chunks:
+        branches, base = session.branches(places[chunk]), ReferenceDistribution(reference[chunk])
+        kl = []
+        for bit_width in bit_widths:
+            widths = torch.full((session.model.num_units,), bit_width)
+            kl.append(base.kl_nats(branches.step(window[places[chunk]], widths).logits).cpu())
+            branches.truncate(places[chunk])
         branches.close()
-    return torch.cat(parts)
+        parts.append(torch.stack(kl))
+    return torch.cat(parts, dim=1)

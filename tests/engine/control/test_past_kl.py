@@ -15,6 +15,7 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 FIRST = 2
+PLACES = torch.tensor([1, 3, 4, 8])
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def windows() -> Tensor:
 def one_by_one(model: NestedCausalLM, window: Tensor, past_width: int, own_width: int) -> Tensor:
     """Logits after each token, read alone behind a past that was read token by token."""
     rows = []
-    for place in range(FIRST, len(window)):
+    for place in PLACES.tolist():
         session = DecodeSession(model)
         for index, token in enumerate(window[: place + 1]):
             width = own_width if index == place else past_width
@@ -39,8 +40,8 @@ def test_equals_token_by_token(
     nested_model: NestedCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
     monkeypatch.setattr(past_kl, "_CACHE_BYTES", budget)
-    found = past_kl_nats(nested_model, windows, (3, 5, 8), first=FIRST)
-    assert found.own_step.shape == found.past.shape == (3, 2, 7)
+    found = past_kl_nats(nested_model, windows, (3, 5, 8), places=PLACES)
+    assert found.own_step.shape == found.past.shape == (3, 2, 4)
     for row, window in enumerate(windows):
         plain = one_by_one(nested_model, window, 0, 0)
         for index, width in ((0, 3), (2, 8)):
@@ -51,7 +52,7 @@ def test_equals_token_by_token(
 
 
 def test_the_reference_loses_nothing(nested_model: NestedCausalLM, windows: Tensor) -> None:
-    found = past_kl_nats(nested_model, windows, (0,), first=FIRST)
+    found = past_kl_nats(nested_model, windows, (0,), places=PLACES)
     assert max(float(found.own_step.max()), float(found.past.max())) < 1e-6
 
 
