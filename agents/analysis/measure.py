@@ -37,10 +37,12 @@ from flexquant_rl.fq_env.prompts import spread
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps a loop; the text says what it does."""
 
-# Parts are many, so each is measured on the first tokens of few windows: as many as are affordable.
+# Parts are many, so each is measured on the first tokens of few windows: as many as this arithmetic allows, half a
+# minute on two cores without AVX-512.
 _PART_TOKENS = 96
-# Tokens that are read once more behind each past, over all windows; each costs a copy of keys and values.
-_PAST_TOKENS = 256
+_PART_FLOP = 2.5e12
+# A past is read anew for each width, and then every token behind it: few windows, and not all of their tokens.
+_PAST_WINDOWS, _PAST_TOKENS = 4, 64
 
 
 def window_rows(
@@ -177,10 +179,10 @@ def past_rows(model: NestedCausalLM, strategy: str, plan: Plan, windows: Tensor,
     """What comes from the past and what from the token's own step. Arguments as `strategy_rows`."""
     widths = [bit_width for bit_width in plan.bit_widths if bit_width != reference_width(model)]
     judged = torch.arange(plan.first, windows.shape[1] - 1)
-    places = spread(judged, -(-_PAST_TOKENS // len(windows)))
+    places, chosen = spread(judged, _PAST_TOKENS), spread(torch.arange(len(windows)), _PAST_WINDOWS)
     found = past_kl_nats(
         model,
-        windows[:, :-1],
+        windows[chosen, :-1],
         widths,
         places=places,
         progress=lambda items: progress(items, f"{strategy}: past and own step"),
@@ -191,11 +193,11 @@ def past_rows(model: NestedCausalLM, strategy: str, plan: Plan, windows: Tensor,
             bit_width,
             window,
             tuple((places - plan.first).tolist()),
-            rounded(found.own_step[index, window].tolist()),
-            rounded(found.past[index, window].tolist()),
+            rounded(found.own_step[index, row].tolist()),
+            rounded(found.past[index, row].tolist()),
         )
         for index, bit_width in enumerate(widths)
-        for window in range(len(windows))
+        for row, window in enumerate(chosen.tolist())
     ]
 
 
@@ -213,7 +215,9 @@ class _PartKind:
         members = list(parts.values())
         read = self.windows[:, : _PART_TOKENS + 1]
         allocations, _, _ = part_allocations(model, members, self.bit_widths)
-        read = spread(read, affordable_windows(model, allocations, read.shape[1], len(read), least=1))
+        read = spread(
+            read, affordable_windows(model, allocations, read.shape[1], len(read), least=1, affordable_flop=_PART_FLOP)
+        )
         label = f"{self.strategy}: sensitivity, {kind}"
         found = sensitivity(model, read, members, self.bit_widths, progress=lambda items: self.progress(items, label))
         return [

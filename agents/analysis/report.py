@@ -282,9 +282,11 @@ def _token_sections(plan: Plan, table: TokenTable, origin: dict[int, Origin], ex
                 "mean KL (nats)": lambda b: _kl(float(table.kl[b].mean())),
                 "own step only, clean past (nats)": lambda b: _kl(origin[b].own_step) if b in origin else "",
                 "past only, clean step (nats)": lambda b: _kl(origin[b].past) if b in origin else "",
+                "both, of the same tokens (nats)": lambda b: _kl(origin[b].both) if b in origin else "",
             },
         ),
-        "Own step and past need not add up: errors of the two may cancel or feed each other.",
+        "Own step and past need not add up: errors of the two may cancel or feed each other."
+        + "".join(f" They are of {one.num_tokens} tokens." for one in [*origin.values()][:1]),
         "### What goes with it",
         _correlation_table(table, widths),
         f"### By position, {width} bits",

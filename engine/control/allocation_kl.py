@@ -52,7 +52,13 @@ class TextFacts:
 
 
 def affordable_windows(
-    model: NestedCausalLM, allocations: Tensor, length: int, most: int, *, least: int = _LEAST_WINDOWS
+    model: NestedCausalLM,
+    allocations: Tensor,
+    length: int,
+    most: int,
+    *,
+    least: int = _LEAST_WINDOWS,
+    affordable_flop: float = _AFFORDABLE_FLOP,
 ) -> int:
     """How many windows of text `allocation_kl_nats` can read at a bearable price: fewer the larger the model.
 
@@ -62,6 +68,7 @@ def affordable_windows(
         length: Tokens of a window.
         most: More are not worth their time, however cheap they are.
         least: Fewer say nothing, however dear they are.
+        affordable_flop: Arithmetic that all windows together are worth.
 
     Returns:
         From `least`, or `most` where that is less, to `most`.
@@ -70,7 +77,7 @@ def affordable_windows(
     for end, unit in enumerate(model.units, start=1):
         if unit.kind != "head":  # allocations that are alike up to here are one
             num_products += len(allocations[:, :end].unique(dim=0)) * unit.num_weights
-    affordable = int(_AFFORDABLE_FLOP / (2 * num_products * length))
+    affordable = int(affordable_flop / (2 * num_products * length))
     return min(max(affordable, least), most)
 
 
