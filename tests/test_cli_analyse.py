@@ -199,7 +199,6 @@ def test_full_disk(tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch
     assert len(analyse(tiny_model_dir, text, out, "--strategies", "rtn").result["rows"]) == 3
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_nested_checkpoint_as_it_is_stored(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     nested, out = tmp_path / "nested", tmp_path / "out"
     assert run(cli.main, "quantize", tiny_model_dir, nested, "--group-size", 32, "--bit-widths", 4, 8).code == 0
