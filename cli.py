@@ -14,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from flexquant_rl import __version__
 from flexquant_rl.agents.commands.options import (
+    AnalyseOptions,
     BenchCommand,
     EvaluateOptions,
     ExportOptions,
@@ -30,6 +31,7 @@ from flexquant_rl.agents.commands.process import ENDINGS, command, run_command
 
 COMMANDS: dict[str, type[Any]] = {
     "quantize": QuantizeOptions,
+    "analyse": AnalyseOptions,
     "profile": ProfileOptions,
     "record": RecordOptions,
     "train": TrainOptions,

@@ -321,11 +321,16 @@ def parse_quantization(
             width_weights=tuple(stored.get("width_weights", ())),
         )
         config.validate()
-        calibration = Calibration(**stored["calibration"]) if "calibration" in stored else None
+        calibration = Calibration(**_tuples(dict(stored["calibration"]))) if "calibration" in stored else None
         tuning = Tuning(**stored["tuning"]) if "tuning" in stored else None
-    except (KeyError, TypeError, InputError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: bad quantization_config ({first_line(error)}); {_COPY_AGAIN}") from error
     return config, calibration, tuning
+
+
+def _tuples(stored: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where a dataclass has tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
 
 def insert_empty_linears(

@@ -28,6 +28,8 @@ from flexquant_rl.kernels.signal_constants import NORM_FLOOR
 if TYPE_CHECKING:  # serving imports this module, and must not pull in transformers with it
     from transformers.pytorch_utils import Conv1D
 
+_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 8 << 30
+
 REFERENCE_WIDTH = 0
 """Stands for the unquantised weights wherever a bit-width is expected."""
 CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -161,9 +163,6 @@ def dense_matrix(linear: nn.Module) -> Tensor:
 def reference_matrix(linear: nn.Module) -> Tensor:
     """A copy of them by columns, as `DenseCache` keeps others; a tied embedding no longer shares its storage."""
     return dense_matrix(linear).t().clone(memory_format=torch.contiguous_format).t()
-
-
-_MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 2 << 30, 8 << 30
 
 
 def dense_cache_bytes() -> int:

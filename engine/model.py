@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,7 +54,7 @@ class Unit:
     """The smallest part of a model that has a bit-width of its own.
 
     Attributes:
-        name: `layer.3`, `layer.3.attention`, `layer.3.mlp` or `head`.
+        name: `layer.3`, `layer.3.attention`, `layer.3.mlp` or `head`; `layer.3.q` for a matrix of its own.
         kind: What it is.
         layer_idx: Decoder layer, or the number of layers for the head.
         linears: Module names of its linears.
@@ -61,7 +62,7 @@ class Unit:
     """
 
     name: str
-    kind: Literal["layer", "attention", "mlp", "head"]
+    kind: Literal["layer", "attention", "mlp", "matrix", "head"]
     layer_idx: int
     linears: tuple[str, ...]
     num_weights: int
@@ -106,15 +107,34 @@ class NestedCausalLM:
         self.config = config
         self.calibration = calibration
         self.tuning = tuning
-        self.units = units
         self.dense_cache = dense_cache
         self.bit_widths = config.bit_widths
-        self._body_units = [index for index, unit in enumerate(units) if unit.kind != "head"]
-        self._has_head_unit = units[-1].kind == "head"
+        self._take_units(units)
         if not isinstance(tree, LlamaTree):  # whose layers are not called
             _observe_layers(tree)
-        self._unit_layer = torch.tensor([unit.layer_idx for unit in units])
         self.fingerprint = _fingerprint(self.nested_linears(), units, self.bit_widths)
+
+    def _take_units(self, units: tuple[Unit, ...]) -> None:
+        self.units = units
+        self._body_units = [index for index, unit in enumerate(units) if unit.kind != "head"]
+        self._has_head_unit = units[-1].kind == "head"
+        self._unit_layer = torch.tensor([unit.layer_idx for unit in units])
+
+    @contextmanager
+    def cut_into(self, units: tuple[Unit, ...]) -> Iterator[None]:
+        """Inside the block the linears belong to other units, each to one. Nobody else may run the model meanwhile."""
+        linears, own = self.nested_linears(), self.units
+        unit_of = {name: linear.unit_idx for name, linear in linears.items()}
+        try:
+            self._take_units(units)
+            for index, unit in enumerate(units):
+                for name in unit.linears:
+                    linears[name].unit_idx = index
+            yield
+        finally:
+            self._take_units(own)
+            for name, index in unit_of.items():
+                linears[name].unit_idx = index
 
     @property
     def hf_model(self) -> PreTrainedModel:

@@ -102,6 +102,7 @@ def load_windows(
     *,
     text_field: str | None = None,
     max_windows: int = _MAX_WINDOWS,
+    shorter: str = "where there are episodes, shorter ones with --env.prompt-tokens and --env.max-new-tokens",
 ) -> PromptWindows:
     """Reads text and splits it. Each window begins with the model's BOS token where it has one.
 
@@ -113,6 +114,7 @@ def load_windows(
         text_field: As for `row_text`.
         max_windows: Cap per split; windows are thinned out evenly. Of much longer files the documents are thinned out
             first, and only those that are left are tokenised.
+        shorter: What to do, beside giving more text, where a split has no window, for the message.
 
     Raises:
         InputError: If a file is missing, unreadable or empty, or a split is too short to have a window.
@@ -122,7 +124,7 @@ def load_windows(
     for name, documents in files.items() if texts else ():
         # A token has a byte at least. A split that fails this has no window, and is found out before it is opened.
         if max(documents.sizes, default=0) < length - 1:
-            raise _no_window(source, name, documents, length)
+            raise _no_window(source, name, documents, length, shorter)
 
     def cut(name: Split) -> tuple[Tensor, Tensor]:
         stride = length // 2 if name == "train" else length - 1
@@ -131,7 +133,7 @@ def load_windows(
             parts = thinned(tokenizer, parts, length, stride, max_windows)
         windows, documents = cut_windows(tokenizer, parts, length, stride)
         if not len(windows):
-            raise _no_window(source, name, parts, length)
+            raise _no_window(source, name, parts, length, shorter)
         return spread(windows, max_windows), spread(documents, max_windows)
 
     return PromptWindows(cut, source)
@@ -150,10 +152,10 @@ def _spaced(documents: Sequence[str], count: int) -> Sequence[str]:
     return [documents[index] for index in spread(torch.arange(len(documents)), count).tolist()]
 
 
-def _no_window(source: str, name: Split, parts: Sequence[str], length: int) -> InputError:
+def _no_window(source: str, name: Split, parts: Sequence[str], length: int, shorter: str) -> InputError:
     return InputError(
         f"{source}: the {name} split ({sum(map(len, parts))} characters) holds no window of {length} tokens; "
-        "give more text (or, where there are episodes, shorter ones with --env.prompt-tokens and --env.max-new-tokens)"
+        f"give more text (or, {shorter})"
     )
 
 

@@ -142,3 +142,20 @@ def test_bad_input_leaves_nothing(
     monkeypatch.setattr(tuning._Run, "_check_gradient", bad)
     assert run(cli.main, *options(tiny_model_dir, out, text)).error == "lm_head: not finite"
     assert not list(folder.iterdir())
+
+
+def test_calibration_files_with_weights(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
+    other, out = write_sentences(tmp_path / "other.txt", 90), tmp_path / "out"
+    start = ("quantize", tiny_model_dir, out, "--method", "rtn", "--tune-steps", 0, "--calibration", text, other)
+    error = run(cli.main, *start, "--calibration-weights", 2).error
+    assert error.startswith("--calibration-weights 2: 1 numbers for 2 files of --calibration; give one for each")
+    error = run(cli.main, *start[:3], "--calibration-weights", 2).error
+    assert error.startswith("--calibration-weights 2: 1 numbers for 0 files of --calibration")
+    assert not out.exists()
+    assert run(cli.main, *start, "--calibration-weights", 2, 1).result["calibration_tokens"] > 0
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]
+    assert stored["files"] == ["text.txt", "other.txt"]
+    assert stored["weights"] == [2, 1]
+    calibration = load_checkpoint(out).calibration
+    assert calibration is not None
+    assert (calibration.files, calibration.weights) == (("text.txt", "other.txt"), (2, 1))

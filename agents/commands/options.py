@@ -47,6 +47,9 @@ class QuantizeOptions:
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""
+    calibration_weights: tuple[float, ...] = ()
+    """How much of the windows each calibration file gives, a number for each, e.g. 2 1; default: as much as it is
+    long."""
     tune_steps: int | None = None
     """Steps in which scales and offsets of each width follow the KL of the whole model on the calibration text; 0:
     none. Default: by the model's size where there is such text, else 0."""
@@ -74,6 +77,48 @@ class ProfileOptions:
     """Whole steps to time."""
     threads: int | None = None
     """Threads of a timed step; default: 1 with the lean decoder, else torch's number."""
+
+
+@dataclass(frozen=True)
+class AnalyseOptions:
+    """Analyses quantisation: what each strategy loses, in which matrices and at which tokens, and what it costs.
+
+    Writes a report, pictures and rows. The default sizes are a sample of the text: at most 10 minutes for a model of
+    135 M weights on two cores. The same command goes on after an interruption, and with more strategies adds them.
+    Text is analysed on its test split; strategies are fitted to a training split.
+    """
+
+    model: Positional[Annotated[str | None, tyro.conf.arg(metavar="[MODEL]")]] = None
+    """Hugging Face directory or hub name; `default` is the embedded model. A nested checkpoint is analysed as it is
+    stored. Needed unless --from-rows is given."""
+    text: Files = ()
+    """Text files, the same number of windows from each; default: the held-out standard library."""
+    text_field: str | None = None
+    """Field of jsonl rows that has the text; default: their chats, else all their strings."""
+    out: File = None
+    """New directory, or one of an interrupted analysis; default: analysis-MODEL in the current directory."""
+    strategies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[STRATEGY ...]")] = ()
+    """rtn, rtn-text (scales fitted to text), rtn-tuned (and tuned to the model's KL), gptq, gptq-tuned, each with a
+    group size as in gptq:64 (32, 64 or 128, the default). Default: rtn:32 rtn:64 rtn rtn-text, and up to 20 M weights
+    gptq gptq-tuned, which take minutes to hours on larger models."""
+    examine: Annotated[str | None, tyro.conf.arg(metavar="STRATEGY")] = None
+    """The strategy whose units, matrices and tokens are looked into; default: the last one."""
+    calibration: Files = ()
+    """Text files that strategies are fitted to, their training split; default: the analysed files."""
+    calibration_weights: tuple[float, ...] = ()
+    """How much of the windows each calibration file gives, as for fq quantize."""
+    tune_steps: int | None = None
+    """Steps of strategies that tune; default: by the model's size, as for fq quantize."""
+    windows: int = 8
+    """Windows of text; more make intervals narrower and take longer in proportion."""
+    window_tokens: int = 192
+    """Tokens of a window."""
+    bit_widths: tuple[int, ...] = QuantizationConfig.bit_widths
+    """Widths, ascending; the last is 8. A nested checkpoint has its own."""
+    threads: int | None = None
+    """Threads of a timed step; default: 1 with the lean decoder, else torch's number."""
+    from_rows: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Make report and pictures again from the rows of this directory, in seconds, and measure nothing."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.agents.commands.options import QuantizeOptions
 from flexquant_rl.agents.commands.process import print_result
@@ -24,22 +23,10 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningCo
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.tuning import default_steps, tune_pairs
 from flexquant_rl.engine.quantisation.unfinished import STATE_FILE, nested_start, unfinished_directory
-from flexquant_rl.fq_env.prompts import (
-    Split,
-    cut_windows,
-    file_documents,
-    load_windows,
-    spread,
-    stdlib_documents,
-    thinned,
-)
+from flexquant_rl.fq_env.calibration_text import CalibrationText
+from flexquant_rl.fq_env.prompts import load_windows, spread
 from flexquant_rl.fq_env.text_files import is_jsonl
 
-# Tokens of a calibration window, and windows at most: 16,384 tokens are 23 for each input of the embedded model's
-# widest linear.
-_CALIBRATION_WINDOW, _CALIBRATION_WINDOWS = 256, 64
-# Windows that decide what is kept of tuning: a pass over them takes about as long as two steps.
-_HELD_OUT_WINDOWS = 8
 _TEXT_WINDOWS = 32
 
 
@@ -47,6 +34,8 @@ def quantize(options: QuantizeOptions) -> None:
     """Nests the weights and prints what the checkpoint holds."""
     check_new_directory(options.out)
     calibration, text = options.calibration, options.text
+    fitted_to = CalibrationText(calibration, options.calibration_weights, options.text_field)
+    fitted_to.check()
     chosen = options.method or ("gptq" if calibration else "rtn")
     config = QuantizationConfig(
         chosen,
@@ -73,9 +62,8 @@ def quantize(options: QuantizeOptions) -> None:
     hf_model, tokenizer = load_causal_lm(path)
     if steps is None:
         steps = default_steps(sum(parameter.numel() for parameter in hf_model.parameters())) if calibrated else 0
-    tokens = min(_CALIBRATION_WINDOW, max_context(hf_model))
-    windows = _calibration_windows(tokenizer, options, "train", tokens, steps) if calibrated else None
-    fitted = None if windows is None else spread(windows, _CALIBRATION_WINDOWS)
+    context = max_context(hf_model)
+    fitted, windows = fitted_to.fitting_windows(tokenizer, context, steps) if calibrated else (None, None)
     if not steps:
         model = nest(
             hf_model,
@@ -85,25 +73,33 @@ def quantize(options: QuantizeOptions) -> None:
             calibration=fitted,
             progress=_progress,
         )
-        _finish(model, options, began, {})
+        _finish(model, options, fitted_to, began, {})
         return
     assert windows is not None, "tuning is calibrated"
-    held_out = _calibration_windows(tokenizer, options, "validation", tokens, _HELD_OUT_WINDOWS)
+    held_out = fitted_to.held_out_windows(tokenizer, context)
     with unfinished_directory(options.out) as directory, locked_run(directory):
         fitted = fitted if calibration or chosen == "gptq" else None  # rtn without a file stays data-free
         model = nested_start(directory, hf_model, tokenizer, config, fitted, progress=_progress)
         state_file = directory / STATE_FILE
         tuning_s = tune_pairs(model, windows, held_out, TuningConfig(steps), state_file=state_file, report=say)
-        _finish(model, options, began, {"tuning_seconds": tuning_s})
+        _finish(model, options, fitted_to, began, {"tuning_seconds": tuning_s})
 
 
 def _progress(items: Iterable[Any]) -> Iterable[Any]:
     return track(items, "quantising")
 
 
-def _finish(model: NestedCausalLM, options: QuantizeOptions, began: float, facts: dict[str, object]) -> None:
+def _finish(
+    model: NestedCausalLM,
+    options: QuantizeOptions,
+    fitted_to: CalibrationText,
+    began: float,
+    facts: dict[str, object],
+) -> None:
     """Writes the checkpoint and prints what it holds, what it cost and what that gained."""
     windows = _text_windows(model, options) if options.text else None  # bad text must not leave a checkpoint behind
+    if model.calibration is not None:
+        model.calibration = fitted_to.facts(model.calibration)
     result: dict[str, object] = {"out": str(options.out), "bytes": save_checkpoint(model, options.out)}
     result["seconds"] = time.perf_counter() - began
     if model.calibration is not None:
@@ -118,45 +114,8 @@ def _finish(model: NestedCausalLM, options: QuantizeOptions, began: float, facts
     print_result(result)
 
 
-def _calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, options: QuantizeOptions, split: Split, tokens: int, at_least: int
-) -> Tensor:
-    """Windows of a split of some text, `[n, tokens]` int64; no file stands for the standard library.
-
-    Of the training split as many as moments are taken of, or `at_least` where that is more and the text has them.
-    """
-    files = options.calibration
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"{path} is not a file; --calibration takes text files")
-    documents = (
-        file_documents(files, tokenizer=tokenizer, text_field=_field(files, options))[split]
-        if files
-        else stdlib_documents(split)
-    )
-    count = max(_CALIBRATION_WINDOWS, at_least) if split == "train" else at_least
-    chosen = thinned(tokenizer, documents, tokens, tokens - 1, count)
-    windows, _ = cut_windows(tokenizer, chosen, tokens, tokens - 1)
-    if not len(windows):
-        name = "training" if split == "train" else split
-        without = "" if split == "train" else ", or --tune-steps 0, which needs no such split"
-        raise InputError(
-            f"the calibration text's {name} split ({sum(map(len, documents))} characters) holds no window of "
-            f"{tokens} tokens; give more text with --calibration FILE{without}"
-        )
-    return spread(windows, count)
-
-
-def _field(files: tuple[Path, ...], options: QuantizeOptions) -> str | None:
-    """The field of the text in these files: none where they have no rows, as one set of two may."""
-    return options.text_field if any(map(is_jsonl, files)) else None
-
-
 def _text_windows(model: NestedCausalLM, options: QuantizeOptions, tokens: int = 129) -> Tensor:
     """Windows of the test split of some text, `[n, tokens]` int64."""
-    return spread(
-        load_windows(
-            model.tokenizer, min(tokens, model.max_context), options.text, text_field=_field(options.text, options)
-        ).test,
-        _TEXT_WINDOWS,
-    )
+    field = options.text_field if any(map(is_jsonl, options.text)) else None  # the calibration's, where these have none
+    windows = load_windows(model.tokenizer, min(tokens, model.max_context), options.text, text_field=field)
+    return spread(windows.test, _TEXT_WINDOWS)

@@ -6,11 +6,15 @@ as mathematics: tokens of real text are full of dollar signs.
 
 from __future__ import annotations
 
+import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from flexquant_rl.engine.files import replacing
 
@@ -59,6 +63,15 @@ def save_figure(figure: Figure, path: Path) -> None:
 def decimal_label(value: float, position: object = None) -> str:
     """`0.00005` rather than `5e-05`, down to where counting zeros is harder; for matplotlib's `FuncFormatter`."""
     return f"{value:.6f}".rstrip("0").rstrip(".") if value >= 0.99e-5 else f"{value:g}"
+
+
+def label_log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Plain decimals at 1, 2 and 5, or at whole decades where there are many."""
+    decades = math.log10(max(values) / min(values)) if values else 1.0
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,), numticks=30))
+    axes.yaxis.set_major_formatter(FuncFormatter(decimal_label))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _left(figure: Figure) -> float:

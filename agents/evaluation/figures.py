@@ -16,7 +16,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from flexquant_rl.agents.evaluation.comparison import (
@@ -29,7 +29,15 @@ from flexquant_rl.agents.evaluation.comparison import (
     seed_groups,
     setting_of,
 )
-from flexquant_rl.agents.evaluation.drawing import GREY, STYLE, caption_below, decimal_label, save_figure, title_above
+from flexquant_rl.agents.evaluation.drawing import (
+    GREY,
+    STYLE,
+    caption_below,
+    decimal_label,
+    label_log_axis,
+    save_figure,
+    title_above,
+)
 from flexquant_rl.agents.evaluation.resampling import Array
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.families import STATIC
@@ -269,20 +277,11 @@ def _points(groups: Sequence[SeedGroup], clock: Clock) -> tuple[Array, Array]:
 def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
     axes.set_yscale("log")
     axes.margins(x=0.04, y=0.06)
-    _label_log_axis(axes, [row.output_kl_nats for row in rows])
+    label_log_axis(axes, [row.output_kl_nats for row in rows])
     axes.grid(which="major", linewidth=0.8)
     axes.text(
         0.015, 0.03, "better \N{SOUTH WEST ARROW}", transform=axes.transAxes, ha="left", fontsize=10, color="#8a8a8a"
     )
-
-
-def _label_log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Plain decimals at 1, 2 and 5, or at whole decades where there are many."""
-    decades = math.log10(max(values) / min(values)) if values else 1.0
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,), numticks=30))
-    axes.yaxis.set_major_formatter(FuncFormatter(decimal_label))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_widths(axes: Axes, bar_axes: Axes, widths: NDArray[np.int64], stored: NDArray[np.int64]) -> None:

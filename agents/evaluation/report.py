@@ -17,6 +17,7 @@ from flexquant_rl.agents.evaluation.comparison import (
     seed_groups,
     setting_of,
 )
+from flexquant_rl.agents.evaluation.markdown import bullets, escape, facts_table, table_row
 from flexquant_rl.agents.evaluation.method import method_sentences
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.files import replacing
@@ -58,13 +59,13 @@ def markdown_table(rows: Sequence[EvalRow]) -> str:
     Learned policies are averaged over training seeds, mean ± standard deviation. Beside every time share stands how
     the KL differs from what static reaches in that time.
     """
-    lines = [_markdown_row([column[part] for column in _COLUMNS]) for part in (0, 1)]
+    lines = [table_row([column[part] for column in _COLUMNS]) for part in (0, 1)]
     for family in families(rows):
         modelled, measured = ratios_to_static(rows, family), ratios_to_static(rows, family, "measured")
         for index, group in enumerate(seed_groups(rows, family)):
             setting = setting_of(group.rows[0])
             cells = _cells(group, modelled.get(setting), measured.get(setting))
-            lines.append(_markdown_row([f"**{_escape(family)}**" if index == 0 else "", *cells]))
+            lines.append(table_row([f"**{escape(family)}**" if index == 0 else "", *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -107,14 +108,14 @@ def write_report(
     parts = [
         f"# {title}",
         "## Result",
-        _bullets(sentences) or "No two families could be compared at an equal time budget.",
+        bullets(sentences) or "No two families could be compared at an equal time budget.",
     ]
     if (run_dir / PARETO_FILE).is_file():
         parts.append(f"![Output KL against modelled time of every policy]({PARETO_FILE})")
     if (run_dir / LEARNING_FILE).is_file():
         parts += ["## Training", f"![Validation score of every seed by env step]({LEARNING_FILE})"]
-    parts += ["## What was run", _facts_table({**facts, **_row_facts(rows)})]
-    parts += ["## How it was compared", _bullets(method_sentences(rows))]
+    parts += ["## What was run", facts_table({**facts, **_row_facts(rows)})]
+    parts += ["## How it was compared", bullets(method_sentences(rows))]
     parts += ["## Every policy", markdown_table(rows).rstrip()]
     if (run_dir / ROWS_FILE).is_file():
         parts.append(
@@ -130,7 +131,7 @@ def write_report(
     if (run_dir / BITS_FILE).is_file():
         parts += ["## Where the policy moves most", f"![Bit-width of every token and unit]({BITS_FILE})"]
         parts += [f"{showcase[0].upper()}{showcase[1:]}."] if showcase else []
-    parts += ["## Limits", _bullets([*_limits(rows, facts), *notes])]
+    parts += ["## Limits", bullets([*_limits(rows, facts), *notes])]
     with replacing(run_dir / REPORT_FILE) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -139,7 +140,7 @@ def _cells(group: SeedGroup, modelled: LogRatio | None, measured: LogRatio | Non
     low, high = group.kl_interval()
     seeds = f" ({group.num_seeds} seeds)" if group.num_seeds > 1 else ""
     return [
-        _escape(group.policy) + seeds,
+        escape(group.policy) + seeds,
         _budget(group),
         _dial(group),
         _mean_sd(group, "mean_bit_width", ".2f"),
@@ -217,36 +218,6 @@ def _shortened(text: str, width: int) -> str:
     """Keeps the end: what differs between paths stands there."""
     printable = text.encode("ascii", "replace").decode()
     return printable if len(printable) <= width else "..." + printable[3 - width :]
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _facts_table(facts: Mapping[str, object]) -> str:
-    lines = [_markdown_row(["what", "value"]), _markdown_row([":--", ":--"])]
-    lines += [_markdown_row([_escape(name.replace("_", " ")), _escape(_fact(value))]) for name, value in facts.items()]
-    return "\n".join(lines)
-
-
-def _fact(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value)
-    return str(value)
 
 
 def _row_facts(rows: Sequence[EvalRow]) -> dict[str, object]:

@@ -8,10 +8,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import replacing
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _PUBLIC = (
     "policy",
@@ -99,8 +102,8 @@ def public_dict(row: EvalRow) -> dict[str, Any]:
     return {name: _plain(getattr(row, name)) for name in _PUBLIC}
 
 
-def write_rows(path: Path, rows: Iterable[EvalRow]) -> None:
-    """Writes one JSON object a line, atomically; a number that is not finite becomes null."""
+def write_rows(path: Path, rows: Iterable[DataclassInstance]) -> None:
+    """Writes one JSON object a line, a dataclass each, atomically; a number that is not finite becomes null."""
     lines = [json.dumps({name: _plain(value) for name, value in asdict(row).items()}, allow_nan=False) for row in rows]
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -42,15 +42,23 @@ class TextFacts:
         output_kl_nats: KL(reference || quantised) after the token, float32.
         token_nll_nats: Negative log-likelihood of the text's next token, float32.
         top1_agreement: Whether quantised and reference agree on the most likely token.
+        top1_ids: The token that is most likely by the allocation, int64.
     """
 
     output_kl_nats: Tensor
     token_nll_nats: Tensor
     top1_agreement: Tensor
+    top1_ids: Tensor
 
 
 def affordable_windows(
-    model: NestedCausalLM, allocations: Tensor, length: int, most: int, *, least: int = _LEAST_WINDOWS
+    model: NestedCausalLM,
+    allocations: Tensor,
+    length: int,
+    most: int,
+    *,
+    least: int = _LEAST_WINDOWS,
+    affordable_flop: float = _AFFORDABLE_FLOP,
 ) -> int:
     """How many windows of text `allocation_kl_nats` can read at a bearable price: fewer the larger the model.
 
@@ -60,6 +68,7 @@ def affordable_windows(
         length: Tokens of a window.
         most: More are not worth their time, however cheap they are.
         least: Fewer say nothing, however dear they are.
+        affordable_flop: Arithmetic that all windows together are worth.
 
     Returns:
         From `least`, or `most` where that is less, to `most`.
@@ -68,7 +77,7 @@ def affordable_windows(
     for end, unit in enumerate(model.units, start=1):
         if unit.kind != "head":  # allocations that are alike up to here are one
             num_products += len(allocations[:, :end].unique(dim=0)) * unit.num_weights
-    affordable = int(_AFFORDABLE_FLOP / (2 * num_products * length))
+    affordable = int(affordable_flop / (2 * num_products * length))
     return min(max(affordable, least), most)
 
 
@@ -112,7 +121,7 @@ def allocation_facts(
     allocations: Tensor,
     *,
     first: int,
-    prompt_width: int,
+    prompt_width: int | None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[TextFacts]:
     """What each allocation gives at every token, against the reference as in `allocation_kl_nats`.
@@ -122,7 +131,7 @@ def allocation_facts(
         windows: `[n, first + T + 1]` int64; the last token is only predicted.
         allocations: `[P, U]` int64 widths.
         first: Tokens of the prompts.
-        prompt_width: Width that the prompts are read at.
+        prompt_width: Width that the prompts are read at; None: as the allocation has it.
         progress: Wraps the loop over layers, the head last.
 
     Raises:
@@ -130,17 +139,18 @@ def allocation_facts(
     """
     read, following = windows[:, :-1], windows[:, first + 1 :]
     kl, nll = (torch.full((len(allocations), *following.shape), torch.nan, dtype=torch.float32) for _ in range(2))
-    agrees = torch.zeros(kl.shape, dtype=torch.bool)
+    agrees, top1 = torch.zeros(kl.shape, dtype=torch.bool), torch.zeros(kl.shape, dtype=torch.int64)
 
     def note(index: int, rows: slice, places: slice, reference: ReferenceDistribution, logits: Tensor) -> None:
         at = (index, rows, slice(places.start - first, places.stop - first))
         kl[at] = reference.kl_nats(logits).cpu()
-        agrees[at] = (reference.top1 == logits.argmax(-1)).cpu()
+        likeliest = logits.argmax(-1)
+        agrees[at], top1[at] = (reference.top1 == likeliest).cpu(), likeliest.cpu()
         chosen = logits.gather(-1, following[at[1:]].to(logits.device)[..., None])[..., 0]
         nll[at] = (logits.logsumexp(-1) - chosen).cpu()
 
     _visit_all(decoder, read, allocations, first, prompt_width, progress, note)
-    return [TextFacts(*columns) for columns in zip(kl, nll, agrees, strict=True)]
+    return [TextFacts(*columns) for columns in zip(kl, nll, agrees, top1, strict=True)]
 
 
 def _visit_all(

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.allocation_kl import affordable_windows, allocation_kl_nats
+from flexquant_rl.engine.control.allocation_kl import affordable_windows
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost
-from flexquant_rl.engine.control.output_kl import reference_name, reference_width
+from flexquant_rl.engine.control.output_kl import reference_name
+from flexquant_rl.engine.control.sensitivity import part_allocations, sensitivity, single_units
 from flexquant_rl.engine.control.signals import check_widths
-from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json, write_json
 from flexquant_rl.engine.model import NestedCausalLM
@@ -113,22 +113,8 @@ def unmeasured_profile(model: NestedCausalLM) -> Profile:
 
 def num_profile_windows(model: NestedCausalLM, length: int) -> int:
     """How many windows of `length` tokens a profile reads: 12, and fewer of a large model, down to 3."""
-    return affordable_windows(model, _single_changes(model)[0], length, _MOST_WINDOWS)
-
-
-def _single_changes(model: NestedCausalLM) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocations `[P, U]` with one unit off the reference, which unit it is and the column of its width, `[P]`."""
-    base = torch.full((model.num_units,), reference_width(model))
-    changes = [
-        (unit, column)
-        for unit in range(model.num_units)
-        for column, bit_width in enumerate(model.bit_widths)
-        if bit_width != int(base[unit])
-    ]
-    units, columns = torch.tensor(changes, dtype=torch.int64).view(-1, 2).unbind(1)
-    allocations = base.repeat(len(changes), 1)
-    allocations[torch.arange(len(changes)), units] = torch.tensor(model.bit_widths)[columns]
-    return allocations, units, columns
+    allocations, _, _ = part_allocations(model, single_units(model), model.bit_widths)
+    return affordable_windows(model, allocations, length, _MOST_WINDOWS)
 
 
 def profile_model(
@@ -148,14 +134,9 @@ def profile_model(
         first: Positions before this one are context only.
         progress: Wraps the loop over layers, the head last.
     """
-    allocations, units, columns = _single_changes(model)
-    session = DecodeSession(model, num_rows=1, max_length=min(windows.shape[1], model.max_context))
-    sensitivity = torch.zeros(model.num_units, len(model.bit_widths), dtype=torch.float32)
-    kl = allocation_kl_nats(session, windows, allocations, first=first, progress=progress)
-    sensitivity[units, columns] = kl.float()
     return Profile(
         cost=cost,
-        sensitivity=sensitivity,
+        sensitivity=sensitivity(model, windows, single_units(model), model.bit_widths, first=first, progress=progress),
         bit_widths=model.bit_widths,
         fingerprint=model.fingerprint,
         num_tokens=windows.shape[0] * (windows.shape[1] - first),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,7 @@ _VECTOR_MS = 25.0
 """Time that a width vector is worth: short steps are repeated more often."""
 _NUM_BASELINES = 9
 _CONTROLLER_ROUNDS = 9
+_ROUND_STEPS = 7
 
 
 def measured_table(
@@ -45,13 +47,53 @@ def measured_table(
     Raises:
         InputError: As `measured_cost`.
     """
-    # Halfway through an episode, so that attention costs what it costs on average.
-    num_held = max(1, min(windows.shape[1] // 2, model.max_context - MAX_PAIRS))
-    session = open_session(model, max_length=num_held + MAX_PAIRS, num_threads=num_threads)
-    prompt = session.prefill(windows[:1, :num_held])
+    session, prompt = halfway(model, windows, num_threads)
     timer = StepTimer(session, windows[0, :1])
     cost = measured_cost(model, timer, num_steps=num_steps, num_threads=num_threads)
     return replace(cost, controller_ms=measured_controller_ms(session, prompt, windows[0, :1]))
+
+
+def interleaved_step_ms(
+    sessions: Sequence[DecodeSession | LeanSession],
+    token_ids: Tensor,
+    bit_widths: Sequence[int],
+    *,
+    num_rounds: int = 15,
+    seed: int = 0,
+) -> Tensor:
+    """Milliseconds of whole steps of several models with every unit at the same width, in turns.
+
+    In every round each model makes a few steps at each width, in random order: what slows the machine down for a while
+    slows them all down.
+
+    Args:
+        sessions: Each of its own model, holding a prompt, with room for `MAX_PAIRS` more tokens; forked, not stepped.
+        token_ids: `[1]` int64, what every step reads.
+        bit_widths: W widths that all models store.
+        num_rounds: Rounds.
+        seed: Seed of the order.
+
+    Returns:
+        `[S, W, rounds]` float64, the median of a round's steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.zeros(len(sessions), len(bit_widths), num_rounds, dtype=torch.float64)
+    for turn in range(num_rounds):
+        for place in torch.randperm(len(sessions) * len(bit_widths), generator=generator).tolist():
+            which, column = divmod(place, len(bit_widths))
+            widths = torch.full((sessions[which].model.num_units,), bit_widths[column])
+            runner = _timed_runner(sessions[which], token_ids, widths)
+            found[which, column, turn] = statistics.median(_pass_ms(runner) for _ in range(_ROUND_STEPS))
+    return found
+
+
+def halfway(
+    model: NestedCausalLM, windows: Tensor, num_threads: int | None
+) -> tuple[DecodeSession | LeanSession, StepOutput]:
+    """A session halfway through an episode, so that attention costs what it costs on average, and its last output."""
+    num_held = max(1, min(windows.shape[1] // 2, model.max_context - MAX_PAIRS))
+    session = open_session(model, max_length=num_held + MAX_PAIRS, num_threads=num_threads)
+    return session, session.prefill(windows[:1, :num_held])
 
 
 class StepTimer:
@@ -83,16 +125,17 @@ class StepTimer:
 
     def _medians_ms(self, bit_widths: Tensor) -> tuple[float, float]:
         """Medians of steps at the given and at the largest widths, taking turns."""
-        runners = [self._runner(widths) for widths in (bit_widths, self._largest)]
+        runners = [_timed_runner(self._session, self._token_ids, widths) for widths in (bit_widths, self._largest)]
         times = [[_pass_ms(runner) for runner in runners] for _ in range(self._num_pairs)]
         own, largest = zip(*times, strict=True)
         return statistics.median(own), statistics.median(largest)
 
-    def _runner(self, bit_widths: Tensor) -> PolicyRunner:
-        """The loop that serves, over a copy of the session; it times the passes alone."""
-        text = self._token_ids.expand(1, MAX_PAIRS)
-        controller = StaticController(StaticAllocation("timed", bit_widths))
-        return PolicyRunner(self._session.fork(), controller, Replay(text), timed=True, first_token_ids=self._token_ids)
+
+def _timed_runner(session: DecodeSession | LeanSession, token_ids: Tensor, bit_widths: Tensor) -> PolicyRunner:
+    """The loop that serves, over a copy of a session; it times the passes alone."""
+    controller = StaticController(StaticAllocation("timed", bit_widths))
+    text = Replay(token_ids.expand(1, MAX_PAIRS))
+    return PolicyRunner(session.fork(), controller, text, timed=True, first_token_ids=token_ids)
 
 
 def _pass_ms(runner: PolicyRunner) -> float:

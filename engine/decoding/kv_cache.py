@@ -118,6 +118,13 @@ class RowCache(Cache):
             self.lengths[self.call.rows] = new_lengths
         self.call = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values of all rows, 0 before the first write."""
+        layers = [layer for layer in self.layers if isinstance(layer, RowCacheLayer)]
+        held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        return sum(tensor.nbytes for tensor in held)
+
     def copy(self, *, num_rows: int | None = None) -> RowCache:
         """An independent copy; `num_rows` repeats the row of a cache that has one."""
         num_rows = num_rows or self.num_rows

@@ -131,6 +131,21 @@ class DecodeSession:
         twin._cache = self._open_cache().copy()
         return twin
 
+    def branches(self, lengths: Tensor) -> DecodeSession:
+        """A session of R' rows, each a copy of the first `lengths[r]` tokens, `[R']` int64, of this one's only row."""
+        cache = self._open_cache()
+        assert self._num_rows == 1, "of one row"
+        check_truncation(lengths.cpu(), cache.lengths.cpu().expand(len(lengths)))
+        twin = DecodeSession(self._model, num_rows=len(lengths), max_length=self._max_length)
+        twin._cache = cache.copy(num_rows=len(lengths))
+        twin._cache.lengths.copy_(lengths)
+        return twin
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return self._open_cache().num_bytes
+
     def close(self) -> None:
         """Frees the cache; any later call raises. Closing twice is fine."""
         self._cache = None

@@ -33,10 +33,14 @@ class Calibration:
     Attributes:
         num_tokens: Tokens read.
         sha256: Digest of the token ids, int64, little-endian, window after window.
+        files: Names of the files that they are of; none where it was no file.
+        weights: How much of the windows each file gave; none: as much as it is long.
     """
 
     num_tokens: int
     sha256: str
+    files: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, windows: Tensor) -> Calibration:

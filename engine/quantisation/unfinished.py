@@ -88,10 +88,20 @@ def nested_start(
     return model
 
 
+def has_start(directory: Path) -> bool:
+    """Whether an interrupted run has left nested weights there."""
+    return (directory / _KEY_FILE).is_file()
+
+
 def _key(hf_model: PreTrainedModel, config: QuantizationConfig, calibration: Tensor | None) -> str:
     """Digest of all that nesting depends on."""
     facts = [asdict(config), None if calibration is None else Calibration.of(calibration).sha256]
-    digest = hashlib.sha256(json.dumps(facts).encode())
+    return weights_sha256(hf_model, json.dumps(facts))
+
+
+def weights_sha256(hf_model: PreTrainedModel, facts: str = "") -> str:
+    """Digest of a model's tensors, after some facts."""
+    digest = hashlib.sha256(facts.encode())
     for name, tensor in stored_tensors(hf_model).items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)

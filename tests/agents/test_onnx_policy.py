@@ -121,4 +121,4 @@ def test_without_the_extra_it_is_one_line(run_dir: Path, tmp_path: Path, monkeyp
 
 def test_static_allocations_have_no_network(tmp_path: Path) -> None:
     error = run(cli.main, "export", "fixed:4", tmp_path / "out", "--onnx").error
-    assert error == "--onnx writes the network of a run, and fixed:4 has none; leave it out"
+    assert error == "--onnx writes the network of a lossy run, and fixed:4 is none; leave it out"

@@ -9,6 +9,7 @@ import torch
 from cli_runner import run, tree
 from mistakes import Cases, Inputs, Mistake, check_mistake, make_run
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from flexquant_rl import cli
 from flexquant_rl.engine.control import runner
@@ -59,6 +60,94 @@ def profiling_nowhere(inputs: Inputs) -> Mistake:
 def profiling_on_little_text(inputs: Inputs) -> Mistake:
     text = inputs.write("short.txt", b"too short")
     return Mistake(cli.main, ("profile", inputs.model, "--text", text), "short.txt", "give more text")
+
+
+@case
+def analysing_nothing(inputs: Inputs) -> Mistake:
+    return Mistake(cli.main, ("analyse", "--text", inputs.text), "no MODEL is given", "name a directory")
+
+
+@case
+def analysing_little_text(inputs: Inputs) -> Mistake:
+    text = inputs.write("short.txt", b"too short")
+    arguments = ("analyse", inputs.model, "--text", text, "--window-tokens", 64)
+    return Mistake(cli.main, arguments, "short.txt: the", "give more text (or, shorter windows with --window-tokens)")
+
+
+@case
+def analysing_with_an_unknown_strategy(inputs: Inputs) -> Mistake:
+    arguments = ("analyse", inputs.model, "--text", inputs.text, "--strategies", "rtn", "awq")
+    return Mistake(cli.main, arguments, "'awq' is no strategy", "use rtn, rtn-text")
+
+
+@case
+def analysing_with_a_strange_group_size(inputs: Inputs) -> Mistake:
+    arguments = ("analyse", inputs.model, "--text", inputs.text, "--strategies", "rtn:16")
+    return Mistake(cli.main, arguments, "group size '16'", "use one of 32, 64, 128")
+
+
+@case
+def examining_what_is_not_analysed(inputs: Inputs) -> Mistake:
+    arguments = ("analyse", inputs.model, "--text", inputs.text, "--strategies", "rtn", "--examine", "gptq")
+    return Mistake(cli.main, arguments, "--examine gptq is none of --strategies", "name it there too")
+
+
+@case
+def analysing_weights_that_are_not_numbers(inputs: Inputs) -> Mistake:
+    model = inputs.copy(inputs.model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    arguments = ("analyse", model, "--text", inputs.text, "--window-tokens", 24)
+    return Mistake(cli.main, arguments, "model.layers.1.mlp.up_proj.weight holds 1 NaN", "repair the checkpoint")
+
+
+@case
+def analysing_no_windows(inputs: Inputs) -> Mistake:
+    arguments = ("analyse", inputs.model, "--text", inputs.text, "--windows", 0)
+    return Mistake(cli.main, arguments, "--windows 0", "must be at least 1")
+
+
+@case
+def analysing_into_other_things(inputs: Inputs) -> Mistake:
+    folder = inputs.own / "precious"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("words")
+    arguments = ("analyse", inputs.model, "--text", inputs.text, "--out", folder)
+    return Mistake(cli.main, arguments, f"{folder} exists and is no analysis", "choose another --out")
+
+
+@case
+def calibrating_by_nonsense_weights(inputs: Inputs) -> Mistake:
+    calibration = ("--calibration", inputs.text, inputs.text, "--calibration-weights", 1, -1)
+    arguments = ("analyse", inputs.model, "--text", inputs.text, *calibration)
+    return Mistake(cli.main, arguments, "--calibration-weights 1 -1", "each must be a positive number")
+
+
+@case
+def calibrating_on_little_text(inputs: Inputs) -> Mistake:
+    short = inputs.write("short.txt", b"too short")
+    arguments = ("analyse", inputs.model, "--text", inputs.text, "--window-tokens", 24, "--calibration", short)
+    return Mistake(cli.main, arguments, "short.txt: its training split", "give more text with --calibration FILE")
+
+
+@case
+def quantising_on_little_text(inputs: Inputs) -> Mistake:
+    short = inputs.write("short.txt", b"too short")
+    arguments = ("quantize", inputs.model, inputs.own / "out", "--calibration", short)
+    return Mistake(cli.main, arguments, "short.txt: its training split", "give more text with --calibration FILE")
+
+
+@case
+def rows_of_no_analysis(inputs: Inputs) -> Mistake:
+    arguments = ("analyse", "--from-rows", inputs.model)
+    return Mistake(cli.main, arguments, f"{inputs.model} is not an analysis", "give a directory that fq analyse wrote")
+
+
+@case
+def rows_and_a_model(inputs: Inputs) -> Mistake:
+    arguments = ("analyse", inputs.model, "--from-rows", inputs.own)
+    return Mistake(cli.main, arguments, f"--from-rows {inputs.own} measures nothing", f"leave {inputs.model} out")
 
 
 @case

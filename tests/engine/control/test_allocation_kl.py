@@ -103,6 +103,7 @@ def check_facts(facts: list[TextFacts], model: NestedCausalLM, windows: Tensor, 
         is_sure = logits.topk(2).values.diff().abs()[..., 0] > 1e-4
         agrees = reference.argmax(-1) == logits.argmax(-1)
         assert torch.equal(found.top1_agreement[is_sure], agrees[is_sure])
+        assert torch.equal(found.top1_ids[is_sure], logits.argmax(-1)[is_sure])
 
 
 def leak(model: NestedCausalLM) -> None:

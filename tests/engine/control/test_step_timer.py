@@ -11,7 +11,12 @@ from torch import Tensor
 from flexquant_rl.engine.control import runner, step_timer
 from flexquant_rl.engine.control.controller import StaticController
 from flexquant_rl.engine.control.runner import PolicyRunner
-from flexquant_rl.engine.control.step_timer import MAX_PAIRS, StepTimer, measured_controller_ms
+from flexquant_rl.engine.control.step_timer import (
+    MAX_PAIRS,
+    StepTimer,
+    interleaved_step_ms,
+    measured_controller_ms,
+)
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
@@ -110,3 +115,14 @@ def test_a_controller_takes_some_time_by_the_real_clock(session: DecodeSession) 
     prompt = session.prefill(PROMPT)
     assert 0 < measured_controller_ms(session, prompt, PROMPT[0, :1]) < 50
     assert session.lengths.tolist() == [PROMPT.shape[1]]
+
+
+def test_models_take_turns(clock: Clock, session: DecodeSession, half_unit_model: NestedCausalLM) -> None:
+    other = DecodeSession(half_unit_model, max_length=PROMPT.shape[1] + MAX_PAIRS)
+    other.prefill(PROMPT)
+    clock.token_ids.clear()
+    times = interleaved_step_ms([session, other], torch.tensor([9]), (3, 8), num_rounds=5)
+    assert times.shape == (2, 2, 5)
+    assert times.tolist() == [[[3.0] * 5, [8.0] * 5]] * 2, "stalls are outvoted"
+    assert set(clock.token_ids) == {9}
+    assert session.lengths.tolist() == other.lengths.tolist() == [PROMPT.shape[1]]

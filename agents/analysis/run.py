@@ -1,0 +1,169 @@
+"""The stages of an analysis, strategy by strategy, each kept as soon as it is there and never done twice."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flexquant_rl.agents.analysis.measure import part_rows, past_rows, strategy_rows, time_rows, window_rows
+from flexquant_rl.agents.analysis.rows import (
+    PartRow,
+    PastRow,
+    Plan,
+    RowStore,
+    StrategyRow,
+    TimeRow,
+    TokensRow,
+    WindowRow,
+)
+from flexquant_rl.agents.analysis.strategies import STORED, Strategy, by_start, parse_strategy
+from flexquant_rl.agents.progress import say, track
+from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
+from flexquant_rl.engine.freed_memory import return_freed_memory
+from flexquant_rl.engine.loading import load_causal_lm
+from flexquant_rl.engine.model import NestedCausalLM, max_context, nest
+from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
+from flexquant_rl.engine.quantisation.tuning import tune_pairs
+from flexquant_rl.engine.quantisation.unfinished import STATE_FILE, has_start, nested_start, unfinished_directory
+from flexquant_rl.fq_env.calibration_text import CalibrationText
+
+
+@dataclass(frozen=True, eq=False)
+class AnalysedText:
+    """The text of an analysis.
+
+    Attributes:
+        windows: `[n, first + T + 1]` int64.
+        sources: The file of each window.
+        documents: The document of each window.
+    """
+
+    windows: Tensor
+    sources: tuple[str, ...]
+    documents: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What is measured, of which model, and where it is kept.
+
+    Attributes:
+        store: The rows.
+        plan: What they depend on.
+        text: What is read.
+        path: Directory or name of the model.
+        fitted_to: The text that strategies are fitted to.
+        examined: The strategy whose parts and pasts are measured.
+    """
+
+    store: RowStore
+    plan: Plan
+    text: AnalysedText
+    path: str
+    fitted_to: CalibrationText
+    examined: str
+
+    def run(self, strategies: Sequence[str]) -> None:
+        """Measures what is missing of some strategies, by name."""
+        if self.plan.nested:
+            model = load_checkpoint(Path(self.path))
+            if self._is_missing(STORED):
+                self._measure(model, STORED, 0.0)
+            if not self.store.read(TimeRow):
+                self.store.replace(time_rows([model], self.plan, self.text.windows), TimeRow)
+            return
+        for start, members in by_start(map(parse_strategy, strategies)):
+            missing = [one for one in members if self._is_missing(one.name)]
+            if missing:
+                self._run_start(start, missing)
+                gc.collect()
+                return_freed_memory()
+        self._time()
+
+    def _time(self) -> None:
+        """Times the formats of all strategies together, unless that was done; the cheapest recipe stands for all."""
+        sizes = sorted({row.group_size for row in self.store.read(StrategyRow)})
+        if {row.group_size for row in self.store.read(TimeRow)} >= set(sizes):
+            return
+        say(f"timing steps in groups of {', '.join(map(str, sizes))}")
+        models = []
+        for size in sizes:
+            config = QuantizationConfig("rtn", size, self.plan.bit_widths)
+            models.append(load_model(self.path, config, keep_reference=False))
+        self.store.replace(time_rows(models, self.plan, self.text.windows), TimeRow)
+
+    def _run_start(self, start: Strategy, members: Sequence[Strategy]) -> None:
+        """Quantises once and measures all strategies that begin with it."""
+        say(f"{start.name}: loading the model")
+        began = time.perf_counter()
+        hf_model, tokenizer = load_causal_lm(self.path)
+        config = QuantizationConfig(start.method, start.group_size, self.plan.bit_widths)
+
+        def progress(items: Iterable[Any]) -> Iterable[Any]:
+            return track(items, f"{start.name}: quantising")
+
+        if not start.calibrated:
+            model = nest(hf_model, tokenizer, config, progress=progress)
+            self._measure(model, start.name, time.perf_counter() - began)
+            return
+        steps = self.plan.tune_steps if any(one.tuned for one in members) else 0
+        moments, windows = self.fitted_to.fitting_windows(tokenizer, max_context(hf_model), steps)
+        with unfinished_directory(self.store.directory / start.name.replace(":", "-")) as directory:
+            was_there = has_start(directory)
+            model = nested_start(directory, hf_model, tokenizer, config, moments, progress=progress)
+            # What an interrupted run has quantised took a time that is not known.
+            seconds = math.nan if was_there else time.perf_counter() - began
+            for one in members:
+                if one.tuned:
+                    held_out = self.fitted_to.held_out_windows(tokenizer, model.max_context)
+                    tuning = TuningConfig(steps)
+                    seconds += tune_pairs(
+                        model, windows, held_out, tuning, state_file=directory / STATE_FILE, report=say
+                    )
+                self._measure(model, one.name, seconds)
+
+    def _measure(self, model: NestedCausalLM, name: str, seconds: float) -> None:
+        store, plan, text = self.store, self.plan, self.text
+        rows = store.read(WindowRow)
+        if not rows:
+            say("reading the text with the reference")
+            rows = window_rows(model, plan, text.windows, text.sources, text.documents)
+            store.replace(rows, WindowRow)
+        if name not in self._names(StrategyRow):
+            found, tokens = strategy_rows(model, name, plan, text.windows, rows, seconds, track)
+            store.replace(tokens, TokensRow, [name])
+            store.add(found)
+            for row in found:
+                say(f"{name}: KL {row.output_kl_nats:.4f} nats at {row.bit_width} bits")
+        if name == self.examined and name not in self._names(PastRow):
+            store.replace(past_rows(model, name, plan, text.windows, track), PastRow, [name])
+        if name == self.examined and name not in self._names(PartRow):
+            store.replace(part_rows(model, name, plan, text.windows, track), PartRow, [name])
+
+    def _is_missing(self, name: str) -> bool:
+        kinds: list[type[Any]] = [StrategyRow]
+        if name == self.examined:
+            kinds += [PartRow, PastRow]
+        return any(name not in self._names(kind) for kind in kinds)
+
+    def _names(self, kind: type[Any]) -> set[str]:
+        return {row.strategy for row in self.store.read(kind)}
+
+
+@contextmanager
+def goes_on() -> Iterator[None]:
+    """Tells whoever interrupts the block that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if interruption.args:  # a stage has said so already
+            raise
+        raise KeyboardInterrupt("the same command goes on from there") from interruption

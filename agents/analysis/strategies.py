@@ -1,0 +1,95 @@
+"""Strategies of quantisation by name: how codes are chosen, what scales are fitted to, how large a group is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels.bitplane import GROUP_SIZES
+
+STORED = "stored"
+"""The only strategy of a nested checkpoint: what it holds, as it is."""
+
+_RECIPES: dict[str, tuple[Literal["rtn", "gptq"], bool, bool]] = {
+    "rtn": ("rtn", False, False),
+    "rtn-text": ("rtn", True, False),
+    "rtn-tuned": ("rtn", True, True),
+    "gptq": ("gptq", True, False),
+    "gptq-tuned": ("gptq", True, True),
+}
+_GROUP_SIZE = 128
+_CHEAP = ("rtn:32", "rtn:64", "rtn", "rtn-text")
+_DEAR = ("gptq", "gptq-tuned")
+# gptq takes seconds for a million weights, tuning as long: more than a sample may cost.
+_DEAR_UP_TO = 20_000_000
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to quantise a model.
+
+    Attributes:
+        method: How codes are chosen.
+        calibrated: Whether scales are fitted to text; gptq fits its codes to it too.
+        tuned: Whether scales then follow the KL of the whole model.
+        group_size: Consecutive inputs that share a scale and an offset.
+    """
+
+    method: Literal["rtn", "gptq"]
+    calibrated: bool
+    tuned: bool
+    group_size: int
+
+    @property
+    def name(self) -> str:
+        """`recipe` in groups of 128, else `recipe:group size`."""
+        recipe = next(key for key, value in _RECIPES.items() if value == (self.method, self.calibrated, self.tuned))
+        return recipe if self.group_size == _GROUP_SIZE else f"{recipe}:{self.group_size}"
+
+    def untuned(self) -> Strategy:
+        """What tuning begins with."""
+        return replace(self, tuned=False)
+
+
+def parse_strategy(name: str) -> Strategy:
+    """Reads `gptq`, `rtn-text:64` and so on.
+
+    Raises:
+        InputError: If there is no such recipe or group size.
+    """
+    recipe, separator, size = name.partition(":")
+    if recipe not in _RECIPES:
+        raise InputError(
+            f"{name!r} is no strategy; use {', '.join(_RECIPES)}, with a group size behind a colon as in gptq:64"
+        )
+    if separator and size not in map(str, GROUP_SIZES):
+        raise InputError(
+            f"{name!r} has group size {size!r}, which cannot be stored; use one of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return Strategy(*_RECIPES[recipe], int(size) if separator else _GROUP_SIZE)
+
+
+def default_strategies(num_weights: int) -> tuple[str, ...]:
+    """What is analysed of a model of so many weights unless told otherwise, the best last."""
+    return _CHEAP if num_weights > _DEAR_UP_TO else (*_CHEAP, *_DEAR)
+
+
+def by_start(strategies: Iterable[Strategy]) -> list[tuple[Strategy, Sequence[Strategy]]]:
+    """What is quantised once, each with the strategies that begin with it, the one without tuning first."""
+    found: dict[Strategy, list[Strategy]] = {}
+    for strategy in dict.fromkeys(strategies):
+        found.setdefault(strategy.untuned(), []).append(strategy)
+    return [(start, sorted(members, key=lambda one: one.tuned)) for start, members in found.items()]
+
+
+def recipe_text(name: str) -> str:
+    """A strategy in words, for reports."""
+    if name == STORED:
+        return "the checkpoint as it is stored"
+    strategy = parse_strategy(name)
+    codes = {"rtn": "codes to nearest", "gptq": "codes fitted to the outputs (gptq)"}[strategy.method]
+    scales = "scales of the weights" if not strategy.calibrated else "scales fitted to the outputs"
+    tuned = ", then tuned to the KL of the model" if strategy.tuned else ""
+    return f"{codes}, {scales}{tuned}; groups of {strategy.group_size}"

@@ -1,0 +1,247 @@
+"""`fq analyse` on a tiny model: what it writes, that nothing is measured twice, interruptions, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runner import Finished, leftovers, run, tree, write_text
+
+from flexquant_rl import cli
+from flexquant_rl.agents.analysis import report
+from flexquant_rl.agents.analysis import run as stages
+from flexquant_rl.agents.analysis.rows import PartRow, PastRow, RowStore, StrategyRow, TimeRow, TokensRow, WindowRow
+from flexquant_rl.engine.quantisation import tuning
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a missing glyph is only a warning
+
+SIZES = ("--windows", 4, "--window-tokens", 24, "--bit-widths", 3, 4, 8)
+FILES = {
+    *("analysis.json", "past.jsonl", "report.md", "sensitivity.jsonl", "sensitivity.png", "strategies.jsonl"),
+    *("strategies.png", "text.jsonl", "times.jsonl", "tokens.jsonl", "tokens.png"),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def analyse(model: object, text: Path, out: Path, *options: object) -> Finished:
+    return run(cli.main, "analyse", model, "--text", text, "--out", out, *SIZES, *options)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than anything else of a tiny model."""
+    monkeypatch.setattr(report, "_draw", lambda *arguments: None)
+
+
+@pytest.fixture(scope="module")
+def analysed(tiny_model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """An analysis of three strategies, one of them tuned."""
+    out = tmp_path_factory.mktemp("analysed") / "out"
+    options = ("--strategies", "rtn:32", "rtn-text:64", "rtn-tuned:64", "--tune-steps", 2)
+    return out, analyse(tiny_model_dir, text, out, *options)
+
+
+def test_rows_of_an_analysis(analysed: tuple[Path, Finished]) -> None:
+    out, finished = analysed
+    printed = finished.result
+    assert {path.name for path in out.iterdir()} == FILES
+    assert [(row["strategy"], row["bit_width"]) for row in printed["rows"]] == [
+        (name, width) for name in ("rtn:32", "rtn-text:64", "rtn-tuned:64") for width in (3, 4, 8)
+    ]
+    store = RowStore(out)
+    rows = {(row.strategy, row.bit_width): row for row in store.read(StrategyRow)}
+    for name in ("rtn:32", "rtn-text:64", "rtn-tuned:64"):
+        kl = [rows[name, width].output_kl_nats for width in (3, 4, 8)]
+        assert kl == sorted(kl, reverse=True)
+        assert all(
+            rows[name, b].output_kl_low <= rows[name, b].output_kl_nats <= rows[name, b].output_kl_high for b in (3, 8)
+        )
+    # Planes, and two float16 for each group; inputs are padded to 128, which a tiny model feels.
+    assert rows["rtn:32", 3].bytes_per_weight > rows["rtn-text:64", 3].bytes_per_weight > 3 / 8
+    assert {(row.group_size, row.bit_width) for row in store.read(TimeRow)} == {
+        (size, width) for size in (32, 64) for width in (3, 4, 8)
+    }
+    assert all(row["measured_ms"] > 0 for row in printed["rows"])
+    tokens, windows = store.read(TokensRow), store.read(WindowRow)
+    assert (len(windows), len(windows[0].tokens)) == (4, 23)
+    for row in rows.values():
+        own = [
+            kl
+            for one in tokens
+            if (one.strategy, one.bit_width) == (row.strategy, row.bit_width)
+            for kl in one.output_kl_nats
+        ]
+        assert len(own) == row.num_tokens == 4 * 23
+        assert math.fsum(own) / len(own) == pytest.approx(row.output_kl_nats, rel=1e-4)
+    parts = store.read(PartRow)
+    assert {row.strategy for row in parts} == {row.strategy for row in store.read(PastRow)} == {"rtn-tuned:64"}
+    named = {kind: {row.part for row in parts if row.kind == kind} for kind in ("unit", "matrices", "matrix")}
+    assert named["unit"] == {"layer.0", "layer.1", "head"}
+    assert named["matrices"] == {"q", "k", "v", "o", "gate", "up", "down", "head"}
+    assert len(named["matrix"]) == 15
+    assert {row.bit_width for row in parts if row.kind == "matrix"} == {4}
+
+
+def test_report_of_an_analysis(analysed: tuple[Path, Finished]) -> None:
+    report = (analysed[0] / "report.md").read_text(encoding="utf-8")
+    for heading in ("In short", "Strategies", "Sensitive parts of `rtn-tuned:64`", "Tokens of `rtn-tuned:64`"):
+        assert f"\n## {heading}\n" in report
+    for picture in ("strategies.png", "sensitivity.png", "tokens.png"):
+        assert f"]({picture})" in report
+        assert (analysed[0] / picture).read_bytes().startswith(b"\x89PNG")
+    assert "nan" not in report
+    tables = [line for line in report.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_again_from_rows(analysed: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = shutil.copytree(analysed[0], tmp_path / "copy")
+    expected = (out / "report.md").read_text()
+    for name in ("report.md", "strategies.png", "tokens.png"):
+        (out / name).unlink()
+    monkeypatch.setattr(stages, "load_causal_lm", None)
+    finished = run(cli.main, "analyse", "--from-rows", out)
+    assert finished.result["rows"] == analysed[1].result["rows"]
+    assert (out / "report.md").read_text() == expected
+    assert {path.name for path in out.iterdir()} == FILES
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_more_strategies_are_added(
+    analysed: tuple[Path, Finished], tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(analysed[0], tmp_path / "copy")
+    measured: list[str] = []
+    original = stages.strategy_rows
+
+    def noted(model: Any, strategy: str, *rest: Any) -> Any:
+        measured.append(strategy)
+        return original(model, strategy, *rest)
+
+    monkeypatch.setattr(stages, "strategy_rows", noted)
+    options = ("--strategies", "rtn:32", "rtn-tuned:64", "--tune-steps", 2, "--examine", "rtn-tuned:64")
+    assert "is there already" in analyse(tiny_model_dir, text, out, *options).err
+    assert measured == []
+    result = analyse(tiny_model_dir, text, out, "--strategies", "rtn:64", "--tune-steps", 2).result
+    assert measured == ["rtn:64"]
+    assert len(result["rows"]) == 4 * 3
+    assert "Tokens of `rtn-tuned:64`" not in (out / "report.md").read_text()
+    error = analyse(tiny_model_dir, text, out, "--strategies", "rtn:64", "--windows", 3).error
+    assert "holds an analysis with windows_sha256" in error
+    assert "give the same options, or another --out" in error
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, count: int, error: BaseException) -> None:
+    """Lets the call of this number fail."""
+    original: Callable[..., Any] = getattr(place, name)
+    calls = 0
+
+    def failing(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise error
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(place, name, failing)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("strategy", "place", "name"), [("rtn-tuned:64", tuning, "write_states"), ("rtn:32", stages, "part_rows")]
+)
+def test_interrupted_analysis_goes_on(
+    analysed: tuple[Path, Finished],
+    tiny_model_dir: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    place: Any,
+    name: str,
+) -> None:
+    out = tmp_path / "out"
+    options = ("--strategies", strategy, "--tune-steps", 2)
+    with monkeypatch.context() as patched:
+        fail_once(patched, place, name, 1, KeyboardInterrupt())
+        finished = analyse(tiny_model_dir, text, out, *options)
+    assert finished.code == 130
+    assert finished.err.splitlines()[-1] == "interrupted; the same command goes on from there"
+    with monkeypatch.context() as patched:  # what was done is not done again
+        patched.setattr("flexquant_rl.engine.quantisation.unfinished.nest", None)
+        if name == "part_rows":
+            patched.setattr(stages, "strategy_rows", None)
+        result = analyse(tiny_model_dir, text, out, *options).result
+    assert {path.name for path in out.iterdir()} == {name for name in FILES if not name.endswith(".png")}
+    whole = {(row["strategy"], row["bit_width"]): row["output_kl_nats"] for row in analysed[1].result["rows"]}
+    assert all(row["output_kl_nats"] == whole[row["strategy"], row["bit_width"]] for row in result["rows"])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_full_disk(tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        full = OSError(errno.ENOSPC, "No space left on device", "tokens.jsonl")
+        fail_once(patched, RowStore, "replace", 2, full)
+        error = analyse(tiny_model_dir, text, out, "--strategies", "rtn").error
+    assert error == "tokens.jsonl: No space left on device; free some space and run the command again"
+    assert leftovers(tree(out)) == []
+    assert len(analyse(tiny_model_dir, text, out, "--strategies", "rtn").result["rows"]) == 3
+
+
+def test_nested_checkpoint_as_it_is_stored(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    nested, out = tmp_path / "nested", tmp_path / "out"
+    assert run(cli.main, "quantize", tiny_model_dir, nested, "--group-size", 32, "--bit-widths", 4, 8).code == 0
+    for option in (("--strategies", "rtn"), ("--examine", "rtn")):
+        error = analyse(nested, text, out, *option).error
+        assert error == (
+            f"{nested} is a nested checkpoint, which has one strategy, as it is stored; leave {option[0]} out, or give "
+            "the model that it was made from"
+        )
+        assert not out.exists()
+    result = analyse(nested, text, out).result
+    assert [(row["strategy"], row["bit_width"]) for row in result["rows"]] == [("stored", 4), ("stored", 8)]
+    assert result["rows"][0]["output_kl_nats"] > result["rows"][1]["output_kl_nats"] == 0
+    plan = json.loads((out / "analysis.json").read_text())
+    assert (plan["nested"], plan["reference"], plan["bit_widths"]) == (True, "8-bit", [4, 8])
+    assert "the checkpoint as it is stored" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("{", "strategies.jsonl:1 is no row of an analysis"),
+        ('{"strategy": "rtn"}', "missing or unknown: "),
+        ("\udcff", "cannot be read"),
+        ("", "no strategy is finished yet"),
+    ],
+)
+@pytest.mark.usefixtures("undrawn")
+def test_damaged_rows(analysed: tuple[Path, Finished], tmp_path: Path, damage: str, message: str) -> None:
+    out = shutil.copytree(analysed[0], tmp_path / "copy")
+    (out / "strategies.jsonl").write_bytes(damage.encode(errors="surrogateescape"))
+    assert message in run(cli.main, "analyse", "--from-rows", out).error
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_wrong_types_in_rows(analysed: tuple[Path, Finished], tmp_path: Path) -> None:
+    out = shutil.copytree(analysed[0], tmp_path / "copy")
+    file = out / "strategies.jsonl"
+    first = json.loads(file.read_text().splitlines()[0]) | {"output_kl_nats": "little"}
+    file.write_text(json.dumps(first))
+    assert "output_kl_nats='little' must be a number" in run(cli.main, "analyse", "--from-rows", out).error
+
+
+def test_what_is_quantised_alike_is_quantised_once(analysed: tuple[Path, Finished]) -> None:
+    assert analysed[1].err.count("rtn-text:64: loading the model") == 1
+    assert "rtn-tuned:64: loading the model" not in analysed[1].err
