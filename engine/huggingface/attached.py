@@ -220,28 +220,31 @@ def attach_policy(
             or if dial, speed or profile do not go with it.
     """
     nested = nested_model(model)
+    found: Policy | DraftPolicy
     if isinstance(policy, str | Path):
         directory = Path(policy)
-        policy = load_policy(directory, model_fingerprint=nested.fingerprint)
+        found = load_policy(directory, model_fingerprint=nested.fingerprint)
         profile = profile or Profile.load(directory / PROFILE_FILE)
-    if isinstance(policy, DraftPolicy):
+    else:
+        found = policy
+    if isinstance(found, DraftPolicy):
         raise InputError(
-            f"policy {policy.name!r} drafts, which takes passes that `generate` does not make; use "
+            f"policy {found.name!r} drafts, which takes passes that `generate` does not make; use "
             "flexquant_rl.generate"
         )
-    check_policy(policy, nested)
-    if profile is None and not isinstance(policy, StaticAllocation):
-        raise InputError(f"policy {policy.name!r} sees the model's profile; pass the one it was trained with")
+    check_policy(found, nested)
+    if profile is None and not isinstance(found, StaticAllocation):
+        raise InputError(f"policy {found.name!r} sees the model's profile; pass the one it was trained with")
     if profile is not None and profile.fingerprint != nested.fingerprint:
         raise InputError(
             f"the profile is of model {profile.fingerprint[:12]}, but this one is {nested.fingerprint[:12]}; run "
             "`fq profile` on this model"
         )
-    dial = _kl_weight(policy, kl_weight, speed)
+    dial = _kl_weight(found, kl_weight, speed)
     before = getattr(model, "attached_policy", None)
     if before is not None:
         before.detach()
-    attached = AttachedPolicy(model, policy, profile, nested, dial)
+    attached = AttachedPolicy(model, found, profile, nested, dial)
     model.attached_policy = attached  # type: ignore[assignment]
     return attached
 
