@@ -229,8 +229,7 @@ def attach_policy(
         found = policy
     if isinstance(found, DraftPolicy):
         raise InputError(
-            f"policy {found.name!r} drafts, which takes passes that `generate` does not make; use "
-            "flexquant_rl.generate"
+            f"policy {found.name!r} drafts, which takes passes that `generate` does not make; use flexquant_rl.generate"
         )
     check_policy(found, nested)
     if profile is None and not isinstance(found, StaticAllocation):
