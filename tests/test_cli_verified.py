@@ -211,7 +211,8 @@ def test_policies_are_exported_and_generate(finished: Finished, folder: Path, ti
     plain = run(cli.main, "generate", tiny_model_dir, "--policy", "fixed:8", *prompt)
     for name in ("run", "chosen", "rule", "named"):
         drafted = run(cli.main, "generate", tiny_model_dir, "--policy", folder / name, "--ngram-drafts", 2, *prompt)
-        assert drafted.result["same_as_plain"] is True
+        # What the run has chosen may be plain decoding, which has nothing to compare.
+        assert drafted.result.get("same_as_plain", name in ("run", "chosen")) is True
         assert drafted.out.rsplit("\n", 2)[0] == plain.out.rsplit("\n", 2)[0]
     error = run(cli.main, "generate", tiny_model_dir, "--policy", folder / "rule", "--verify-width", 6, *prompt).error
     assert "verifies at 8; leave the option out" in error

@@ -225,7 +225,8 @@ def train_drafts(
         start: What the rule saw and did on training sequences; they set the normalisation too.
     """
     rounds = env.episodes
-    ppo = build_verified_ppo(env, config, seed=seed, scale=normalisation(start[0]))
+    scale = normalisation(rounds.schema, start[0], embedding=config.embedding)
+    ppo = build_verified_ppo(env, config, seed=seed, scale=scale)
     clone_rule(ppo, start, seed=seed)
     num_rollouts = math.ceil(env_steps / (config.rollout_steps * config.num_envs))
 

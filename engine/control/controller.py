@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafts import DraftPolicy, RoundState
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import Profile
@@ -73,6 +74,8 @@ def make_controller(
     """
     if isinstance(policy, StaticAllocation):
         return StaticController(policy, num_rows)
+    if isinstance(policy, DeployedDrafts) and policy.never_drafts:
+        return StaticController(StaticAllocation(policy.name, policy.verify_bit_widths), num_rows)
     assert profile is not None, "a policy that looks at signals has a profile"
     if isinstance(policy, DraftPolicy):
         signals = _signals_alone(model, profile, num_rows) if policy.uses_signals else None

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.drafting_net import DraftingNet, LearnedDrafting
-from flexquant_rl.engine.control.drafting_rules import DraftingContext, DraftingRule, rule_from_dict, rule_to_dict
+from flexquant_rl.engine.control.drafting_rules import (
+    DraftingContext,
+    DraftingRule,
+    Plain,
+    rule_from_dict,
+    rule_to_dict,
+)
 from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.control.verified_signals import VERIFIED_SCHEMA_VERSION, VerifiedSchema
@@ -50,6 +56,11 @@ class DeployedDrafts(ServedDrafts):
 
     card: PolicyCard
     facts: DraftsFacts
+
+    @property
+    def never_drafts(self) -> bool:
+        """Whether it is plain decoding at the verify widths, for which no round is needed."""
+        return isinstance(self.facts.rule, Plain)
 
     @property
     def verify_width(self) -> int:

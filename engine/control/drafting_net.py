@@ -74,7 +74,13 @@ def _frozen(linear: nn.Module) -> tuple[Observations, Observations]:
     return np.ascontiguousarray(linear.weight.detach().numpy().T), linear.bias.detach().numpy().copy()
 
 
-def normalisation(observations: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of recorded observations `[n, dim]`; 1 for what does not vary."""
+def normalisation(schema: VerifiedSchema, observations: Tensor, *, embedding: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of recorded observations `[n, dim]`; 1 for what does not vary.
+
+    Without embedding the deviation of its elements is infinite: the network sees 0 there, whatever the token.
+    """
     mean, std = observations.mean(0), observations.std(0)
-    return mean, torch.where(std < _SMALLEST_DEVIATION, torch.ones_like(std), std)
+    std = torch.where(std < _SMALLEST_DEVIATION, torch.ones_like(std), std)
+    if not embedding:
+        std[schema.dim - schema.num_embedding_dims :] = torch.inf
+    return mean, std

@@ -12,12 +12,13 @@ import torch
 
 from flexquant_rl.agents.evaluation.drafting import context_of
 from flexquant_rl.engine.checkpoint import load_model
-from flexquant_rl.engine.control.controller import make_controller
-from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.controller import StaticController, make_controller
+from flexquant_rl.engine.control.deployed_drafts import DraftsFacts, deploy_rule
 from flexquant_rl.engine.control.drafting_net import DraftingNet
-from flexquant_rl.engine.control.drafting_rules import RULES, Actions, Bandit, DraftingPolicy
+from flexquant_rl.engine.control.drafting_rules import RULES, Actions, Bandit, DraftingPolicy, Plain
 from flexquant_rl.engine.control.drafts import Draft, RoundState
-from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.policy import PolicyCard
+from flexquant_rl.engine.control.profile import unmeasured_profile
 from flexquant_rl.engine.control.recording import record_sequence
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.runner import PolicyRunner
@@ -85,10 +86,8 @@ def played(table: TraceTable, policy: DraftingPolicy) -> Kept:
 
 
 def served(model: NestedCausalLM, decoder: Any, policy: ServedDrafts, ngram_drafts: int = 0) -> list[GeneratedToken]:
-    zeros = torch.zeros(model.num_units, len(model.bit_widths))
-    profile = Profile(roofline_cost(model), zeros, model.bit_widths, model.fingerprint, 0, "8-bit")
     session = session_opener(model, max_length=64, decoder=decoder)(1)
-    runner = PolicyRunner(session, make_controller(model, policy, profile), ngram_drafts=ngram_drafts)
+    runner = PolicyRunner(session, make_controller(model, policy, unmeasured_profile(model)), ngram_drafts=ngram_drafts)
     return list(runner.generate([Request(PROMPT, TOKENS + 1)]))
 
 
@@ -200,3 +199,14 @@ def test_the_schema_goes_through_json() -> None:
     for wrong in (0, 1.5, 10**9, True):
         with pytest.raises(ValueError, match="sizes of the observation"):
             VerifiedSchema.from_dict(schema.to_dict() | {"depth": wrong})
+
+
+def test_plain_decoding_needs_no_rounds(nested: NestedCausalLM) -> None:
+    """A run may find that nothing that drafts is faster: what it exports then is as fast as a static allocation."""
+    widths = torch.full((nested.num_units,), 8)
+    facts = DraftsFacts(Plain())
+    policy = deploy_rule("plain", VerifiedSchema(1, 3), widths[None], widths, PolicyCard.of_model(nested, {}), facts)
+    assert isinstance(make_controller(nested, policy, unmeasured_profile(nested)), StaticController)
+    tokens = served(nested, "hf", policy, ngram_drafts=3)
+    assert [token.token_id for token in tokens] == recorded(nested, "hf").token_ids.tolist()
+    assert tokens[-1].draft_counts is None
