@@ -148,10 +148,10 @@ class DecodeEnvironment(Environment, EzPickle):
 
     ## Arguments
     `model`: a Hugging Face directory, hub name, nested checkpoint or .gguf file (default: the embedded model).
-    `texts`: files (default: held-out standard-library modules). `split`: `train`, `validation` or `test`. `profile`:
-    a `profile.json` (default: measured, once in a process). `task`: what makes the task (default: the lossy one
-    above). `render_mode`: `ansi` or none. `text_field`: the field of `.jsonl` rows that is the text. Any field of
-    `EnvConfig` by name.
+    `texts`: files (default: held-out standard-library modules). `split`: `train`, `validation` or `test`. `profile`: a
+    `profile.json` (default: measured, once in a process). `task`: what makes the task (default: the lossy one above).
+    `render_mode`: `ansi` or none. `text_field`: the field of `.jsonl` rows that is the text. Any field of `EnvConfig`
+    by name.
     `reset(options={"window": i, "kl_weight": x})` fixes the prompt or the dial.
 
     ## Version History

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the base class of finders alone takes as long as the rest of `import flexquant_rl`
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 _TABLE = "transformers.quantizers.auto"
 _QUANTIZER = "flexquant_rl.engine.huggingface.quantizer"
@@ -26,13 +28,13 @@ def register_with_transformers() -> None:
         sys.meta_path.insert(0, _TableFinder())
 
 
-class _TableFinder(MetaPathFinder):
+class _TableFinder:
     """Finds the module of the table as the other finders do, and registers once it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """See `MetaPathFinder`."""
+        """See `importlib.abc.MetaPathFinder`."""
         if fullname != _TABLE:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]

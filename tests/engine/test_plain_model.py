@@ -266,7 +266,7 @@ class TestVocabulary:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         tiny_tokenizer.add_tokens(["<more>"])
-        monkeypatch.setattr(nested_model, "token_text", tiny_tokenizer)
+        monkeypatch.setattr(nested_model, "_token_text", tiny_tokenizer)
         save_checkpoint(nested_model, tmp_path / "nested")
         with pytest.raises(InputError, match="ids go up to 128, but the model's embedding ends at 127"):
             load_model(str(tmp_path / "nested"))

@@ -271,7 +271,7 @@ class TestGenerate:
         monkeypatch.setattr("flexquant_rl.engine.serving._takes_graph", lambda model, policy, name: name != "hf")
         model = build("llama", unit="layer")
         tokenizer = SimpleNamespace(eos_token_id=None, decode=lambda ids, skip_special_tokens: "")
-        monkeypatch.setattr(model, "token_text", tokenizer)
+        monkeypatch.setattr(model, "_token_text", tokenizer)
         monkeypatch.setattr(model.hf_model.generation_config, "eos_token_id", None)
         return model
 
