@@ -41,7 +41,7 @@ def plot_strategies(
     drawn = [row for row in rows if row.output_kl_nats > 0]
     ms = {(row.group_size, row.bit_width): row.measured_ms for row in times}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12 if ms else 7.5, 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+        figure = Figure(figsize=(12 if ms else 9, 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         panels = figure.subplots(1, 1 + bool(ms), sharey=True, squeeze=False)[0]
         for index, name in enumerate(dict.fromkeys(row.strategy for row in rows)):
             own = [row for row in drawn if row.strategy == name]

@@ -63,7 +63,7 @@ def window_rows(
             window=index,
             source=sources[index],
             document=documents[index],
-            context=str(model.tokenizer.decode(window[:first])),
+            context=str(model.tokenizer.decode(window[:first], skip_special_tokens=True)),
             tokens=_streamed(model, window, first),
             token_ids=tuple(window[first:-1].tolist()),
             token_entropy_nats=rounded(facts.token_entropy_nats[index].tolist()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flexquant_rl.agents.analysis.figures import plot_sensitivity, plot_strategies, plot_tokens
@@ -20,23 +20,14 @@ from flexquant_rl.agents.analysis.rows import (
     WindowRow,
 )
 from flexquant_rl.agents.analysis.strategies import recipe_text
-from flexquant_rl.agents.analysis.token_loss import (
-    Origin,
-    TokenTable,
-    by_position,
-    classes,
-    correlations,
-    hardest,
-    origins,
-    share_of_top,
-)
-from flexquant_rl.agents.evaluation.markdown import bullets, escape, facts_table, table_row
+from flexquant_rl.agents.analysis.token_loss import Origin, TokenTable, origins, share_of_top
+from flexquant_rl.agents.analysis.token_report import TOKENS_PICTURE, focus_width, kl_text, token_sections
+from flexquant_rl.agents.evaluation.markdown import bullets, escape, facts_table, table_of, table_row
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import replacing
 
 REPORT_FILE = "report.md"
-STRATEGIES_PICTURE, SENSITIVITY_PICTURE, TOKENS_PICTURE = "strategies.png", "sensitivity.png", "tokens.png"
-_NUM_EXAMPLES = 12
+STRATEGIES_PICTURE, SENSITIVITY_PICTURE = "strategies.png", "sensitivity.png"
 
 
 def write_analysis(store: RowStore) -> Path:
@@ -56,17 +47,19 @@ def write_analysis(store: RowStore) -> Path:
     times = store.read(TimeRow)
     names = list(dict.fromkeys(row.strategy for row in rows))
     examined = parts[-1].strategy if parts else names[-1]
-    table = TokenTable.of(examined, windows, store.read(TokensRow))
+    tokens = store.read(TokensRow)
+    table = TokenTable.of(examined, windows, tokens)
     origin = origins(table, [row for row in past if row.strategy == examined])
     own_parts = [row for row in parts if row.strategy == examined]
     _draw(store.directory, plan, rows, times, own_parts, table, origin, examined)
     sections = [
-        f"# Quantisation of {plan.model}",
+        f"# Quantisation of {_model(plan)}",
         "## In short",
         bullets(_findings(plan, rows, own_parts, table, origin, examined)),
         *_strategy_sections(plan, rows, times),
+        *_source_section(plan, windows, tokens),
         *_part_sections(own_parts, examined),
-        *_token_sections(plan, table, origin, examined),
+        *token_sections(plan, table, origin, examined),
         "## What was run",
         facts_table(_facts(plan, rows, times, windows)),
         "## How it was measured",
@@ -89,13 +82,13 @@ def _draw(
     examined: str,
 ) -> None:
     text = ", ".join(plan.text) or "held-out standard library"
-    conditions = f"{plan.model}, {rows[0].num_tokens:,} tokens of {text}; KL against the {plan.reference} model."
+    conditions = f"{_model(plan)}, {rows[0].num_tokens:,} tokens of {text}; KL against the {plan.reference} model."
     clock = f" Times: lean decoder, {times[0].num_threads} thread(s), {times[0].cpu}." if times else ""
     plot_strategies(
         rows,
         times,
         directory / STRATEGIES_PICTURE,
-        title=f"{plan.model}: what each strategy loses, and what it reads",
+        title=f"{_model(plan)}: what each strategy loses, and what it reads",
         caption=f"{conditions} Points of a line: {_listed(plan.bit_widths)} bits. Bars: 95% bootstrap intervals over "
         f"documents.{clock}",
     )
@@ -103,7 +96,7 @@ def _draw(
         plot_sensitivity(
             parts,
             directory / SENSITIVITY_PICTURE,
-            title=f"{plan.model}, {examined}: sensitivity of its parts",
+            title=f"{_model(plan)}, {examined}: sensitivity of its parts",
             caption=f"Mean output KL when only this part is at the width and everything else at the reference "
             f"({plan.reference}); numbers in cells are thousandths of a nat. Text: {_sizes(parts)}.",
         )
@@ -112,7 +105,7 @@ def _draw(
             table,
             origin,
             directory / TOKENS_PICTURE,
-            title=f"{plan.model}, {examined}: which tokens lose",
+            title=f"{_model(plan)}, {examined}: which tokens lose",
             caption=conditions,
         )
 
@@ -133,9 +126,16 @@ def _findings(
             min((row for row in rows if row.bit_width == width), key=lambda row: row.output_kl_nats)
             for width in plan.bit_widths
         ]
-        least = ", ".join(f"{row.bit_width} bits `{row.strategy}` ({_kl(row.output_kl_nats)})" for row in best)
+        least = ", ".join(f"{row.bit_width} bits `{row.strategy}` ({kl_text(row.output_kl_nats)})" for row in best)
         found.append(f"Least output KL by width, in nats: {least}. Smaller groups read more bytes.")
         found += _equal_bytes(rows, names)
+    found += [
+        f"Of `{low.strategy}` {high.bit_width} bits lose more than {low.bit_width}: {kl_text(high.output_kl_nats)} "
+        f"against {kl_text(low.output_kl_nats)} nats. The weights may have been made for this format."
+        for name in names
+        for low, high in _neighbours([row for row in rows if row.strategy == name])
+        if high.output_kl_nats > low.output_kl_nats
+    ]
     falls = [
         (low.output_kl_nats / high.output_kl_nats) ** (1 / (high.bit_width - low.bit_width))
         for low, high in _neighbours([row for row in rows if row.strategy == examined])
@@ -144,7 +144,7 @@ def _findings(
     if falls:
         found.append(f"With every bit the KL of `{examined}` falls {statistics.geometric_mean(falls):.1f} times.")
     found += _part_findings(parts, plan.part_width)
-    focus = _focus(plan, table)
+    focus = focus_width(plan, table)
     if focus is not None:
         kl = table.kl[focus]
         found.append(
@@ -195,8 +195,8 @@ def _part_findings(parts: Sequence[PartRow], width: int) -> list[str]:
             most, least = own[-1], own[0]
             found.append(
                 f"The most sensitive {words} at {width} bits, for its weights, is `{most.part}` "
-                f"({_kl(most.output_kl_nats)} nats with {most.num_weights / 1e6:.2g} M weights), the least "
-                f"`{least.part}` ({_kl(least.output_kl_nats)} with {least.num_weights / 1e6:.2g} M)."
+                f"({kl_text(most.output_kl_nats)} nats with {most.num_weights / 1e6:.2g} M weights), the least "
+                f"`{least.part}` ({kl_text(least.output_kl_nats)} with {least.num_weights / 1e6:.2g} M)."
             )
     return found
 
@@ -223,9 +223,9 @@ def _strategy_sections(plan: Plan, rows: Sequence[StrategyRow], times: Sequence[
                 [
                     f"`{row.strategy}`" if first else "",
                     str(row.bit_width),
-                    _kl(row.output_kl_nats),
-                    f"{_kl(row.output_kl_low)} to {_kl(row.output_kl_high)}",
-                    _kl(row.output_kl_p99_nats),
+                    kl_text(row.output_kl_nats),
+                    f"{kl_text(row.output_kl_low)} to {kl_text(row.output_kl_high)}",
+                    kl_text(row.output_kl_p99_nats),
                     f"{row.perplexity:#.4g}",
                     f"{100 * row.top1_agreement:.1f}",
                     f"{row.bytes_per_weight:.3f}",
@@ -257,7 +257,7 @@ def _part_sections(parts: Sequence[PartRow], examined: str) -> list[str]:
     for part in dict.fromkeys(row.part for row in kinds):
         own = {row.bit_width: row for row in kinds if row.part == part}
         share = f"{100 * own[widths[0]].num_weights / total:.1f}"
-        lines.append(table_row([f"`{part}`", share, *(_kl(own[width].output_kl_nats) for width in widths)]))
+        lines.append(table_row([f"`{part}`", share, *(kl_text(own[width].output_kl_nats) for width in widths)]))
     return [
         f"## Sensitive parts of `{examined}`",
         f"![Output KL of units, kinds of matrices and single matrices]({SENSITIVITY_PICTURE})",
@@ -266,85 +266,32 @@ def _part_sections(parts: Sequence[PartRow], examined: str) -> list[str]:
     ]
 
 
-def _token_sections(plan: Plan, table: TokenTable, origin: dict[int, Origin], examined: str) -> list[str]:
-    width = _focus(plan, table)
-    if width is None:
+def _source_section(plan: Plan, windows: Sequence[WindowRow], tokens: Sequence[TokensRow]) -> list[str]:
+    """KL by file, where there are several."""
+    sources = {row.window: row.source for row in windows}
+    names = list(dict.fromkeys(sources.values()))
+    if len(names) < 2:
         return []
-    widths = table.lossy_widths()
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for row in tokens:
+        by_source = found.setdefault((row.strategy, row.bit_width), {})
+        by_source.setdefault(sources[row.window], []).extend(row.output_kl_nats)
     return [
-        f"## Tokens of `{examined}`",
-        f"![KL over tokens, positions, origins and entropy]({TOKENS_PICTURE})",
-        _by_width_table(
-            widths,
-            {
-                "KL held by the hardest tenth (%)": lambda b: f"{100 * share_of_top(table.kl[b], 0.1):.0f}",
-                "KL held by the easier half (%)": lambda b: f"{100 * (1 - share_of_top(table.kl[b], 0.5)):.1f}",
-                "mean KL (nats)": lambda b: _kl(float(table.kl[b].mean())),
-                "own step only, clean past (nats)": lambda b: _kl(origin[b].own_step) if b in origin else "",
-                "past only, clean step (nats)": lambda b: _kl(origin[b].past) if b in origin else "",
-                "both, of the same tokens (nats)": lambda b: _kl(origin[b].both) if b in origin else "",
-            },
-        ),
-        "Own step and past need not add up: errors of the two may cancel or feed each other."
-        + "".join(f" They are of {one.num_tokens} tokens." for one in [*origin.values()][:1]),
-        "### What goes with it",
-        _correlation_table(table, widths),
-        f"### By position, {width} bits",
-        _rows(
-            ("judged tokens", "mean KL (nats)"),
-            [(f"{low + plan.first} to {high + plan.first}", _kl(kl)) for low, high, kl in by_position(table.kl[width])],
-        ),
-        f"### By the text of the token that is read, {width} bits",
-        _rows(
-            ("token", "share of tokens (%)", "share of KL (%)", "mean KL (nats)"),
+        "### By file",
+        table_of(
+            ("strategy", "bits", *(f"{escape(name)}: KL (nats)" for name in names)),
             [
-                (name, f"{100 * tokens:.1f}", f"{100 * kl:.1f}", _kl(mean))
-                for name, tokens, kl, mean in classes(table, width)
-            ],
-        ),
-        f"### The hardest tokens, {width} bits",
-        "The token is read at the end of the text before it; then the model predicts the next one.",
-        _rows(
-            ("KL (nats)", "text before", "token", "the reference expects", "the quantised model"),
-            [
-                (
-                    f"{token.kl_nats:.2f}",
-                    _code(token.before),
-                    _code(token.token),
-                    f"{_code(token.expected)} ({token.expected_probability:.0%})",
-                    _code(token.found),
-                )
-                for token in hardest(table, width, _NUM_EXAMPLES)
+                (f"`{strategy}`", str(width), *(kl_text(statistics.fmean(by_source[name])) for name in names))
+                for (strategy, width), by_source in found.items()
+                if width in (plan.bit_widths[0], plan.part_width)
             ],
         ),
     ]
 
 
-def _by_width_table(widths: Sequence[int], lines: dict[str, Callable[[int], str]]) -> str:
-    return _rows(
-        ("", *(f"{width} bits" for width in widths)),
-        [(name, *(cell(width) for width in widths)) for name, cell in lines.items()],
-    )
-
-
-def _correlation_table(table: TokenTable, widths: Sequence[int]) -> str:
-    found = {width: correlations(table, width) for width in widths}
-    names = list(dict.fromkeys(name for one in found.values() for name in one))
-    counts = {name: next(one[name][1] for one in found.values() if name in one) for name in names}
-    return _rows(
-        ("rank correlation of a token's KL with", "tokens", *(f"{width} bits" for width in widths)),
-        [(name, f"{counts[name]:,}", *(_correlation(found[width].get(name)) for width in widths)) for name in names],
-    )
-
-
-def _correlation(value: tuple[float, int] | None) -> str:
-    return "" if value is None or math.isnan(value[0]) else f"{value[0]:+.2f}"
-
-
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(
-        [table_row(header), table_row([":--", *["--:"] * (len(header) - 1)]), *(table_row(row) for row in rows)]
-    )
+def _model(plan: Plan) -> str:
+    """The name without the folder, which is another one on every machine."""
+    return Path(plan.model).name
 
 
 def _ms(row: TimeRow) -> str:
@@ -359,7 +306,7 @@ def _facts(
         sources[row.source] = sources.get(row.source, 0) + 1
     fitted = plan.calibration or ("the held-out standard library",)
     facts: dict[str, object] = {
-        "model": plan.model,
+        "model": _model(plan),
         "nested weights": plan.num_weights,
         "reference": plan.reference,
         "analysed text (test split)": ", ".join(f"{name}: {count} windows" for name, count in sources.items()),
@@ -410,12 +357,6 @@ def _sizes(parts: Sequence[PartRow]) -> str:
     )
 
 
-def _focus(plan: Plan, table: TokenTable) -> int | None:
-    """The width that tables of one width show: that of the single matrices, if it loses anything."""
-    widths = table.lossy_widths()
-    return None if not widths else min(widths, key=lambda width: abs(width - plan.part_width))
-
-
 def _neighbours(rows: Sequence[StrategyRow]) -> list[tuple[StrategyRow, StrategyRow]]:
     ordered = sorted(rows, key=lambda row: row.bit_width)
     return list(itertools.pairwise(ordered))
@@ -425,26 +366,5 @@ def _per_weight(row: PartRow) -> float:
     return row.output_kl_nats / row.num_weights
 
 
-def _kl(value: float) -> str:
-    return "0" if value == 0 else f"{value:#.3g}".rstrip(".")
-
-
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _code(text: str) -> str:
-    """Text as code in a cell: white space that Markdown would lose is shown."""
-    shown = text.replace("\n", "\N{RETURN SYMBOL}").replace("\r", "").replace("\t", "\N{RIGHTWARDS ARROW}")
-    kept = shown.strip(" ")
-    ends = (len(shown) - len(shown.lstrip(" ")), len(shown.rstrip(" ")))
-    shown = (
-        shown
-        if kept == shown
-        else "".join(
-            "\N{MIDDLE DOT}" if char == " " and not ends[0] <= index < ends[1] else char
-            for index, char in enumerate(shown)
-        )
-    )
-    shown = "".join(char if char.isprintable() else "\N{WHITE SQUARE}" for char in shown).replace("`", "'")
-    return f"`{escape(shown)}`" if shown else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.kernels.bitplane import GROUP_SIZES
+from flexquant_rl.engine.quantisation.quantize import check_format
 
 STORED = "stored"
 """The only strategy of a nested checkpoint: what it holds, as it is."""
@@ -64,10 +64,13 @@ def parse_strategy(name: str) -> Strategy:
         raise InputError(
             f"{name!r} is no strategy; use {', '.join(_RECIPES)}, with a group size behind a colon as in gptq:64"
         )
-    if separator and size not in map(str, GROUP_SIZES):
-        raise InputError(
-            f"{name!r} has group size {size!r}, which cannot be stored; use one of {', '.join(map(str, GROUP_SIZES))}"
-        )
+    if separator:
+        if not size.isdecimal():
+            raise InputError(f"{name!r} has group size {size!r}, which is no number; use e.g. gptq:64")
+        try:
+            check_format(int(size), (8,))
+        except InputError as error:
+            raise InputError(f"{name!r}: {error}") from error
     return Strategy(*_RECIPES[recipe], int(size) if separator else _GROUP_SIZE)
 
 

@@ -81,11 +81,13 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class AnalyseOptions:
-    """Analyses quantisation: what each strategy loses, in which matrices and at which tokens, and what it costs.
+    """Analyses what each quantisation strategy loses, where, and what it costs.
 
-    Writes a report, pictures and rows. The default sizes are a sample of the text: at most 10 minutes for a model of
-    135 M weights on two cores. The same command goes on after an interruption, and with more strategies adds them.
-    Text is analysed on its test split; strategies are fitted to a training split.
+    Writes a report, pictures and rows. The same command goes on with the rest.
+
+    Default sizes are a sample: at most 10 minutes at 135 M weights on 2 idle cores.
+
+    Strategies are fitted to training text and judged on the test split.
     """
 
     model: Positional[Annotated[str | None, tyro.conf.arg(metavar="[MODEL]")]] = None

@@ -10,6 +10,12 @@ def table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def table_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is at the left, the others at the right."""
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join(map(table_row, (header, rule, *rows)))
+
+
 def escape(text: str) -> str:
     """A text that stays in its cell."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -83,7 +83,7 @@ def analysing_with_an_unknown_strategy(inputs: Inputs) -> Mistake:
 @case
 def analysing_with_a_strange_group_size(inputs: Inputs) -> Mistake:
     arguments = ("analyse", inputs.model, "--text", inputs.text, "--strategies", "rtn:16")
-    return Mistake(cli.main, arguments, "group size '16'", "use one of 32, 64, 128")
+    return Mistake(cli.main, arguments, "'rtn:16': group_size=16", "use one of 32, 64, 128")
 
 
 @case

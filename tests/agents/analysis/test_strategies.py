@@ -31,8 +31,8 @@ def test_names_come_back(recipe: str, size: str) -> None:
         ("awq", "'awq' is no strategy; use rtn, rtn-text, rtn-tuned, gptq, gptq-tuned"),
         ("", "'' is no strategy"),
         ("stored", "'stored' is no strategy"),
-        ("gptq:48", "'gptq:48' has group size '48', which cannot be stored; use one of 32, 64, 128"),
-        ("gptq:", "'gptq:' has group size ''"),
+        ("gptq:48", "'gptq:48': group_size=48 is not supported; use one of 32, 64, 128"),
+        ("gptq:", "'gptq:' has group size '', which is no number"),
     ],
 )
 def test_what_is_no_strategy(name: str, message: str) -> None:
