@@ -27,10 +27,10 @@ from flexquant_rl import FlexQuantConfig, attach_policy
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import Decision, StaticAllocation
-from flexquant_rl.engine.control.drafts import FixedDrafts
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import Request
+from flexquant_rl.engine.control.served_drafts import drafts_at
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.huggingface.quantizer import nested_model
 from flexquant_rl.engine.model import NestedCausalLM
@@ -324,7 +324,7 @@ def test_what_cannot_be_attached_is_one_line(
         (model, static, {"kl_weight": 3.0}, "kl_weight=3 sets a dial, and static has none"),
         (model, static, {"speed": 1.5}, "speed=1.5 sets a dial"),
         (model, StaticAllocation("two", torch.full((units,), 2)), {}, "bit-width 2 is not stored"),
-        (model, FixedDrafts("draft:3", low, torch.full((units,), 8), 4), {}, "drafts, which takes passes"),
+        (model, drafts_at("draft:3", low, torch.full((units,), 8), length=4), {}, "drafts, which takes passes"),
         (model, LearnedPolicy(policy.net, replace(policy.card, dial=())), {"profile": profile}, "give the KL weight"),
     ]
     for target, candidate, options, message in cases:
