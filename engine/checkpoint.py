@@ -319,6 +319,7 @@ def parse_quantization(
             unit=stored["unit"],
             quantize_head=bool(stored["quantize_head"]),
             width_weights=tuple(stored.get("width_weights", ())),
+            rotate=bool(stored.get("rotate", False)),
         )
         config.validate()
         calibration = Calibration(**_tuples(dict(stored["calibration"]))) if "calibration" in stored else None

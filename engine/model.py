@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flexquant_rl.engine.context_length import max_context, rotary_limit
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hf_modules import full_model
@@ -28,11 +29,12 @@ from flexquant_rl.engine.linear import (
 )
 from flexquant_rl.engine.llama_tree import LlamaTree
 from flexquant_rl.engine.plain_model import check_no_state, check_weights
-from flexquant_rl.engine.probe import check_decoding, rotations
+from flexquant_rl.engine.probe import check_decoding
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, Tuning
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
+from flexquant_rl.engine.quantisation.rotation import rotate
 from flexquant_rl.engine.token_text import TokenText
 from flexquant_rl.kernels.bitplane import NestedWeight
 
@@ -193,7 +195,7 @@ class NestedCausalLM:
     def context_note(self) -> str:
         """Why the context ends earlier than the model's configuration says, in brackets, or nothing."""
         config = self.tree.config.get_text_config()
-        if self.max_context == _rotary_limit(config):
+        if self.max_context == rotary_limit(config):
             return " (where longrope changes the rotary factors of all positions)"
         return " (its sliding window)" if self.max_context == getattr(config, "sliding_window", None) else ""
 
@@ -318,24 +320,6 @@ def _observe_layers(hf_model: PreTrainedModel) -> None:
         layer.register_forward_hook(layer_hook(layer_idx), with_kwargs=True)
 
 
-def max_context(hf_model: PreTrainedModel | LlamaTree) -> int:
-    """Tokens that a model can attend to; a sliding window, or the switch of longrope's factors, counts as the limit."""
-    config = hf_model.config.get_text_config()
-    limit = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
-    window = getattr(config, "sliding_window", None)
-    return min(limit, int(window or limit), _rotary_limit(config) or limit)
-
-
-def _rotary_limit(config: Any) -> int | None:
-    """Where longrope takes other frequencies for all positions: keys that are held were rotated by the first ones."""
-    limits = [
-        rotation.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for rotation in rotations(config)
-        if rotation["rope_type"] == "longrope"
-    ]
-    return min((int(limit) for limit in limits if limit), default=None)
-
-
 def decoder_layers(hf_model: PreTrainedModel | LlamaTree) -> nn.ModuleList:
     """Finds the list of decoder layers, whatever the architecture calls it.
 
@@ -442,6 +426,8 @@ def nest(
     hf_model.float().eval()
     for name, parameter in hf_model.named_parameters():
         check_finite(name, parameter)
+    if config.rotate:
+        rotate(hf_model, nests_head=config.quantize_head)
     units = make_units(hf_model, config)
     unit_of = check_units(hf_model, units)
     cache = DenseCache(dense_cache_bytes())

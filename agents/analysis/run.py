@@ -27,9 +27,10 @@ from flexquant_rl.agents.analysis.rows import (
 from flexquant_rl.agents.analysis.strategies import STORED, Strategy, by_start, parse_strategy
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
+from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import NestedCausalLM, max_context, nest
+from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.tuning import tune_pairs
 from flexquant_rl.engine.quantisation.unfinished import STATE_FILE, has_start, nested_start, unfinished_directory

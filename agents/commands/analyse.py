@@ -21,11 +21,12 @@ from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_checkpoint
+from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import check_finite, make_units, max_context
+from flexquant_rl.engine.model import check_finite, make_units
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.tuning import default_steps
 from flexquant_rl.engine.quantisation.unfinished import weights_sha256

@@ -14,11 +14,12 @@ from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, save_checkpoint
+from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import NestedCausalLM, max_context, nest
+from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.tuning import default_steps, tune_pairs
@@ -44,6 +45,7 @@ def quantize(options: QuantizeOptions) -> None:
         options.unit,
         options.quantize_head,
         options.width_weights,
+        options.rotate,
     )
     config.validate()
     if options.text_field is not None and not any(map(is_jsonl, (*calibration, *text))):

@@ -54,6 +54,7 @@ class FlexQuantConfig(QuantizationConfigMixin):
         unit: What gets one width of its own: a decoder layer, or its attention and MLP separately.
         quantize_head: Whether the output head is stored nested and is one more unit.
         width_weights: For `gptq`, as in `QuantizationConfig`.
+        rotate: Whether the model is rotated before.
         stored: The other entries of a checkpoint's `quantization_config`.
 
     Raises:
@@ -68,16 +69,18 @@ class FlexQuantConfig(QuantizationConfigMixin):
         unit: Literal["layer", "half"] = QuantizationConfig.unit,
         quantize_head: bool = QuantizationConfig.quantize_head,
         width_weights: Sequence[float] = QuantizationConfig.width_weights,
+        rotate: bool = QuantizationConfig.rotate,
         **stored: Any,
     ) -> None:
-        given = QuantizationConfig(method, group_size, tuple(bit_widths), unit, quantize_head, tuple(width_weights))
+        widths, weights = tuple(bit_widths), tuple(width_weights)
+        given = QuantizationConfig(method, group_size, widths, unit, quantize_head, weights, rotate)
         given.validate()
         entries = quantization_entries(given)
         unknown = sorted(stored.keys() - entries.keys() - {"calibration", "tuning"})
         if unknown:
             raise InputError(
-                f"FlexQuantConfig has no option {unknown[0]!r}; it takes method, group_size, bit_widths, unit and "
-                "quantize_head"
+                f"FlexQuantConfig has no option {unknown[0]!r}; it takes method, group_size, bit_widths, unit, "
+                "quantize_head and rotate"
             )
         # transformers writes all attributes to config.json.
         vars(self).update(entries | stored)

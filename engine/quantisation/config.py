@@ -19,6 +19,7 @@ class QuantizationConfig:
         unit: What gets one width of its own: a decoder layer, or its attention and MLP separately.
         quantize_head: Whether the output head is stored nested and is one more unit.
         width_weights: How much the error of each stored width counts for `gptq`; none: what suits most models.
+        rotate: Whether the model is rotated before (engine/quantisation/rotation.py).
     """
 
     method: Literal["rtn", "gptq"] = "rtn"
@@ -27,6 +28,7 @@ class QuantizationConfig:
     unit: Literal["layer", "half"] = "layer"
     quantize_head: bool = True
     width_weights: tuple[float, ...] = ()
+    rotate: bool = False
 
     def validate(self) -> None:
         """Raises InputError if a value is outside its domain."""

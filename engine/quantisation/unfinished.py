@@ -24,6 +24,7 @@ from flexquant_rl.engine.linear import reference_matrix
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.engine.quantisation.rotation import rotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +76,8 @@ def nested_start(
     start, key_file = directory / _START, directory / _KEY_FILE
     if key_file.is_file() and read_json(key_file) == key:
         model = load_checkpoint(start)
+        if config.rotate:
+            rotate(hf_model)
         for name, linear in model.nested_linears().items():
             linear.reference_weight = reference_matrix(hf_model.get_submodule(name))
         return model
