@@ -26,6 +26,7 @@ ENOUGH_SEEDS = 5
 """Training seeds from which on a comparison may be called significant."""
 Setting = float | str
 """A time budget; of rows without one the dial or the policy's name."""
+_ROUNDING = 1e-9
 SMALLEST_KL_NATS = 1e-12
 """A resampled KL may be exactly zero where whole sequences are; its logarithm must stay finite."""
 
@@ -158,7 +159,7 @@ class LogRatio:
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval is on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return self.low is not None and self.high is not None and (self.low > _ROUNDING or self.high < -_ROUNDING)
 
     def words(self) -> str:
         """E.g. `7.1% less (95% interval 9.0% less to 5.2% less, which excludes zero)`."""
