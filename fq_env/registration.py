@@ -7,10 +7,7 @@ commands that answer before Gymnasium could be loaded.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from flexquant_rl.engine.after_import import once_imported
 
 _REGISTRY_MODULE = "gymnasium.envs.registration"
 _MEASURED = {"FlexQuant/Decode-v1": False, "FlexQuant/MeasuredDecode-v1": True}
@@ -40,29 +37,4 @@ def register() -> None:
 
 def register_once_loaded() -> None:
     """Registers the environments: now if Gymnasium is loaded, else when it is."""
-    if _REGISTRY_MODULE in sys.modules:
-        register()
-    elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegistryFinder())
-
-
-class _RegistryFinder:
-    """Finds Gymnasium's registry as Python does, and has it filled once it is loaded."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _REGISTRY_MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            register()
-
-        setattr(spec.loader, "exec_module", execute_and_register)  # noqa: B010  # a method, to mypy
-        return spec
+    once_imported(_REGISTRY_MODULE, register)

@@ -39,7 +39,7 @@ def test_ids_are_known_whichever_was_imported_first(imports: str, repo_root: Pat
 
 
 def test_one_finder_waits_for_gymnasium_and_leaves(repo_root: Path) -> None:
-    count = "sum('registration' in type(finder).__module__ for finder in sys.meta_path)"
+    count = "sum(getattr(finder, 'module', None) == 'gymnasium.envs.registration' for finder in sys.meta_path)"
     run_code(
         "import sys, importlib, flexquant_rl.fq_env; importlib.reload(flexquant_rl.fq_env); "
         f"assert {count} == 1; import gymnasium; assert {count} == 0",

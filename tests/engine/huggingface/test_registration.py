@@ -49,8 +49,7 @@ assert importlib.util.find_spec("transformers.quantizers.auto") is not None  # l
 from transformers.quantizers import auto
 
 print(auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flexquant"].__name__, auto.AUTO_QUANTIZER_MAPPING["flexquant"].__name__)
-from flexquant_rl.engine.huggingface.registration import _TableFinder
-print(any(isinstance(finder, _TableFinder) for finder in sys.meta_path))
+print(any(getattr(finder, "module", None) == "transformers.quantizers.auto" for finder in sys.meta_path))
 """
 
 
