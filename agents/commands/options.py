@@ -111,7 +111,7 @@ class AnalyseOptions:
     """How much of the windows each calibration file gives, as for fq quantize."""
     tune_steps: int | None = None
     """Steps of strategies that tune; default: by the model's size, as for fq quantize."""
-    windows: int = 8
+    windows: int = 6
     """Windows of text; more make intervals narrower and take longer in proportion."""
     window_tokens: int = 192
     """Tokens of a window."""
