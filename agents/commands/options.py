@@ -85,7 +85,7 @@ class AnalyseOptions:
 
     Writes a report, pictures and rows. The same command goes on with the rest.
 
-    Default sizes are a sample: at most 10 minutes at 135 M weights on 2 idle cores.
+    Default sizes are a sample, meant for 10 minutes at 135 M weights on 2 cores.
 
     Strategies are fitted to training text and judged on the test split.
     """
