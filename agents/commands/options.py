@@ -88,7 +88,7 @@ class AnalyseOptions:
 
     Writes a report, pictures and rows. The same command goes on with the rest.
 
-    Default sizes are a sample: at most 10 minutes at 135 M weights on 2 idle cores.
+    Default sizes are a sample, meant for 10 minutes at 135 M weights on 2 cores.
 
     Strategies are fitted to training text and judged on the test split.
     """
@@ -114,7 +114,7 @@ class AnalyseOptions:
     """How much of the windows each calibration file gives, as for fq quantize."""
     tune_steps: int | None = None
     """Steps of strategies that tune; default: by the model's size, as for fq quantize."""
-    windows: int = 8
+    windows: int = 6
     """Windows of text; more make intervals narrower and take longer in proportion."""
     window_tokens: int = 192
     """Tokens of a window."""
