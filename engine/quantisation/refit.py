@@ -59,7 +59,7 @@ def refit_pairs(
     Minimises ``(w - ŵ_b) H (w - ŵ_b)ᵀ`` for each row w and width b, where ``ŵ_b = scale_b * (code >> (8 - b)) +
     offset_b``. The pair of one group has a closed form given the others; groups take turns, each pair is rounded to
     float16 and taken only if the error falls. So no row is worse than with the pairs given, nor, below 8 bits, with
-    those derived from the 8-bit ones.
+    those derived from the 8-bit ones, up to the rounding of the weight's precision.
 
     Shapes: N output features, K input features, V widths, G groups that hold inputs.
 

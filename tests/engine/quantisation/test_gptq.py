@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -239,6 +239,7 @@ def test_refitted_pairs_are_least_squares(num_inputs: int, group_size: int) -> N
 
 @settings(deadline=None, max_examples=25)
 @given(num_inputs=st.integers(1, 140), seed=st.integers(0, 2**31), mean=st.sampled_from((0.0, 3.0)))
+@example(num_inputs=1, seed=3, mean=0.0)  # an error of nearly nothing, which float32 cannot tell from a smaller one
 def test_refit_is_never_worse_than_the_pairs_given_or_derived(num_inputs: int, seed: int, mean: float) -> None:
     """Whatever the codes are: these are random."""
     generator = torch.Generator().manual_seed(seed)
@@ -257,11 +258,12 @@ def test_refit_is_never_worse_than_the_pairs_given_or_derived(num_inputs: int, s
         error = weight.double() - decoded
         return ((error @ hessian) * error).sum(1)
 
+    rounding = 1e-6 * ((weight.double() @ hessian) * weight).sum(1)
     for width_idx, bit_width in enumerate(widths):
         found = row_errors((new_scale[width_idx], new_offset[width_idx]), bit_width)
         derived = derive_scale_and_offset(new_scale[-1].double(), new_offset[-1].double(), bit_width=bit_width)
         for start in ((scale[width_idx], offset[width_idx]), (derived[0].half(), derived[1].half())):
-            assert bool((found <= row_errors(start, bit_width) * (1 + 1e-6) + 1e-12).all())
+            assert bool((found <= row_errors(start, bit_width) + rounding).all())
     assert bool((new_scale >= 0).all())
 
 
