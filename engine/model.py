@@ -28,7 +28,7 @@ from flexquant_rl.engine.linear import (
     reference_matrix,
 )
 from flexquant_rl.engine.llama_tree import LlamaTree
-from flexquant_rl.engine.plain_model import check_no_state, check_weights
+from flexquant_rl.engine.plain_model import check_finite, check_no_state, check_weights
 from flexquant_rl.engine.probe import check_decoding
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, Tuning
@@ -485,13 +485,6 @@ def _quantize(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig
         width_weights=config.width_weights,
         name=name,
     )
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises InputError naming the tensor if it holds NaN or infinite values."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise InputError(f"{name} holds {count} NaN or infinite values; weights must be finite: repair the checkpoint")
 
 
 def _fingerprint(linears: dict[str, NestedLinear], units: tuple[Unit, ...], bit_widths: tuple[int, ...]) -> str:

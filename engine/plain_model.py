@@ -287,3 +287,10 @@ def check_vocabulary(
             f"{path}: the tokenizer's ids go up to {largest}, but the model's embedding ends at {num_rows - 1}; give "
             "model and tokenizer that belong together"
         )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises InputError naming the tensor if it holds NaN or infinite values."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{name} holds {count} NaN or infinite values; weights must be finite: repair the checkpoint")

@@ -106,7 +106,7 @@ class Analysis:
         say(f"{start.name}: loading the model")
         began = time.perf_counter()
         hf_model, tokenizer = load_causal_lm(self.path)
-        config = QuantizationConfig(start.method, start.group_size, self.plan.bit_widths)
+        config = QuantizationConfig(start.method, start.group_size, self.plan.bit_widths, rotate=start.rotated)
 
         def progress(items: Iterable[Any]) -> Iterable[Any]:
             return track(items, f"{start.name}: quantising")

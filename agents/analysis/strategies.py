@@ -12,13 +12,17 @@ from flexquant_rl.engine.quantisation.quantize import check_format
 STORED = "stored"
 """The only strategy of a nested checkpoint: what it holds, as it is."""
 
-_RECIPES: dict[str, tuple[Literal["rtn", "gptq"], bool, bool]] = {
-    "rtn": ("rtn", False, False),
-    "rtn-text": ("rtn", True, False),
-    "rtn-tuned": ("rtn", True, True),
-    "gptq": ("gptq", True, False),
-    "gptq-tuned": ("gptq", True, True),
+RECIPES: dict[str, tuple[Literal["rtn", "gptq"], bool, bool, bool]] = {
+    "rtn": ("rtn", False, False, False),
+    "rtn-rotated": ("rtn", False, False, True),
+    "rtn-text": ("rtn", True, False, False),
+    "rtn-tuned": ("rtn", True, True, False),
+    "gptq": ("gptq", True, False, False),
+    "gptq-rotated": ("gptq", True, False, True),
+    "gptq-tuned": ("gptq", True, True, False),
+    "gptq-rotated-tuned": ("gptq", True, True, True),
 }
+"""Method, whether calibrated, tuned and rotated, by name."""
 _GROUP_SIZE = 128
 _CHEAP = ("rtn:32", "rtn:64", "rtn", "rtn-text")
 _DEAR = ("gptq", "gptq-tuned")
@@ -34,18 +38,21 @@ class Strategy:
         method: How codes are chosen.
         calibrated: Whether scales are fitted to text; gptq fits its codes to it too.
         tuned: Whether scales then follow the KL of the whole model.
+        rotated: Whether the model is rotated before.
         group_size: Consecutive inputs that share a scale and an offset.
     """
 
     method: Literal["rtn", "gptq"]
     calibrated: bool
     tuned: bool
+    rotated: bool
     group_size: int
 
     @property
     def name(self) -> str:
         """`recipe` in groups of 128, else `recipe:group size`."""
-        recipe = next(key for key, value in _RECIPES.items() if value == (self.method, self.calibrated, self.tuned))
+        what = (self.method, self.calibrated, self.tuned, self.rotated)
+        recipe = next(key for key, value in RECIPES.items() if value == what)
         return recipe if self.group_size == _GROUP_SIZE else f"{recipe}:{self.group_size}"
 
     def untuned(self) -> Strategy:
@@ -60,9 +67,9 @@ def parse_strategy(name: str) -> Strategy:
         InputError: If there is no such recipe or group size.
     """
     recipe, separator, size = name.partition(":")
-    if recipe not in _RECIPES:
+    if recipe not in RECIPES:
         raise InputError(
-            f"{name!r} is no strategy; use {', '.join(_RECIPES)}, with a group size behind a colon as in gptq:64"
+            f"{name!r} is no strategy; use {', '.join(RECIPES)}, with a group size behind a colon as in gptq:64"
         )
     if separator:
         if not size.isdecimal():
@@ -71,7 +78,7 @@ def parse_strategy(name: str) -> Strategy:
             check_format(int(size), (8,))
         except InputError as error:
             raise InputError(f"{name!r}: {error}") from error
-    return Strategy(*_RECIPES[recipe], int(size) if separator else _GROUP_SIZE)
+    return Strategy(*RECIPES[recipe], int(size) if separator else _GROUP_SIZE)
 
 
 def default_strategies(num_weights: int) -> tuple[str, ...]:
@@ -95,4 +102,5 @@ def recipe_text(name: str) -> str:
     codes = {"rtn": "codes to nearest", "gptq": "codes fitted to the outputs (gptq)"}[strategy.method]
     scales = "scales of the weights" if not strategy.calibrated else "scales fitted to the outputs"
     tuned = ", then tuned to the KL of the model" if strategy.tuned else ""
-    return f"{codes}, {scales}{tuned}; groups of {strategy.group_size}"
+    rotated = "the model rotated, " if strategy.rotated else ""
+    return f"{rotated}{codes}, {scales}{tuned}; groups of {strategy.group_size}"

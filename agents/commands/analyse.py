@@ -26,7 +26,8 @@ from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import check_finite, make_units
+from flexquant_rl.engine.model import make_units
+from flexquant_rl.engine.plain_model import check_finite
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.tuning import default_steps
 from flexquant_rl.engine.quantisation.unfinished import weights_sha256

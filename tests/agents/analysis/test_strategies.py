@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexquant_rl.agents.analysis.strategies import (
+    RECIPES,
     STORED,
     Strategy,
     by_start,
@@ -16,7 +17,7 @@ from flexquant_rl.engine.errors import InputError
 
 
 @pytest.mark.parametrize("size", ["", ":32", ":64"])
-@pytest.mark.parametrize("recipe", ["rtn", "rtn-text", "rtn-tuned", "gptq", "gptq-tuned"])
+@pytest.mark.parametrize("recipe", [*RECIPES])
 def test_names_come_back(recipe: str, size: str) -> None:
     strategy = parse_strategy(recipe + size)
     assert strategy.name == recipe + size
@@ -28,7 +29,7 @@ def test_names_come_back(recipe: str, size: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("awq", "'awq' is no strategy; use rtn, rtn-text, rtn-tuned, gptq, gptq-tuned"),
+        ("awq", "'awq' is no strategy; use rtn, rtn-rotated, rtn-text, rtn-tuned, gptq, gptq-rotated, "),
         ("", "'' is no strategy"),
         ("stored", "'stored' is no strategy"),
         ("gptq:48", "'gptq:48': group_size=48 is not supported; use one of 32, 64, 128"),
@@ -55,5 +56,5 @@ def test_defaults_are_cheap_for_large_models() -> None:
     small, large = default_strategies(7_000_000), default_strategies(135_000_000)
     assert small[: len(large)] == large
     assert not any(parse_strategy(name).method == "gptq" for name in large)
-    assert parse_strategy(small[-1]) == Strategy("gptq", True, True, 128)
+    assert parse_strategy(small[-1]) == Strategy("gptq", calibrated=True, tuned=True, rotated=False, group_size=128)
     assert recipe_text(STORED)
