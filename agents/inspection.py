@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from flexquant_rl.agents.evaluation.draft_rows import read_draft_rows
 from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE
 from flexquant_rl.agents.evaluation.rows import read_rows
 from flexquant_rl.agents.export import load_exported
@@ -23,6 +24,7 @@ from flexquant_rl.agents.onnx_policy import ONNX_FILE
 from flexquant_rl.agents.runs.run import load_run, load_sweep
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_checkpoint
 from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, drafts_to_dict
 from flexquant_rl.engine.control.policy import StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.traces import EMBEDDING_FILE, PLAN_FILE, read_plan, read_sequence, read_traces
@@ -164,10 +166,11 @@ def _profile(profile: Profile) -> Facts:
 def _policy(path: Path) -> tuple[str, Facts]:
     exported = load_exported(path)
     card, policy = exported.card, exported.policy
+    is_of_drafts = isinstance(policy, DeployedDrafts)
     kind = "static policy" if isinstance(policy, StaticPolicy) else "learned policy"
     facts: Facts = {
         "name": read_json(path / CARD_FILE)["name"],
-        "mode": "lossy",
+        "mode": "verified" if is_of_drafts else "lossy",
         "model": card.config.get("model"),
         "model_fingerprint": card.model_fingerprint,
         "bit_widths": list(card.schema.bit_widths),
@@ -179,6 +182,8 @@ def _policy(path: Path) -> tuple[str, Facts]:
     }
     if isinstance(policy, StaticPolicy):
         facts["allocation"] = policy.bit_widths.tolist()
+    if isinstance(policy, DeployedDrafts):
+        return "policy of drafts", facts | {"drafts": drafts_to_dict(policy)}
     return kind, facts
 
 
@@ -216,7 +221,9 @@ def _run(path: Path, *, is_sweep: bool) -> Facts:
     config, swept = load_sweep(path) if is_sweep else (load_run(path), None)
     policy = _policy(path / "policy")[1] if (path / "policy" / CARD_FILE).is_file() else None
     profile = _profile(Profile.load(path / PROFILE_FILE)) if (path / PROFILE_FILE).is_file() else None
-    rows = {name: _rows(path / name) for name in (ROWS_FILE, LONG_ROWS_FILE) if (path / name).is_file()}
+    read = _draft_rows if config.task == "verified" else _rows
+    rows = {name: read(path / name) for name in (ROWS_FILE, LONG_ROWS_FILE) if (path / name).is_file()}
+    owner = profile or policy
     parts = {
         "policies of seeds": is_sweep or len(_finished_seeds(path)) >= config.seeds,
         "policy": policy is not None,
@@ -227,11 +234,12 @@ def _run(path: Path, *, is_sweep: bool) -> Facts:
     program = "fq sweep" if is_sweep else "python train.py"
     return {
         "model": config.model or "default",
-        "model_fingerprint": None if profile is None else profile["model_fingerprint"],
+        "model_fingerprint": None if owner is None else owner["model_fingerprint"],
+        "task": config.task,
         "text": list(config.text),
         "seeds": config.seeds,
         "finished_seeds": _finished_seeds(path),
-        "env_steps": config.env_steps,
+        "env_steps": config.steps_per_seed,
         "swept": None if swept is None else {name: list(values) for name, values in swept.items()},
         "policy": policy,
         "profile": profile,
@@ -243,6 +251,21 @@ def _run(path: Path, *, is_sweep: bool) -> Facts:
 def _finished_seeds(path: Path) -> list[str]:
     folders = (card.parent.parent for card in path.glob(f"**/seeds/*/policy/{CARD_FILE}"))
     return sorted(folder.relative_to(path).as_posix() for folder in folders)
+
+
+def _draft_rows(path: Path) -> Facts:
+    rows = read_draft_rows(path)
+    if not rows:
+        raise InputError(f"{path} holds no row; write it again with: python train.py --resume {path.parent}")
+    return {
+        "rows": len(rows),
+        "policies": list(dict.fromkeys(row.family for row in rows)),
+        "verify_width": rows[0].verify_width,
+        "sequences": rows[0].num_sequences,
+        "tokens": rows[0].num_tokens,
+        "speedups_modelled": {row.policy: row.speedup_modelled for row in rows},
+        "is_measured": any(row.speedup_measured is not None for row in rows),
+    }
 
 
 def _rows(path: Path) -> Facts:

@@ -142,7 +142,8 @@ class TraceRounds:
         """`[R]`: whether another draft could be of use: the round and the continuation may be longer, no EOS waits."""
         position = self._place - self.table.first[self._sequence]
         room = np.minimum(self.table.depth, self.table.max_new_tokens - 1 - position)
-        possible: Flags = (self._pending < room) & ~self._newest_is_eos
+        has_ended = position >= self.table.num_tokens[self._sequence]
+        possible: Flags = (self._pending < room) & ~self._newest_is_eos & ~has_ended
         return possible
 
     def action_masks(self) -> Flags:

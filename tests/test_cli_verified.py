@@ -218,6 +218,19 @@ def test_policies_are_exported_and_generate(finished: Finished, folder: Path, ti
     assert "verifies at 8; leave the option out" in error
 
 
+def test_what_a_run_left_is_said(finished: Finished, folder: Path) -> None:
+    run_dir = folder / "run"
+    said = run(cli.main, "inspect", run_dir).result
+    assert (said["kind"], said["task"], said["missing"]) == ("run", "verified", None)
+    rows = said["rows"]["eval.jsonl"]
+    assert {"plain", "fixed", "ppo", "clairvoyant"} <= set(rows["policies"])
+    assert rows["verify_width"] == 8
+    assert said["model_fingerprint"] == said["policy"]["model_fingerprint"]
+    policy = run(cli.main, "inspect", run_dir / "policy").result
+    assert (policy["kind"], policy["mode"]) == ("policy of drafts", "verified")
+    assert policy["drafts"]["verify_width"] == 8
+
+
 def test_both_modes_in_one_table(finished: Finished, folder: Path, tiny_model_dir: Path, text: Path) -> None:
     assert finished.code == 0
     policies = ("fixed:6", "fixed:8", "draft:3,length=2", "draft:3,length=2,verify=6", folder / "run")

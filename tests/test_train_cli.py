@@ -250,7 +250,7 @@ def interrupt() -> None:
 # is replaced on disk: configuration, profile, front, importance, the clone, then a checkpoint before each rollout.
 PHASES = {
     "quantising": ("engine.model:quantize_rtn", 4),
-    "profiling": ("engine.control.profile:allocation_kl_nats", 1),
+    "profiling": ("engine.control.sensitivity:allocation_kl_nats", 1),
     "front": ("agents.policies.static_front:allocation_kl_nats", 1),
     "importance": ("agents.runs.importance:_from_here_on", 5),
     "cloning": ("agents.runs.imitation:_targets", 5),

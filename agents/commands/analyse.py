@@ -137,6 +137,11 @@ def _source(options: AnalyseOptions) -> _Source:
                 "or give the model that it was made from"
             )
         model = load_checkpoint(Path(path))
+        if len(model.bit_widths) == 1:
+            raise InputError(
+                f"{options.model} stores width {model.bit_widths[0]} alone, so there is nothing to compare; "
+                "quantise it with more --bit-widths"
+            )
         weights = int(model.unit_weights.sum())
         return _Source(
             name, path, True, model.tokenizer, model.max_context, model.fingerprint, weights, weights, model.bit_widths
@@ -156,6 +161,8 @@ def _text(options: AnalyseOptions, source: _Source) -> AnalysedText:
     if options.text_field is not None and not any(map(is_jsonl, (*options.text, *options.calibration))):
         raise InputError(f"--text-field {options.text_field}: no file is a .jsonl file; leave --text-field out")
     files: Sequence[tuple[Path, ...]] = [(path,) for path in options.text] or [()]
+    if options.windows < len(files):
+        raise InputError(f"--windows {options.windows} leaves some of {len(files)} files unread; give one for each")
     parts: list[Tensor] = []
     sources: list[str] = []
     documents: list[int] = []

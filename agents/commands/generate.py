@@ -129,6 +129,8 @@ def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | No
             f"modelled, output KL {point.output_kl_nats:.2e} nats, {point.mean_bit_width:.2f} bits (validation text)"
         )
         return point
+    if not policy.card.dial:
+        raise InputError(f"{options.policy!r} has no table of its dial to choose a setting from; give --kl-weight")
     return policy.card.middle_setting()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.drafting import Played, speedup_interval
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, t_interval
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import replacing
 from flexquant_rl.fq_env.trace_table import TraceTable
 
@@ -128,6 +129,25 @@ def write_draft_rows(path: Path, rows: Sequence[DraftRow]) -> None:
     """Writes JSON lines, atomically."""
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_draft_rows(path: Path) -> list[DraftRow]:
+    """Reads what `write_draft_rows` wrote.
+
+    Raises:
+        InputError: If the file cannot be read, or a line is not such a row.
+    """
+    names = {field.name for field in fields(DraftRow)}
+    rows = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            data = json.loads(line)
+            if not isinstance(data, dict) or data.keys() != names:
+                raise ValueError(f"a row has {', '.join(sorted(names))}")
+            rows.append(DraftRow(**data))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as rows of drafts ({error}); write it again with train.py") from error
+    return rows
 
 
 @dataclass(frozen=True)

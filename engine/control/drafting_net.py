@@ -79,7 +79,7 @@ def normalisation(schema: VerifiedSchema, observations: Tensor, *, embedding: bo
 
     Without embedding the deviation of its elements is infinite: the network sees 0 there, whatever the token.
     """
-    mean, std = observations.mean(0), observations.std(0)
+    mean, std = observations.mean(0), observations.std(0, correction=min(1, len(observations) - 1))
     std = torch.where(std < _SMALLEST_DEVIATION, torch.ones_like(std), std)
     if not embedding:
         std[schema.dim - schema.num_embedding_dims :] = torch.inf

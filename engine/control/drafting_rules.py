@@ -363,6 +363,9 @@ class _Arms:
         return int((-self._steps / tokens + self._exploration * bound).argmax())
 
 
+_NO_ARM = -1
+
+
 class BanditPolicy:
     """Which arm each row plays. Rows share what is learned.
 
@@ -382,18 +385,20 @@ class BanditPolicy:
     def __call__(self, observations: Observations) -> Actions:
         """The actions of the rows."""
         pending = self._schema.num_pending(observations)
-        begins = pending == 0
         if self._arm is None or len(self._arm) != len(pending):
-            self._arm = np.zeros(len(pending), dtype=np.int64)
-        else:
-            accepted, drafted = (
-                np.rint(self._schema.column(observations, name)[begins] * self._schema.depth).astype(np.int64)
-                for name in ("last_accepted", "last_drafted")
-            )
-            self._arms.learn(self._arm[begins], drafted, accepted)
-        for row in begins.nonzero()[0]:
+            self._arm = np.full(len(pending), _NO_ARM)
+        has_played = (pending == 0) & (self._arm != _NO_ARM)
+        accepted, drafted = (
+            np.rint(self._schema.column(observations, name)[has_played] * self._schema.depth).astype(np.int64)
+            for name in ("last_accepted", "last_drafted")
+        )
+        self._arms.learn(self._arm[has_played], drafted, accepted)
+        self._arm[pending == 0] = _NO_ARM
+        # Where nothing can be drafted, as behind the end of a text, there is no round to learn from.
+        for row in ((pending == 0) & self._schema.can_draft(observations)).nonzero()[0]:
             self._arm[row] = self._arms.choose()
-        return _drafts_if(pending < self._arms.lengths[self._arm], self._arms.levels[self._arm])
+        drafts = (self._arm != _NO_ARM) & (pending < self._arms.lengths[self._arm])
+        return _drafts_if(drafts, self._arms.levels[self._arm])
 
 
 RULES: tuple[type[DraftingRule], ...] = (

@@ -141,7 +141,7 @@ def measured_decision_ms(
     Args:
         model: Has the vocabulary and the embedding.
         schema: What the policy observes.
-        num_decisions: How many are timed of each kind; the median counts.
+        num_decisions: How many are timed of each kind; the lower quartile counts.
 
     Returns:
         `controller_ms` and `confidence_ms` of `VerifyCosts`.

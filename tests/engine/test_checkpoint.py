@@ -216,6 +216,7 @@ def test_transformers_reads_config_and_tokenizer(saved: Path) -> None:
         "unit": "layer",
         "quantize_head": True,
         "width_weights": [],
+        "rotate": False,
     }
     assert AutoTokenizer.from_pretrained(saved)("a b")["input_ids"] == [97, 32, 98]
 

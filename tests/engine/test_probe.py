@@ -141,7 +141,7 @@ class TestRopeSwitch:
     def test_a_switch_that_nobody_declared_is_found(
         self, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("flexquant_rl.engine.model._rotary_limit", lambda config: None)
+        monkeypatch.setattr("flexquant_rl.engine.context_length.rotary_limit", lambda config: None)
         with pytest.raises(InputError, match="changes when position 63 is reached, as rotary factors"):
             nest(tiny_causal_lm(self.config()), tiny_tokenizer, CONFIG)
 

@@ -8,6 +8,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from toy_traces import random_traces, toy_costs, visible_traces
 
 from flexquant_rl.agents.evaluation.drafting import (
@@ -24,6 +25,7 @@ from flexquant_rl.agents.evaluation.drafting import (
 from flexquant_rl.engine.control.drafting_rules import (
     RULES,
     Bandit,
+    BanditPolicy,
     ConfidenceStop,
     FixedRounds,
     MovingAverage,
@@ -35,6 +37,7 @@ from flexquant_rl.engine.control.traces import SequenceTrace
 from flexquant_rl.engine.control.verified_signals import Sees
 from flexquant_rl.engine.control.verify_costs import VerifyCosts, modelled_costs
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.trace_table import TraceTable
 
 COSTS = toy_costs(3, 4)
@@ -215,3 +218,24 @@ def test_policies_that_play_at_once_do_as_each_alone(family: type) -> None:
         alone = play(table, COSTS, rule.bind(context), sees=rule.sees)
         for name, values in vars(alone).items():
             np.testing.assert_array_equal(getattr(played, name), values)
+
+
+def test_a_bandit_learns_of_rounds_alone() -> None:
+    """Behind the end of a text, and where nothing fits any longer, no round takes place."""
+    table = TraceTable(random_traces(np.random.default_rng(3)), range(6))
+    costs = toy_costs(3, 4)
+    rounds = TraceRounds(table, costs, 6)
+    rows = torch.arange(6)
+    rounds.start(rows, rows, torch.ones(6), torch.zeros(6, dtype=torch.int64))
+    bandit = Bandit(0.1).bind(context_of(table, costs))
+    assert isinstance(bandit, BanditPolicy)
+    for _ in range(80):
+        rounds.step(torch.from_numpy(bandit(rounds.observations())))
+    arms = bandit._arms
+    assert not rounds.can_draft().any()
+    # A round that ends with an end-of-sequence token gains none behind it, and is booked with one.
+    assert arms._tokens.sum() <= table.num_tokens.sum() + table.has_eos.sum(), "rounds that did not take place"
+    before = arms._count.copy()
+    bandit(rounds.observations())
+    bandit(rounds.observations())
+    np.testing.assert_array_equal(arms._count, before)

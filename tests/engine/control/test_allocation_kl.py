@@ -190,7 +190,7 @@ class TestReferenceDistribution:
         assert torch.equal(other, copies[1])
 
 
-def test_what_allocations_share_is_counted_once(nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_allocations_share_is_counted_once(nested_model: NestedCausalLM) -> None:
     model = nested_model
     body = [unit.num_weights for unit in model.units if unit.kind != "head"]
     allocations = torch.full((3, model.num_units), 8)
@@ -198,7 +198,8 @@ def test_what_allocations_share_is_counted_once(nested_model: NestedCausalLM, mo
     allocations[2, 0] = 4  # parts at once
     products = 2 * sum(body) + body[-1] + 3 * model.embedding_matrix().numel()
     for wanted in (4, 7):
-        monkeypatch.setattr(allocation_kl, "_AFFORDABLE_FLOP", 2.0 * products * 10 * wanted * 1.0001)
-        assert affordable_windows(model, allocations, 10, 9) == wanted
-        assert affordable_windows(model, allocations, 10, 3) == 3
-        assert affordable_windows(model, allocations, 1000, 9) == 3, "never fewer, however large the model"
+        flop = 2.0 * products * 10 * wanted * 1.0001
+        assert affordable_windows(model, allocations, 10, 9, affordable_flop=flop) == wanted
+        assert affordable_windows(model, allocations, 10, 3, affordable_flop=flop) == 3
+        few = affordable_windows(model, allocations, 1000, 9, affordable_flop=flop)
+        assert few == 3, "never fewer, however large the model"
