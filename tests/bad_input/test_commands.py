@@ -77,7 +77,7 @@ def analysing_little_text(inputs: Inputs) -> Mistake:
 @case
 def analysing_with_an_unknown_strategy(inputs: Inputs) -> Mistake:
     arguments = ("analyse", inputs.model, "--text", inputs.text, "--strategies", "rtn", "awq")
-    return Mistake(cli.main, arguments, "'awq' is no strategy", "use rtn, rtn-text")
+    return Mistake(cli.main, arguments, "'awq' is no strategy", "use rtn, rtn-rotated")
 
 
 @case
