@@ -9,6 +9,7 @@ import numpy as np
 
 from flexquant_rl.agents.evaluation.draft_rows import DraftRow
 from flexquant_rl.agents.evaluation.drafting import acceptance
+from flexquant_rl.agents.evaluation.markdown import bullets, escape, table_of
 from flexquant_rl.engine.files import replacing
 from flexquant_rl.fq_env.trace_table import TraceTable
 
@@ -183,9 +184,9 @@ def _said(value: object) -> str:
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line[0].upper()}{line[1:]}" for line in (line.rstrip(".") + "." for line in lines))
+    return bullets([f"{line[0].upper()}{line[1:]}".rstrip(".") + "." for line in lines])
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    header, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([header, "| :-- |" + " --: |" * (len(lines[0]) - 1), *rest])
+    header, *rest = [[escape(cell) for cell in line] for line in lines]
+    return table_of(header, rest)

@@ -15,7 +15,6 @@ from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.drafting import Played, speedup_interval
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, t_interval
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import replacing
 from flexquant_rl.fq_env.trace_table import TraceTable
 
 Kind = Literal["plain", "rule", "learned", "bound"]
@@ -125,14 +124,8 @@ def with_clock(rows: Sequence[DraftRow], time_shares: Sequence[float | None]) ->
     ]
 
 
-def write_draft_rows(path: Path, rows: Sequence[DraftRow]) -> None:
-    """Writes JSON lines, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
-
-
 def read_draft_rows(path: Path) -> list[DraftRow]:
-    """Reads what `write_draft_rows` wrote.
+    """Reads what `write_rows` wrote of them.
 
     Raises:
         InputError: If the file cannot be read, or a line is not such a row.

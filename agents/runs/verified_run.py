@@ -25,9 +25,10 @@ from flexquant_rl.agents.evaluation.draft_report import (
     console_spread,
     write_draft_report,
 )
-from flexquant_rl.agents.evaluation.draft_rows import DraftRow, draft_row, findings, with_clock, write_draft_rows
+from flexquant_rl.agents.evaluation.draft_rows import DraftRow, draft_row, findings, with_clock
 from flexquant_rl.agents.evaluation.drafting import clairvoyant, play, play_rule, tuned
 from flexquant_rl.agents.evaluation.evaluate import measured_time_shares
+from flexquant_rl.agents.evaluation.rows import write_rows
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity
 from flexquant_rl.agents.policies.families import PPO
 from flexquant_rl.agents.progress import say, track
@@ -279,7 +280,7 @@ def _publish(
 ) -> None:
     """Writes rows, picture and report."""
     plan, costs, table = prepared.traces.plan, prepared.costs, prepared.test
-    write_draft_rows(run_dir / DRAFT_ROWS_FILE, rows)
+    write_rows(run_dir / DRAFT_ROWS_FILE, rows)
     is_embedded = config.model is None or config.model == DEFAULT_MODEL
     name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
     texts = ", ".join(sorted(set(table.sources)))
