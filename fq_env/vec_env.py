@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexquant_rl.fq_env.arguments import actions_of, seed_of
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
+from flexquant_rl.fq_env.live_rounds import LiveRounds
 from flexquant_rl.fq_env.task import EpisodeRows, Reward, Task
 from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.verified import VerifiedTask
@@ -157,9 +158,9 @@ class VerifiedVecEnv(EpisodeVecEnv):
         seed: Seed of which sequences are played.
     """
 
-    episodes: TraceRounds
+    episodes: TraceRounds | LiveRounds
 
-    def __init__(self, rounds: TraceRounds, task: VerifiedTask, *, seed: int = 0) -> None:
+    def __init__(self, rounds: TraceRounds | LiveRounds, task: VerifiedTask, *, seed: int = 0) -> None:
         super().__init__(rounds, task, seed=seed)
 
     def action_masks(self) -> NDArray[np.bool_]:

@@ -12,9 +12,13 @@ from numpy.typing import NDArray
 
 from flexquant_rl.engine.control.traces import SplitName, Traces, read_traces
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
+from flexquant_rl.engine.embedded import DEFAULT_MODEL
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import shown
+from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.environment import Environment, Observation
+from flexquant_rl.fq_env.live_rounds import LiveRounds
+from flexquant_rl.fq_env.shared import shared_model
 from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.trace_table import TraceTable
 from flexquant_rl.fq_env.vector_environment import VectorEnvironment
@@ -22,8 +26,13 @@ from flexquant_rl.fq_env.verified import VerifiedTask
 
 
 def make_rounds(
-    traces: str | os.PathLike[str] | Traces, costs: VerifyCosts, *, split: SplitName = "train", num_rows: int = 1
-) -> tuple[TraceRounds, VerifiedTask]:
+    traces: str | os.PathLike[str] | Traces,
+    costs: VerifyCosts,
+    *,
+    split: SplitName = "train",
+    num_rows: int = 1,
+    model: str | os.PathLike[str] | NestedCausalLM | None = None,
+) -> tuple[TraceRounds | LiveRounds, VerifiedTask]:
     """Makes what every environment of drafts consists of.
 
     Args:
@@ -31,6 +40,7 @@ def make_rounds(
         costs: What steps cost.
         split: Sequences to play: `train`, `validation` or `test`.
         num_rows: Episodes in lockstep.
+        model: The model that was recorded, or where it is; with it the rounds are decoded live.
 
     Raises:
         InputError: If an argument cannot be used.
@@ -45,8 +55,21 @@ def make_rounds(
         if not isinstance(traces, (str, os.PathLike)):
             raise InputError(f"traces={shown(traces)} must be the directory of a recording; make one with `fq record`")
         traces = read_traces(Path(traces))
-    rounds = TraceRounds(TraceTable(traces, traces.of_split(split)), costs, num_rows)
+    rounds: TraceRounds | LiveRounds
+    if model is None:
+        rounds = TraceRounds(TraceTable(traces, traces.of_split(split)), costs, num_rows)
+    else:
+        rounds = LiveRounds(_model_of(model), traces.plan, split, costs, num_rows)
     return rounds, VerifiedTask(rounds.schema)
+
+
+def _model_of(model: str | os.PathLike[str] | NestedCausalLM) -> NestedCausalLM:
+    if isinstance(model, NestedCausalLM):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"model={shown(model)} must be a directory, a name or a nested model; give the recorded one")
+    name = str(model)
+    return shared_model(None if name == DEFAULT_MODEL else name)
 
 
 class VerifiedEnvironment(Environment, EzPickle):
@@ -56,7 +79,8 @@ class VerifiedEnvironment(Environment, EzPickle):
     A nested model is its own draft model. A *round* drafts tokens one after the other, each by reading the newest token
     at a draft width; then one pass at the verify width over the settled token and all drafts keeps the longest prefix
     that agrees and gains one token more. What is written is what the verify width writes alone, whatever is drafted,
-    so episodes are played from a recording and need no model.
+    so episodes are played from a recording and need no model. With `model` they are decoded: slower by three orders of
+    magnitude, and exact also where a round mixes levels.
 
     ## Action Space
     `Discrete(L + 1)`: 0 verifies now, 1 to L draft one token at level 0 to L - 1, the recorded draft widths, ascending.
@@ -77,7 +101,7 @@ class VerifiedEnvironment(Environment, EzPickle):
     2. Truncation: the recording's `max_new_tokens` tokens are settled.
 
     ## Arguments
-    `traces`, `costs`, `split`: as for `make_rounds`.
+    `traces`, `costs`, `split`, `model`: as for `make_rounds`. `render_mode`: `ansi` where there is a model, or none.
 
     ## Version History
     * v0: first version.
@@ -89,11 +113,13 @@ class VerifiedEnvironment(Environment, EzPickle):
         costs: VerifyCosts,
         split: SplitName = "train",
         render_mode: str | None = None,
+        model: str | os.PathLike[str] | NestedCausalLM | None = None,
     ) -> None:
-        EzPickle.__init__(self, traces, costs, split, render_mode)
-        self.rounds, task = make_rounds(traces, costs, split=split)
-        _refuse_rendering(render_mode)
-        super().__init__(self.rounds, task)
+        EzPickle.__init__(self, traces, costs, split, render_mode, model)
+        if model is None:
+            _refuse_rendering(render_mode)
+        self.rounds, task = make_rounds(traces, costs, split=split, model=model)
+        super().__init__(self.rounds, task, render_mode=render_mode)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """`[L + 1]`: which actions do what they say."""
@@ -127,11 +153,13 @@ class VectorVerifiedEnvironment(VectorEnvironment, EzPickle):
         traces: str | os.PathLike[str] | Traces,
         costs: VerifyCosts,
         split: SplitName = "train",
+        model: str | os.PathLike[str] | NestedCausalLM | None = None,
     ) -> None:
-        EzPickle.__init__(self, num_envs, render_mode, traces=traces, costs=costs, split=split)
-        self.rounds, task = make_rounds(traces, costs, split=split, num_rows=num_envs)
-        _refuse_rendering(render_mode)
-        super().__init__(self.rounds, task)
+        EzPickle.__init__(self, num_envs, render_mode, traces=traces, costs=costs, split=split, model=model)
+        if model is None:
+            _refuse_rendering(render_mode)
+        self.rounds, task = make_rounds(traces, costs, split=split, num_rows=num_envs, model=model)
+        super().__init__(self.rounds, task, render_mode=render_mode)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """`[R, L + 1]`: which actions do what they say."""
@@ -140,4 +168,6 @@ class VectorVerifiedEnvironment(VectorEnvironment, EzPickle):
 
 def _refuse_rendering(render_mode: str | None) -> None:
     if render_mode is not None:
-        raise InputError(f"render_mode={shown(render_mode)}: recorded traces have no text to render; leave it out")
+        raise InputError(
+            f"render_mode={shown(render_mode)}: recorded traces have no text to render; leave it out, or give a model"
+        )

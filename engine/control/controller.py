@@ -287,8 +287,11 @@ class DraftController:
 
     def decide_round(self, row: int, state: RoundState) -> Decision:
         """The decision for the next step of one row, `[1, U]`."""
-        signals = None if self._signals is None else self._signals.signals(torch.tensor([row]))
-        return self._of_row[row](signals, state)
+        return self._of_row[row](self.signals(row), state)
+
+    def signals(self, row: int) -> Tensor | None:
+        """What a policy that uses signals sees of one row, `[1, dim]` float32."""
+        return None if self._signals is None else self._signals.signals(torch.tensor([row]))
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""

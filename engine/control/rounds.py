@@ -97,6 +97,11 @@ class Rounds:
         """What the rounds of a row have come to since it began."""
         return self._rows[row].counts
 
+    def state(self, row: int, num_wanted: int) -> RoundState:
+        """What a policy sees of the round of a row; `num_wanted` as for `step`, 0 where the row has ended."""
+        state = self._rows[row]
+        return RoundState(tuple(state.drafts), self._room(row, num_wanted), state.history)
+
     def step(self, row: int, num_wanted: int) -> Settled | None:
         """Drafts or verifies, as the controller decides.
 
@@ -118,14 +123,13 @@ class Rounds:
                 state.drafts.append(Draft(token_id))
                 if token_id in state.eos_token_ids:
                     break
-            room = self._room(row, num_wanted)
-        decision = self._controller.decide_round(row, RoundState(tuple(state.drafts), room, state.history))
+        decision = self._controller.decide_round(row, self.state(row, num_wanted))
         if decision.verify:
             token_ids = self.verify(row, decision.bit_widths[0])
             settled = Settled(token_ids, decision.bit_widths[0], state.round_ms + (time.perf_counter() - began) * 1e3)
             state.round_ms = 0.0
             return settled
-        if not room:
+        if not self._room(row, num_wanted):
             raise ValueError("the policy drafts where no draft fits (RoundState.room is 0); let it verify there")
         self.draft(row, decision.bit_widths[0])
         state.round_ms += (time.perf_counter() - began) * 1e3

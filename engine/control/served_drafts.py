@@ -27,7 +27,7 @@ from flexquant_rl.engine.control.drafts import Draft, RoundState, check_drafts
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.verified_signals import OUTPUT_NAMES, Observations, Sees, VerifiedSchema
 
-_ONE = np.ones(1, dtype=np.bool_)
+_NO, _YES = np.zeros(1, dtype=np.bool_), np.ones(1, dtype=np.bool_)
 _SURE = 1.0
 """Confidence of a draft that was found in the text: it counts as certain, as it does when sampled."""
 
@@ -80,7 +80,7 @@ class ServedDrafts:
 
         Args:
             signals: `[1, dim]` of `SignalSchema`; None where the policy looks at none.
-            state: The round, with room for a draft.
+            state: The round.
         """
         schema = self.schema
         values = self._blind if signals is None else signals.numpy()[:, self._columns]
@@ -91,7 +91,7 @@ class ServedDrafts:
             confidences[0, : len(known)] = known
         return schema.assemble(
             outputs,
-            can_draft=_ONE,
+            can_draft=_YES if state.room and state.num_pending < schema.depth else _NO,
             num_pending=np.array([state.num_pending]),
             confidences=confidences,
             level=np.array([self._level(state.pending[-1]) if state.pending else -1]),
