@@ -16,6 +16,7 @@ from flexquant_rl import __version__
 from flexquant_rl.agents.commands.options import (
     AnalyseOptions,
     BenchCommand,
+    CombineOptions,
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[Any]] = {
     "sweep": SweepOptions,
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
+    "combine": CombineOptions,
     "generate": GenerateOptions,
     "inspect": InspectOptions,
     "bench": BenchCommand,

@@ -16,6 +16,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from flexquant_rl.agents.analysis.rows import PLAN_FILE as ANALYSIS_FILE
+from flexquant_rl.agents.analysis.rows import RowStore, StrategyRow
 from flexquant_rl.agents.evaluation.draft_rows import read_draft_rows
 from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE
 from flexquant_rl.agents.evaluation.rows import read_rows
@@ -25,6 +27,7 @@ from flexquant_rl.agents.runs.run import load_run, load_sweep
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_checkpoint
 from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, drafts_to_dict
+from flexquant_rl.engine.control.ladder import LADDER_FILE, read_ladder
 from flexquant_rl.engine.control.policy import StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.traces import EMBEDDING_FILE, PLAN_FILE, read_plan, read_sequence, read_traces
@@ -39,7 +42,7 @@ Facts = dict[str, Any]
 CONFIG_FILE = "config.json"
 _KINDS = (
     "a model (a directory or .gguf file), a nested checkpoint, a policy, a run, a sweep, a profile (profile.json), a "
-    "recording or evaluation rows (eval.jsonl)"
+    "recording, an analysis, what `fq combine` wrote or evaluation rows (eval.jsonl)"
 )
 
 
@@ -81,6 +84,8 @@ def _directory(path: Path) -> tuple[str, Facts]:
     readers: Mapping[str, Callable[[Path], tuple[str, Facts]]] = {
         CARD_FILE: _policy,
         PLAN_FILE: _recording,
+        ANALYSIS_FILE: _analysis,
+        LADDER_FILE: _ladder,
         CONFIG_FILE: _run_or_model,
     }
     for name, reader in readers.items():
@@ -187,6 +192,18 @@ def _policy(path: Path) -> tuple[str, Facts]:
     return kind, facts
 
 
+def _ladder(path: Path) -> tuple[str, Facts]:
+    ladder = read_ladder(path)
+    for rung in ladder.rungs:
+        load_exported(path / rung.folder).card.check_model(ladder.model_fingerprint, path / rung.folder)
+    return "ladder of policies", {
+        "model_fingerprint": ladder.model_fingerprint,
+        "reference": ladder.reference,
+        "tokens": ladder.num_tokens,
+        "rungs": {str(place): rung.words() for place, rung in enumerate(ladder.rungs)},
+    }
+
+
 def _recording(path: Path) -> tuple[str, Facts]:
     plan = read_plan(path)
     present = [index for index in range(len(plan.sequences)) if trace_path(path, index).is_file()]
@@ -204,6 +221,24 @@ def _recording(path: Path) -> tuple[str, Facts]:
         "tokens": sum(trace.num_tokens for trace in traces),
         "sources": sources,
         "missing": None if is_whole else "run the same `fq record` command again for the rest",
+    }
+
+
+def _analysis(path: Path) -> tuple[str, Facts]:
+    store = RowStore(path)
+    plan, rows = store.read_plan(), store.read(StrategyRow)
+    is_whole = bool(rows) and (path / REPORT_FILE).is_file()
+    return "analysis", {
+        "model": plan.model,
+        "reference": plan.reference,
+        "bit_widths": list(plan.bit_widths),
+        "text": list(plan.text) or ["held-out standard library"],
+        "calibration": list(plan.calibration),
+        "windows": plan.num_windows,
+        "window_tokens": plan.window_tokens,
+        "strategies": list(dict.fromkeys(row.strategy for row in rows)),
+        "output_kl_nats": {f"{row.strategy} at {row.bit_width} bits": row.output_kl_nats for row in rows},
+        "missing": None if is_whole else "run the same `fq analyse` command again for the rest",
     }
 
 

@@ -245,3 +245,16 @@ def test_wrong_types_in_rows(analysed: tuple[Path, Finished], tmp_path: Path) ->
 def test_what_is_quantised_alike_is_quantised_once(analysed: tuple[Path, Finished]) -> None:
     assert analysed[1].err.count("rtn-text:64: loading the model") == 1
     assert "rtn-tuned:64: loading the model" not in analysed[1].err
+
+
+def test_an_analysis_is_inspected(analysed: tuple[Path, Finished], tmp_path: Path) -> None:
+    out, _ = analysed
+    found = run(cli.main, "inspect", out, "--json").result
+    assert (found["kind"], found["complete"], found["windows"]) == ("analysis", True, 4)
+    assert found["strategies"] == ["rtn:32", "rtn-text:64", "rtn-tuned:64"]
+    assert len(found["output_kl_nats"]) == 9
+    shutil.copytree(out, tmp_path / "half")
+    (tmp_path / "half" / "report.md").unlink()
+    assert not run(cli.main, "inspect", tmp_path / "half", "--json").result["complete"]
+    (tmp_path / "half" / "analysis.json").write_text("{")
+    assert run(cli.main, "inspect", tmp_path / "half").code == 2

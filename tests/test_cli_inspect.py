@@ -211,7 +211,7 @@ def test_what_is_not_ours_is_one_line(artefacts: dict[str, Path], tmp_path: Path
     shutil.copy(artefacts["run"] / "profile.json", tmp_path / "alone")
     for name, message in (
         ("none", "does not exist"),
-        ("empty", "holds none of policy.json, recording.json, config.json"),
+        ("empty", "holds none of policy.json, recording.json, analysis.json, ladder.json, config.json"),
         ("note.txt", "is no file of ours by its name"),
         ("list.json", "is no profile"),
         ("rows.jsonl", "holds no evaluation row"),

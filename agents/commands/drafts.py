@@ -14,6 +14,7 @@ from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
 from flexquant_rl.engine.errors import InputError
@@ -37,7 +38,7 @@ def asked_policy(options: GenerateOptions) -> str:
     drafts = _DEFAULT if options.policy is None else parse_drafts(options.policy)
     if drafts is None:
         assert options.policy is not None
-        if exports_drafts(Path(options.policy)):
+        if exports_drafts(Path(options.policy)) or is_ladder(Path(options.policy)):
             return options.policy
         for option, value in (("verify-width", width), ("ngram-drafts", options.ngram_drafts or None)):
             if value is not None:

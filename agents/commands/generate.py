@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -21,6 +21,7 @@ from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.ladder import Rung
 from flexquant_rl.engine.control.policy import DialPoint, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
@@ -44,9 +45,11 @@ def generate(options: GenerateOptions) -> None:
         text=options.text,
         threads=options.threads,
         device=options.device,
+        speed=options.speed,
+        verify_width=options.verify_width,
     )
     check_verify_width(found.policy, options)
-    setting = _setting(found.policy, options)
+    setting = _setting(found.policy, options) if found.rung is None else _setting_of_rung(found.rung, options)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
     prompt_ids = encode_chat(model, prompt) if is_chat else encode(model, prompt)
@@ -84,6 +87,7 @@ def generate(options: GenerateOptions) -> None:
             "mean_bit_width": statistics.fmean(printed.mean_bit_widths),
             "speed_asked": options.speed,
             "kl_weight": None if setting is None else setting.kl_weight,
+            "rung": None if found.rung is None else asdict(found.rung),
             "chat_template": is_chat,
         }
     )
@@ -132,6 +136,19 @@ def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | No
     if not policy.card.dial:
         raise InputError(f"{options.policy!r} has no table of its dial to choose a setting from; give --kl-weight")
     return policy.card.middle_setting()
+
+
+def _setting_of_rung(rung: Rung, options: GenerateOptions) -> DialPoint | None:
+    """The setting of a ladder's rung, and what to expect of it; None where its policy has no dial."""
+    if options.kl_weight is not None:
+        raise InputError(
+            f"--kl-weight {options.kl_weight:g} sets the dial of one policy, and {options.policy} has several; give "
+            "--speed instead"
+        )
+    say(rung.words())
+    if rung.kl_weight is None:
+        return None
+    return DialPoint(rung.kl_weight, rung.speedup_measured, rung.output_kl_nats, float("nan"))
 
 
 @dataclass

@@ -236,6 +236,38 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class CombineOptions:
+    """Puts several policies of a model on one dial: without loss, verified at fewer bits, lossy.
+
+    Each is measured on validation text, by the clock and by its output KL; those that another one beats in both are
+    left out. `fq generate --policy OUT --speed X` takes the one that loses least at that speed.
+    """
+
+    model: Model
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
+    out: Out
+    """New directory."""
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY ...")] = ()
+    """Directories of exported policies or runs of either task, static allocations and drafts by name: e.g. RUN
+    draft:3,length=4 draft:3,verify=6 fixed:5."""
+    text: Files = ()
+    """Text files; their validation split is read; default: the held-out standard library."""
+    text_field: str | None = None
+    """Field of jsonl rows that has the text; default: their chats, else all their strings."""
+    dials: int = 4
+    """Settings of the dial at which learned policies are run."""
+    sequences: int = 16
+    """Validation sequences."""
+    profile: File = None
+    """profile.json of the model; default: those that exported policies carry, else the one in the model's directory,
+    else one made here."""
+    threads: int | None = None
+    """Threads of the timed steps; default: 1 with the lean decoder, else torch's number."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Episodes."""
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """Writes a policy, of a run or by name, as files that need torch alone."""
 
@@ -275,9 +307,9 @@ class GenerateOptions:
     model: Model
     """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
-    """Directory of an exported policy or of a run, a static allocation by name (fixed:4, knapsack:4.5), or drafts
-    (draft:3, with more parameters as draft:3,length=4,confidence=0.4): low widths propose tokens, and a pass at the
-    verify width settles several at once."""
+    """Directory of an exported policy, of a run or of what `fq combine` wrote, a static allocation by name (fixed:4,
+    knapsack:4.5), or drafts (draft:3, with more parameters as draft:3,length=4,confidence=0.4): low widths propose
+    tokens, and a pass at the verify width settles several at once."""
     verify_width: int | None = None
     """With drafts: the width that the output equals; default: the largest stored one, which loses nothing. Without
     --policy the drafts are those of draft:3,length=4,confidence=0.4."""
@@ -292,7 +324,8 @@ class GenerateOptions:
     max_new_tokens: int = 64
     """Tokens at most; the model's end-of-text tokens end earlier."""
     speed: float | None = None
-    """Modelled speedup to aim for, between settings of the policy's own table; default: its middle setting."""
+    """Modelled speedup to aim for, between settings of the policy's own table; default: its middle setting. Of what
+    `fq combine` wrote: the least measured speedup; default: the fastest without loss."""
     kl_weight: float | None = None
     """The dial itself, instead of a speed."""
     temperature: float = 0.0

@@ -14,12 +14,13 @@ from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
-from flexquant_rl.agents.preparation import policy_context, prepare, profile_beside
+from flexquant_rl.agents.preparation import Prepared, policy_context, prepare, profile_beside
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
+from flexquant_rl.engine.control.ladder import Rung, is_ladder, read_ladder
 from flexquant_rl.engine.control.policy import PolicyCard, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile, unmeasured_profile
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
@@ -38,11 +39,13 @@ class Servable:
         model: The model that it controls.
         policy: The policy.
         profile: What it sees of the model, and what its steps cost.
+        rung: Where it is on a ladder, if it is on one.
     """
 
     model: NestedCausalLM
     policy: DeployedPolicy
     profile: Profile
+    rung: Rung | None = None
 
 
 def load_servable(
@@ -53,16 +56,21 @@ def load_servable(
     text: Sequence[Path] = (),
     threads: int | None = None,
     device: Device = "cpu",
+    speed: float | None = None,
+    verify_width: int | None = None,
 ) -> Servable:
     """Loads a model and the policy of a directory, or the static allocation or drafts of a name.
 
     Args:
         model: As commands name it.
-        policy: Directory of an exported policy or of a run, or a name such as `fixed:4`, `knapsack:4.5` or `draft:3`.
+        policy: Directory of an exported policy, of a run or of a ladder, or a name such as `fixed:4`, `knapsack:4.5`
+            or `draft:3`.
         profile: With a name: profile of the model; default: the one in its directory, else made here where needed.
         text: With a name: text files to profile on; default: the held-out standard library.
         threads: Threads that a measured profile must be of.
         device: Where a profile is made.
+        speed: Of a ladder: how fast its rung is to be.
+        verify_width: Of a ladder: the width that its rung's text equals.
 
     Raises:
         InputError: If model or policy cannot be used, or not together.
@@ -71,10 +79,14 @@ def load_servable(
         if profile is not None or text:
             option = f"--profile {profile}" if profile is not None else f"--text {text[0]}"
             raise InputError(f"{option} is for policies by name, and {policy} carries its own profile; leave it out")
-        exported = load_exported(Path(policy), policy)
+        directory, rung = Path(policy), None
+        if is_ladder(directory):
+            rung = read_ladder(directory).chosen(speed, verify_width)
+            directory = directory / rung.folder
+        exported = load_exported(directory, policy if rung is None else rung.policy)
         nested = _load(model, exported.quantization)
         exported.card.check_model(nested.fingerprint, exported.directory)
-        return Servable(nested, exported.policy, exported.profile)
+        return Servable(nested, exported.policy, exported.profile, rung)
     if ":" not in policy or os.sep in policy:  # no name, so a directory was meant
         raise InputError(
             f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "
@@ -113,20 +125,27 @@ def _one_width(model: NestedCausalLM, unbound: Fixed | Drafts) -> Servable:
 
 
 def _by_name(config: TrainConfig, unbound: UnboundPolicy | Drafts) -> Servable:
-    """Binds a name to a model; what looks at signals cannot leave without the trainer."""
+    """Binds a name to a model."""
     prepared = prepare(config, None)
+    policy = deployed_by_name(prepared, unbound)
+    return Servable(prepared.model.drop_reference(), policy, prepared.profile)
+
+
+def deployed_by_name(prepared: Prepared, unbound: UnboundPolicy | Drafts) -> DeployedPolicy:
+    """A policy by name, bound to a prepared model.
+
+    Raises:
+        InputError: If it looks at signals: it cannot leave without the trainer.
+    """
     if isinstance(unbound, Drafts):
-        drafts = unbound.bind(policy_context(prepared))
-        model = prepared.model.drop_reference()
-        return Servable(model, _deployed_drafts(model, unbound, drafts), prepared.profile)
+        return _deployed_drafts(prepared.model, unbound, unbound.bind(policy_context(prepared)))
     bound = bind_policy(unbound, policy_context(prepared))
     if not isinstance(bound, StaticAllocation):
         raise InputError(
             f"policy {policy_name(unbound)!r} looks at every token and needs the trainer's package; serve a static one "
             "(fixed:4, knapsack:4.5) or an exported policy, and compare this one with `fq evaluate`"
         )
-    model_alone = prepared.model.drop_reference()
-    return Servable(model_alone, static_policy(model_alone, bound), prepared.profile)
+    return static_policy(prepared.model, bound)
 
 
 def _deployed_drafts(model: NestedCausalLM, unbound: Drafts, served: ServedDrafts) -> DeployedDrafts:

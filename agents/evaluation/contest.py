@@ -148,7 +148,7 @@ def compete_at_budgets(
     """
     windows, documents = test_windows(prepared, num_sequences)
     members = _members(settings.entries)
-    traces = dict(zip(members, _traces(prepared, [*members.values()], windows), strict=True))
+    traces = dict(zip(members, traces_of(prepared, [*members.values()], windows), strict=True))
     for key, trace in traces.items():
         watch(members[key], trace)
     shares, line = _clocked(prepared, [*members.values()], windows)
@@ -175,7 +175,7 @@ def compete_long(
     """
     longer = replace(prepared, env=replace(prepared.env, max_new_tokens=max_new_tokens))
     members = _members(settings.entries)
-    traces = dict(zip(members, _traces(longer, [*members.values()], windows), strict=True))
+    traces = dict(zip(members, traces_of(longer, [*members.values()], windows), strict=True))
     rows = _beside_own_static(settings, traces, _rows(longer, settings, traces, {}, documents), {})
     static = static_entries(prepared, missing_rungs(rows, None))
     return beside_static(prepared, rows, windows, longer.env, None, static)
@@ -197,7 +197,8 @@ def _key(one: Contestant) -> _Key:
     return one.family, one.seed, one.kl_weight, one.policy.name
 
 
-def _traces(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> list[Trace]:
+def traces_of(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> list[Trace]:
+    """What each policy does on the same windows; static ones in one parallel pass."""
     evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env, cost=prepared.cost)
     label = f"evaluating {prepared.env.max_new_tokens} tokens"
     static = [one.policy for one in contestants if isinstance(one.policy, StaticAllocation)]
@@ -287,22 +288,10 @@ def _clocked(
     prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor
 ) -> tuple[list[float], ClockLine | None]:
     """Measured time share of each contestant, and how the clock's shares of static allocations follow the modelled."""
-    say("timing whole continuations")
-    env = replace(prepared.env, max_new_tokens=min(_TIMED_TOKENS, prepared.env.max_new_tokens))
     context = policy_context(prepared)
     fixed = [contestant(Fixed(width), context) for width in prepared.model.bit_widths]
     asked = [*contestants, *(one for one in fixed if _key(one) not in {_key(other) for other in contestants})]
-    measured = measured_time_shares(
-        prepared.model,
-        prepared.profile,
-        spread(windows, _TIMED_WINDOWS)[:, : env.window_tokens],
-        env,
-        [(one.drafts or one.policy, one.kl_weight or 1.0) for one in asked],
-        num_threads=prepared.num_threads,
-        progress=lambda rounds: track(rounds, "timing"),
-    )
-    full = prepared.cost.full_width()
-    _check_clock([share for one, share in zip(asked, measured, strict=True) if _plays(one, full)])
+    measured = clocked_shares(prepared, asked, windows)
     static = [
         (float(prepared.cost.time_share(one.policy.bit_widths)), share)
         for one, share in zip(asked, measured, strict=True)
@@ -310,6 +299,24 @@ def _clocked(
     ]
     line = ClockLine.fit([modelled for modelled, _ in static], [share for _, share in static])
     return measured[: len(contestants)], line
+
+
+def clocked_shares(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> list[float]:
+    """Measured time of each contestant on a few of the windows, over that of the largest width everywhere."""
+    say("timing whole continuations")
+    env = replace(prepared.env, max_new_tokens=min(_TIMED_TOKENS, prepared.env.max_new_tokens))
+    measured = measured_time_shares(
+        prepared.model,
+        prepared.profile,
+        spread(windows, _TIMED_WINDOWS)[:, : env.window_tokens],
+        env,
+        [(one.drafts or one.policy, one.kl_weight or 1.0) for one in contestants],
+        num_threads=prepared.num_threads,
+        progress=lambda rounds: track(rounds, "timing"),
+    )
+    full = prepared.cost.full_width()
+    _check_clock([share for one, share in zip(contestants, measured, strict=True) if _plays(one, full)])
+    return measured
 
 
 def _check_clock(full_shares: Sequence[float]) -> None:
@@ -386,7 +393,7 @@ def most_moving(prepared: Prepared, one: Contestant, num_sequences: int) -> Most
     """What a learned policy does on the test windows at one dial, where none of its settings was run."""
     windows, _ = test_windows(prepared, num_sequences)
     seen = MostMoving()
-    seen.consider(one, _traces(prepared, [one], windows)[0])
+    seen.consider(one, traces_of(prepared, [one], windows)[0])
     return seen
 
 

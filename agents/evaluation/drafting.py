@@ -117,12 +117,6 @@ def speedup_interval(played: Played, documents: NDArray[np.int64]) -> tuple[floa
     return percentile_interval((weights @ played.num_tokens) / (weights @ played.time_steps))
 
 
-def gain_interval(played: Played, base: Played, documents: NDArray[np.int64]) -> tuple[float, float]:
-    """95% interval of one speedup over another on the same sequences, paired by document."""
-    weights = document_weights(documents.tolist())[1:]
-    return percentile_interval((weights @ base.time_steps) / (weights @ played.time_steps))
-
-
 def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
     """The fastest that any policy could be that knew every draft before: dynamic programming from the end.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.control.allocation_kl import TextFacts, allocation_facts
-from flexquant_rl.engine.control.controller import DraftController, make_controller
+from flexquant_rl.engine.control.controller import Controller, DraftController, make_controller
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.drafts import DraftPolicy
@@ -308,24 +308,7 @@ def measured_time_shares(
     baseline = StaticAllocation("baseline", profile.cost.full_width())
     contestants: list[tuple[Policy | DraftPolicy, float]] = [(baseline, 1.0), *policies]
     controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
-    first, num_steps = config.prompt_tokens, config.max_new_tokens
-    parents = [open_session(model, max_length=config.window_tokens - 1, num_threads=num_threads) for _ in windows]
-    prompts = [parent.prefill(window[None, :first]) for parent, window in zip(parents, windows, strict=True)]
-
-    def turn_ms(which: int) -> list[float]:
-        """Times of all tokens of all windows."""
-        times = []
-        controller = controllers[which]
-        for parent, prompt, window in zip(parents, prompts, windows, strict=True):
-            if isinstance(controller, DraftController):
-                times += _drafted_ms(parent.fork(), controller, prompt, window[:first], num_steps)
-                continue
-            runner = PolicyRunner(parent.fork(), controller, Replay(window[None, first:]))
-            runner.begin(prompt, torch.tensor([contestants[which][1]]))
-            times += [clock_ms(runner.step, model.device) for _ in range(num_steps)]
-            runner.decoder.close()
-        return times
-
+    texts = _TimedTexts(model, windows, config, num_threads)
     turns: list[list[list[float]]] = [[] for _ in contestants]
     generator = torch.Generator().manual_seed(0)
     began = time.monotonic()
@@ -333,11 +316,48 @@ def measured_time_shares(
         if done >= _MIN_ROUNDS and time.monotonic() - began > _TIMING_S:
             break
         for which in torch.randperm(len(contestants), generator=generator).tolist():
-            turns[which].append(turn_ms(which))
-    for parent in parents:
-        parent.close()
+            turns[which].append(texts.turn_ms(controllers[which], contestants[which][1]))
+    texts.close()
     full_ms, *own_ms = map(_usual_ms, turns)
     return [ms / full_ms for ms in own_ms]
+
+
+class _TimedTexts:
+    """Windows whose prompts are read once, and decoded by one policy after the other.
+
+    Args:
+        model: The model.
+        windows: `[n, window_tokens]` int64.
+        config: Shape of the episodes.
+        num_threads: Threads of a step, as for `open_session`.
+    """
+
+    def __init__(self, model: NestedCausalLM, windows: Tensor, config: EnvConfig, num_threads: int | None) -> None:
+        self._model, self._windows = model, windows
+        self._first, self._num_steps = config.prompt_tokens, config.max_new_tokens
+        length = config.window_tokens - 1
+        self._parents = [open_session(model, max_length=length, num_threads=num_threads) for _ in windows]
+        self._prompts = [
+            parent.prefill(window[None, : self._first]) for parent, window in zip(self._parents, windows, strict=True)
+        ]
+
+    def turn_ms(self, controller: Controller, kl_weight: float) -> list[float]:
+        """Times of all tokens of all windows."""
+        times = []
+        for parent, prompt, window in zip(self._parents, self._prompts, self._windows, strict=True):
+            if isinstance(controller, DraftController):
+                times += _drafted_ms(parent.fork(), controller, prompt, window[: self._first], self._num_steps)
+                continue
+            runner = PolicyRunner(parent.fork(), controller, Replay(window[None, self._first :]))
+            runner.begin(prompt, torch.tensor([kl_weight]))
+            times += [clock_ms(runner.step, self._model.device) for _ in range(self._num_steps)]
+            runner.decoder.close()
+        return times
+
+    def close(self) -> None:
+        """Frees the decoders."""
+        for parent in self._parents:
+            parent.close()
 
 
 def _drafted_ms(

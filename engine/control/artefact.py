@@ -109,12 +109,7 @@ def load_policy(
         raise InputError(f"{directory}: no readable policy ({error}); {repair}") from error
     if not isinstance(data, dict) or not isinstance(data.get("schema"), dict):
         raise InputError(f"{card_path}: not a policy; {repair}")
-    versions = (data.get("version"), data["schema"].get("version"))
-    if versions != (POLICY_VERSION, SIGNAL_SCHEMA_VERSION):
-        raise InputError(
-            f"{directory}: policy version {versions[0]} with signal schema {versions[1]}, but this program reads "
-            f"{POLICY_VERSION} with {SIGNAL_SCHEMA_VERSION}; train and export the policy again"
-        )
+    _check_versions(directory, data)
     try:
         card = _card(data)
         kind, own_name = data["kind"], str(data["name"])
@@ -135,6 +130,19 @@ def load_policy(
         return _drafts(directory, data.get("drafts"), weights, card, name or directory.name, repair)
     if kind != "learned":
         raise InputError(f"{card_path}: kind {kind!r} is not learned, static or drafts; {repair}")
+    return LearnedPolicy(_net(weights, card, weights_path, repair), card, name or directory.name)
+
+
+def _check_versions(directory: Path, data: dict[str, Any]) -> None:
+    versions = (data.get("version"), data["schema"].get("version"))
+    if versions != (POLICY_VERSION, SIGNAL_SCHEMA_VERSION):
+        raise InputError(
+            f"{directory}: policy version {versions[0]} with signal schema {versions[1]}, but this program reads "
+            f"{POLICY_VERSION} with {SIGNAL_SCHEMA_VERSION}; train and export the policy again"
+        )
+
+
+def _net(weights: dict[str, Tensor], card: PolicyCard, path: Path, repair: str) -> PrecisionNet:
     num_signals = card.schema.num_global + card.schema.num_per_unit
     try:
         if weights["mean"].shape != (num_signals,):  # before a net of any size is made
@@ -142,8 +150,8 @@ def load_policy(
         net = PrecisionNet(card.schema)
         net.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{weights_path}: tensors do not fit policy.json's schema; {repair}") from error
-    return LearnedPolicy(net, card, name or directory.name)
+        raise InputError(f"{path}: tensors do not fit policy.json's schema; {repair}") from error
+    return net
 
 
 def _card(data: dict[str, Any]) -> PolicyCard:

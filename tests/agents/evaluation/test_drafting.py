@@ -15,7 +15,6 @@ from flexquant_rl.agents.evaluation.drafting import (
     acceptance,
     clairvoyant,
     context_of,
-    gain_interval,
     play,
     play_all,
     play_rule,
@@ -185,15 +184,13 @@ def test_acceptance_counts_every_position() -> None:
     np.testing.assert_allclose(counted.mean_by_level(), kept.sum(1) / reached.sum(1))
 
 
-def test_intervals_hold_the_value_and_are_paired() -> None:
+def test_intervals_hold_the_value() -> None:
     table = table_of(6, num_sequences=20)
     context = context_of(table, COSTS)
-    one, two = (play(table, COSTS, FixedRounds(level, 2).bind(context)) for level in (0, 2))
-    low, high = speedup_interval(one, table.documents)
-    assert low < one.speedup < high
-    assert gain_interval(one, one, table.documents) == (1, 1)
-    low, high = gain_interval(one, two, table.documents)
-    assert low < one.speedup / two.speedup < high
+    for level in (0, 2):
+        played = play(table, COSTS, FixedRounds(level, 2).bind(context))
+        low, high = speedup_interval(played, table.documents)
+        assert low < played.speedup < high
 
 
 def test_costs_are_checked_and_go_on_in_a_line() -> None:

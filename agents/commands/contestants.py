@@ -1,0 +1,89 @@
+"""The policies that `--policy A B C` names, bound to one prepared model: learned ones at settings of their dial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexquant_rl.agents.evaluation.baselines import contestant
+from flexquant_rl.agents.evaluation.budgets import Contestant
+from flexquant_rl.agents.export import ExportedPolicy, load_exported_together
+from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
+from flexquant_rl.agents.policies.families import PPO, parse_policy
+from flexquant_rl.agents.policies.unbound import UnboundPolicy
+from flexquant_rl.agents.preparation import Prepared, policy_context
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.policy import LearnedPolicy
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+
+
+@dataclass(frozen=True)
+class AskedPolicies:
+    """What was asked for, before there is a model.
+
+    Attributes:
+        names: As they were given, in order.
+        unbound: Policies by name.
+        exported: Policies from directories.
+    """
+
+    names: tuple[str, ...]
+    unbound: Mapping[str, UnboundPolicy | Drafts]
+    exported: Mapping[str, ExportedPolicy]
+
+    @staticmethod
+    def read(names: Sequence[str]) -> AskedPolicies:
+        """Reads them all: a wrong name or a damaged policy should not be found out after minutes.
+
+        Raises:
+            InputError: If there is none, or one of them cannot be read.
+        """
+        if not names:
+            raise InputError("--policy names no policy; name one or more, e.g. fixed:4 knapsack:4.5")
+        directories = {name: Path(name) for name in names if Path(name).is_dir()}
+        unbound = {name: parse_drafts(name) or parse_policy(name) for name in names if name not in directories}
+        return AskedPolicies(tuple(names), unbound, load_exported_together(directories))
+
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        """How they were trained to have a plain model nested; None where none of them was trained."""
+        return next(iter(self.exported.values())).quantization if self.exported else None
+
+    @property
+    def carrying(self) -> list[ExportedPolicy]:
+        """The exported ones, first those that carry a profile: of fixed widths and drafts nothing was measured."""
+        return sorted(self.exported.values(), key=lambda one: -one.profile.num_tokens)
+
+    def bound(self, prepared: Prepared, num_dials: int) -> list[tuple[str, Contestant]]:
+        """Each of them by its name, in order; learned ones at every setting of the dial."""
+        context = policy_context(prepared)
+        found: list[tuple[str, Contestant]] = []
+        for name in self.names:
+            if name in self.unbound:
+                asked = self.unbound[name]
+                if isinstance(asked, Drafts):
+                    found.append((name, Contestant.of_drafts(Drafts.family.name, asked.bind(context))))
+                else:
+                    found.append((name, contestant(asked, context)))
+                continue
+            policy = self.exported[name].policy
+            if isinstance(policy, DeployedDrafts):
+                found.append((name, Contestant.of_drafts(f"{Drafts.family.name}:{name}", policy)))
+                continue
+            family = f"{PPO.name}:{name}" if isinstance(policy, LearnedPolicy) else name  # each a front of its own
+            dials = _dials(prepared, policy, num_dials) if isinstance(policy, LearnedPolicy) else [None]
+            found += [(name, Contestant(family, policy, dial)) for dial in dials]
+        return found
+
+
+def _dials(prepared: Prepared, policy: LearnedPolicy, count: int) -> list[float]:
+    """Settings of a policy's dial: over the range that its card knows, or the one asked for."""
+    known = [point.kl_weight for point in policy.card.dial]
+    if prepared.env.kl_weight is not None or not known:
+        return prepared.dials(count).tolist()
+    return torch.logspace(math.log10(min(known)), math.log10(max(known)), count, dtype=torch.float64).tolist()
