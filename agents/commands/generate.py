@@ -49,7 +49,7 @@ def generate(options: GenerateOptions) -> None:
     setting = _setting(found.policy, options)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
-    prompt_ids = encode_chat(model, prompt) if is_chat else encode(model, prompt)
+    prompt_ids = encode_chat(model, [{"role": "user", "content": prompt}]) if is_chat else encode(model, prompt)
 
     def stream(policy: Policy | DraftPolicy, max_new_tokens: int) -> Iterator[GeneratedToken]:
         return generate_tokens(
