@@ -23,6 +23,7 @@ from flexquant_rl.agents.commands.options import (
     ProfileOptions,
     QuantizeOptions,
     RecordOptions,
+    ServeOptions,
     SweepOptions,
     TrainOptions,
 )
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
     "generate": GenerateOptions,
+    "serve": ServeOptions,
     "inspect": InspectOptions,
     "bench": BenchCommand,
 }
