@@ -24,6 +24,7 @@ from flexquant_rl.agents.commands.options import (
     ProfileOptions,
     QuantizeOptions,
     RecordOptions,
+    ServeOptions,
     SweepOptions,
     TrainOptions,
 )
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[Any]] = {
     "export": ExportOptions,
     "combine": CombineOptions,
     "generate": GenerateOptions,
+    "serve": ServeOptions,
     "inspect": InspectOptions,
     "bench": BenchCommand,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +20,7 @@ from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.log_probs import TokenLogProbs
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
@@ -30,7 +31,7 @@ from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
 from flexquant_rl.engine.decoding.decoder import check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
 from flexquant_rl.engine.decoding.options import DecoderName, check_decoder_name
-from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.model import NestedCausalLM
 
 if TYPE_CHECKING:  # it needs Triton, which takes a quarter of a second, and a CPU needs none of it
@@ -94,11 +95,22 @@ class Engine:
             model, max_length=max_length, decoder=name, num_threads=num_threads
         )
 
-    def generate(self, request: Request) -> Iterator[GeneratedToken]:
+    @property
+    def max_length(self) -> int:
+        """Tokens that a request may hold, prompt included."""
+        return self._max_length
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether a captured graph generates, which serves one request at a time."""
+        return self._graph is not None
+
+    def generate(self, request: Request, policy: Policy | DraftPolicy | None = None) -> Iterator[GeneratedToken]:
         """Continues a prompt. Any thread may call this at any time; abandon the iterator to stop.
 
         Args:
             request: What to continue, and how far.
+            policy: Decides this request in place of the engine's own, by the same profile; not with a captured graph.
 
         Yields:
             The tokens as they come; the last one says why it ended. There is none if the request is cancelled while it
@@ -106,19 +118,51 @@ class Engine:
 
         Raises:
             InputError: If the prompt is empty, no int64 tokens of the vocabulary or does not fit with its
-                continuation, or a number is out of its domain.
+                continuation, a number is out of its domain, or a captured graph lacks what is asked for.
             RuntimeError: If the engine is closed, or this thread has left another request of a captured graph
                 unfinished.
         """
         self._check_open()
         graph = self._graph
         if graph is not None:
+            if policy is not None and policy is not self.policy:
+                raise InputError(f"policy {policy.name!r} is not the captured graph's own; use decoder='hf' to choose")
             yield from self._generate_by_graph(graph, request)
             return
+        if policy is not None:
+            check_policy(policy, self.model)
         with self._lock:
-            runner = self._runner(1)
+            runner = self._runner(1, policy)
         with closing(runner.decoder):
             yield from self._in_turns(runner.generate([request], self.model.token_text, self._closed))
+
+    def score(
+        self, token_ids: Tensor, *, kl_weight: float, num_likeliest: int = 0, policy: Policy | DraftPolicy | None = None
+    ) -> Iterator[TokenLogProbs]:
+        """`PolicyRunner.score` of one text; any thread may call this at any time.
+
+        Args:
+            token_ids: `[T]` int64.
+            kl_weight: The dial.
+            num_likeliest: Likeliest tokens to name at each place.
+            policy: As for `generate`, but with a captured graph too.
+
+        Yields:
+            What the text before it says of each token from the second one on.
+
+        Raises:
+            InputError: As `PolicyRunner.score`.
+            RuntimeError: If the engine is closed, also on the way.
+        """
+        self._check_open()
+        if policy is not None:
+            check_policy(policy, self.model)
+        with self._lock:
+            runner = self._runner(1, policy)
+        with closing(runner.decoder):
+            for found in self._in_turns(runner.score(token_ids, kl_weight, num_likeliest)):
+                yield found
+                self._check_open()
 
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, kl_weight: float, num_rows: int = 8
@@ -154,11 +198,11 @@ class Engine:
         if self._closed.is_set():
             raise RuntimeError(CLOSED)
 
-    def _runner(self, num_rows: int) -> PolicyRunner:
+    def _runner(self, num_rows: int, policy: Policy | DraftPolicy | None = None) -> PolicyRunner:
         """Opens rows of a request's own."""
         if self._open is None:
             raise RuntimeError(CLOSED)
-        controller = make_controller(self.model, self.policy, self.profile, num_rows=num_rows)
+        controller = make_controller(self.model, policy or self.policy, self.profile, num_rows=num_rows)
         return PolicyRunner(self._open(num_rows), controller, ngram_drafts=self._ngram_drafts)
 
     def _in_turns(self, results: Iterator[T]) -> Iterator[T]:
@@ -172,6 +216,8 @@ class Engine:
 
     def _generate_by_graph(self, graph: GraphDecoder, request: Request) -> Iterator[GeneratedToken]:
         request.check(graph.loop.weights.max_length, self.model.vocab_size)
+        if request.log_probs is not None:
+            raise InputError(f"log_probs={request.log_probs}: the captured graph gives none; use decoder='hf'")
         if request.top_p < 1:
             raise InputError(f"top_p={request.top_p:g}: the captured graph samples from all tokens; use decoder='hf'")
         running = RunningRequest(0, request, self.model.token_text, self.model.eos_token_ids, self._closed)
@@ -286,20 +332,29 @@ def encode(model: NestedCausalLM, text: str) -> Tensor:
     return torch.tensor(model.token_text.encode(text), dtype=torch.int64)
 
 
-def encode_chat(model: NestedCausalLM, message: str) -> Tensor:
-    """The tokens of a user's message in the model's chat template, up to where its answer begins, `[T]` int64.
+def encode_chat(model: NestedCausalLM, messages: Sequence[Mapping[str, str]]) -> Tensor:
+    """The tokens of a chat in the model's chat template, up to where the next answer begins, `[T]` int64.
+
+    Args:
+        model: The model.
+        messages: Each with `role` and `content`, in order.
 
     Raises:
-        InputError: If the tokenizer has no chat template, or it refuses the message.
+        InputError: If the tokenizer has no chat template, or it refuses the messages.
     """
     if not model.token_text.chat_template:
         raise InputError("the model's tokenizer has no chat template; give the prompt as plain text")
     try:
         ids = model.tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=False,
         )
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
-        raise InputError(f"the model's chat template refuses the message ({error}); give --raw") from error
+        raise InputError(
+            f"the model's chat template refuses the messages ({first_line(error)}); change them, or give plain text"
+        ) from error
     assert isinstance(ids, Tensor)
     return ids[0].long()
 

@@ -117,7 +117,7 @@ class LiveRounds:
                 continue
             pending = self._state(row).pending
             latency_ms[row] = self.costs.verify_ms[len(pending)]
-            kept = self._rounds.verify(row, self._verify_widths)
+            kept, _ = self._rounds.verify(row, self._verify_widths)
             settled = self._within_text(row, kept)
             counts[:, row] = len(pending), len(kept) - 1, len(settled)
             widths = [draft.bit_widths for draft in pending[: len(kept) - 1]]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flexquant_rl.agents.commands.options import GenerateOptions
+from flexquant_rl.agents.commands.options import GenerateOptions, ServeOptions
 from flexquant_rl.agents.export import exports_drafts
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.names import policy_name
@@ -24,7 +24,7 @@ _DEFAULT = Drafts(3, length=4, confidence=0.4)
 _MOST_PLAIN_STEPS = 64
 
 
-def asked_policy(options: GenerateOptions) -> str:
+def asked_policy(options: GenerateOptions | ServeOptions) -> str:
     """The name or directory of the policy that the options ask for, the verify width filled in.
 
     Raises:
@@ -53,7 +53,7 @@ def asked_policy(options: GenerateOptions) -> str:
     return policy_name(replace(drafts, verify=width))
 
 
-def check_verify_width(policy: DeployedPolicy, options: GenerateOptions) -> None:
+def check_verify_width(policy: DeployedPolicy, options: GenerateOptions | ServeOptions) -> None:
     """Raises InputError if drafts from a directory are asked for another width than they were made for."""
     width = options.verify_width
     if isinstance(policy, DeployedDrafts) and width is not None and policy.verify_width != width:

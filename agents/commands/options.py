@@ -352,6 +352,50 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class ServeOptions:
+    """Serves a model under a policy over HTTP, as OpenAI's clients know it, and a page to try it.
+
+    Needs the extra `serve`. SIGTERM and Ctrl-C let running requests end; the exit code is 0. Settings without an option
+    are read from the environment (docs/serving.md): FQ_SERVE_API_KEY is the key that clients must send.
+    """
+
+    model: Model
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
+    policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
+    """Directory of an exported policy or of a run, a static allocation by name (fixed:4, knapsack:4.5), or drafts
+    (draft:3,length=4); default: the largest width, which loses nothing."""
+    verify_width: int | None = None
+    """With drafts: the width that the output equals; default: the largest stored one. Without --policy the drafts are
+    those of draft:3,length=4,confidence=0.4."""
+    ngram_drafts: int = 0
+    """With drafts: tokens of a round at most that are taken from the text so far, where its last ones stood before."""
+    host: str | None = None
+    """Address to listen on; default: 127.0.0.1, which other machines do not reach."""
+    port: int | None = None
+    """Port to listen on, 0 for a free one; default: 8000."""
+    slots: int | None = None
+    """Requests that run at a time, in turns; default: 4. A captured graph of a GPU has one."""
+    queue: int | None = None
+    """Requests that may wait, others are turned away; default: 64."""
+    max_length: int | None = None
+    """Tokens that a request may hold, prompt included; default: the model's context."""
+    max_new_tokens: int | None = None
+    """Tokens that a request may ask for; default: 1024."""
+    drain_s: float | None = None
+    """Seconds that running requests get to end once the server is told to stop; default: 20."""
+    profile: File = None
+    """With a policy's name: profile.json of the model; default: the one in its directory, else made here."""
+    text: Files = ()
+    """With a policy's name: text files to profile on, where there is no profile."""
+    device: Device = "cpu"
+    """Where the model runs."""
+    decoder: DecoderName = "auto"
+    """As for `fq generate`."""
+    threads: int | None = None
+    """Threads of a step; default: 1 with the lean decoder, else torch's number. A captured graph has none."""
+
+
+@dataclass(frozen=True)
 class BenchCommand:
     """Measures speed on this machine.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.draft_counts import DraftCounts
+from flexquant_rl.engine.control.log_probs import TokenLogProbs, check_num_likeliest, token_log_probs
 from flexquant_rl.engine.control.streamed_text import StopStrings, StreamedText
 from flexquant_rl.engine.decoding.decoder import check_ids, check_vocabulary
 from flexquant_rl.engine.decoding.sampling_bounds import check_sampling, check_seed
@@ -37,6 +38,7 @@ class Request:
         eos_token_ids: Each of these ends the text; default: those of the model.
         stop: Each of these strings ends the text and is not part of it.
         cancel: Once it is set, the next token is the last one.
+        log_probs: Tokens come with their log-probability and those of so many likeliest ones; None computes none.
     """
 
     prompt_ids: Tensor
@@ -48,6 +50,7 @@ class Request:
     eos_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     cancel: threading.Event = field(default_factory=threading.Event)
+    log_probs: int | None = None
 
     @property
     def num_held(self) -> int:
@@ -67,6 +70,7 @@ class Request:
         check_kl_weight(self.kl_weight)
         check_sampling(self.temperature, self.top_p)
         check_seed(self.seed)
+        check_num_likeliest(self.log_probs, vocab_size)
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             raise InputError(f"stop={self.stop!r} must be a tuple of strings; give e.g. ({str(self.stop)!r},)")
         if "" in self.stop:
@@ -91,6 +95,8 @@ class GeneratedToken:
             that come at once: the few steps that are read together on a GPU, what a verify step settles.
         finish_reason: Why the request ends with this token; None if it goes on.
         draft_counts: With the last token of a request that was decoded with drafts: what they came to.
+        is_draft: Whether it was drafted, and accepted by the step that `bit_widths` are of.
+        log_probs: How likely it was, where the request asks for that.
     """
 
     request: int
@@ -100,6 +106,8 @@ class GeneratedToken:
     latency_ms: float
     finish_reason: FinishReason | None = None
     draft_counts: DraftCounts | None = None
+    is_draft: bool = False
+    log_probs: TokenLogProbs | None = None
 
 
 class RunningRequest:
@@ -137,8 +145,16 @@ class RunningRequest:
         """Tokens that it takes at most from now on."""
         return self._request.max_new_tokens - self._num_tokens
 
-    def add(self, token_id: int, bit_widths: Tensor, latency_ms: float) -> GeneratedToken:
-        """Takes the next token and says what it adds."""
+    def add(
+        self,
+        token_id: int,
+        bit_widths: Tensor,
+        latency_ms: float,
+        logits: Tensor | None = None,
+        *,
+        is_draft: bool = False,
+    ) -> GeneratedToken:
+        """Takes the next token, chosen from `[vocab]` logits where these are known, and says what it adds."""
         self._num_tokens += 1
         is_eos = token_id in self.eos_token_ids
         text = "" if self._text is None or is_eos else self._stop.add(self._text.add(token_id))
@@ -154,4 +170,8 @@ class RunningRequest:
         if reason is not None:
             self.is_finished = True
             text += self._stop.finish()
-        return GeneratedToken(self._index, token_id, text, bit_widths, latency_ms, reason)
+        wanted = self._request.log_probs
+        log_probs = None if wanted is None or logits is None else token_log_probs(logits, token_id, wanted)
+        return GeneratedToken(
+            self._index, token_id, text, bit_widths, latency_ms, reason, is_draft=is_draft, log_probs=log_probs
+        )

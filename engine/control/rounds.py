@@ -34,11 +34,13 @@ class Settled:
         token_ids: The accepted drafts and the token gained, which nobody has read yet.
         bit_widths: `[U]` int64 of the pass.
         round_ms: Wall clock of the round, drafts and policy included.
+        logits: `[len(token_ids), vocab]` float32, what each token was chosen from or judged by.
     """
 
     token_ids: list[int]
     bit_widths: Tensor
     round_ms: float
+    logits: Tensor
 
 
 @dataclass
@@ -125,8 +127,9 @@ class Rounds:
                     break
         decision = self._controller.decide_round(row, self.state(row, num_wanted))
         if decision.verify:
-            token_ids = self.verify(row, decision.bit_widths[0])
-            settled = Settled(token_ids, decision.bit_widths[0], state.round_ms + (time.perf_counter() - began) * 1e3)
+            token_ids, logits = self.verify(row, decision.bit_widths[0])
+            round_ms = state.round_ms + (time.perf_counter() - began) * 1e3
+            settled = Settled(token_ids, decision.bit_widths[0], round_ms, logits)
             state.round_ms = 0.0
             return settled
         if not self._room(row, num_wanted):
@@ -149,11 +152,11 @@ class Rounds:
         state.counts.num_draft_steps += 1
         return draft
 
-    def verify(self, row: int, bit_widths: Tensor) -> list[int]:
+    def verify(self, row: int, bit_widths: Tensor) -> tuple[list[int], Tensor]:
         """Reads the upcoming token and all drafts at `[U]` verify widths and ends the round.
 
         Returns:
-            The accepted drafts and the token gained.
+            The accepted drafts and the token gained, K in all, and the logits `[K, vocab]` that they follow from.
         """
         state = self._rows[row]
         if state.num_read:
@@ -175,7 +178,7 @@ class Rounds:
         if state.text is not None:
             for token_id in kept:
                 state.text.add(token_id)
-        return kept
+        return kept, output.logits[0, : len(kept)]
 
     def _room(self, row: int, num_wanted: int) -> int:
         """Drafts that still fit: a verify pass settles one token more than there are drafts, and holds them all."""

@@ -20,6 +20,7 @@ from flexquant_rl.engine.control.controller import Controller, DraftController
 from flexquant_rl.engine.control.cost import clock_ms
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.dial import check_kl_weight
+from flexquant_rl.engine.control.log_probs import TokenLogProbs, check_num_likeliest, token_log_probs
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.rounds import Rounds, check_ngram_drafts
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput, check_vocabulary
@@ -225,20 +226,22 @@ class PolicyRunner:
     def _first_token(self, row: int, request: Request, running: RunningRequest, sampler: Sampler) -> GeneratedToken:
         began = time.perf_counter()
         sampler.start(row, temperature=request.temperature, top_p=request.top_p, seed=request.seed)
-        self.start(
+        output = self.start(
             request.prompt_ids[None], torch.tensor([request.kl_weight], dtype=torch.float32), torch.tensor([row])
         )
         model = self.decoder.model
         widths = torch.full((model.num_units,), max(model.bit_widths))
-        return running.add(int(self._upcoming[row]), widths, (time.perf_counter() - began) * 1e3)
+        elapsed_ms = (time.perf_counter() - began) * 1e3
+        return running.add(int(self._upcoming[row]), widths, elapsed_ms, output.logits[0])
 
     def _next_tokens_of(self, running: dict[int, RunningRequest]) -> Iterator[GeneratedToken]:
         began = time.perf_counter()
         rows = sorted(running)
         step = self.step(rows=None if len(rows) == len(self._upcoming) else torch.tensor(rows))
         elapsed_ms = (time.perf_counter() - began) * 1e3
-        for row, token_id, widths in zip(rows, step.next_token_ids.tolist(), step.decision.bit_widths, strict=True):
-            yield running[row].add(token_id, widths, elapsed_ms)
+        columns = (step.next_token_ids.tolist(), step.decision.bit_widths, step.output.logits)
+        for row, token_id, widths, logits in zip(rows, *columns, strict=True):
+            yield running[row].add(token_id, widths, elapsed_ms, logits)
 
     def _round_step(self, row: int, running: RunningRequest, rounds: Rounds) -> Iterator[GeneratedToken]:
         """A step of one row of rounds: a verify step yields what it settles, as far as the request goes."""
@@ -247,9 +250,11 @@ class PolicyRunner:
             return
         share_ms = settled.round_ms / len(settled.token_ids)
         for place, token_id in enumerate(settled.token_ids):
-            token = running.add(token_id, settled.bit_widths, share_ms)
+            # The last one is what the pass gained.
+            is_draft = place + 1 < len(settled.token_ids)
+            token = running.add(token_id, settled.bit_widths, share_ms, settled.logits[place], is_draft=is_draft)
             if running.is_finished:  # what follows is dropped, but it took its time
-                if place + 1 < len(settled.token_ids):
+                if is_draft:
                     rounds.counts(row).drop(len(settled.token_ids) - place - 1)
                 rest_ms = share_ms * (len(settled.token_ids) - place)
                 yield replace(token, latency_ms=rest_ms, draft_counts=rounds.counts(row))
@@ -290,6 +295,34 @@ class PolicyRunner:
             chosen = order[begin : begin + num_rows]
             found = yield from self._likelihoods([pairs[index] for index in chosen], kl_weight)
             yield dict(zip(chosen, found, strict=True))
+
+    def score(self, token_ids: Tensor, kl_weight: float, num_likeliest: int) -> Iterator[TokenLogProbs]:
+        """How likely each token of a text is when the policy reads it token by token, as `loglikelihood` does.
+
+        Args:
+            token_ids: `[T]` int64, at least 1; the first one is read at the largest width, and nothing judges it.
+            kl_weight: The dial.
+            num_likeliest: Likeliest tokens to name at each place.
+
+        Yields:
+            What the text before it says of each token from the second one on.
+
+        Raises:
+            InputError: If the text is empty, no tokens of the vocabulary or too long, or a number is out of its domain.
+        """
+        vocab_size = self.decoder.model.vocab_size
+        check_num_likeliest(num_likeliest, vocab_size)
+        ids = token_ids.tolist()
+        if len(ids) == 1:  # nothing to judge
+            check_kl_weight(kl_weight)
+            check_vocabulary(token_ids, vocab_size)
+            return
+        check_pairs([(ids[:1], ids[1:])], kl_weight, self.decoder.max_length, vocab_size)
+        self.next_tokens = Replay(token_ids[None, 1:])
+        output = self.start(token_ids[None, :1], torch.tensor([kl_weight], dtype=torch.float32))
+        yield token_log_probs(output.logits[0], ids[1], num_likeliest)
+        for token_id in ids[2:]:
+            yield token_log_probs(self.step().output.logits[0], token_id, num_likeliest)
 
     def _likelihoods(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float
