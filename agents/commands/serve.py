@@ -64,10 +64,10 @@ def serve(options: ServeOptions) -> None:
             say(f"warning: {settings.host} is reachable from other machines, and FQ_SERVE_API_KEY sets no key")
 
         def ready(stopping: Stopping) -> None:
-            say(f"serving {served.name} under {found.policy.name} on {address(listening)}")
+            say(f"serving {served.name} under {served.policy_name} on {address(listening)}")
 
         asyncio.run(serve_app(create_app(served), served, listening, ready, signals=True))
-    print_result({"model": served.name, "policy": found.policy.name, **served.queue.metrics.totals()})
+    print_result({"model": served.name, "policy": served.policy_name, **served.queue.metrics.totals()})
 
 
 def _name(model: str) -> str:

@@ -6,6 +6,7 @@ import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ class Served:
         return Served(name, found, settings, queue, engine.max_length)
 
     @property
+    def policy_name(self) -> str:
+        """What clients are told of the policy: its name, or that of its directory without where it lies."""
+        return Path(self.found.policy.name).name
+
+    @property
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self.found.model.token_text.chat_template)
@@ -100,7 +106,7 @@ class Served:
         policy, model = self.found.policy, self.found.model
         is_learned = isinstance(policy, LearnedPolicy)
         return {
-            "policy": policy.name,
+            "policy": self.policy_name,
             "bit_widths": list(model.bit_widths),
             "dial": [
                 {
@@ -111,7 +117,7 @@ class Served:
                 }
                 for point in (policy.card.dial if is_learned else ())
             ],
-            "why_no_dial": None if is_learned and policy.card.dial else _why_no_dial(policy.name, is_learned),
+            "why_no_dial": None if is_learned and policy.card.dial else _why_no_dial(self.policy_name, is_learned),
             "verify_width": policy.verify_width if isinstance(policy, DeployedDrafts) else None,
             "has_chat_template": self.has_chat,
             "max_length": self.max_length,
@@ -180,7 +186,7 @@ class Served:
                     log_probs=likeliest,
                 )
                 request.check(self.max_length, self.found.model.vocab_size)
-                widths = {"policy": (policy or self.found.policy).name, "kl_weight": kl_weight, "seed": seed + choice}
+                widths = {"policy": self.policy_name if policy is None else policy.name, "kl_weight": kl_weight, "seed": seed + choice}
                 asks.append(Ask(Job(request, wanted, policy, judged), text, widths))
         return asks
 
