@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[3]
 # Sizes that Triton's interpreter gets through in a moment, and other constants of a file that are too large for it.
 TINY: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "activations": ((2, 128), {}),
-    "attention": ((16, 8), {"HEADS": 2, "KEY_HEADS": 1}),
+    "attention": ((16, 8, 2), {"HEADS": 2, "KEY_HEADS": 1}),
     "dequantize": ((4, 128), {}),
     "gemv": (("qkv", 4, 128), {"NUM_TOKENS": (1, 2), "NUM_COPIES": 1, "TILES": (Tile(4, 32, 1),)}),
-    "layer_statistics": ((2, 64), {}),
+    "layer_statistics": ((2, 3, 64), {}),
     "next_token": ((50, 1.0), {"NUM_UNITS": 3, "CAPACITY": 8}),
     "policy_net": ((3,), {}),
     "rms_norm": ((1, 128), {}),
