@@ -15,7 +15,7 @@ from cli_runner import run
 
 from flexquant_rl.engine.benches.clocks import WALL
 from flexquant_rl.engine.benches.harness import Provider, rows, table
-from flexquant_rl.engine.decoding import graph_loop
+from flexquant_rl.engine.decoding import graph_pass
 from flexquant_rl.kernels.gemv import Tile
 
 pytest.importorskip("triton")
@@ -74,7 +74,7 @@ def test_kernel_on_the_cpu(name: str, load: Load, device: torch.device, monkeypa
 
 def test_loops_of_graph_decode_on_the_cpu(load: Load, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":  # seconds for each product in the interpreter
-        monkeypatch.setattr(graph_loop, "gemv", lambda x, weight, widths, *, out, **options: out.zero_())
+        monkeypatch.setattr(graph_pass, "gemv", lambda x, weight, widths, *, out, **options: out.zero_())
     module = load("bench_graph_decode")
     shape = module.Shape(hidden=128, ffn=128, layers=1, heads=2, key_heads=1, head_dim=64, vocab=64, max_length=16)
     contestants = module.make_contestants(shape, device, context=4, steps=1)

@@ -92,7 +92,7 @@ def product(
 def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Replaces the product by its definition where kernels are interpreted."""
     if device.type == "cpu":
-        monkeypatch.setattr("flexquant_rl.engine.decoding.graph_loop.gemv", product)
+        monkeypatch.setattr("flexquant_rl.engine.decoding.graph_pass.gemv", product)
 
 
 class Recording:
@@ -409,7 +409,7 @@ def test_every_kernel(build: Build) -> None:
     policy, prompt = learned(model), prompt_of(model)
     record = Recording(decoder_of(model, policy, mode="int8"), prompt, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexquant_rl.engine.decoding.graph_loop.gemv", product)
+        patch.setattr("flexquant_rl.engine.decoding.graph_pass.gemv", product)
         defined = Recording(decoder_of(model, policy, mode="int8"), prompt, 2)
     assert record.token_ids == defined.token_ids
     assert torch.equal(record.widths, defined.widths)
