@@ -1,4 +1,4 @@
-"""How far each layer moved the residual stream, for all layers and tokens in one launch: two of the signals of a policy."""
+"""How far each layer moved the residual stream, all layers and tokens in one launch: two signals of a policy."""
 # Kernel functions are Triton's own dialect; the launcher above them is checked.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 

@@ -19,7 +19,7 @@ class Capture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # cuBLAS keeps a workspace for every stream: on another one it would be allocated from the pool, while capturing.
+        # cuBLAS has a workspace for every stream: on another one it would be allocated from the pool, while capturing.
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
 

@@ -7,7 +7,7 @@ Without capture the same steps run one launch at a time: that is how they are te
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,6 +34,11 @@ def bucket_sizes(max_length: int, first: int = FIRST_BUCKET) -> tuple[int, ...]:
         sizes.append(size)
         size *= 2
     return (*sizes, max_length)
+
+
+def buckets_between(sizes: Sequence[int], first: int, last: int) -> list[int]:
+    """The buckets that a sequence of `first` tokens passes through until it has `last`."""
+    return [size for below, size in pairwise((0, *sizes)) if first <= size and below < last]
 
 
 @dataclass
@@ -132,8 +137,8 @@ class DecodeLoop:
             first: Tokens of the prompt.
             last: Tokens of the whole sequence at most, within the weights' `max_length`.
         """
-        for below, size in pairwise((0, *self._sizes)):
-            if size not in self._buckets and first <= size and below < last:
+        for size in buckets_between(self._sizes, first, last):
+            if size not in self._buckets:
                 self._buckets[size] = self._new_bucket(size)
 
     def begin(

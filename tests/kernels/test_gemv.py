@@ -140,7 +140,9 @@ def test_bias_residual_and_output_type(
     check(out, expected, tolerance)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_inputs", "group_size"), [(3, 64, 64), (8, 1152, 128), (5, 172, 32), (16, 64, 32)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_inputs", "group_size"), [(3, 64, 64), (8, 1152, 128), (5, 172, 32), (16, 64, 32)]
+)
 def test_tokens_do_not_see_each_other(
     random_weight: Callable,
     random_activations: Callable,

@@ -48,7 +48,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 def test_every_file_is_tested() -> None:
     files = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {*TINY, "graph_decode"}
+    assert files == {*TINY, "graph_decode", "graph_verify"}
     for name in TINY:
         assert (ROOT / "tests" / "kernels" / f"test_{name}.py").is_file(), "a kernel's tests are its gate"
 
@@ -85,6 +85,31 @@ def test_loops_of_graph_decode_on_the_cpu(load: Load, device: torch.device, monk
         (seconds,) = module.turn_of(contestant.loop, WALL, 4, 1)()
         assert seconds > 0
         assert contestant.loop.held == 5
+
+
+def test_passes_of_graph_verify_on_the_cpu(load: Load, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(graph_pass, "gemv", lambda x, weight, widths, *, out, **options: out.zero_())
+    module = load("bench_graph_verify")
+    monkeypatch.setattr(module, "PASS_SIZES", (1, 2))
+    monkeypatch.setattr(module, "BIT_WIDTHS", (3, 8))
+    shape = load("bench_graph_decode").Shape(
+        hidden=128, ffn=128, layers=1, heads=2, key_heads=1, head_dim=64, vocab=64, max_length=16
+    )
+    row = module.random_row(shape, device, 4)
+    timed = module.providers(row, WALL, 1)
+    for provider in timed:
+        provider.times_s.extend(provider.turn())
+    found = rows(timed, {})
+    module.add_steps(found)
+    assert [(entry["bit_width"], entry["num_tokens"]) for entry in found] == [(3, 1), (3, 2), (8, 1), (8, 2)]
+    assert found[0]["steps"] == found[2]["steps"] == 1
+    assert found[0]["bytes"] < found[2]["bytes"]
+    assert int(row.held.lengths) == 4
+    # What differs from single steps is not timed.
+    monkeypatch.setattr(type(row), "steps", lambda self, widths: row.read(2, widths) + 1)
+    with pytest.raises(module.BenchRefusedError, match="a pass over 1 tokens at 3 bits has other logits than steps"):
+        module.providers(row, WALL, 1)
 
 
 class TestCommand:
