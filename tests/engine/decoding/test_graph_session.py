@@ -93,17 +93,31 @@ class TestExtend:
     def test_many_tokens_have_the_bits_of_single_steps(
         self, family: str, mode: str, cache_dtype: torch.dtype, build: Build
     ) -> None:
-        """Rounds of 2, 3 and 5 tokens (padded to 4 and 8), widths of their own, over the borders of two buckets."""
+        """Rounds of 2, 3 and 6 tokens (padded to 4 and 8), widths of their own, over the borders of two buckets."""
         model = build(family)
         shared = exact(model, mode=mode, cache_dtype=cache_dtype)
         together, alone = GraphSession(shared), GraphSession(shared)
         prompt = tokens_of(model, 1, 6)
         assert_equal(together.prefill(prompt), alone.prefill(prompt))
-        for seed, count in enumerate((2, 3, 5, 1)):
+        for seed, count in enumerate((2, 3, 6)):
             tokens, widths = tokens_of(model, 1, count, seed=seed), widths_of(model, seed=seed)
             assert_equal(together.extend(tokens, widths), singly(alone, tokens, widths))
         assert together.lengths.tolist() == alone.lengths.tolist() == [17]
         assert set(together._open().buckets) == {8, 16, 32}
+
+    def test_a_step_has_the_bits_of_the_captured_loop(self, build: Build) -> None:
+        """The one that decodes plain text, over two buckets; its first token is the prompt's."""
+        model = build("qwen2", num_hidden_layers=1)
+        options: dict[str, Any] = {"mode": "int8", "cache_dtype": torch.float16, "first_bucket": 8}
+        plain = StaticAllocation("plain", all_at(model, 6))
+        loop = GraphDecoder(model, plain, make_profile(model), **options)
+        session, prompt = GraphSession(exact(model, **options)), tokens_of(model, 1, 7)
+        loop.start(prompt[0], 4, kl_weight=1.0)
+        assert torch.equal(loop.loop.logits, session.prefill(prompt).logits)
+        for _ in range(3):
+            token = loop.loop.book.token.cpu().clone()
+            loop.loop.advance(1)
+            assert torch.equal(loop.loop.logits, session.step(token, all_at(model, 6)).logits)
 
     def test_a_pass_of_sixteen_and_more(self, build: Build) -> None:
         model = build("llama", num_hidden_layers=1)
@@ -347,14 +361,14 @@ class TestRounds:
             request = Request(tokens_of(model, 5), 9, temperature=temperature, seed=4)
             counts = self.run(shared, policy, request)[-1].draft_counts
             assert counts is not None
-            assert counts.acceptance_by_position == (1.0, 1.0, 1.0)
+            assert counts.acceptance_by_position == [1.0, 1.0, 1.0]
 
     def test_sampled_text_is_seeded(self, model: NestedCausalLM) -> None:
         shared = exact(model)
         policy = drafts_at("draft:3", all_at(model, 3), all_at(model, 8), length=2)
 
         def sampled(seed: int) -> list[int]:
-            return text_of(self.run(shared, policy, Request(tokens_of(model, 4), 8, temperature=2.0, seed=seed)))
+            return text_of(self.run(shared, policy, Request(tokens_of(model, 4), 5, temperature=2.0, seed=seed)))
 
         assert sampled(1) == sampled(1)
         assert sampled(1) != sampled(2)
@@ -377,11 +391,11 @@ class TestEngine:
         plain = StaticAllocation("plain", all_at(model, 8))
         policy = drafts_at("draft:3", all_at(model, 3), all_at(model, 8), length=3)
         prompt, profile = tokens_of(model, 6), make_profile(model)
-        expected = text_of(list(generate(model, plain, profile, prompt, max_new_tokens=10)))
-        with closing(Engine(model, policy, profile, max_length=24)) as engine:
+        expected = text_of(list(generate(model, plain, profile, prompt, max_new_tokens=7)))
+        with closing(Engine(model, policy, profile, max_length=16)) as engine:
             assert isinstance(engine._open(1) if engine._open else None, GraphSession)
             for _ in range(2):  # the second request finds the first one's caches
-                tokens = list(engine.generate(Request(prompt, 10)))
+                tokens = list(engine.generate(Request(prompt, 7)))
                 assert text_of(tokens) == expected
                 assert tokens[-1].draft_counts is not None
             (likelihood,) = engine.loglikelihood([(prompt.tolist(), expected[:3])], kl_weight=1.0)
