@@ -253,6 +253,10 @@ class TestExtend:
         assert second.lengths.tolist() == second._open().lengths.tolist() == [0]
         second.prefill(prompt)
         assert_equal(second.extend(tokens, all_at(model, 4)), expected)
+        second.prepare(6, 17)
+        assert set(held.buckets) == {8, 16, 32}
+        assert set(held.buckets[16].parts) == set(graph_rows.PASS_SIZES)
+        assert second.lengths.tolist() == held.lengths.tolist() == [6]
         with pytest.raises(RuntimeError, match="this GraphSession is closed"):
             first.extend(tokens, all_at(model, 4))
 
@@ -472,3 +476,17 @@ class TestGraph:
         assert list(graphs) == [4]
         session.extend(tokens_of(model, 1, 4), all_at(model, 5))
         assert session._open().buckets[64].graphs == graphs
+
+    def test_capturing_changes_no_row(self, model: NestedCausalLM) -> None:
+        """All that a request needs is captured while the row holds tokens; afterwards nothing is."""
+        shared = exact(model)
+        prepared, other = GraphSession(shared), GraphSession(shared)
+        for session in (prepared, other):
+            session.prefill(tokens_of(model, 1, 5))
+        prepared.prepare(5, 20)
+        buckets = prepared._open().buckets
+        graphs = {size: dict(bucket.graphs) for size, bucket in buckets.items()}
+        assert all(set(captured) == set(graph_rows.PASS_SIZES) for captured in graphs.values())
+        tokens, widths = tokens_of(model, 1, 13, seed=1), widths_of(model)
+        assert_equal(prepared.extend(tokens, widths), other.extend(tokens, widths))
+        assert {size: bucket.graphs for size, bucket in buckets.items()} == graphs
