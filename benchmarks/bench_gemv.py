@@ -19,7 +19,7 @@ from flexquant_rl.kernels.gemv import Tile, gemv
 
 SIZES = (("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336))
 TILES = (Tile(4, 128, 4), Tile(4, 32, 1), Tile(2, 64, 1), Tile(1, 128, 1))
-NUM_TOKENS = (1, 2, 4, 8)
+NUM_TOKENS = (1, 2, 4, 8, 16)
 NUM_COPIES = 4
 
 Mode = Literal["int8", "float"]

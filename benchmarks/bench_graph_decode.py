@@ -26,10 +26,11 @@ from flexquant_rl.engine.control.policy import PrecisionNet
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.graph_decode import LogReader
 from flexquant_rl.engine.decoding.graph_loop import DecodeLoop
+from flexquant_rl.engine.decoding.graph_pass import TokenPass
 from flexquant_rl.engine.decoding.graph_weights import StepLayer, StepLinear, StepWeights
 from flexquant_rl.engine.decoding.graph_widths import LearnedWidths, WidthSource, WidthTable
-from flexquant_rl.kernels.activations import PackedActivations
-from flexquant_rl.kernels.attention import attend
+from flexquant_rl.kernels.activations import ActivationMode, PackedActivations
+from flexquant_rl.kernels.attention import AttentionParts, attend
 from flexquant_rl.kernels.policy_net import PolicyWeights
 from flexquant_rl.kernels.rotary import rotary
 from flexquant_rl.kernels.token_signals import SignalConstants
@@ -117,10 +118,11 @@ def nested_weights(shape: Shape, device: torch.device) -> StepWeights:
     )
 
 
-class DenseLoop(DecodeLoop):
-    """The same loop with float16 matrices and torch's products: the baseline."""
+class DensePass(TokenPass):
+    """The same pass over one token with float16 matrices and torch's products: the baseline."""
 
-    def __init__(self, weights: StepWeights, source: WidthSource, shape: Shape, **options: Any) -> None:
+    def __init__(self, weights: StepWeights, shape: Shape, **options: Any) -> None:
+        super().__init__(weights, 1, **options)
         device = weights.device
 
         def matrix(size: tuple[int, int]) -> Tensor:
@@ -134,8 +136,6 @@ class DenseLoop(DecodeLoop):
         self._mixed = PackedActivations.allocate(
             1, shape.heads * shape.head_dim, device=device, mode="float", dtype=torch.float16
         )
-        self._queries = torch.empty(1, shape.heads, shape.head_dim, device=device, dtype=torch.float16)
-        super().__init__(weights, source, **options)
 
     @property
     def num_bytes(self) -> int:
@@ -143,32 +143,59 @@ class DenseLoop(DecodeLoop):
         matrices = [matrix for layer in self._dense.values() for matrix in layer.values()]
         return sum(matrix.nbytes for matrix in [*matrices, self._head_matrix])
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def _half_normed(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x.half(), x.shape[-1:], self._norm, self.weights.norm_epsilon)
 
-    def _attention(self, layer: StepLayer, before: Tensor, keys: Tensor, values: Tensor, parts: Any) -> None:
+    def _attention(
+        self,
+        layer: StepLayer,
+        before: Tensor,
+        positions: Tensor,
+        keys_and_values: Tensor,
+        parts: AttentionParts,
+        rows: Tensor | None,
+    ) -> None:
         weights, dense = self.weights, self._dense[id(layer)]
-        qkv = torch.mm(self._normed(before), dense["qkv"].t())
-        rotary(qkv, weights.cosine, weights.sine, self.book.position, keys, values, out=self._queries)
+        keys, values = keys_and_values
+        qkv = torch.mm(self._half_normed(before), dense["qkv"].t())
+        rotary(qkv, weights.cosine, weights.sine, positions, keys, values, rows=rows, out=self._queries)
         attend(
             self._queries,
             keys,
             values,
-            self.book.position,
+            positions,
             scale=weights.attention_scale,
+            rows=rows,
             parts=parts,
             out=self._mixed,
         )
         mixed = self._mixed.values[0].t().reshape(1, -1)
-        torch.add(before, torch.mm(mixed, dense["output"].t()), out=self._buffers.middle)
+        torch.add(before, torch.mm(mixed, dense["output"].t()), out=self._middle)
 
     def _mlp(self, layer: StepLayer, after: Tensor) -> None:
-        dense, middle = self._dense[id(layer)], self._buffers.middle
-        gate, up = torch.mm(self._normed(middle), dense["gate_up"].t()).chunk(2, dim=-1)
+        dense, middle = self._dense[id(layer)], self._middle
+        gate, up = torch.mm(self._half_normed(middle), dense["gate_up"].t()).chunk(2, dim=-1)
         torch.add(middle, torch.mm(functional.silu(gate) * up, dense["down"].t()), out=after)
 
     def _head(self, hidden: Tensor) -> None:
-        self._buffers.logits.copy_(torch.mm(self._normed(hidden), self._head_matrix.t()))
+        self.logits.copy_(torch.mm(self._half_normed(hidden), self._head_matrix.t()))
+
+
+class DenseLoop(DecodeLoop):
+    """The loop with `DensePass`."""
+
+    def __init__(self, weights: StepWeights, source: WidthSource, shape: Shape) -> None:
+        self._shape = shape
+        super().__init__(weights, source)
+
+    def _new_pass(self, weights: StepWeights, mode: ActivationMode, cache_dtype: torch.dtype) -> DensePass:
+        return DensePass(weights, self._shape, mode=mode, cache_dtype=cache_dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all matrices, which a token reads once."""
+        assert isinstance(self._pass, DensePass)
+        return self._pass.num_bytes
 
 
 @dataclass

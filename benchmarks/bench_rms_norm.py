@@ -11,7 +11,7 @@ from flexquant_rl.engine.benches.harness import Provider, calls
 from flexquant_rl.kernels.activations import PackedActivations
 from flexquant_rl.kernels.rms_norm import rms_norm
 
-SIZES = ((1, 2048), (1, 4096), (8, 4096), (1, 8192))
+SIZES = ((1, 2048), (1, 4096), (8, 4096), (16, 4096), (1, 8192))
 
 
 def providers(device: torch.device, clock: Clock, num_tokens: int, num_inputs: int) -> list[Provider]:

@@ -11,7 +11,7 @@ from flexquant_rl.kernels.reference_ops import rotate
 from flexquant_rl.kernels.rotary import rotary
 
 NUM_HEADS, NUM_KEY_HEADS, HEAD_DIM, NUM_PLACES = 32, 8, 128, 4096
-SIZES = ((1,), (8,))
+SIZES = ((1,), (8,), (16,))
 
 
 def providers(device: torch.device, clock: Clock, num_tokens: int) -> list[Provider]:

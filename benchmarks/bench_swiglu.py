@@ -11,7 +11,7 @@ from flexquant_rl.engine.benches.harness import Provider, calls
 from flexquant_rl.kernels.activations import PackedActivations
 from flexquant_rl.kernels.swiglu import swiglu
 
-SIZES = ((1, 8192), (1, 14336), (8, 14336))
+SIZES = ((1, 8192), (1, 14336), (8, 14336), (16, 14336))
 
 
 def providers(device: torch.device, clock: Clock, num_tokens: int, num_inputs: int) -> list[Provider]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -27,8 +27,8 @@ from flexquant_rl.engine.control.request import GeneratedToken, Request, Running
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
-from flexquant_rl.engine.decoding.choice import SessionOpener, session_opener
-from flexquant_rl.engine.decoding.decoder import check_bit_widths, check_max_length
+from flexquant_rl.engine.decoding.choice import session_opener
+from flexquant_rl.engine.decoding.decoder import Decoder, check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
 from flexquant_rl.engine.decoding.options import DecoderName, check_decoder_name
 from flexquant_rl.engine.errors import InputError, first_line
@@ -49,8 +49,9 @@ class Engine:
         profile: The profile that the policy was trained with.
         max_length: Tokens that a request may hold, prompt included; default: the model's context.
         decoder: As for `open_session`. On a CUDA device the lean one is `GraphDecoder`, which reads tokens a few at a
-            time and serves one request after the other; "auto" takes it where it can run model and policy.
-        num_threads: Threads of a step, as for `open_session`; not with `GraphDecoder`, which has none.
+            time and serves one request after the other, or `GraphSession` where the policy drafts; "auto" takes it
+            where it can run model and policy.
+        num_threads: Threads of a step, as for `open_session`; not with the captured graphs, which have none.
         graph: A `GraphDecoder` of this model and policy that exists already; default: one is made where it is taken.
         ngram_drafts: With a policy that drafts: drafts of a round at most that are taken from the text so far.
 
@@ -82,18 +83,24 @@ class Engine:
         check_decoder_name(decoder)
         check_policy(policy, model)
         self._ngram_drafts = _checked_ngram_drafts(ngram_drafts, policy)
-        if graph is None and not isinstance(policy, DraftPolicy) and _takes_graph(model, policy, decoder):
+        takes_graph = graph is None and _takes_graph(model, policy, decoder)
+        if (takes_graph or graph is not None) and num_threads is not None:
+            raise InputError(f"threads={num_threads}: the captured graph of a GPU has no threads; leave the option out")
+        if takes_graph and not isinstance(policy, DraftPolicy):
             from flexquant_rl.engine.decoding.graph_decode import GraphDecoder
 
             graph = GraphDecoder(model, policy, profile, max_length=self._max_length)
-        if graph is not None:
-            _check_graph(graph, model, policy, num_threads)
+        if graph is not None and (graph.model is not model or graph.policy is not policy):
+            raise ValueError("graph is of another model or policy; pass a GraphDecoder made with these two")
         self._graph = graph
-        # Likelihoods go step by step, which a graph does not.
-        name: DecoderName = decoder if graph is None else "hf"
-        self._open: SessionOpener | None = session_opener(
-            model, max_length=max_length, decoder=name, num_threads=num_threads
-        )
+        self._open: Callable[[int], Decoder] | None
+        self._drafts_on_graph = takes_graph and isinstance(policy, DraftPolicy)
+        if self._drafts_on_graph:
+            self._open = _graph_sessions(model, self._max_length)
+        else:
+            # Likelihoods go step by step, which a graph's loop does not.
+            name: DecoderName = decoder if graph is None else "hf"
+            self._open = session_opener(model, max_length=max_length, decoder=name, num_threads=num_threads)
 
     @property
     def max_length(self) -> int:
@@ -134,6 +141,10 @@ class Engine:
         with self._lock:
             runner = self._runner(1, policy)
         with closing(runner.decoder):
+            if self._drafts_on_graph:
+                request.check(self._max_length, self.model.vocab_size)
+                with self._lock:
+                    _prepare(runner.decoder, request)
             yield from self._in_turns(runner.generate([request], self.model.token_text, self._closed))
 
     def score(
@@ -366,20 +377,27 @@ def _checked_ngram_drafts(ngram_drafts: int, policy: Policy | DraftPolicy) -> in
     return ngram_drafts
 
 
-def _check_graph(
-    graph: GraphDecoder, model: NestedCausalLM, policy: Policy | DraftPolicy, num_threads: int | None
-) -> None:
-    if graph.model is not model or graph.policy is not policy:
-        raise ValueError("graph is of another model or policy; pass a GraphDecoder made with these two")
-    if num_threads is not None:
-        raise InputError(f"threads={num_threads}: the captured graph of a GPU has no threads; leave the option out")
+def _graph_sessions(model: NestedCausalLM, max_length: int) -> Callable[[int], Decoder]:
+    """Opens sessions of captured passes, so many rows each, which share the model and their graphs."""
+    from flexquant_rl.engine.decoding.graph_session import GraphModel, GraphSession
+
+    graph_model = GraphModel(model, max_length=max_length)
+    return lambda num_rows: GraphSession(graph_model, num_rows=num_rows)
 
 
-def _takes_graph(model: NestedCausalLM, policy: Policy, decoder: DecoderName) -> bool:
+def _prepare(session: Decoder, request: Request) -> None:
+    """Captures what a request may need: compiling is no part of a token's latency."""
+    from flexquant_rl.engine.decoding.graph_session import GraphSession
+
+    assert isinstance(session, GraphSession), "a policy that drafts runs on captured passes here"
+    session.prepare(len(request.prompt_ids), request.num_held)
+
+
+def _takes_graph(model: NestedCausalLM, policy: Policy | DraftPolicy, decoder: DecoderName) -> bool:
     """Whether the GPU's lean decoder runs; InputError if it was asked for by name there and cannot."""
     if decoder == "hf" or model.device.type != "cuda":
         return False
-    from flexquant_rl.engine.decoding.graph_decode import why_not_graph
+    from flexquant_rl.engine.decoding.graph_choice import why_not_graph
 
     reason = why_not_graph(model, policy)
     if reason is not None and decoder == "lean":

@@ -37,7 +37,7 @@ from flexquant_rl.kernels.plane_merge import (
     width_table,
 )
 
-MAX_TOKENS = 8
+MAX_TOKENS = 16
 SEGMENT_ROWS = 4
 """Rows that always share a unit; the rows of a program divide it."""
 
@@ -80,10 +80,11 @@ def gemv(
 
     Computes ``y = x @ W.T + bias + residual`` with ``W = scale_b * (code >> (8 - b)) + offset_b``, accumulated in
     float32. The width b of a row is clamped to the stored range; one inside it that is not stored uses the pair derived
-    from the 8-bit one. Reads the planes that the widths need, once for all tokens. Deterministic. Never synchronises;
+    from the 8-bit one. Reads the planes that the widths need, once for all tokens. Deterministic; a token's
+    sums are made in the same order whatever their number. Never synchronises;
     with `out` given it allocates nothing, so it can be captured in a CUDA graph.
 
-    Shapes: M tokens (1..8), K inputs, N outputs, U units.
+    Shapes: M tokens (1..16), K inputs, N outputs, U units.
 
     Args:
         x: M packed tokens of K inputs.

@@ -28,6 +28,7 @@ except ImportError:
 
 VECTOR_BYTES = 16
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+POSITION_TYPES = (torch.int32, torch.int64)
 
 
 def jit(**options: Any) -> Any:
@@ -150,6 +151,21 @@ def check_token_count(num_tokens: int, max_tokens: int) -> None:
             f"{num_tokens} tokens were given but the kernel takes 1 to {max_tokens}; "
             "dequantize the weight and use a matrix product for more"
         )
+
+
+def check_rows(rows: Tensor | None, num_tokens: int, num_rows: int, device: torch.device) -> None:
+    """Raises ValueError unless tokens can be matched with cache rows.
+
+    Args:
+        rows: `[M]` int32 or int64 on the device; None: token m belongs to row m, or every token to the only row.
+        num_tokens: M.
+        num_rows: Rows of the cache.
+        device: Where `rows` must be.
+    """
+    if rows is not None:
+        check_tensor("rows", rows, dtype=POSITION_TYPES, shape=(num_tokens,), device=device)
+    elif num_rows not in (1, num_tokens):
+        raise ValueError(f"{num_tokens} tokens but {num_rows} cache rows; pass rows to say where each token belongs")
 
 
 def next_power_of_two(value: int) -> int:

@@ -11,32 +11,36 @@ from torch import Tensor
 from flexquant_rl.kernels.signal_constants import NORM_FLOOR
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scale: float) -> Tensor:
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scale: float, rows: Tensor | None = None
+) -> Tensor:
     """``softmax(scale * q @ k.T) @ v`` over places 0 to each token's own, in float64: `[M, H * D]`.
 
     Args:
         queries: `[M, H, D]`.
-        keys: `[M, J, L, D]`.
+        keys: `[R, J, L, D]`.
         values: As `keys`.
-        positions: `[M]` integers.
+        positions: `[M]` integers; at -1 the result is 0.
         scale: Factor of the scores.
+        rows: `[M]` integers, the cache row of each token; None: its own number.
     """
     group = queries.shape[1] // keys.shape[1]
-    rows = []
-    for query, key, value, position in zip(queries, keys, values, positions.tolist(), strict=True):
-        key, value = (x[:, : position + 1].double().repeat_interleave(group, 0) for x in (key, value))
+    of_token = range(len(queries)) if rows is None else rows.tolist()
+    mixed = []
+    for query, row, position in zip(queries, of_token, positions.tolist(), strict=True):
+        key, value = (x[row, :, : position + 1].double().repeat_interleave(group, 0) for x in (keys, values))
         scores = torch.einsum("hd,hld->hl", query.double(), key) * scale
-        rows.append(torch.einsum("hl,hld->hd", scores.softmax(-1), value).flatten())
-    return torch.stack(rows)
+        mixed.append(torch.einsum("hl,hld->hd", scores.softmax(-1), value).flatten())
+    return torch.stack(mixed)
 
 
 def layer_statistics(hidden: Tensor) -> Tensor:
-    """Residual updates and crests of `[L + 1, K]`, `[2, L + 1]` float64, 0 in the last column."""
+    """Residual updates and crests of `[L + 1, M, K]`, `[M, 2, L + 1]` float64, 0 in the last column."""
     before = hidden[:-1].double()
-    norm = before.norm(dim=1).clamp_min(NORM_FLOOR)
-    update = (hidden[1:].double() - before).norm(dim=1) / norm
-    crest = before.abs().amax(1) * hidden.shape[1] ** 0.5 / norm
-    return torch.nn.functional.pad(torch.stack([update, crest]), (0, 1))
+    norm = before.norm(dim=2).clamp_min(NORM_FLOOR)
+    update = (hidden[1:].double() - before).norm(dim=2) / norm
+    crest = before.abs().amax(2) * hidden.shape[2] ** 0.5 / norm
+    return torch.nn.functional.pad(torch.stack([update.T, crest.T], 1), (0, 1))
 
 
 def choose_token(logits: Tensor, temperature: float, noise: Tensor) -> int:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from flexquant_rl.kernels.launching import (
     FLOAT_TYPES,
+    POSITION_TYPES,
+    check_rows,
     check_tensor,
     jit,
     next_power_of_two,
     require_triton,
     tl,
 )
-
-_POSITION_TYPES = (torch.int32, torch.int64)
 
 
 def rotary(
@@ -77,11 +77,8 @@ def rotary(
         )
     check_tensor("cos", cos, dtype=torch.float32, shape=(-1, head_dim // 2), device=device)
     check_tensor("sin", sin, dtype=torch.float32, shape=cos.shape, device=device)
-    check_tensor("positions", positions, dtype=_POSITION_TYPES, shape=(num_tokens,), device=device)
-    if rows is not None:
-        check_tensor("rows", rows, dtype=_POSITION_TYPES, shape=(num_tokens,), device=device)
-    elif num_rows not in (1, num_tokens):
-        raise ValueError(f"{num_tokens} tokens but {num_rows} cache rows; pass rows to say where each token belongs")
+    check_tensor("positions", positions, dtype=POSITION_TYPES, shape=(num_tokens,), device=device)
+    check_rows(rows, num_tokens, num_rows, device)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm belong together; pass both or neither")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):

@@ -17,47 +17,18 @@ from torch import Tensor
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.decoder import check_max_length
+from flexquant_rl.engine.decoding.graph_choice import why_not_kernels
 from flexquant_rl.engine.decoding.graph_loop import FIRST_BUCKET, DecodeLoop
+from flexquant_rl.engine.decoding.graph_prompt import read_prompt
 from flexquant_rl.engine.decoding.graph_weights import step_weights
-from flexquant_rl.engine.decoding.graph_widths import why_not_on_device, width_source
-from flexquant_rl.engine.decoding.kv_cache import RowCache, RowCacheLayer
-from flexquant_rl.engine.decoding.llama_parts import why_other_numbers
+from flexquant_rl.engine.decoding.graph_widths import width_source
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.linear import NestedLinear
-from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
+from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels import launching
 from flexquant_rl.kernels.activations import ActivationMode
-from flexquant_rl.kernels.rms_norm import MAX_INPUTS
 
 STEPS_PER_READ = 8
 """Steps between two looks at the tokens: an end-of-text token is noticed this late, or twice as late, at no cost."""
-
-
-def why_not_graph(model: NestedCausalLM, policy: Policy) -> str | None:
-    """Returns why `GraphDecoder` cannot run a model with a policy where the model is, in a few words, or None."""
-    if model.device.type != "cuda":
-        return f"the model is on {model.device}, the captured graph is for a CUDA device"
-    return _why_not_by_kernels(model) or why_not_on_device(policy)
-
-
-def _why_not_by_kernels(model: NestedCausalLM) -> str | None:
-    reason = why_other_numbers(model.tree)
-    if reason is not None:
-        return reason
-    device = model.device
-    # Triton launches on the current device, whatever its arguments are on.
-    if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
-        return f"the model is on {device}, but the current device is cuda:{torch.cuda.current_device()}"
-    reason = launching.why_not_triton(device)
-    if reason is not None:
-        return reason
-    for name, module in decoder_layers(model.tree).named_modules():
-        if name.endswith("_proj") and not isinstance(module, NestedLinear):
-            return f"layers.{name} is not nested"
-    num_inputs = model.embedding_matrix().shape[1]
-    if num_inputs > MAX_INPUTS:
-        return f"its residual stream has {num_inputs} values, a kernel holds {MAX_INPUTS}"
-    return None
 
 
 @dataclass(frozen=True)
@@ -111,7 +82,7 @@ class GraphDecoder:
         cache_dtype: torch.dtype = torch.float16,
         first_bucket: int = FIRST_BUCKET,
     ) -> None:
-        reason = _why_not_by_kernels(model)
+        reason = why_not_kernels(model)
         if reason is not None:
             raise InputError(f"the lean decoder of the GPU cannot run this model ({reason}); use decoder='hf'")
         launching.require_triton(model.device)
@@ -157,18 +128,12 @@ class GraphDecoder:
             )
         self._num_started += 1
         self.loop.prepare(len(prompt_ids), num_tokens)
-        model, largest = self.model, max(self.model.bit_widths)
-        cache = RowCache(model.num_layers, 1, len(prompt_ids), model.device)
-        positions, mask = cache.begin(len(prompt_ids), None, restart=True)
-        widths = torch.full((1, len(prompt_ids), model.num_units), largest)
-        ids = prompt_ids[None].to(model.device)
-        result = model.forward(ids, widths, keep=1, cache=cache, positions=positions, mask=mask)
-        cache.commit()
-        assert result.residual_update is not None and result.crest is not None
+        largest = max(self.model.bit_widths)
+        prompt = read_prompt(self.model, prompt_ids[None], torch.full((self.model.num_units,), largest))
         self.loop.begin(
-            _keys_and_values(cache),
-            result.logits[:, -1],
-            torch.cat([result.residual_update[:, -1], result.crest[:, -1]]),
+            prompt.keys_and_values,
+            prompt.logits,
+            torch.cat([prompt.residual_update, prompt.crest]),
             largest_width=largest,
             kl_weight=kl_weight,
             temperature=temperature,
@@ -200,12 +165,6 @@ class GraphDecoder:
                 pending.append(reader.request(next_entry, count, began))
                 next_entry += count
             yield pending.pop(0).wait()
-
-
-def _keys_and_values(cache: RowCache) -> Iterator[tuple[Tensor, Tensor]]:
-    for layer in cache.layers:
-        assert isinstance(layer, RowCacheLayer) and layer.keys is not None and layer.values is not None
-        yield layer.keys, layer.values
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,23 @@ Without capture the same steps run one launch at a time: that is how they are te
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from flexquant_rl.engine.decoding.graph_weights import StepLayer, StepLinear, StepWeights
+from flexquant_rl.engine.decoding.graph_capture import Capture
+from flexquant_rl.engine.decoding.graph_pass import TokenPass
+from flexquant_rl.engine.decoding.graph_weights import StepWeights
 from flexquant_rl.engine.decoding.graph_widths import WidthSource
-from flexquant_rl.kernels.activations import ActivationMode, PackedActivations
-from flexquant_rl.kernels.attention import AttentionParts, attend
-from flexquant_rl.kernels.gemv import gemv
-from flexquant_rl.kernels.layer_statistics import layer_statistics
+from flexquant_rl.kernels.activations import ActivationMode
+from flexquant_rl.kernels.attention import AttentionParts
 from flexquant_rl.kernels.next_token import TokenBook, choose_token
-from flexquant_rl.kernels.rms_norm import rms_norm
-from flexquant_rl.kernels.rotary import rotary
-from flexquant_rl.kernels.swiglu import swiglu
 from flexquant_rl.kernels.token_signals import SignalState, update_signals
 
 FIRST_BUCKET = 256
-_WARM_UP_STEPS = 2
 
 
 def bucket_sizes(max_length: int, first: int = FIRST_BUCKET) -> tuple[int, ...]:
@@ -40,6 +34,11 @@ def bucket_sizes(max_length: int, first: int = FIRST_BUCKET) -> tuple[int, ...]:
         sizes.append(size)
         size *= 2
     return (*sizes, max_length)
+
+
+def buckets_between(sizes: Sequence[int], first: int, last: int) -> list[int]:
+    """The buckets that a sequence of `first` tokens passes through until it has `last`."""
+    return [size for below, size in pairwise((0, *sizes)) if first <= size and below < last]
 
 
 @dataclass
@@ -60,41 +59,6 @@ class Bucket:
     def size(self) -> int:
         """Tokens that it holds."""
         return self.cache.shape[4]
-
-
-class _Buffers:
-    """Every tensor that a step writes, made once."""
-
-    def __init__(self, weights: StepWeights, mode: ActivationMode, cache_dtype: torch.dtype) -> None:
-        device = weights.device
-        vocab_size, num_inputs = weights.embedding.shape
-        num_queries = weights.num_heads * weights.head_dim
-        ffn = {_num_inputs(layer.down) for layer in weights.layers}
-        (num_hidden,) = ffn  # one size for all layers, as in every model of the family
-
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(*shape, dtype=torch.float32, device=device)
-
-        def packed(size: int) -> PackedActivations:
-            return PackedActivations.allocate(1, size, device=device, mode=mode)
-
-        self.residual = floats(len(weights.layers) + 1, num_inputs)  # the input of each layer, and the last output
-        self.middle = floats(1, num_inputs)
-        self.normed = packed(num_inputs)
-        self.qkv = floats(1, num_queries + 2 * weights.num_key_heads * weights.head_dim)
-        self.queries = torch.empty(1, weights.num_heads, weights.head_dim, dtype=cache_dtype, device=device)
-        self.mixed = packed(num_queries)
-        self.gate_up = floats(1, 2 * num_hidden)
-        self.gated = packed(num_hidden)
-        self.logits = floats(1, vocab_size)
-        self.statistics = floats(2, len(weights.layers) + 1)
-        self.bit_widths = torch.zeros(weights.num_units, dtype=torch.int32, device=device)
-        self.width_of = [self.bit_widths[unit : unit + 1] for unit in range(weights.num_units)]
-
-
-def _num_inputs(linear: StepLinear) -> int:
-    assert linear.weight is not None
-    return linear.weight.num_inputs
 
 
 class DecodeLoop:
@@ -131,13 +95,12 @@ class DecodeLoop:
         self.source = source
         self.captures = weights.device.type == "cuda" if captures is None else captures
         self.held = 0
-        self._buffers = _Buffers(weights, mode, cache_dtype)
+        self._pass = self._new_pass(weights, mode, cache_dtype)
         self._cache_dtype = cache_dtype
         self._sizes = bucket_sizes(weights.max_length, first_bucket)
         self._buckets: dict[int, Bucket] = {}
         self._bucket: Bucket | None = None
-        self._stream: torch.cuda.Stream | None = None  # where steps are compiled and captured
-        self._pool: Any = None
+        self._capture: Capture | None = None
         vocab_size = len(weights.embedding)
         capacity = weights.max_length + 1
         self.book = TokenBook.allocate(vocab_size, weights.num_units, capacity, device=weights.device)
@@ -146,17 +109,17 @@ class DecodeLoop:
     @property
     def logits(self) -> Tensor:
         """`[1, V]` float32, of the last step; overwritten by the next."""
-        return self._buffers.logits
+        return self._pass.logits
 
     @property
     def statistics(self) -> Tensor:
         """`[2, L + 1]` float32, residual updates and crests of the last step; unset where nobody looks at signals."""
-        return self._buffers.statistics
+        return self._pass.statistics[0]
 
     @property
     def bit_widths(self) -> Tensor:
         """`[U]` int32, of the last step."""
-        return self._buffers.bit_widths
+        return self._pass.bit_widths
 
     @property
     def bucket(self) -> Bucket:
@@ -174,8 +137,8 @@ class DecodeLoop:
             first: Tokens of the prompt.
             last: Tokens of the whole sequence at most, within the weights' `max_length`.
         """
-        for below, size in pairwise((0, *self._sizes)):
-            if size not in self._buckets and first <= size and below < last:
+        for size in buckets_between(self._sizes, first, last):
+            if size not in self._buckets:
                 self._buckets[size] = self._new_bucket(size)
 
     def begin(
@@ -200,17 +163,17 @@ class DecodeLoop:
             temperature: 0 is greedy.
             seed: Seed of the sampling.
         """
-        buffers, book = self._buffers, self.book
+        step, book = self._pass, self.book
         pairs = list(keys_and_values)
         self.held = pairs[0][0].shape[2]
         self._bucket = self._bucket_for(self.held)
         for layer, pair in enumerate(pairs):
             for which, tensor in enumerate(pair):
                 self._bucket.cache[which, layer, :, :, : self.held] = tensor
-        buffers.logits.copy_(logits)
-        buffers.statistics.zero_()
-        buffers.statistics[:, :-1] = statistics
-        buffers.bit_widths.fill_(largest_width)
+        step.logits.copy_(logits)
+        step.statistics.zero_()
+        step.statistics[0, :, :-1] = statistics
+        step.bit_widths.fill_(largest_width)
         book.position.fill_(self.held)
         book.count.zero_()
         book.temperature.fill_(temperature)
@@ -254,113 +217,37 @@ class DecodeLoop:
         parts = AttentionParts.allocate(1, weights.num_heads, weights.head_dim, size, device=weights.device)
         bucket = Bucket(cache, parts)
         if self.captures:
-            bucket.graph = self._capture(bucket)
+            self._capture = self._capture or Capture(weights.device)
+            for counter in (self.book.token, self.book.position, self.book.count):
+                counter.zero_()  # what an earlier sequence left may be beyond this bucket
+            bucket.graph = self._capture(lambda: self._step(bucket), also=lambda: self._observe(is_first=True))
         return bucket
 
-    def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        """Compiles on a side stream, then captures one step there; all graphs share the stream and a memory pool.
-
-        cuBLAS keeps a workspace for every stream: on another one it would be allocated from the pool, while capturing.
-        """
-        device = self.weights.device
-        for counter in (self.book.token, self.book.position, self.book.count):
-            counter.zero_()  # what an earlier sequence left may be beyond this bucket
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UP_STEPS):
-                self._step(bucket)
-            self._observe(is_first=True)  # what begin() launches is compiled now too
-        torch.cuda.current_stream(device).wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            self._step(bucket)
-        return graph
+    def _new_pass(self, weights: StepWeights, mode: ActivationMode, cache_dtype: torch.dtype) -> TokenPass:
+        """The model over one token; a benchmark puts another one in its place."""
+        return TokenPass(weights, 1, mode=mode, cache_dtype=cache_dtype)
 
     def _step(self, bucket: Bucket) -> None:
         """One token: widths, model, signals, next token. Launches only."""
-        buffers, weights = self._buffers, self.weights
-        self.source.choose(buffers.bit_widths, self.signals, self.book.count)
-        torch.index_select(weights.embedding, 0, self.book.token, out=buffers.residual[:1])
-        for index, (layer, (before, after)) in enumerate(
-            zip(weights.layers, pairwise(buffers.residual.split(1)), strict=True)
-        ):
-            self._attention(layer, before, bucket.cache[0, index], bucket.cache[1, index], bucket.parts)
-            self._mlp(layer, after)
-        self._head(buffers.residual[-1:])
+        self.source.choose(self._pass.bit_widths, self.signals, self.book.count)
+        self._pass(self.book.token, self.book.position, bucket.cache, bucket.parts)
         self._observe(is_first=False)
-
-    def _attention(self, layer: StepLayer, before: Tensor, keys: Tensor, values: Tensor, parts: AttentionParts) -> None:
-        buffers, weights = self._buffers, self.weights
-        width = buffers.width_of[layer.attention_unit]
-        rms_norm(before, layer.attention_norm, eps=weights.norm_epsilon, out=buffers.normed)
-        _multiply(layer.qkv, buffers.normed, width, out=buffers.qkv)
-        rotary(
-            buffers.qkv,
-            weights.cosine,
-            weights.sine,
-            self.book.position,
-            keys,
-            values,
-            q_norm=layer.query_norm,
-            k_norm=layer.key_norm,
-            eps=weights.norm_epsilon,
-            out=buffers.queries,
-        )
-        attend(
-            buffers.queries,
-            keys,
-            values,
-            self.book.position,
-            scale=weights.attention_scale,
-            parts=parts,
-            out=buffers.mixed,
-        )
-        _multiply(layer.output, buffers.mixed, width, residual=before, out=buffers.middle)
-
-    def _mlp(self, layer: StepLayer, after: Tensor) -> None:
-        buffers = self._buffers
-        width = buffers.width_of[layer.mlp_unit]
-        rms_norm(buffers.middle, layer.mlp_norm, eps=self.weights.norm_epsilon, out=buffers.normed)
-        _multiply(layer.gate_up, buffers.normed, width, out=buffers.gate_up)
-        swiglu(buffers.gate_up, out=buffers.gated)
-        _multiply(layer.down, buffers.gated, width, residual=buffers.middle, out=after)
-
-    def _head(self, hidden: Tensor) -> None:
-        buffers, weights = self._buffers, self.weights
-        if weights.head.dense is None:
-            rms_norm(hidden, weights.final_norm, eps=weights.norm_epsilon, out=buffers.normed)
-            _multiply(weights.head, buffers.normed, buffers.width_of[weights.head_unit], out=buffers.logits)
-            return
-        # An unquantised head: torch's product, whose temporaries are in the graph's own pool.
-        normed = functional.rms_norm(hidden, hidden.shape[-1:], weights.final_norm, weights.norm_epsilon)
-        torch.mm(normed, weights.head.dense.t(), out=buffers.logits)
-        if weights.head.bias is not None:
-            buffers.logits.add_(weights.head.bias)
 
     def _observe(self, *, is_first: bool) -> None:
         """Chooses the next token and, where a policy looks at them, brings the signals up to date."""
-        buffers, book = self._buffers, self.book
-        token = choose_token(buffers.logits[0], buffers.bit_widths, book, is_first=is_first)
+        step, book = self._pass, self.book
+        token = choose_token(step.logits[0], step.bit_widths, book, is_first=is_first)
         if self.signals is None or self.source.constants is None:
             return
         if not is_first:
-            layer_statistics(buffers.residual, out=buffers.statistics)
+            step.measure()
         update_signals(
             self.source.constants,
             self.signals,
-            buffers.logits[0],
-            buffers.statistics,
-            buffers.bit_widths,
+            step.logits[0],
+            step.statistics[0],
+            step.bit_widths,
             token,
             book.count,
             is_first=is_first,
         )
-
-
-def _multiply(
-    linear: StepLinear, x: PackedActivations, width: Tensor, *, residual: Tensor | None = None, out: Tensor
-) -> None:
-    assert linear.weight is not None, "only the head may be unquantised"
-    gemv(x, linear.weight, width, bias=linear.bias, residual=residual, out=out)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from defined_product import defined_product
 from random_models import random_model
 from transformers import (
     LlamaConfig,
@@ -57,6 +58,13 @@ def half_unit_model(tiny_model_dir: Path) -> NestedCausalLM:
 def generator() -> torch.Generator:
     """A seeded source of random numbers."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Replaces the product of the GPU's passes by its definition where kernels are interpreted."""
+    if device.type == "cpu":
+        monkeypatch.setattr("flexquant_rl.engine.decoding.graph_pass.gemv", defined_product)
 
 
 @pytest.fixture

@@ -73,6 +73,55 @@ def test_rows_have_lengths_of_their_own(device: torch.device) -> None:
     check(device, [5, 77, 140], num_tokens=3, places_per_part=64)
 
 
+def verify_case(device: torch.device, num_tokens: int, padding: int) -> tuple[Tensor, ...]:
+    """Tokens of row 2 of a cache, one place after another, then padding; NaN wherever nothing may be looked at."""
+    queries, _, _ = make_case(device, num_tokens + padding, (4, 2), 32, 200, torch.float32)
+    _, keys, values = make_case(device, 3, (4, 2), 32, 200, torch.float32)
+    first = 62  # the tokens' lengths cross the border of a part
+    for cache in (keys, values):
+        cache[:2] = torch.nan
+        cache[2, :, first + num_tokens :] = torch.nan
+    queries[num_tokens:] = torch.nan
+    positions = torch.tensor([*range(first, first + num_tokens), *[-1] * padding], device=device)
+    rows = torch.full((num_tokens + padding,), 2, dtype=torch.int64, device=device)
+    return queries, keys, values, positions, rows
+
+
+@pytest.mark.parametrize(("num_tokens", "padding"), [(2, 0), (3, 1), (5, 3)])
+def test_tokens_of_one_row_see_what_is_before_them(device: torch.device, num_tokens: int, padding: int) -> None:
+    """The causal lengths of a verify pass: each token has the bits that it has alone, padding gets zeros."""
+    queries, keys, values, positions, rows = verify_case(device, num_tokens, padding)
+    parts = AttentionParts.allocate(num_tokens + padding, 4, 32, 200, device=device)
+    together = attend(queries, keys, values, positions, scale=0.3, rows=rows, mode="float", parts=parts)
+    found = unpack_activations(together).cpu()
+    expected = reference(queries, keys, values, positions, scale=0.3, rows=rows).cpu()[:num_tokens]
+    torch.testing.assert_close(found[:num_tokens], expected.float(), rtol=0, atol=2e-6)
+    assert bool((found[num_tokens:] == 0).all())
+    for token in range(num_tokens):
+        one = slice(token, token + 1)
+        alone = attend(queries[one], keys, values, positions[one], scale=0.3, rows=rows[one], mode="float")
+        assert torch.equal(unpack_activations(alone).cpu()[0], found[token])
+        # The place of the token itself is looked at, and so is the row.
+        again = attend(queries[one], keys[2:], values[2:], positions[one], scale=0.3, mode="float")
+        assert torch.equal(unpack_activations(again).cpu()[0], found[token])
+
+
+def test_one_cache_row_serves_every_token_unless_told_otherwise(device: torch.device) -> None:
+    queries, keys, values, positions, rows = verify_case(device, 3, 0)
+    named = attend(queries, keys[2:], values[2:], positions, scale=0.3, rows=rows * 0, mode="float")
+    unnamed = attend(queries, keys[2:], values[2:], positions, scale=0.3, mode="float")
+    assert torch.equal(named.values, unnamed.values)
+
+
+def test_rows_that_do_not_exist_are_read_as_the_nearest(device: torch.device) -> None:
+    queries, keys, values, positions, rows = verify_case(device, 2, 0)
+    expected = attend(queries, keys, values, positions, scale=0.3, rows=rows, mode="float")
+    beyond = attend(queries, keys, values, positions, scale=0.3, rows=rows + 5, mode="float")
+    assert torch.equal(beyond.values, expected.values)
+    below = attend(queries, keys.flip(0), values.flip(0), positions, scale=0.3, rows=rows - 9, mode="float")
+    assert torch.equal(below.values, expected.values)
+
+
 def test_int8_and_half_precision(device: torch.device) -> None:
     check(device, [150], mode="int8")
     check(device, [150], dtype=torch.float16, tolerance=2e-3)
@@ -106,6 +155,10 @@ def test_bad_arguments(device: torch.device) -> None:
         attend(queries.half(), keys, values, at, scale=1.0)
     with pytest.raises(ValueError, match=r"positions is torch.int64 \[2\]"):
         attend(queries, keys, values, at.repeat(2), scale=1.0)
+    with pytest.raises(ValueError, match=r"rows is torch.int64 \[2\]"):
+        attend(queries, keys, values, at, scale=1.0, rows=at.repeat(2))
+    with pytest.raises(ValueError, match="1 tokens but 2 cache rows; pass rows"):
+        attend(queries, keys.repeat(2, 1, 1, 1), values.repeat(2, 1, 1, 1), at, scale=1.0)
     with pytest.raises(ValueError, match="places_per_part=65"):
         AttentionParts.allocate(1, 4, 16, 200, device=device, places_per_part=65)
     with pytest.raises(ValueError, match="places_per_part=64"):

@@ -140,7 +140,9 @@ def test_bias_residual_and_output_type(
     check(out, expected, tolerance)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_inputs", "group_size"), [(3, 64, 64), (8, 1152, 128), (5, 172, 32)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_inputs", "group_size"), [(3, 64, 64), (8, 1152, 128), (5, 172, 32), (16, 64, 32)]
+)
 def test_tokens_do_not_see_each_other(
     random_weight: Callable,
     random_activations: Callable,
@@ -191,7 +193,7 @@ def test_bad_arguments(random_weight: Callable, random_activations: Callable, de
     many = PackedActivations.allocate(MAX_TOKENS + 1, 64, device=device)
     wrong: list[tuple[str, dict]] = [
         ("hold 64 inputs but 96", {"weight": random_weight(8, 96, 32)}),
-        ("9 tokens were given but the kernel takes 1 to 8", {"x": many}),
+        ("17 tokens were given but the kernel takes 1 to 16", {"x": many}),
         ("bit_widths is torch.int64", {"bit_widths": widths.long()}),
         ("bit_widths is empty", {"bit_widths": widths[:0]}),
         ("segments is torch.int32 \\[3\\]; pass int32 \\[2\\]", {"segments": on(3, dtype=torch.int32)}),
@@ -224,7 +226,7 @@ def shifted(weight):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("num_tokens", "num_outputs", "num_inputs"), [(1, 6144, 4096), (5, 512, 14336), (8, 1024, 2048)]
+    ("num_tokens", "num_outputs", "num_inputs"), [(1, 6144, 4096), (5, 512, 14336), (8, 1024, 2048), (16, 512, 4096)]
 )
 def test_real_shapes_on_a_gpu(
     random_weight: Callable,

@@ -15,7 +15,7 @@ from cli_runner import run
 
 from flexquant_rl.engine.benches.clocks import WALL
 from flexquant_rl.engine.benches.harness import Provider, rows, table
-from flexquant_rl.engine.decoding import graph_loop
+from flexquant_rl.engine.decoding import graph_pass
 from flexquant_rl.kernels.gemv import Tile
 
 pytest.importorskip("triton")
@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[3]
 # Sizes that Triton's interpreter gets through in a moment, and other constants of a file that are too large for it.
 TINY: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "activations": ((2, 128), {}),
-    "attention": ((16, 8), {"HEADS": 2, "KEY_HEADS": 1}),
+    "attention": ((16, 8, 2), {"HEADS": 2, "KEY_HEADS": 1}),
     "dequantize": ((4, 128), {}),
     "gemv": (("qkv", 4, 128), {"NUM_TOKENS": (1, 2), "NUM_COPIES": 1, "TILES": (Tile(4, 32, 1),)}),
-    "layer_statistics": ((2, 64), {}),
+    "layer_statistics": ((2, 3, 64), {}),
     "next_token": ((50, 1.0), {"NUM_UNITS": 3, "CAPACITY": 8}),
     "policy_net": ((3,), {}),
     "rms_norm": ((1, 128), {}),
@@ -48,7 +48,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 def test_every_file_is_tested() -> None:
     files = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {*TINY, "graph_decode"}
+    assert files == {*TINY, "graph_decode", "graph_verify"}
     for name in TINY:
         assert (ROOT / "tests" / "kernels" / f"test_{name}.py").is_file(), "a kernel's tests are its gate"
 
@@ -74,7 +74,7 @@ def test_kernel_on_the_cpu(name: str, load: Load, device: torch.device, monkeypa
 
 def test_loops_of_graph_decode_on_the_cpu(load: Load, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":  # seconds for each product in the interpreter
-        monkeypatch.setattr(graph_loop, "gemv", lambda x, weight, widths, *, out, **options: out.zero_())
+        monkeypatch.setattr(graph_pass, "gemv", lambda x, weight, widths, *, out, **options: out.zero_())
     module = load("bench_graph_decode")
     shape = module.Shape(hidden=128, ffn=128, layers=1, heads=2, key_heads=1, head_dim=64, vocab=64, max_length=16)
     contestants = module.make_contestants(shape, device, context=4, steps=1)
@@ -85,6 +85,31 @@ def test_loops_of_graph_decode_on_the_cpu(load: Load, device: torch.device, monk
         (seconds,) = module.turn_of(contestant.loop, WALL, 4, 1)()
         assert seconds > 0
         assert contestant.loop.held == 5
+
+
+def test_passes_of_graph_verify_on_the_cpu(load: Load, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(graph_pass, "gemv", lambda x, weight, widths, *, out, **options: out.zero_())
+    module = load("bench_graph_verify")
+    monkeypatch.setattr(module, "PASS_SIZES", (1, 2))
+    monkeypatch.setattr(module, "BIT_WIDTHS", (3, 8))
+    shape = load("bench_graph_decode").Shape(
+        hidden=128, ffn=128, layers=1, heads=2, key_heads=1, head_dim=64, vocab=64, max_length=16
+    )
+    row = module.random_row(shape, device, 4)
+    timed = module.providers(row, WALL, 1)
+    for provider in timed:
+        provider.times_s.extend(provider.turn())
+    found = rows(timed, {})
+    module.add_steps(found)
+    assert [(entry["bit_width"], entry["num_tokens"]) for entry in found] == [(3, 1), (3, 2), (8, 1), (8, 2)]
+    assert found[0]["steps"] == found[2]["steps"] == 1
+    assert found[0]["bytes"] < found[2]["bytes"]
+    assert int(row.held.lengths) == 4
+    # What differs from single steps is not timed.
+    monkeypatch.setattr(type(row), "steps", lambda self, widths: row.read(2, widths) + 1)
+    with pytest.raises(module.BenchRefusedError, match="a pass over 1 tokens at 3 bits has other logits than steps"):
+        module.providers(row, WALL, 1)
 
 
 class TestCommand:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from defined_product import defined_product
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -29,7 +30,8 @@ from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.signals import SignalSchema, unit_depths
 from flexquant_rl.engine.decoding.decoder import StepOutput
-from flexquant_rl.engine.decoding.graph_decode import GraphDecoder, LogReader, why_not_graph
+from flexquant_rl.engine.decoding.graph_choice import why_not_graph
+from flexquant_rl.engine.decoding.graph_decode import GraphDecoder, LogReader
 from flexquant_rl.engine.decoding.graph_loop import bucket_sizes
 from flexquant_rl.engine.decoding.graph_widths import WidthTable
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
@@ -38,9 +40,6 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.serving import generate
-from flexquant_rl.kernels import reference_ops
-from flexquant_rl.kernels.activations import PackedActivations
-from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.native import supported_isas
 
 pytest.importorskip("triton")
@@ -72,27 +71,6 @@ def learned(model: NestedCausalLM) -> LearnedPolicy:
 
 def prompt_of(model: NestedCausalLM, length: int = 7) -> Tensor:
     return torch.randint(3, model.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
-
-
-def product(
-    x: PackedActivations,
-    weight: NestedWeight,
-    bit_widths: Tensor,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    out: Tensor,
-) -> Tensor:
-    """The definition of `gemv` in its place."""
-    rows = bit_widths[:1].expand(weight.num_outputs)
-    return out.copy_(reference_ops.gemv(x, weight, rows, bias=bias, residual=residual))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Replaces the product by its definition where kernels are interpreted."""
-    if device.type == "cpu":
-        monkeypatch.setattr("flexquant_rl.engine.decoding.graph_loop.gemv", product)
 
 
 class Recording:
@@ -409,7 +387,7 @@ def test_every_kernel(build: Build) -> None:
     policy, prompt = learned(model), prompt_of(model)
     record = Recording(decoder_of(model, policy, mode="int8"), prompt, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexquant_rl.engine.decoding.graph_loop.gemv", product)
+        patch.setattr("flexquant_rl.engine.decoding.graph_pass.gemv", defined_product)
         defined = Recording(decoder_of(model, policy, mode="int8"), prompt, 2)
     assert record.token_ids == defined.token_ids
     assert torch.equal(record.widths, defined.widths)
