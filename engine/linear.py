@@ -67,8 +67,8 @@ class WidthPlan:
         self.residual_update: dict[int, Tensor] = {}
         self.crest: dict[int, Tensor] = {}
 
-    def groups(self, unit_idx: int) -> _UnitGroups:
-        """The grouping of one unit."""
+    def groups(self, unit_idx: int, inputs: Tensor) -> _UnitGroups:
+        """The grouping of one unit, asked for by each of its linears with what it reads, `[..., K]`."""
         return self._groups[unit_idx]
 
     def observe_layer(self, layer_idx: int, before: Tensor, after: Tensor) -> None:
@@ -77,6 +77,26 @@ class WidthPlan:
         norm = last.norm(dim=-1).clamp_min(NORM_FLOOR)
         self.residual_update[layer_idx] = (out - last).norm(dim=-1) / norm
         self.crest[layer_idx] = last.abs().amax(dim=-1) * last.shape[-1] ** 0.5 / norm
+
+
+class InFlightPlan(WidthPlan):
+    """Widths that are chosen during the pass: those of a unit when the first of its linears is called.
+
+    Args:
+        choose: Index of a unit and what its first linear reads, `[n, K]` -> widths `[n]` int64. The tokens are in the
+            row-major order of the input; the head's are the kept ones.
+    """
+
+    def __init__(self, choose: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__(torch.empty(0, 0, dtype=torch.int64), None, collect=0)
+        self._choose = choose
+        self._chosen: dict[int, _UnitGroups] = {}
+
+    def groups(self, unit_idx: int, inputs: Tensor) -> _UnitGroups:
+        """See `WidthPlan.groups`."""
+        if unit_idx not in self._chosen:
+            self._chosen[unit_idx] = _UnitGroups(self._choose(unit_idx, inputs.flatten(0, -2)).cpu())
+        return self._chosen[unit_idx]
 
 
 _ACTIVE_PLAN: ContextVar[WidthPlan | None] = ContextVar("flexquant_rl_width_plan", default=None)
@@ -315,7 +335,7 @@ class NestedLinear(nn.Module):
         plan = _ACTIVE_PLAN.get()
         if plan is None:
             return F.linear(x, self.dense(self.bit_widths[-1]), self.bias)
-        groups = plan.groups(self.unit_idx)
+        groups = plan.groups(self.unit_idx, x)
         if groups.order is None:
             return F.linear(x, self.dense(groups.runs[0][0]), self.bias)
         flat = x.reshape(-1, self.num_inputs)

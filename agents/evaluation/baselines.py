@@ -57,8 +57,8 @@ def tuned_baselines(prepared: Prepared, context: PolicyContext, names: Collectio
             EntropyThreshold,
             (_entropy(low, high, *shape) for (low, high), shape in product(_width_pairs(widths), _ENTROPY_SHAPES)),
         ),
-        best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in _mean_pairs(widths))),
-        best_of(Regressor, (_regressor(low, high) for low, high in _mean_pairs(widths))),
+        best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in mean_pairs(widths))),
+        best_of(Regressor, (_regressor(low, high) for low, high in mean_pairs(widths))),
     ]
     return [family for family in families if family.name in names]
 
@@ -114,7 +114,7 @@ def _width_pairs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*pairwise(widths), paper]))
 
 
-def _mean_pairs(widths: tuple[int, ...]) -> list[tuple[float, float]]:
+def mean_pairs(widths: tuple[int, ...]) -> list[tuple[float, float]]:
     """Means half a stored width apart, a whole one apart, and the paper's."""
     stops: list[float] = []
     for low, high in pairwise(widths):

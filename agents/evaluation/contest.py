@@ -1,4 +1,4 @@
-"""The final comparison of a run: every family at the same time budgets on the same test text, oracle included."""
+"""The final comparison of a run: every family at the same time budgets on the same test text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from flexquant_rl.agents.evaluation.budgets import (
     SharingFamily,
     TimedFamily,
 )
-from flexquant_rl.agents.evaluation.comparison import captured_headroom, left_of_static
 from flexquant_rl.agents.evaluation.equal_time import (
     ClockLine,
     beside_static,
@@ -29,10 +28,9 @@ from flexquant_rl.agents.evaluation.equal_time import (
     static_family,
 )
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_time_shares, summarise
-from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.evaluation.showcase import MostMoving
-from flexquant_rl.agents.policies.families import ORACLE, PPO, STATIC, UNTRAINED
+from flexquant_rl.agents.policies.families import PPO, STATIC, UNTRAINED
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import say, track
@@ -134,7 +132,7 @@ def compete_at_budgets(
     prepared: Prepared,
     settings: Settings,
     num_sequences: int,
-    oracle: OracleConfig | None = None,
+    references: Callable[[], Sequence[EvalRow]] = tuple,
     watch: Callable[[Contestant, Trace], None] = lambda one, trace: None,
 ) -> list[EvalRow]:
     """Runs every family at the settings that were found, on the same test windows, each policy once.
@@ -143,7 +141,7 @@ def compete_at_budgets(
         prepared: Model and profile.
         settings: What is run.
         num_sequences: Sequences of test text.
-        oracle: How hard the oracle looks; None leaves it out.
+        references: Makes rows of the same windows that no policy makes, such as those of oracles.
         watch: Is shown what every policy did.
     """
     windows, documents = test_windows(prepared, num_sequences)
@@ -153,12 +151,12 @@ def compete_at_budgets(
         watch(members[key], trace)
     shares, line = _clocked(prepared, [*members.values()], windows)
     rows = _rows(prepared, settings, traces, dict(zip(members, shares, strict=True)), documents)
-    bound = [] if oracle is None else [oracle_row(prepared, num_sequences, oracle, settings)]
+    beside = references()
     # One look at validation text for all of them: it takes as long as one for a few.
     taken = _taken_without_budget(settings.entries, rows)
-    static = static_entries(prepared, sorted({*taken.values(), *missing_rungs([*rows, *bound], line)}))
+    static = static_entries(prepared, sorted({*taken.values(), *missing_rungs([*rows, *beside], line)}))
     rows = _beside_own_static(settings, traces, rows, {at: static.get(share) for at, share in taken.items()})
-    return beside_static(prepared, [*rows, *bound], windows, prepared.env, line, static)
+    return beside_static(prepared, [*rows, *beside], windows, prepared.env, line, static)
 
 
 def compete_long(
@@ -264,11 +262,11 @@ def _beside_own_static(
         own = entry.first.policy if entry.family == STATIC.name else None
         beside = in_time_taken[index] if index in in_time_taken else settings.static_at(entry.time_budget)
         static = own if isinstance(own, StaticAllocation) else beside
-        found.append(_beside(row, _trace_of(entry, traces), static))
+        found.append(unlike_static(row, _trace_of(entry, traces), static))
     return found
 
 
-def _beside(row: EvalRow, trace: Trace | SharedTrace, static: StaticAllocation | None) -> EvalRow:
+def unlike_static(row: EvalRow, trace: Trace | SharedTrace, static: StaticAllocation | None) -> EvalRow:
     """A row with how often its trace differs from static, where there is one."""
     return row if static is None else replace(row, differs_from_static=trace.differs_from(static.bit_widths))
 
@@ -332,61 +330,6 @@ def _check_clock(full_shares: Sequence[float]) -> None:
 def _plays(one: Contestant, bit_widths: Tensor) -> bool:
     widths = one.policy.bit_widths if isinstance(one.policy, StaticAllocation) and one.is_static else None
     return widths is not None and torch.equal(widths, bit_widths)
-
-
-def oracle_time_share(prepared: Prepared, config: OracleConfig) -> float:
-    """The share of full-width time that the oracle will take; known before any text is read."""
-    low, high = _oracle_allocations(prepared)
-    tokens = prepared.env.max_new_tokens
-    share_high = round(config.share_high * tokens) / tokens
-    shares = [1 / float(prepared.cost.speedup(widths)) for widths in (low, high)]
-    return (1 - share_high) * shares[0] + share_high * shares[1]
-
-
-def oracle_row(prepared: Prepared, num_sequences: int, config: OracleConfig, settings: Settings) -> EvalRow:
-    """The token oracle between the static allocations of about 4 and 5 bits, on the same test windows as everyone."""
-    windows, documents = test_windows(prepared, num_sequences)
-    low, high = _oracle_allocations(prepared)
-    trace = token_oracle(
-        prepared.model,
-        replace(prepared.profile, cost=prepared.cost),
-        windows,
-        low,
-        high,
-        prepared.env,
-        config,
-        progress=lambda sequences: track(sequences, "oracle"),
-    )
-    budget = oracle_time_share(prepared, config)
-    row = summarise(
-        trace,
-        policy=f"{ORACLE.name}:token",
-        family=ORACLE.name,
-        reference=reference_name(prepared.model),
-        time_budget=budget,
-        documents=documents,
-    )
-    return _beside(row, trace, settings.static_at(budget))
-
-
-def _oracle_allocations(prepared: Prepared) -> tuple[Tensor, Tensor]:
-    return prepared.front.nearest(4.0), prepared.front.nearest(5.0)
-
-
-def headroom(rows: Sequence[EvalRow]) -> float | None:
-    """Share of the way from static to oracle that the learned policies go, all at the oracle's time share.
-
-    The mean over training seeds; None without an oracle, or where a family has no row at its budget.
-    """
-    oracles = [row for row in rows if row.family == ORACLE.name]
-    if not oracles:
-        return None
-    # Each in the time that it took: the share of static's KL that is left.
-    bound = left_of_static(oracles[0])
-    learned_rows = [row for row in rows if row.family == PPO.name and row.time_budget == oracles[0].time_budget]
-    shares = [captured_headroom(1.0, left_of_static(row), bound) for row in learned_rows]
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if known else None
 
 
 def most_moving(prepared: Prepared, one: Contestant, num_sequences: int) -> MostMoving:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from flexquant_rl.engine.control.controller import Controller, DraftController, 
 from flexquant_rl.engine.control.cost import CostTable, clock_ms
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.output_kl import kl_nats
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.rounds import Rounds, Settled
 from flexquant_rl.engine.control.runner import PolicyRunner
@@ -66,6 +67,46 @@ class Trace:
     def differs_from(self, bit_widths: Tensor) -> float:
         """Share of steps whose widths are not `[U]`, 0 to 1."""
         return float((self.bit_widths != bit_widths).any(-1).double().mean())
+
+
+def joined(traces: Sequence[Trace]) -> Trace:
+    """One trace of the sequences of several, in order."""
+    columns = [field.name for field in fields(Trace) if field.name != "full_latency_ms"]
+    return Trace(
+        **{name: torch.cat([getattr(trace, name) for trace in traces]) for name in columns},
+        full_latency_ms=traces[0].full_latency_ms,
+    )
+
+
+def trace_of_pass(
+    model: NestedCausalLM,
+    cost: CostTable,
+    bit_widths: Tensor,
+    reference_log_probs: Tensor,
+    log_probs: Tensor,
+    next_token_ids: Tensor,
+) -> Trace:
+    """What a parallel pass at given widths did; there is no dial, so the reward is zero.
+
+    Args:
+        model: The model.
+        cost: What the steps cost.
+        bit_widths: `[S, T, U]` int64.
+        reference_log_probs: `[S, T, vocab]` of the reference.
+        log_probs: `[S, T, vocab]` of the pass.
+        next_token_ids: `[S, T]` int64, what the text goes on with.
+    """
+    reference, found = reference_log_probs.cpu(), log_probs.cpu()
+    return Trace(
+        bit_widths=bit_widths,
+        output_kl_nats=kl_nats(reference, found),
+        token_nll_nats=-found.gather(-1, next_token_ids[..., None])[..., 0],
+        top1_agreement=reference.argmax(-1) == found.argmax(-1),
+        latency_ms=cost.latency_ms(bit_widths),
+        mean_bit_width=model.mean_bit_width(bit_widths),
+        full_latency_ms=float(cost.latency_ms(cost.full_width())),
+        reward=torch.zeros(bit_widths.shape[:2], dtype=torch.float32),
+    )
 
 
 class Evaluator:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.evaluation.evaluate import Trace
+from flexquant_rl.agents.evaluation.evaluate import Trace, joined, trace_of_pass
 from flexquant_rl.engine.control.output_kl import kl_nats, reference_width
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.session import DecodeSession
@@ -72,21 +72,7 @@ def token_oracle(
         mask = _best_mask(scorer, config, seed=config.seed + index)
         runs.append(scorer.run(mask, profile))
     session.close()
-    return Trace(
-        **{
-            name: torch.cat([getattr(run, name) for run in runs])
-            for name in (
-                "bit_widths",
-                "output_kl_nats",
-                "token_nll_nats",
-                "top1_agreement",
-                "latency_ms",
-                "mean_bit_width",
-                "reward",
-            )
-        },
-        full_latency_ms=runs[0].full_latency_ms,
-    )
+    return joined(runs)
 
 
 class _MaskScorer:
@@ -121,19 +107,13 @@ class _MaskScorer:
 
     def run(self, mask: Tensor, profile: Profile) -> Trace:
         """The trace of one choice `[T]`."""
-        log_probs = self.log_probs(mask[None]).cpu()
-        reference = self._reference.cpu()
-        widths = self.widths(mask[None])[:, self._first :]
-        targets = self._window[None, self._first + 1 :]
-        return Trace(
-            bit_widths=widths,
-            output_kl_nats=kl_nats(reference, log_probs),
-            token_nll_nats=-log_probs.gather(-1, targets[..., None])[..., 0],
-            top1_agreement=reference.argmax(-1) == log_probs.argmax(-1),
-            latency_ms=profile.cost.latency_ms(widths),
-            mean_bit_width=self._session.model.mean_bit_width(widths),
-            full_latency_ms=float(profile.cost.latency_ms(profile.cost.full_width())),
-            reward=torch.zeros(1, self.num_tokens),
+        return trace_of_pass(
+            self._session.model,
+            profile.cost,
+            self.widths(mask[None])[:, self._first :],
+            self._reference,
+            self.log_probs(mask[None]),
+            self._window[None, self._first + 1 :],
         )
 
 

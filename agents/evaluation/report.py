@@ -242,6 +242,13 @@ def _limits(rows: Sequence[EvalRow], facts: Mapping[str, object]) -> list[str]:
         f"{measured} of {len(rows)} rows."
     )
     lines.insert(1, timed if measured else "No policy was timed: there is no measured time here.")
-    if any(family.is_oracle for family in families(rows).values()):
+    known = families(rows).values()
+    if any(family.is_oracle for family in known):
         lines.append("The oracle has seen the text that it is judged on: a bound, not a policy that can be deployed.")
+    lines += [
+        f"`{family.name}` chooses a unit's width within the pass, by what the unit is about to read. No decoder here "
+        "does: it cannot be deployed, and its choice is charged no time."
+        for family in known
+        if family.is_in_flight
+    ]
     return lines

@@ -34,6 +34,7 @@ class Family:
         draws: `curve` joins its points along their Pareto front; `points` leaves them alone.
         is_static: Whether its widths are the same at every token. Static families are what all others must beat.
         is_oracle: Whether it has seen the text that it is judged on. It is then a bound and cannot be deployed.
+        is_in_flight: Whether it chooses within the pass, which no decoder does: a reference, not deployed either.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Family:
     draws: Literal["curve", "points"] = "curve"
     is_static: bool = False
     is_oracle: bool = False
+    is_in_flight: bool = False
 
 
 class Recording(Protocol):

@@ -21,11 +21,9 @@ from flexquant_rl.agents.evaluation.contest import (
     Settings,
     compete_at_budgets,
     compete_long,
-    headroom,
     heuristics,
     learned,
     most_moving,
-    oracle_time_share,
     read_tokens,
     tune,
     untrained,
@@ -33,6 +31,12 @@ from flexquant_rl.agents.evaluation.contest import (
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
+from flexquant_rl.agents.evaluation.references import (
+    headroom,
+    oracle_rows,
+    oracle_time_share,
+    relative_error_rows,
+)
 from flexquant_rl.agents.evaluation.report import (
     BITS_FILE,
     LEARNING_FILE,
@@ -43,7 +47,7 @@ from flexquant_rl.agents.evaluation.report import (
 )
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
 from flexquant_rl.agents.evaluation.showcase import MostMoving, Showcase
-from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, UNTRAINED
+from flexquant_rl.agents.policies.families import POLICIES, PPO, RELATIVE_ERROR, STATIC, UNTRAINED
 from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
@@ -121,7 +125,14 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
         families += untrained(prepared, trained.best)
     settings = tune(prepared, families, budgets, config.validation_sequences)
     moving = MostMoving()
-    rows = compete_at_budgets(prepared, settings, config.test_sequences, oracle, moving.consider)
+
+    def references() -> list[EvalRow]:
+        found = [] if oracle is None else oracle_rows(prepared, config.test_sequences, oracle, settings)
+        if RELATIVE_ERROR.name in config.baselines:
+            found += relative_error_rows(prepared, config.test_sequences, budgets, settings)
+        return found
+
+    rows = compete_at_budgets(prepared, settings, config.test_sequences, references, moving.consider)
     share = headroom(rows)
     long_rows = _long_rows(config, trained, settings)
     sentences = [*notes, *_findings(config, trained, rows, share)]
@@ -236,7 +247,7 @@ def _publish(
 
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
-    others = (*(policy.family.name for policy in POLICIES), UNTRAINED.name)
+    others = (*(policy.family.name for policy in POLICIES), RELATIVE_ERROR.name, UNTRAINED.name)
     found = [
         compare(rows, PPO.name, budgets=config.time_budgets),
         compare(rows, PPO.name, clock="measured", budgets=config.time_budgets),
@@ -255,7 +266,9 @@ def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], sha
         f"{chosen} of the network that validation chose, {last} of the last one"
     )
     if share is not None:
-        sentences.append(f"captured headroom at the oracle's time share: {share:.0%} of the way from static to oracle")
+        sentences.append(
+            f"captured headroom at the oracles' time share: {share:.0%} of the way from static to the stronger oracle"
+        )
     return sentences
 
 

@@ -178,7 +178,7 @@ class TunedLinear(nn.Module):
         """Multiplies, `[..., K]` -> `[..., N]`; all tokens read one width, 0 the unquantised weights."""
         plan = active_plan()
         assert plan is not None, "called under a plan, as a nested linear is"
-        [(width, _)] = plan.groups(self.unit_idx).runs
+        [(width, _)] = plan.groups(self.unit_idx, x).runs
         if width == REFERENCE_WIDTH:
             return F.linear(x, self._reference, self.bias)
         pairs = self._of(width)

@@ -15,6 +15,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import (
     REFERENCE_WIDTH,
     DenseCache,
+    InFlightPlan,
     NestedLinear,
     WidthPlan,
     active_plan,
@@ -210,3 +211,24 @@ class TestDenseCache:
         after = linear.dense(4)
         assert after is not before
         assert torch.equal(after, before)
+
+
+def test_widths_in_flight_are_asked_for_once_a_unit() -> None:
+    cache = DenseCache(1 << 20)
+    first, second = (make_linear(seed, cache=cache) for seed in (0, 1))
+    other = make_linear(2, unit_idx=1, cache=cache)
+    x = torch.randn(2, 3, NUM_INPUTS, generator=torch.Generator().manual_seed(0))
+    asked: list[tuple[int, Tensor]] = []
+
+    def choose(unit_idx: int, inputs: Tensor) -> Tensor:
+        asked.append((unit_idx, inputs))
+        return torch.where(inputs[:, 0] > 0, 6, 3)
+
+    with reading(InFlightPlan(choose)):
+        outputs = [linear(x) for linear in (first, second, other)]
+    assert [unit_idx for unit_idx, _ in asked] == [0, 1]
+    assert all(torch.equal(inputs, x.flatten(0, 1)) for _, inputs in asked)
+    widths = torch.where(x[..., 0].flatten() > 0, 6, 3)
+    assert len(widths.unique()) == 2
+    with reading(WidthPlan(widths[:, None].repeat(1, 2), None, collect=0)):
+        assert all(torch.equal(out, linear(x)) for out, linear in zip(outputs, (first, second, other), strict=True))

@@ -1,0 +1,115 @@
+"""Rows of what cannot be deployed, on the test text of everyone: oracles, and choices that are made in flight.
+
+They say how far policies could go: the oracles by knowing the text, a choice in flight by seeing more of the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from flexquant_rl.agents.evaluation.comparison import captured_headroom, left_of_static
+from flexquant_rl.agents.evaluation.contest import Settings, test_windows, unlike_static
+from flexquant_rl.agents.evaluation.evaluate import Trace, summarise
+from flexquant_rl.agents.evaluation.in_flight import for_any_rows, trace_in_flight
+from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
+from flexquant_rl.agents.evaluation.relative_error import chooser, entry_linears, tuned
+from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.evaluation.unit_oracle import unit_oracle
+from flexquant_rl.agents.policies.families import ORACLE, PPO, RELATIVE_ERROR
+from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.agents.progress import track
+from flexquant_rl.engine.control.output_kl import reference_name
+from flexquant_rl.fq_env.prompts import spread
+
+_TUNING_SEQUENCES = 12
+
+
+def oracle_time_share(prepared: Prepared, config: OracleConfig) -> float:
+    """The share of full-width time that the oracles will take; known before any text is read."""
+    low, high = _oracle_allocations(prepared)
+    tokens = prepared.env.max_new_tokens
+    share_high = round(config.share_high * tokens) / tokens
+    shares = [1 / float(prepared.cost.speedup(widths)) for widths in (low, high)]
+    return (1 - share_high) * shares[0] + share_high * shares[1]
+
+
+def oracle_rows(prepared: Prepared, num_sequences: int, config: OracleConfig, settings: Settings) -> list[EvalRow]:
+    """Both oracles on the same test windows as everyone, in the time of half the tokens at 4 bits and half at 5."""
+    windows, _ = test_windows(prepared, num_sequences)
+    low, high = _oracle_allocations(prepared)
+    budget = oracle_time_share(prepared, config)
+    by_token = token_oracle(
+        prepared.model,
+        replace(prepared.profile, cost=prepared.cost),
+        windows,
+        low,
+        high,
+        prepared.env,
+        config,
+        progress=lambda sequences: track(sequences, "oracle of tokens"),
+    )
+    by_unit = unit_oracle(
+        prepared, windows, budget, seed=config.seed, progress=lambda parts: track(parts, "oracle of units")
+    )
+    return [
+        _row(prepared, num_sequences, trace, f"{ORACLE.name}:{name}", ORACLE.name, budget, settings)
+        for name, trace in (("token", by_token), ("unit", by_unit))
+    ]
+
+
+def relative_error_rows(
+    prepared: Prepared, num_sequences: int, time_budgets: Sequence[float], settings: Settings
+) -> list[EvalRow]:
+    """Relative error at each budget in reach, its setting found on validation text."""
+    windows, _ = test_windows(prepared, num_sequences)
+    entries = entry_linears(prepared.model)
+    found = tuned(prepared, spread(prepared.windows.validation, _TUNING_SEQUENCES), time_budgets)
+    rows = []
+    for budget, setting in track(found.items(), "relative error"):
+        trace = trace_in_flight(prepared, windows, for_any_rows(chooser(setting, entries)))
+        rows.append(_row(prepared, num_sequences, trace, setting.name, RELATIVE_ERROR.name, budget, settings))
+    return rows
+
+
+def headroom(rows: Sequence[EvalRow]) -> float | None:
+    """Share of the way from static to the stronger oracle that the learned policies go, all at the oracle's time share.
+
+    The mean over training seeds; None without an oracle, or where a family has no row at its budget.
+    """
+    # Each in the time that it took: the share of static's KL that is left.
+    bounds = [(left, row) for row in rows if row.family == ORACLE.name and (left := left_of_static(row)) is not None]
+    if not bounds:
+        return None
+    bound, oracle = min(bounds, key=lambda item: item[0])
+    learned_rows = [row for row in rows if row.family == PPO.name and row.time_budget == oracle.time_budget]
+    shares = [captured_headroom(1.0, left_of_static(row), bound) for row in learned_rows]
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _oracle_allocations(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    return prepared.front.nearest(4.0), prepared.front.nearest(5.0)
+
+
+def _row(
+    prepared: Prepared,
+    num_sequences: int,
+    trace: Trace,
+    policy: str,
+    family: str,
+    time_budget: float,
+    settings: Settings,
+) -> EvalRow:
+    _, documents = test_windows(prepared, num_sequences)
+    row = summarise(
+        trace,
+        policy=policy,
+        family=family,
+        reference=reference_name(prepared.model),
+        time_budget=time_budget,
+        documents=documents,
+    )
+    return unlike_static(row, trace, settings.static_at(time_budget))

@@ -1,0 +1,95 @@
+"""Rows of oracles and of choices in flight: on everyone's text, and how much of the headroom is captured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from evaluation_rows import row
+
+from flexquant_rl.agents.evaluation import contest
+from flexquant_rl.agents.evaluation.contest import Settings
+from flexquant_rl.agents.evaluation.equal_time import static_family
+from flexquant_rl.agents.evaluation.oracle import OracleConfig
+from flexquant_rl.agents.evaluation.references import headroom, oracle_rows, oracle_time_share, relative_error_rows
+from flexquant_rl.agents.evaluation.report import write_report
+from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.preparation import Prepared
+
+BUDGET = 0.6
+ORACLE = row("oracle", BUDGET, 0.005)
+
+
+def learned_row(kl: float, seed: int = 0, budget: float = BUDGET) -> EvalRow:
+    return row("ppo", budget, kl, seed=seed)
+
+
+@pytest.mark.parametrize(("kl", "share"), [(0.015, 0.5), (0.025, 0.0), (0.005, 1.0), (0.045, -1.0)])
+def test_headroom_by_hand(kl: float, share: float) -> None:
+    assert headroom([ORACLE, learned_row(kl)]) == pytest.approx(share, abs=1e-9)
+
+
+def test_headroom_is_the_mean_over_seeds_at_the_oracles_budget() -> None:
+    rows = [ORACLE, learned_row(0.015), learned_row(0.025, seed=1)]
+    assert headroom(rows) == pytest.approx(0.25)
+    others = [row("fixed", BUDGET, 0.001), row("static", 0.7, 0.001), learned_row(0.001, budget=0.7)]
+    assert headroom([*rows, *others]) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [learned_row(0.015)],  # no oracle
+        [ORACLE],  # nothing learned
+        [ORACLE, learned_row(0.015, budget=0.7)],  # never at the oracle's budget
+        [replace(ORACLE, static_kl_nats=None), learned_row(0.015)],  # static never takes the oracle's time
+        [row("oracle", BUDGET, 0.05), learned_row(0.015)],  # an oracle worse than static
+    ],
+)
+def test_no_headroom_without_both_ends(rows: list[EvalRow]) -> None:
+    assert headroom(rows) is None
+
+
+@pytest.mark.parametrize("stronger_first", [True, False])
+def test_headroom_is_that_of_the_stronger_oracle(stronger_first: bool) -> None:
+    oracles = [ORACLE, row("oracle", BUDGET, 0.015)]
+    rows = [*(oracles if stronger_first else oracles[::-1]), learned_row(0.015)]
+    assert headroom(rows) == pytest.approx(0.5)
+
+
+def settings_at(prepared: Prepared, *budgets: float) -> Settings:
+    return contest.tune(prepared, [static_family(prepared)], budgets, 4)
+
+
+def test_oracle_rows_are_on_the_same_text(tiny_prepared: Prepared) -> None:
+    config = OracleConfig(num_masks=8)
+    budget = oracle_time_share(tiny_prepared, config)
+    token, unit = oracle_rows(tiny_prepared, 2, config, settings_at(tiny_prepared, budget))
+    assert (token.policy, unit.policy) == ("oracle:token", "oracle:unit")
+    for result in (token, unit):
+        assert (result.family, result.num_sequences, result.time_budget) == ("oracle", 2, budget)
+        assert result.time_share_measured is None
+        assert result.differs_from_static is not None
+        assert 0 < result.output_kl_nats < math.inf
+    # Its time is known beforehand, and static is asked for that very time.
+    assert token.time_share_modelled == pytest.approx(budget)
+    assert unit.time_share_modelled is not None
+    assert budget - 0.02 < unit.time_share_modelled <= budget + 1e-6
+    # Half of the tokens at each of the two allocations.
+    mean = [float(tiny_prepared.model.mean_bit_width(tiny_prepared.front.nearest(bits))) for bits in (4.0, 5.0)]
+    assert token.mean_bit_width == pytest.approx(sum(mean) / 2, rel=1e-4)
+
+
+def test_relative_error_rows_say_that_nothing_here_serves_them(tiny_prepared: Prepared, tmp_path: Path) -> None:
+    budgets = (0.1, 0.7)  # the first is out of reach
+    (result,) = relative_error_rows(tiny_prepared, 4, budgets, settings_at(tiny_prepared, *budgets))
+    assert (result.family, result.time_budget, result.num_sequences) == ("relative-error", 0.7, 4)
+    assert result.time_share_measured is None
+    assert result.time_share_modelled == pytest.approx(0.7, abs=0.06)
+    assert result.differs_from_static is not None
+    for rows, is_said in (([result], True), ([learned_row(0.01)], False)):
+        write_report(tmp_path, rows=rows, sentences=[], facts={})
+        text = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert ("`relative-error` chooses a unit's width within the pass" in text) == is_said
