@@ -24,6 +24,7 @@ from flexquant_rl.agents.commands.options import (
     QuantizeOptions,
     RecordOptions,
     SweepOptions,
+    TasksOptions,
     TrainOptions,
 )
 from flexquant_rl.agents.commands.parsing import parse_command
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": TrainOptions,
     "sweep": SweepOptions,
     "evaluate": EvaluateOptions,
+    "tasks": TasksOptions,
     "export": ExportOptions,
     "generate": GenerateOptions,
     "inspect": InspectOptions,

@@ -12,16 +12,13 @@ import torch
 from flexquant_rl.agents.commands.drafts import asked_policy, check_verify_width, draft_results
 from flexquant_rl.agents.commands.options import GenerateOptions
 from flexquant_rl.agents.commands.process import print_result
-from flexquant_rl.agents.commands.servable import load_servable
+from flexquant_rl.agents.commands.servable import load_servable, setting_of
 from flexquant_rl.agents.config import check_device
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
-from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
-from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.drafts import DraftPolicy
-from flexquant_rl.engine.control.policy import DialPoint, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.decoding.options import check_num_threads
@@ -46,7 +43,13 @@ def generate(options: GenerateOptions) -> None:
         device=options.device,
     )
     check_verify_width(found.policy, options)
-    setting = _setting(found.policy, options)
+    setting = setting_of(found.policy, asked_policy(options), speed=options.speed, kl_weight=options.kl_weight)
+    if options.speed is not None and setting is not None:
+        say(
+            f"speed {options.speed:g} asked: dial at KL weight {setting.kl_weight:.4g}; expected "
+            f"{setting.speedup_modelled:.2f}x modelled, output KL {setting.output_kl_nats:.2e} nats, "
+            f"{setting.mean_bit_width:.2f} bits (validation text)"
+        )
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
     prompt_ids = encode_chat(model, prompt) if is_chat else encode(model, prompt)
@@ -105,33 +108,6 @@ def _prompt(options: GenerateOptions) -> str:
         raise InputError(f"{where}: byte {error.start} is not UTF-8; save the text as UTF-8") from error
     except OSError as error:
         raise InputError(f"{where} cannot be read ({error.strerror}); give the name of a text file") from error
-
-
-def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | None:
-    """The setting of the dial: as given, for the speed asked for, or the middle one. None without a dial."""
-    speed, kl_weight = options.speed, options.kl_weight
-    if isinstance(policy, StaticPolicy | DeployedDrafts):
-        for name, value in (("speed", speed), ("kl-weight", kl_weight)):
-            if value is not None:
-                raise InputError(
-                    f"--{name} {value:g} sets a dial, and {policy.name} has none; choose another width instead"
-                )
-        return None
-    if kl_weight is not None:
-        if speed is not None:
-            raise InputError(f"--speed {speed:g} and --kl-weight {kl_weight:g} set the same dial; give one of them")
-        check_kl_weight(kl_weight)
-        return DialPoint(kl_weight, float("nan"), float("nan"), float("nan"))
-    if speed is not None:
-        point = policy.card.setting_for_speed(speed)
-        say(
-            f"speed {speed:g} asked: dial at KL weight {point.kl_weight:.4g}; expected {point.speedup_modelled:.2f}x "
-            f"modelled, output KL {point.output_kl_nats:.2e} nats, {point.mean_bit_width:.2f} bits (validation text)"
-        )
-        return point
-    if not policy.card.dial:
-        raise InputError(f"{options.policy!r} has no table of its dial to choose a setting from; give --kl-weight")
-    return policy.card.middle_setting()
 
 
 @dataclass

@@ -16,11 +16,12 @@ from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
 from flexquant_rl.agents.preparation import policy_context, prepare, profile_beside
 from flexquant_rl.agents.progress import track
-from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
-from flexquant_rl.engine.control.policy import PolicyCard, StaticPolicy
+from flexquant_rl.engine.control.dial import check_kl_weight
+from flexquant_rl.engine.control.policy import DialPoint, PolicyCard, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile, unmeasured_profile
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -53,6 +54,7 @@ def load_servable(
     text: Sequence[Path] = (),
     threads: int | None = None,
     device: Device = "cpu",
+    loaded: NestedCausalLM | None = None,
 ) -> Servable:
     """Loads a model and the policy of a directory, or the static allocation or drafts of a name.
 
@@ -63,6 +65,7 @@ def load_servable(
         text: With a name: text files to profile on; default: the held-out standard library.
         threads: Threads that a measured profile must be of.
         device: Where a profile is made.
+        loaded: The model, where another policy has had it loaded already; taken if it is nested as this one needs it.
 
     Raises:
         InputError: If model or policy cannot be used, or not together.
@@ -72,7 +75,7 @@ def load_servable(
             option = f"--profile {profile}" if profile is not None else f"--text {text[0]}"
             raise InputError(f"{option} is for policies by name, and {policy} carries its own profile; leave it out")
         exported = load_exported(Path(policy), policy)
-        nested = _load(model, exported.quantization)
+        nested = _load(model, exported.quantization, loaded)
         exported.card.check_model(nested.fingerprint, exported.directory)
         return Servable(nested, exported.policy, exported.profile)
     if ":" not in policy or os.sep in policy:  # no name, so a directory was meant
@@ -85,7 +88,7 @@ def load_servable(
     if profile is None and (isinstance(unbound, Fixed) or (isinstance(unbound, Drafts) and unbound.is_one_width)):
         if text:
             raise InputError(f"--text {text[0]} is to profile on, and {policy} needs no profile; leave it out")
-        return _one_width(_load(model, QuantizationConfig()), unbound)
+        return _one_width(_load(model, QuantizationConfig(), loaded), unbound)
     config = TrainConfig(
         model=model,
         profile=None if profile is None else str(profile),
@@ -96,8 +99,43 @@ def load_servable(
     return _by_name(config, unbound)
 
 
-def _load(model: str, quantization: QuantizationConfig) -> NestedCausalLM:
+def setting_of(
+    policy: DeployedPolicy, named: str, *, speed: float | None = None, kl_weight: float | None = None
+) -> DialPoint | None:
+    """The setting of a policy's dial: as given, for the speed asked for, or the middle one. None without a dial.
+
+    Args:
+        policy: The policy.
+        named: What the user called it.
+        speed: Speed over the largest width that is asked for.
+        kl_weight: The dial itself.
+
+    Raises:
+        InputError: If the policy has no dial to set, no table of it to choose from, or both numbers are given.
+    """
+    if isinstance(policy, StaticPolicy | DeployedDrafts):
+        for name, value in (("speed", speed), ("kl-weight", kl_weight)):
+            if value is not None:
+                raise InputError(
+                    f"--{name} {value:g} sets a dial, and {policy.name} has none; choose another width instead"
+                )
+        return None
+    if kl_weight is not None:
+        if speed is not None:
+            raise InputError(f"--speed {speed:g} and --kl-weight {kl_weight:g} set the same dial; give one of them")
+        check_kl_weight(kl_weight)
+        return DialPoint(kl_weight, float("nan"), float("nan"), float("nan"))
+    if speed is not None:
+        return policy.card.setting_for_speed(speed)
+    if not policy.card.dial:
+        raise InputError(f"{named!r} has no table of its dial to choose a setting from; give --kl-weight")
+    return policy.card.middle_setting()
+
+
+def _load(model: str, quantization: QuantizationConfig, loaded: NestedCausalLM | None) -> NestedCausalLM:
     path = resolve_model(model)
+    if loaded is not None and (is_nested_checkpoint(Path(path)) or loaded.config == quantization):
+        return loaded
     return load_model(path, quantization, keep_reference=False, progress=lambda items: track(items, "quantising"))
 
 
