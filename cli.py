@@ -16,6 +16,7 @@ from flexquant_rl import __version__
 from flexquant_rl.agents.commands.options import (
     AnalyseOptions,
     BenchCommand,
+    DemoOptions,
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Any]] = {
     "export": ExportOptions,
     "generate": GenerateOptions,
     "inspect": InspectOptions,
+    "demo": DemoOptions,
     "bench": BenchCommand,
 }
 """Options of every command; what it does is the function of its name in `agents/commands`, in the file of its name."""

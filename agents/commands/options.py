@@ -251,7 +251,7 @@ class TasksOptions:
     """Runs of train.py, directories of exported policies, static allocations or drafts by name (fixed:4,
     knapsack:4.5, draft:3,length=4), and full: the unquantised weights."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[TASK ...]")] = ("continuation", "line")
-    """Of ours, made of files: continuation (which of four passages follows), line (the rest of a line of code), gsm8k
+    """Of ours, made of files: continuation (which of four passages follows), line (the end of a line of code), gsm8k
     (needs --gsm8k). Of the harness, by its names, where their data are on this machine. None runs generated code."""
     limit: int | None = 100
     """Documents of a task at most; None: all."""
@@ -277,6 +277,19 @@ class TasksOptions:
     """Threads of a step; default: 1 with the lean decoder."""
     timed_tokens: int = 32
     """Tokens of each continuation by which policies are timed, in turns; 0 leaves the clock out."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Takes SmolLM2-135M from a package, trains a verified and a lossy controller, prints one table by the clock.
+
+    No model hub is needed. The same command goes on with what is left.
+    """
+
+    out: Path = Path("runs/demo-llm")
+    """Directory of checkpoint, runs and table; the unquantised model is kept in the cache."""
+    text: Files = ()
+    """Text files for prompts; default: the held-out standard library."""
 
 
 @dataclass(frozen=True)

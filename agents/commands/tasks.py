@@ -24,7 +24,7 @@ from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.agents.tasks.clock import Timed, time_policies
 from flexquant_rl.agents.tasks.comparison import findings, score_interval
 from flexquant_rl.agents.tasks.extra import check_extra, stay_offline
-from flexquant_rl.agents.tasks.local_tasks import LOCAL_TASKS, MadeTask, make_task
+from flexquant_rl.agents.tasks.local_tasks import LOCAL_TASKS, SOURCE, MadeTask, make_task
 from flexquant_rl.agents.tasks.reference import FULL_PRECISION, ReferenceEngine
 from flexquant_rl.agents.tasks.report import console_table, write_report
 from flexquant_rl.agents.tasks.rows import Kind, TaskPlan, TaskRow, TaskTimeRow, claim, read_rows, save_rows
@@ -329,7 +329,9 @@ def _row(one: _Asked, task: str, samples: Sequence[dict[str, Any]], cpu_seconds:
         raise InputError(f"task {task} gives no number for each document, so policies cannot be compared on it")
     metric = next((name for name in _METRICS if name in numbers), numbers[0])
     scores = tuple(float(sample[metric]) for sample in samples)
-    low, high = score_interval(scores)
+    sources = [str(sample["doc"].get(SOURCE, place)) for place, sample in enumerate(samples)]
+    groups = tuple(map([*dict.fromkeys(sources)].index, sources))
+    low, high = score_interval(scores, groups)
     return TaskRow(
         policy=one.name,
         kind=one.kind,
@@ -341,6 +343,7 @@ def _row(one: _Asked, task: str, samples: Sequence[dict[str, Any]], cpu_seconds:
         score_low=low,
         score_high=high,
         document_ids=tuple(str(sample["doc_hash"])[:_DIGEST_CHARS] for sample in samples),
+        document_groups=groups,
         document_scores=scores,
         answers=tuple(_digest(sample["resps"]) for sample in samples),
         cpu_seconds=cpu_seconds,

@@ -67,9 +67,7 @@ def time_policies(
             if number == 0:
                 tokens[name] += made
     per_token = {name: float(np.median(took[name])) / len(tokens[name]) for name in names}
-    return [
-        _row(name, timed, per_token[name], per_token[_PLAIN], tokens[name]) for name, timed in policies.items()
-    ]
+    return [_row(name, timed, per_token[name], per_token[_PLAIN], tokens[name]) for name, timed in policies.items()]
 
 
 def _continue(

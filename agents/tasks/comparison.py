@@ -36,9 +36,9 @@ class Difference:
         return f"{100 * self.value:+.1f} points (95% interval {low} to {high})"
 
 
-def score_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """The bootstrap 95% interval of a mean over documents."""
-    return percentile_interval((document_weights(range(len(scores))) @ np.array(scores, dtype=np.float64))[1:])
+def score_interval(scores: Sequence[float], groups: Sequence[int]) -> tuple[float, float]:
+    """The bootstrap 95% interval of a mean over documents, resampled in groups."""
+    return percentile_interval((document_weights(groups) @ np.array(scores, dtype=np.float64))[1:])
 
 
 def against_row(row: TaskRow, other: TaskRow) -> Difference:
@@ -50,9 +50,7 @@ def against_row(row: TaskRow, other: TaskRow) -> Difference:
     return _difference(row, _scores(row, other), other.policy)
 
 
-def against_static(
-    row: TaskRow, rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]
-) -> Difference | None:
+def against_static(row: TaskRow, rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]) -> Difference | None:
     """A policy against static allocations that take, together, the time that it took by the clock.
 
     Static at a time between two allocations answers a share of the documents with each: its score is the mean of
@@ -69,11 +67,15 @@ def against_static(
     """
     shares = {time.policy: time.time_share_measured for time in times}
     own = shares.get(row.policy)
-    line = sorted(
-        (shares[other.policy], other.policy, _scores(row, other))
-        for other in rows
-        if other.kind == "static" and other.task == row.task and other.policy in shares
-    ) if own is not None else []
+    line = (
+        sorted(
+            (shares[other.policy], other.policy, _scores(row, other))
+            for other in rows
+            if other.kind == "static" and other.task == row.task and other.policy in shares
+        )
+        if own is not None
+        else []
+    )
     if own is None or not line or own < line[0][0]:
         return None
     slower = next((place for place, entry in enumerate(line) if entry[0] > own), None)
@@ -105,7 +107,7 @@ def _scores(row: TaskRow, other: TaskRow) -> list[float]:
 
 def _difference(row: TaskRow, others: Sequence[float], against: str) -> Difference:
     apart: Array = np.array(row.document_scores, dtype=np.float64) - np.array(others, dtype=np.float64)
-    resampled = document_weights(range(len(apart))) @ apart
+    resampled = document_weights(row.document_groups) @ apart
     low, high = percentile_interval(resampled[1:])
     return Difference(float(resampled[0]), low, high, against)
 

@@ -124,9 +124,7 @@ class FlexQuantLM(TemplateLM):  # type: ignore[misc]
         made._begin(engine, kl_weight, max_length, _MAX_NEW_TOKENS, num_rows)
         return made
 
-    def _begin(
-        self, engine: Answering, kl_weight: float, max_length: int, max_new_tokens: int, num_rows: int
-    ) -> None:
+    def _begin(self, engine: Answering, kl_weight: float, max_length: int, max_new_tokens: int, num_rows: int) -> None:
         check_extra()
         super().__init__()
         self._engine = engine
@@ -244,9 +242,7 @@ def engine_of(
 ) -> Engine:
     """An engine whose requests hold at most `max_length` tokens, fewer where the model's context is shorter."""
     length = min(max_length, found.model.max_context)
-    return Engine(
-        found.model, found.policy, found.profile, max_length=length, num_threads=num_threads, decoder=decoder
-    )
+    return Engine(found.model, found.policy, found.profile, max_length=length, num_threads=num_threads, decoder=decoder)
 
 
 def _number(value: float | str | None) -> float | None:

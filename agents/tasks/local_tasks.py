@@ -1,6 +1,6 @@
 """Tasks made of files: documents as JSON lines and a description that lm-evaluation-harness reads, without a network.
 
-`continuation` asks which of four passages follows, `line` for the rest of a line of code, `gsm8k` for the number that
+`continuation` asks which of four passages follows, `line` for the end of a line of code, `gsm8k` for the number that
 answers a question of grade-school mathematics. The same files make the same documents. Nothing that a model writes is
 ever run, so no task needs a sandbox.
 """
@@ -8,6 +8,7 @@ ever run, so no task needs a sandbox.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from flexquant_rl.fq_env.prompts import stdlib_documents
 from flexquant_rl.fq_env.text_files import documents_of
 
 Documents = list[dict[str, Any]]
+SOURCE = "source"
+"""The field of a document that names what it is a part of; documents of one source are resampled together."""
 LEAST_DOCUMENTS = 2
 _MOST_DOCUMENTS = 500
+_PIECE_CHARS = 4000
 _CONTEXT_CHARS = 400
 _ANSWER_CHARS = 48
 _NUM_CHOICES = 4
@@ -103,8 +107,8 @@ def make_task(task: LocalTask, files: Sequence[Path]) -> MadeTask:
     if len(documents) < task.shots + LEAST_DOCUMENTS:
         where = ", ".join(map(str, files)) or "the standard library"
         raise InputError(
-            f"{where}: {len(documents)} documents for task {task.name} can be made of it, and {task.shots} examples and "
-            f"{LEAST_DOCUMENTS} to ask are needed at least; give more text"
+            f"{where}: {len(documents)} documents for task {task.name} can be made of it, and at least {task.shots} "
+            f"examples and {LEAST_DOCUMENTS} to ask are needed; give more text"
         )
     return MadeTask(task, documents)
 
@@ -114,37 +118,62 @@ def _write_lines(path: Path, rows: Documents) -> None:
         temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
-def _texts(files: Sequence[Path]) -> list[str]:
-    """The documents of all files, a document of each in turn; of the held-out standard library without files."""
-    if not files:
-        return stdlib_documents("test")
-    each = [list(documents_of(path)) for path in files]
-    longest = max(map(len, each))
-    return [documents[index] for index in range(longest) for documents in each if index < len(documents)]
+@dataclass(frozen=True)
+class _Text:
+    """A text and what it is a part of: passages of one module are not independent."""
+
+    source: str
+    text: str
+
+
+def _texts(files: Sequence[Path]) -> list[list[_Text]]:
+    """The documents of each file; without files those of the held-out standard library, long modules in pieces."""
+    if files:
+        each = [documents_of(path) for path in files]
+        return [[_Text(f"{place}", text) for place, text in enumerate(documents)] for documents in each]
+    modules = enumerate(stdlib_documents("test"))
+    return [[_Text(f"{number}", text) for number, module in modules for text in _pieces(module)]]
+
+
+def _pieces(text: str) -> list[str]:
+    """A text cut at lines' ends into pieces of about 4,000 characters."""
+    pieces, begin = [], 0
+    while begin < len(text):
+        end = text.find("\n", begin + _PIECE_CHARS)
+        end = len(text) if end < 0 else end + 1
+        pieces.append(text[begin:end])
+        begin = end
+    return pieces
+
+
+def _in_turns(of_files: Sequence[Documents]) -> Documents:
+    """At most 500 documents in the order of their digests, the files in turns: any beginning is a fair sample."""
+    share = max(1, _MOST_DOCUMENTS // max(1, len(of_files)))
+    kept = [sorted(documents, key=lambda document: _digest(document["context"]))[:share] for documents in of_files]
+    longest = max(map(len, kept), default=0)
+    return [documents[index] for index in range(longest) for documents in kept if index < len(documents)]
 
 
 def continuation_documents(files: Sequence[Path]) -> Documents:
-    """A passage of each document, its true continuation and three that follow passages of other documents.
+    """A passage of each document, its true continuation and three that follow passages of other ones of the same file.
 
     All are cut between words and about equally long. Where the true one stands is decided by a digest of the passage.
     """
-    cut = [found for text in _texts(files) if (found := _passage(text)) is not None]
-    cut = _spaced(cut, _MOST_DOCUMENTS)
-    if len({answer for _, answer in cut}) < _NUM_CHOICES:
-        return []
-    made = []
-    for index, (context, answer) in enumerate(cut):
-        others = []
-        for step in range(1, len(cut)):
-            other = cut[(index + step * _stride(len(cut))) % len(cut)][1]
-            if other != answer and other not in others:
-                others.append(other)
-            if len(others) == _NUM_CHOICES - 1:
-                break
+    return _in_turns([_continuations(texts) for texts in _texts(files)])
+
+
+def _continuations(texts: Sequence[_Text]) -> Documents:
+    cut = [(*found, text.source) for text in texts if (found := _passage(text.text)) is not None]
+    stride = _stride(len(cut))
+    made: Documents = []
+    for index, (context, answer, source) in enumerate(cut):
+        following = (cut[(index + step * stride) % len(cut)][1] for step in range(1, len(cut)))
+        others = list(dict.fromkeys(other for other in following if other != answer))[: _NUM_CHOICES - 1]
         if len(others) < _NUM_CHOICES - 1:
-            continue
+            return []
         gold = _digest(context) % _NUM_CHOICES
-        made.append({"context": context, "choices": [*others[:gold], answer, *others[gold:]], "gold": gold})
+        choices = [*others[:gold], answer, *others[gold:]]
+        made.append({"context": context, "choices": choices, "gold": gold, SOURCE: source})
     return made
 
 
@@ -170,30 +199,34 @@ def _stride(count: int) -> int:
 
 
 def line_documents(files: Sequence[Path]) -> Documents:
-    """A line of each document of code without all but its first word, behind what stands before it."""
-    made: Documents = []
-    for text in _texts(files):
-        lines = text.split("\n")
-        begins = [0]
-        for line in lines:
-            begins.append(begins[-1] + len(line) + 1)
-        fitting = [index for index in range(len(lines)) if begins[index] >= _CODE_CHARS // 2 and _is_asked(lines[index])]
-        if not fitting:
-            continue
-        index = fitting[_digest(text) % len(fitting)]
-        line = lines[index]
-        word_end = line.index(" ", len(line) - len(line.lstrip()))
-        before = text[max(0, begins[index] - _CODE_CHARS) : begins[index]]
-        cut_at = 0 if begins[index] <= _CODE_CHARS else before.index("\n") + 1  # not in the middle of a line
-        made.append({"context": before[cut_at:] + line[:word_end], "answer": line[word_end:].strip()})
-    return _spaced(made, _MOST_DOCUMENTS)
+    """A line of each document of code without the second half of its words, behind what stands before it."""
+    return _in_turns([[made for text in texts if (made := _line(text)) is not None] for texts in _texts(files)])
+
+
+def _line(asked: _Text) -> dict[str, str] | None:
+    """The line that a digest of the document chooses; None where no line is worth asking for."""
+    text = asked.text
+    lines = text.split("\n")
+    begins = [0, *itertools.accumulate(len(line) + 1 for line in lines)]
+    fitting = [index for index, line in enumerate(lines) if begins[index] >= _CODE_CHARS // 2 and _is_asked(line)]
+    if not fitting:
+        return None
+    index = fitting[_digest(text) % len(fitting)]
+    line, begin = lines[index], begins[index]
+    words = line.strip().split(" ")
+    answer = " ".join(words[(len(words) + 1) // 2 :])
+    before = text[max(0, begin - _CODE_CHARS) : begin]
+    if begin > _CODE_CHARS:  # not in the middle of a line
+        before = before[before.index("\n") + 1 :]
+    return {"context": before + line.rstrip().removesuffix(answer).rstrip(), "answer": answer, SOURCE: asked.source}
 
 
 def _is_asked(line: str) -> bool:
-    """Whether the rest of a line is worth asking for: code of some words, no comment and no text in quotes alone."""
+    """Whether a line is code of some words, as far as its letters tell: an assignment, a call, no comment or text."""
     bare = line.strip()
     low, high = _LINE_CHARS
-    return low <= len(bare) <= high and len(bare.split()) >= _LEAST_WORDS and bare[0] not in "#\"'/*" and "  " not in bare
+    is_code = any(mark in bare for mark in "=(") and bare[0] not in "#\"'/*"
+    return low <= len(bare) <= high and len(bare.split()) >= _LEAST_WORDS and is_code and "  " not in bare
 
 
 def gsm8k_documents(files: Sequence[Path]) -> Documents:
@@ -204,7 +237,7 @@ def gsm8k_documents(files: Sequence[Path]) -> Documents:
             question, answer = (row.get(name) if isinstance(row, dict) else None for name in ("question", "answer"))
             if not isinstance(question, str) or not isinstance(answer, str) or "#### " not in answer:
                 raise InputError(
-                    f"{path}:{number} is no row of GSM8K; give lines with question and answer, which ends in #### NUMBER"
+                    f"{path}:{number} is no row of GSM8K; give lines with question and answer, which ends in #### 42"
                 )
             target = answer.rsplit("#### ", 1)[1].strip().replace(",", "")
             made.append({"question": question, "answer": answer, "number": target})
@@ -221,11 +254,6 @@ def _json_rows(path: Path) -> Iterator[Any]:
         raise InputError(f"{path} cannot be read as JSON lines ({error}); give GSM8K's .jsonl file") from error
 
 
-def _spaced(items: list[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spaced."""
-    return items if len(items) <= count else [items[index * len(items) // count] for index in range(count)]
-
-
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
@@ -236,8 +264,8 @@ LOCAL_TASKS = {
         LocalTask(
             "continuation",
             "which of four passages of about 48 characters follows some 400 characters of a text; the three wrong ones "
-            "follow passages of other documents, so subject and style help as much as sense (accuracy by likelihood "
-            "per byte)",
+            "follow passages of other documents of the same file, so subject helps as much as sense (accuracy by "
+            "likelihood per byte)",
             continuation_documents,
             {
                 "output_type": "multiple_choice",
@@ -250,7 +278,7 @@ LOCAL_TASKS = {
         ),
         LocalTask(
             "line",
-            "the rest of a line of source code behind its first word and the 800 characters before, to the letter "
+            "the second half of a line of source code behind its first half and some 800 characters, to the letter "
             "(exact match, greedy); other right ways to go on count as wrong, and no code is run",
             line_documents,
             {

@@ -13,7 +13,8 @@ from flexquant_rl.engine.files import replacing
 REPORT_FILE = "report.md"
 _METHOD = (
     "All policies answer the same documents, one after the other; what is compared is the difference on each document.",
-    "Intervals are percentiles of 1,000 resamples of the documents, the same ones for both sides. They hold what "
+    "Intervals are percentiles of 1,000 resamples of the documents, the same ones for both sides; pieces of one module "
+    "of the standard library are drawn together. They hold what "
     "another choice of documents would change, and nothing of another training or another model.",
     "Prompts are read at the largest width, or unquantised by full precision. Widths switch at every token that is "
     "generated; continuations are scored token by token at the policy's widths.",
@@ -99,7 +100,9 @@ def _differences(rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]) -> str:
             continue
         static = None if row.kind == "static" else against_static(row, of_task, times)
         cells = [None if full is None else against_row(row, full), static]
-        lines.append([row.task, f"`{escape(row.policy)}`", *map(_cell, cells), "" if static is None else static.against])
+        lines.append(
+            [row.task, f"`{escape(row.policy)}`", *map(_cell, cells), "" if static is None else static.against]
+        )
     header = ["task", "policy", "points against full precision", "points against static in equal measured time"]
     return table_of([*header, "which is"], lines)
 

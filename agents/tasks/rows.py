@@ -52,6 +52,7 @@ class TaskRow:
         score_low: Lower end of its bootstrap 95% interval over documents.
         score_high: Upper end.
         document_ids: Digest of each document.
+        document_groups: What each is a part of, the unit of all intervals; most often each is its own.
         document_scores: Score of each.
         answers: Digest of what was answered to each: a text, or the likelihoods of all choices.
         cpu_seconds: Processor time for all of them.
@@ -67,13 +68,14 @@ class TaskRow:
     score_low: float
     score_high: float
     document_ids: tuple[str, ...]
+    document_groups: tuple[int, ...]
     document_scores: tuple[float, ...]
     answers: tuple[str, ...]
     cpu_seconds: float
 
     def public(self) -> dict[str, Any]:
         """What the JSON of the command says of it."""
-        private = ("document_ids", "document_scores", "answers", "policy_sha256")
+        private = ("document_ids", "document_groups", "document_scores", "answers", "policy_sha256")
         shown = {name: value for name, value in asdict(self).items() if name not in private}
         return {**shown, "num_documents": len(self.document_ids)}
 
@@ -128,9 +130,13 @@ def read_rows(directory: Path, kind: type[_Row]) -> list[_Row]:
             data = json.loads(line)
             if not isinstance(data, dict) or data.keys() != names:
                 raise ValueError(f"a row has {', '.join(sorted(names))}")
-            rows.append(kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}))
+            rows.append(
+                kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+            )
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as rows of tasks ({error}); remove it and run fq tasks again") from error
+        raise InputError(
+            f"{path} cannot be read as rows of tasks ({error}); remove it and run fq tasks again"
+        ) from error
     return rows
 
 
