@@ -11,7 +11,7 @@ from torch import Tensor
 from flexquant_rl.engine.control.controller import StaticController
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.request import GeneratedToken, Request
-from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner
+from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -53,25 +53,28 @@ class ReferenceEngine:
 
     def generate(self, request: Request) -> Iterator[GeneratedToken]:
         """Continues a prompt, as `Engine.generate`."""
-        runner = self._runner(1, request.num_held)
+        request.check(self.model.max_context, self.model.vocab_size)
+        widths = torch.full((self.model.num_units,), REFERENCE_WIDTH)
+        session = ReferenceSession(self.model, max_length=request.num_held)
+        runner = PolicyRunner(session, StaticController(StaticAllocation(FULL_PRECISION, widths)))
         with closing(runner.decoder):
             yield from runner.generate([request], self.model.token_text)
 
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, kl_weight: float, num_rows: int = 8
     ) -> list[Likelihood]:
-        """Scores (context, continuation) pairs, as `Engine.loglikelihood`."""
-        if not pairs:
-            return []
-        longest = max(len(context) + len(continuation) for context, continuation in pairs)
-        runner = self._runner(min(num_rows, len(pairs)), longest)
-        with closing(runner.decoder):
-            return runner.loglikelihood(pairs, kl_weight)
+        """Scores (context, continuation) pairs, as `Engine.loglikelihood`; where nothing switches one pass is enough."""
+        check_pairs(pairs, kl_weight, self.model.max_context, self.model.vocab_size)
+        session = DecodeSession(self.model, max_length=1)
+        found = []
+        with closing(session):
+            for context, continuation in pairs:
+                ids = torch.tensor([[*context, *continuation]])
+                log_probs = session.score(ids[:, :-1], first=len(context) - 1)[0].log_softmax(-1).cpu()
+                wanted = ids[0, len(context) :]
+                nats = log_probs.gather(1, wanted[:, None]).double().sum()
+                found.append(Likelihood(float(nats), bool((log_probs.argmax(-1) == wanted).all())))
+        return found
 
     def close(self) -> None:
         """Nothing is kept between calls."""
-
-    def _runner(self, num_rows: int, length: int) -> PolicyRunner:
-        widths = torch.full((self.model.num_units,), REFERENCE_WIDTH)
-        session = ReferenceSession(self.model, num_rows=num_rows, max_length=min(length, self.model.max_context))
-        return PolicyRunner(session, StaticController(StaticAllocation(FULL_PRECISION, widths), num_rows))
