@@ -63,7 +63,7 @@ class ReferenceEngine:
     def loglikelihood(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, kl_weight: float, num_rows: int = 8
     ) -> list[Likelihood]:
-        """Scores (context, continuation) pairs, as `Engine.loglikelihood`; where nothing switches one pass is enough."""
+        """Scores pairs as `Engine.loglikelihood`; where nothing switches one pass is enough."""
         check_pairs(pairs, kl_weight, self.model.max_context, self.model.vocab_size)
         session = DecodeSession(self.model, max_length=1)
         found = []

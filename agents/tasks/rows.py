@@ -130,9 +130,10 @@ def read_rows(directory: Path, kind: type[_Row]) -> list[_Row]:
             data = json.loads(line)
             if not isinstance(data, dict) or data.keys() != names:
                 raise ValueError(f"a row has {', '.join(sorted(names))}")
-            rows.append(
-                kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
-            )
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+            }
+            rows.append(kind(**values))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read as rows of tasks ({error}); remove it and run fq tasks again"
