@@ -61,21 +61,21 @@ def test_static_at_a_time_between_two_is_their_mean(drawn: list[list[float]]) ->
 def test_what_is_slower_than_static_meets_the_slowest_and_what_is_faster_nothing(drawn: list[list[float]]) -> None:
     slow, fast, own, _ = drawn
     rows = [row("fixed:8", "static", slow), row("fixed:4", "static", fast), row("mine", "learned", own)]
-    statics = [time("fixed:8", 1.0), time("fixed:4", 0.6)]
-    found = against_static(rows[2], rows, [*statics, time("mine", 1.3)])
+    allocations = [time("fixed:8", 1.0), time("fixed:4", 0.6)]
+    found = against_static(rows[2], rows, [*allocations, time("mine", 1.3)])
     assert found is not None
     assert (found.against, found.value) == ("fixed:8", pytest.approx(np.mean(own) - np.mean(slow)))
-    assert against_static(rows[2], rows, [*statics, time("mine", 0.5)]) is None
-    assert against_static(rows[2], rows, statics) is None
+    assert against_static(rows[2], rows, [*allocations, time("mine", 0.5)]) is None
+    assert against_static(rows[2], rows, allocations) is None
 
 
 def test_losses_are_named_and_what_cannot_be_said_is_said(drawn: list[list[float]]) -> None:
     worse, better = [0.0] * COUNT, drawn[3]
-    statics = [row("fixed:8", "static", better), row("fixed:4", "static", better)]
+    allocations = [row("fixed:8", "static", better), row("fixed:4", "static", better)]
     times = [time("fixed:8", 1.0), time("fixed:4", 0.6), time("mine", 0.8), time("draft:3", 0.9), time("quick", 0.1)]
     rows = [
         row("full", "full", better),
-        *statics,
+        *allocations,
         row("mine", "learned", worse),
         row("quick", "learned", worse),
         row("draft:3", "drafts", better),
@@ -89,7 +89,7 @@ def test_losses_are_named_and_what_cannot_be_said_is_said(drawn: list[list[float
     assert f"line: draft:3 answers as fixed:8 on {COUNT} of {COUNT} documents" in words
     assert any("against full precision" in line for line in words)
     assert "on no task does a policy lose more than static at equal measured time" in findings(
-        [*statics, rows[-1]], times
+        [*allocations, rows[-1]], times
     )
 
 
