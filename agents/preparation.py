@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.config import TrainConfig
-from flexquant_rl.agents.evaluation.rehearsal import RecordedText
 from flexquant_rl.agents.export import ExportedPolicy
 from flexquant_rl.agents.policies.static_front import StaticFront, static_front
 from flexquant_rl.agents.policies.unbound import PolicyContext, Recording
@@ -77,6 +76,8 @@ def policy_context(prepared: Prepared) -> PolicyContext:
 
     @cache
     def recording() -> Recording:
+        from flexquant_rl.agents.evaluation.rehearsal import RecordedText  # needs Gymnasium, and serving does not
+
         windows = spread(prepared.windows.train, _RECORDED_WINDOWS)
         return RecordedText(model, prepared.profile, windows, prepared.env, prepared.cost, num_scored=_RECORDED_WINDOWS)
 

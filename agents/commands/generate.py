@@ -12,16 +12,13 @@ import torch
 from flexquant_rl.agents.commands.drafts import asked_policy, check_verify_width, draft_results
 from flexquant_rl.agents.commands.options import GenerateOptions
 from flexquant_rl.agents.commands.process import print_result
-from flexquant_rl.agents.commands.servable import load_servable
+from flexquant_rl.agents.commands.servable import Servable, load_servable
 from flexquant_rl.agents.config import check_device
-from flexquant_rl.agents.dial_setting import dial_setting
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.bits_display import coloured, has_colours, legend, numbers
-from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafts import DraftPolicy
-from flexquant_rl.engine.control.ladder import Rung
 from flexquant_rl.engine.control.policy import DialPoint
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken
@@ -49,7 +46,7 @@ def generate(options: GenerateOptions) -> None:
         verify_width=options.verify_width,
     )
     check_verify_width(found.policy, options)
-    setting = _setting(found.policy, options) if found.rung is None else _setting_of_rung(found.rung, options)
+    setting = _setting(found, options)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
     prompt_ids = encode_chat(model, [{"role": "user", "content": prompt}]) if is_chat else encode(model, prompt)
@@ -111,29 +108,18 @@ def _prompt(options: GenerateOptions) -> str:
         raise InputError(f"{where} cannot be read ({error.strerror}); give the name of a text file") from error
 
 
-def _setting(policy: DeployedPolicy, options: GenerateOptions) -> DialPoint | None:
-    """The setting of the dial; says what to expect where a speed was asked for."""
+def _setting(found: Servable, options: GenerateOptions) -> DialPoint | None:
+    """The setting of the dial; says what to expect where a speed was asked for, or of a rung."""
     speed = options.speed
-    point = dial_setting(policy, speed=speed, kl_weight=options.kl_weight, names=("--speed", "--kl-weight"))
-    if point is not None and speed is not None:
+    point = found.setting(speed=speed, kl_weight=options.kl_weight, names=("--speed", "--kl-weight"))
+    if found.rung is not None:
+        say(found.rung.words())
+    elif point is not None and speed is not None:
         say(
             f"speed {speed:g} asked: dial at KL weight {point.kl_weight:.4g}; expected {point.speedup_modelled:.2f}x "
             f"modelled, output KL {point.output_kl_nats:.2e} nats, {point.mean_bit_width:.2f} bits (validation text)"
         )
     return point
-
-
-def _setting_of_rung(rung: Rung, options: GenerateOptions) -> DialPoint | None:
-    """The setting of a ladder's rung, and what to expect of it; None where its policy has no dial."""
-    if options.kl_weight is not None:
-        raise InputError(
-            f"--kl-weight {options.kl_weight:g} sets the dial of one policy, and {options.policy} has several; give "
-            "--speed instead"
-        )
-    say(rung.words())
-    if rung.kl_weight is None:
-        return None
-    return DialPoint(rung.kl_weight, rung.speedup_measured, rung.output_kl_nats, float("nan"))
 
 
 @dataclass

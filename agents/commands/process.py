@@ -22,6 +22,9 @@ from typing import Any
 
 from flexquant_rl.engine.errors import InputError
 
+TRAINING_PACKAGES = ("gymnasium", "stable_baselines3", "tensorboard", "matplotlib")
+"""What an installation that only serves leaves out (requirements-serving.txt)."""
+
 DONE, FAILURE, BAD_INPUT, INTERRUPTED, READER_GONE, TERMINATED = 0, 1, 2, 130, 141, 143
 
 ENDINGS = """The last line of stdout is one JSON object.
@@ -53,6 +56,14 @@ def run_command(name: str, options: object) -> None:
     gc.disable()
     try:
         module = importlib.import_module(f"flexquant_rl.agents.commands.{name}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAINING_PACKAGES:
+            raise
+        raise InputError(
+            f"fq {name} needs the package {package}, which an installation that only serves leaves out; pip install "
+            "flexquant-rl, with its dependencies"
+        ) from error
     finally:
         gc.enable()
     gc.freeze()  # and what is imported stays

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flexquant_rl.agents.config import Device, TrainConfig
+from flexquant_rl.agents.dial_setting import dial_setting
 from flexquant_rl.agents.export import load_exported
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
@@ -16,12 +17,12 @@ from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context, prepare, profile_beside
 from flexquant_rl.agents.progress import track
-from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
 from flexquant_rl.engine.control.ladder import Rung, is_ladder, read_ladder
-from flexquant_rl.engine.control.policy import PolicyCard, StaticPolicy
+from flexquant_rl.engine.control.policy import DialPoint, PolicyCard, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile, unmeasured_profile
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -47,6 +48,26 @@ class Servable:
     profile: Profile
     rung: Rung | None = None
 
+    def setting(
+        self,
+        *,
+        speed: float | None = None,
+        kl_weight: float | None = None,
+        names: tuple[str, str] = ("speed", "kl_weight"),
+    ) -> DialPoint | None:
+        """The setting of the dial, that of the rung where there is one; arguments and errors as for `dial_setting`."""
+        if self.rung is None:
+            return dial_setting(self.policy, speed=speed, kl_weight=kl_weight, names=names)
+        if kl_weight is not None:
+            raise InputError(
+                f"{names[1]} {kl_weight:g} sets the dial of one policy, and a ladder has several; give {names[0]} "
+                "instead"
+            )
+        rung = self.rung
+        if rung.kl_weight is None:
+            return None
+        return DialPoint(rung.kl_weight, rung.speedup_measured, rung.output_kl_nats, float("nan"))
+
 
 def load_servable(
     model: str,
@@ -58,6 +79,7 @@ def load_servable(
     device: Device = "cpu",
     speed: float | None = None,
     verify_width: int | None = None,
+    loaded: NestedCausalLM | None = None,
 ) -> Servable:
     """Loads a model and the policy of a directory, or the static allocation or drafts of a name.
 
@@ -71,6 +93,7 @@ def load_servable(
         device: Where a profile is made.
         speed: Of a ladder: how fast its rung is to be.
         verify_width: Of a ladder: the width that its rung's text equals.
+        loaded: The model, where another policy has had it loaded already; taken if it is nested as this one needs it.
 
     Raises:
         InputError: If model or policy cannot be used, or not together.
@@ -84,7 +107,7 @@ def load_servable(
             rung = read_ladder(directory).chosen(speed, verify_width)
             directory = directory / rung.folder
         exported = load_exported(directory, policy if rung is None else rung.policy)
-        nested = _load(model, exported.quantization)
+        nested = _load(model, exported.quantization, loaded)
         exported.card.check_model(nested.fingerprint, exported.directory)
         return Servable(nested, exported.policy, exported.profile, rung)
     if ":" not in policy or os.sep in policy:  # no name, so a directory was meant
@@ -97,7 +120,7 @@ def load_servable(
     if profile is None and (isinstance(unbound, Fixed) or (isinstance(unbound, Drafts) and unbound.is_one_width)):
         if text:
             raise InputError(f"--text {text[0]} is to profile on, and {policy} needs no profile; leave it out")
-        return _one_width(_load(model, QuantizationConfig()), unbound)
+        return _one_width(_load(model, QuantizationConfig(), loaded), unbound)
     config = TrainConfig(
         model=model,
         profile=None if profile is None else str(profile),
@@ -108,8 +131,10 @@ def load_servable(
     return _by_name(config, unbound)
 
 
-def _load(model: str, quantization: QuantizationConfig) -> NestedCausalLM:
+def _load(model: str, quantization: QuantizationConfig, loaded: NestedCausalLM | None) -> NestedCausalLM:
     path = resolve_model(model)
+    if loaded is not None and (is_nested_checkpoint(Path(path)) or loaded.config == quantization):
+        return loaded
     return load_model(path, quantization, keep_reference=False, progress=lambda items: track(items, "quantising"))
 
 
