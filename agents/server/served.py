@@ -186,7 +186,11 @@ class Served:
                     log_probs=likeliest,
                 )
                 request.check(self.max_length, self.found.model.vocab_size)
-                widths = {"policy": self.policy_name if policy is None else policy.name, "kl_weight": kl_weight, "seed": seed + choice}
+                widths = {
+                    "policy": self.policy_name if policy is None else policy.name,
+                    "kl_weight": kl_weight,
+                    "seed": seed + choice,
+                }
                 asks.append(Ask(Job(request, wanted, policy, judged), text, widths))
         return asks
 
