@@ -167,11 +167,9 @@ class JobQueue:
             job.deliver(End("stopped"))
 
     def _advance(self, job: Job) -> None:
-        if job.request.cancel.is_set():
-            self._end(job, "disconnected")
-            return
+        is_cancelled = job.request.cancel.is_set
         try:
-            event = next(self._running[job], None)
+            event = None if is_cancelled() else next(self._running[job], None)
         except Exception:
             _LOG.exception("a request failed")
             self._end(job, "failed")
@@ -179,7 +177,9 @@ class JobQueue:
         if event is not None:
             self._count(job, event)
             job.deliver(event)
-        if event is None or (isinstance(event, GeneratedToken) and event.finish_reason is not None):
+        if is_cancelled():  # perhaps during this token, which then was the last one
+            self._end(job, "disconnected")
+        elif event is None or (isinstance(event, GeneratedToken) and event.finish_reason is not None):
             self._end(job, "done")
 
     def _end(self, job: Job, outcome: Outcome) -> None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 MOST_CHOICES = 16
 """Choices of one request at most."""
@@ -128,6 +137,15 @@ class CompletionBody(Body):
 
     best_of: Any = None
     suffix: Any = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _some_prompt(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """Says what is wrong once, not once for each form that a prompt may have."""
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("give text, tokens, or a list of either, none of them empty") from None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
