@@ -66,8 +66,9 @@ def packaged_model(out: Path) -> Path:
                 f"{PACKAGE}=={VERSION}"
             )
         hf_model, tokenizer = load_causal_lm(str(file))
+        hf_model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]  # transformers' annotation knows no arguments
         with new_directory(out) as directory:
-            hf_model.to(torch.bfloat16).save_pretrained(directory)
+            hf_model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     return out
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cli_runner import run, write_text
-from evaluation_rows import make_row
+from evaluation_rows import row
 
 from flexquant_rl import cli
 from flexquant_rl.agents.commands import demo as command
@@ -46,7 +46,7 @@ def test_both_modes_stand_in_one_table_and_nothing_is_done_twice(
     table = (out / "table.md").read_text(encoding="utf-8")
     assert table in done.out + "\n"
     assert "| verified, learned |" in table
-    assert "| lossy, learned |" in table
+    assert "| lossy, static |" in table
     speeds = [float(line.split("|")[3].strip().rstrip("x")) for line in table.splitlines()[2:]]
     assert speeds == sorted(speeds, reverse=True)
     assert (Path(done.result["verified_policy"]) / "policy.json").is_file()
@@ -61,8 +61,9 @@ def test_both_modes_stand_in_one_table_and_nothing_is_done_twice(
 
 
 def test_the_faster_stand_first() -> None:
-    rows = [replace(make_row("static:4"), speedup_measured=1.2), replace(make_row("static:5"), speedup_measured=1.5)]
-    table = command._table([], [*rows, replace(make_row("ppo"), speedup_measured=None)])
+    speeds = {"static:4": 1.2, "static:5": 1.5, "static:6": None}
+    rows = [row("static", 0.6, 0.01, policy=name, speedup_measured=speed) for name, speed in speeds.items()]
+    table = command._table([], rows)
     assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == ["`static:5`", "`static:4`"]
 
 
