@@ -342,10 +342,10 @@ class TestRounds:
     def test_drafted_greedy_text_is_the_plain_one(self, model: NestedCausalLM, verify: int, ngram_drafts: int) -> None:
         """The text of steps at the verify width, and of the loop that needs no host, over three buckets."""
         shared = exact(model)
-        request = Request(tokens_of(model, 5), 20)
+        request = Request(tokens_of(model, 5), 14)
         plain = StaticAllocation("plain", all_at(model, verify))
         expected = self.run(shared, plain, request)
-        policy = Scripted(model, verify, (3, 0, 1, 7))
+        policy = Scripted(model, verify, (3, 0, 5))
         drafted = self.run(shared, policy, request, ngram_drafts)
         assert text_of(drafted) == text_of(expected)
         counts = drafted[-1].draft_counts
@@ -353,8 +353,8 @@ class TestRounds:
         assert counts.num_draft_steps > 5
         options = {"mode": "float", "cache_dtype": torch.float32, "first_bucket": 8}
         loop = GraphDecoder(model, plain, make_profile(model), **options)  # type: ignore[arg-type]
-        loop.start(request.prompt_ids, 20, kl_weight=1.0)
-        assert [token for batch in loop.stream(20) for token in batch.token_ids] == text_of(expected)
+        loop.start(request.prompt_ids, 14, kl_weight=1.0)
+        assert [token for batch in loop.stream(14) for token in batch.token_ids] == text_of(expected)
         assert len(set(text_of(expected))) > 3
 
     def test_drafts_at_the_verify_width_are_all_accepted(self, model: NestedCausalLM) -> None:
@@ -429,7 +429,8 @@ def test_which_drafts_run_on_a_gpu(nested_model: NestedCausalLM, monkeypatch: py
 @pytest.mark.slow
 def test_every_kernel(build: Build) -> None:
     """The product interpreted too: a verify pass, padded, has the bits of single steps."""
-    model = build("qwen2", num_hidden_layers=1)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 12}
+    model = build("qwen2", **sizes)
     shared = exact(model, mode="int8", cache_dtype=torch.float16)
     together, alone = GraphSession(shared), GraphSession(shared)
     for session in (together, alone):
