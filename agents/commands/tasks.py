@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 
 from flexquant_rl.agents.commands.options import TasksOptions
 from flexquant_rl.agents.commands.process import print_result
-from flexquant_rl.agents.commands.servable import Servable, load_servable, setting_of
+from flexquant_rl.agents.commands.servable import Servable, load_servable
 from flexquant_rl.agents.export import policy_directory
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.run import locked_run
@@ -172,7 +172,7 @@ class _TasksRun:
             threads, profile = self._options.threads, None if Path(named).is_dir() else self._options.profile
             servable = load_servable(self._options.model, named, profile=profile, threads=threads, loaded=model)
             model = model or servable.model
-            found += self._at_settings(named, Servable(model, servable.policy, servable.profile))
+            found += self._at_settings(named, replace(servable, model=model))
         return found
 
     def _at_settings(self, named: str, servable: Servable) -> list[_Asked]:
@@ -182,10 +182,10 @@ class _TasksRun:
             kind = "static"
         card = policy_directory(Path(named)) / CARD_FILE
         sha256 = file_sha256(card) if card.is_file() else ""
-        if not isinstance(policy, LearnedPolicy) or not self._options.speeds:
-            setting = setting_of(policy, named)
+        if servable.rung is not None or not isinstance(policy, LearnedPolicy) or not self._options.speeds:
+            setting = servable.setting()
             return [_Asked(named, kind, sha256, None if setting is None else setting.kl_weight, servable)]
-        settings = {speed: setting_of(policy, named, speed=speed) for speed in self._options.speeds}
+        settings = {speed: servable.setting(speed=speed) for speed in self._options.speeds}
         return [
             _Asked(f"{named} at {speed:g}x", kind, sha256, None if setting is None else setting.kl_weight, servable)
             for speed, setting in settings.items()
