@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.agents.commands.servable import Rungs, Servable
 from flexquant_rl.engine.control.request import Request
 from flexquant_rl.engine.embedded import EMBEDDED_MODEL_NAME
 from flexquant_rl.engine.serving import Engine, encode
@@ -48,10 +48,12 @@ class Running:
 
 
 @contextmanager
-def running(found: Servable, name: str = EMBEDDED_MODEL_NAME, **settings: Any) -> Iterator[Running]:
+def running(
+    found: Servable, name: str = EMBEDDED_MODEL_NAME, rungs: Rungs | None = None, **settings: Any
+) -> Iterator[Running]:
     """Serves on a free port until the block ends."""
     listening = bind("127.0.0.1", 0)
-    served = Served.start(name, found, read_settings({"port": 0, "drain_s": 5.0, **settings}))
+    served = Served.start(name, found, read_settings({"port": 0, "drain_s": 5.0, **settings}), rungs=rungs)
     started = threading.Event()
     handles: list[Stopping] = []
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.dial_setting import dial_setting
-from flexquant_rl.agents.export import load_exported
+from flexquant_rl.agents.export import load_exported, load_exported_together
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
@@ -21,7 +21,7 @@ from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
-from flexquant_rl.engine.control.ladder import Rung, is_ladder, read_ladder
+from flexquant_rl.engine.control.ladder import Ladder, Rung, is_ladder, read_ladder
 from flexquant_rl.engine.control.policy import DialPoint, PolicyCard, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile, unmeasured_profile
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
@@ -67,6 +67,36 @@ class Servable:
         if rung.kl_weight is None:
             return None
         return DialPoint(rung.kl_weight, rung.speedup_measured, rung.output_kl_nats, float("nan"))
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """A whole ladder, for a server whose requests each take a rung of their own.
+
+    Attributes:
+        ladder: The table.
+        policies: The policy of each folder.
+        profile: What those that look at a profile see.
+    """
+
+    ladder: Ladder
+    policies: Mapping[str, DeployedPolicy]
+    profile: Profile
+
+
+def load_rungs(policy: str) -> Rungs | None:
+    """Every rung of a ladder; None where `--policy` names none.
+
+    Raises:
+        InputError: If the table or a policy cannot be read, or those that see a profile see different ones.
+    """
+    directory = Path(policy)
+    if not is_ladder(directory):
+        return None
+    ladder = read_ladder(directory)
+    exported = load_exported_together({rung.folder: directory / rung.folder for rung in ladder.rungs})
+    profile = max((one.profile for one in exported.values()), key=lambda one: one.num_tokens)
+    return Rungs(ladder, {folder: one.policy for folder, one in exported.items()}, profile)
 
 
 def load_servable(

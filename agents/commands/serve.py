@@ -9,7 +9,7 @@ from pathlib import Path
 from flexquant_rl.agents.commands.drafts import asked_policy, check_verify_width
 from flexquant_rl.agents.commands.options import ServeOptions
 from flexquant_rl.agents.commands.process import print_result
-from flexquant_rl.agents.commands.servable import load_servable
+from flexquant_rl.agents.commands.servable import load_rungs, load_servable
 from flexquant_rl.agents.config import check_device
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.decoding.options import check_num_threads
@@ -49,8 +49,10 @@ def serve(options: ServeOptions) -> None:
             text=options.text,
             threads=options.threads,
             device=options.device,
+            verify_width=options.verify_width,
         )
         check_verify_width(found.policy, options)
+        rungs = load_rungs(policy)
         found.model.to(options.device)
         served = Served.start(
             _name(options.model),
@@ -59,6 +61,7 @@ def serve(options: ServeOptions) -> None:
             decoder=options.decoder,
             num_threads=options.threads,
             ngram_drafts=options.ngram_drafts,
+            rungs=rungs,
         )
         if not settings.is_loopback and settings.api_key is None:
             say(f"warning: {settings.host} is reachable from other machines, and FQ_SERVE_API_KEY sets no key")

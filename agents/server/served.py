@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.agents.commands.servable import Rungs, Servable
 from flexquant_rl.agents.dial_setting import dial_setting
 from flexquant_rl.agents.server.errors import ApiError, invalid
 from flexquant_rl.agents.server.job_queue import Job, JobQueue
 from flexquant_rl.agents.server.schemas import Body, ChatBody, CompletionBody
 from flexquant_rl.agents.server.settings import Settings
+from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafts import DraftPolicy
@@ -53,6 +54,8 @@ class Served:
         found: Model, policy and profile.
         settings: Limits.
         queue: Runs the engine.
+        max_length: Tokens that a request may hold.
+        rungs: The ladder that `found` is the default rung of; each request may take another one.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Served:
     settings: Settings
     queue: JobQueue
     max_length: int
+    rungs: Rungs | None = None
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
 
     @staticmethod
@@ -71,6 +75,7 @@ class Served:
         decoder: DecoderName = "auto",
         num_threads: int | None = None,
         ngram_drafts: int = 0,
+        rungs: Rungs | None = None,
     ) -> Served:
         """Starts an engine and its queue; arguments as for `Engine`.
 
@@ -80,7 +85,7 @@ class Served:
         engine = Engine(
             found.model,
             found.policy,
-            found.profile,
+            found.profile if rungs is None else rungs.profile,
             max_length=settings.max_length,
             decoder=decoder,
             num_threads=num_threads,
@@ -89,7 +94,7 @@ class Served:
         if found.model.token_text.chat_template:
             _ = found.model.tokenizer  # the first chat must not wait for transformers
         queue = JobQueue(engine, slots=settings.slots, size=settings.queue)
-        return Served(name, found, settings, queue, engine.max_length)
+        return Served(name, found, settings, queue, engine.max_length, rungs)
 
     @property
     def policy_name(self) -> str:
@@ -104,25 +109,43 @@ class Served:
     def facts(self) -> dict[str, Any]:
         """What a client may want to know of the model: its widths, its dial or why there is none, its limits."""
         policy, model = self.found.policy, self.found.model
-        is_learned = isinstance(policy, LearnedPolicy)
+        dial = self._dial()
         return {
             "policy": self.policy_name,
             "bit_widths": list(model.bit_widths),
-            "dial": [
-                {
-                    "kl_weight": point.kl_weight,
-                    "speed": point.speedup_modelled,
-                    "output_kl_nats": point.output_kl_nats,
-                    "mean_bit_width": point.mean_bit_width,
-                }
-                for point in (policy.card.dial if is_learned else ())
-            ],
-            "why_no_dial": None if is_learned and policy.card.dial else _why_no_dial(self.policy_name, is_learned),
+            "dial": dial,
+            "speeds_are": "modelled" if self.rungs is None else "measured",
+            "why_no_dial": None if dial else _why_no_dial(self.policy_name, isinstance(policy, LearnedPolicy)),
             "verify_width": policy.verify_width if isinstance(policy, DeployedDrafts) else None,
             "has_chat_template": self.has_chat,
             "max_length": self.max_length,
             "max_new_tokens": min(self.settings.max_new_tokens, self.max_length),
         }
+
+    def _dial(self) -> list[dict[str, Any]]:
+        """The settings that requests may ask for by their speed, each with what it gave on validation text."""
+        if self.rungs is not None:
+            return [
+                {
+                    "kl_weight": rung.kl_weight,
+                    "speed": rung.speedup_measured,
+                    "output_kl_nats": rung.output_kl_nats,
+                    "policy": rung.policy,
+                    "verify_width": rung.verify_width,
+                }
+                for rung in self.rungs.ladder.rungs
+            ]
+        if not isinstance(self.found.policy, LearnedPolicy):
+            return []
+        return [
+            {
+                "kl_weight": point.kl_weight,
+                "speed": point.speedup_modelled,
+                "output_kl_nats": point.output_kl_nats,
+                "mean_bit_width": point.mean_bit_width,
+            }
+            for point in self.found.policy.card.dial
+        ]
 
     def of_completion(self, body: CompletionBody) -> list[Ask]:
         """The texts of a completion: each prompt as often as choices are wanted.
@@ -194,12 +217,17 @@ class Served:
                 asks.append(Ask(Job(request, wanted, policy, judged), text, widths))
         return asks
 
-    def _control(self, body: Body) -> tuple[StaticAllocation | DraftPolicy | None, float | None]:
+    def _control(self, body: Body) -> tuple[DeployedPolicy | StaticAllocation | DraftPolicy | None, float | None]:
         """The policy in place of the engine's own, if any, and the dial, if there is one."""
         policy, model = self.found.policy, self.found.model
         if body.full_width:
             width = max(model.bit_widths)
             return StaticAllocation(f"fixed:{width}", torch.full((model.num_units,), width)), None
+        if self.rungs is not None:
+            if body.kl_weight is not None:
+                raise invalid("kl_weight sets the dial of one policy, and there are several; give speed", "kl_weight")
+            rung = self.rungs.ladder.chosen(body.speed, body.verify_width)
+            return self.rungs.policies[rung.folder], rung.kl_weight
         setting = dial_setting(policy, speed=body.speed, kl_weight=body.kl_weight)
         own = None if body.verify_width is None else self._verifying(body.verify_width)
         return own, None if setting is None else setting.kl_weight
