@@ -94,9 +94,9 @@ def load_rungs(policy: str) -> Rungs | None:
     if not is_ladder(directory):
         return None
     ladder = read_ladder(directory)
-    exported = load_exported_together({rung.folder: directory / rung.folder for rung in ladder.rungs})
+    exported = load_exported_together({rung.policy: directory / rung.folder for rung in ladder.rungs})
     profile = max((one.profile for one in exported.values()), key=lambda one: one.num_tokens)
-    return Rungs(ladder, {folder: one.policy for folder, one in exported.items()}, profile)
+    return Rungs(ladder, {rung.folder: exported[rung.policy].policy for rung in ladder.rungs}, profile)
 
 
 def load_servable(
