@@ -294,10 +294,9 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class CombineOptions:
-    """Puts several policies of a model on one dial: without loss, verified at fewer bits, lossy.
+    """Puts several policies on one dial: lossless, verified at fewer bits, lossy.
 
-    Each is measured on validation text, by the clock and by its output KL; those that another one beats in both are
-    left out. `fq generate --policy OUT --speed X` takes the one that loses least at that speed.
+    Each is measured on validation text; what another one beats is left out.
     """
 
     model: Model
