@@ -58,7 +58,7 @@ class Job:
         """Runs it on an engine, a token at a time."""
         if self.judged is not None:
             request = self.request
-            yield from engine.score(
+            yield from engine.judge_text(
                 request.prompt_ids, kl_weight=request.kl_weight, num_likeliest=self.judged, policy=self.policy
             )
         if self.num_new_tokens:

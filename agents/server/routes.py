@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,7 +15,6 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from flexquant_rl import __version__
 from flexquant_rl.agents.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
 from flexquant_rl.agents.server.errors import ApiError, add_handlers, internal_error
 from flexquant_rl.agents.server.guard import Guard
@@ -29,7 +29,7 @@ _CLIENT_GONE = 499  # as nginx logs it; nobody reads this answer
 
 def create_app(served: Served) -> FastAPI:
     """The application that serves a model."""
-    app = FastAPI(title="flexquant-rl", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="flexquant-rl", version=version("flexquant-rl"), docs_url=None, redoc_url=None)
     add_handlers(app)
     open_answers = OpenAnswers()
     app.state.open_answers = open_answers
