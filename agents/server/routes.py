@@ -163,7 +163,7 @@ async def _whole(answer: Answer, events: asyncio.Queue[tuple[int, Event]]) -> Re
 
 async def _chunks(
     answer: Answer, events: asyncio.Queue[tuple[int, Event]], *, with_usage: bool
-) -> AsyncGenerator[dict[str, str]]:
+) -> AsyncGenerator[bytes]:
     """The events of a stream: roles, tokens, reasons, on request numbers, and the mark of the end."""
     for chunk in answer.opening():
         yield _sent(chunk)
@@ -182,7 +182,7 @@ async def _chunks(
         running -= isinstance(event, End)
     if with_usage:
         yield _sent(answer.usage_chunk())
-    yield {"data": "[DONE]"}
+    yield b"data: [DONE]\n\n"
 
 
 def _chunks_of(answer: Answer, choice: Choice, event: Event, echoed: set[int]) -> list[dict[str, Any]]:
@@ -200,8 +200,9 @@ def _chunks_of(answer: Answer, choice: Choice, event: Event, echoed: set[int]) -
     return chunks
 
 
-def _sent(chunk: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))}
+def _sent(chunk: dict[str, Any]) -> bytes:
+    # JSON has no line breaks outside its escapes, so that an event is one line.
+    return b"data: %b\n\n" % json.dumps(chunk, separators=(",", ":")).encode()
 
 
 class _Stream(EventSourceResponse):
@@ -212,7 +213,7 @@ class _Stream(EventSourceResponse):
         ended: Called once.
     """
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, str]], ended: Callable[[], None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes], ended: Callable[[], None]) -> None:
         super().__init__(chunks, sep="\n", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._ended = ended
 
