@@ -147,10 +147,10 @@ class Engine:
                     _prepare(runner.decoder, request)
             yield from self._in_turns(runner.generate([request], self.model.token_text, self._closed))
 
-    def score(
+    def judge_text(
         self, token_ids: Tensor, *, kl_weight: float, num_likeliest: int = 0, policy: Policy | DraftPolicy | None = None
     ) -> Iterator[TokenLogProbs]:
-        """`PolicyRunner.score` of one text; any thread may call this at any time.
+        """`PolicyRunner.judge_text` of one text; any thread may call this at any time.
 
         Args:
             token_ids: `[T]` int64.
@@ -162,7 +162,7 @@ class Engine:
             What the text before it says of each token from the second one on.
 
         Raises:
-            InputError: As `PolicyRunner.score`.
+            InputError: As `PolicyRunner.judge_text`.
             RuntimeError: If the engine is closed, also on the way.
         """
         self._check_open()
@@ -171,7 +171,7 @@ class Engine:
         with self._lock:
             runner = self._runner(1, policy)
         with closing(runner.decoder):
-            for found in self._in_turns(runner.score(token_ids, kl_weight, num_likeliest)):
+            for found in self._in_turns(runner.judge_text(token_ids, kl_weight, num_likeliest)):
                 yield found
                 self._check_open()
 

@@ -409,10 +409,13 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Serves a model under a policy over HTTP, as OpenAI's clients know it, and a page to try it.
+    """Serves a model under a policy over HTTP, by OpenAI's interface and a page.
 
-    Needs the extra `serve`. SIGTERM and Ctrl-C let running requests end; the exit code is 0. Settings without an option
-    are read from the environment (docs/serving.md): FQ_SERVE_API_KEY is the key that clients must send.
+    Needs the extra `serve`.
+
+    SIGTERM and Ctrl-C let running requests end; the exit code is 0.
+
+    FQ_SERVE_API_KEY in the environment is the key that clients must send.
     """
 
     model: Model

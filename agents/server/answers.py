@@ -51,10 +51,10 @@ class Choice:
 
     def widths(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
         """What our extension says of some tokens, a number for each."""
-        mean = self._served.found.model.mean_bit_width
+        mean = self._served.queue.mean_width
         return {
             "texts": [token.text for token in tokens],
-            "bit_widths": [round(float(mean(token.bit_widths)), 3) for token in tokens],
+            "bit_widths": [round(mean(token.bit_widths), 3) for token in tokens],
             "accepted_drafts": [token.is_draft for token in tokens],
             "latency_ms": [round(token.latency_ms, 3) for token in tokens],
         }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from flexquant_rl.agents.server.errors import ApiError
+from flexquant_rl.agents.server.mean_width import MeanWidth
 from flexquant_rl.agents.server.metrics import Metrics, Outcome
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.drafts import DraftPolicy
@@ -58,7 +59,7 @@ class Job:
         """Runs it on an engine, a token at a time."""
         if self.judged is not None:
             request = self.request
-            yield from engine.score(
+            yield from engine.judge_text(
                 request.prompt_ids, kl_weight=request.kl_weight, num_likeliest=self.judged, policy=self.policy
             )
         if self.num_new_tokens:
@@ -77,6 +78,7 @@ class JobQueue:
     def __init__(self, engine: Engine, *, slots: int, size: int) -> None:
         self._engine = engine
         self._slots = 1 if engine.is_graph else slots
+        self.mean_width = MeanWidth(engine.model)
         self._size = size
         self._waiting: deque[Job] = deque()
         self._running: dict[Job, Generator[Event]] = {}
@@ -201,7 +203,7 @@ class JobQueue:
             metrics.first_token_s.observe(now - job._seen_at)
             metrics.tokens.labels("prompt").inc(len(job.request.prompt_ids))
         metrics.tokens.labels("generated").inc()
-        metrics.bit_width.observe(float(self._engine.model.mean_bit_width(event.bit_widths)))
+        metrics.bit_width.observe(self.mean_width(event.bit_widths))
         if event.draft_counts is not None:
             metrics.count_drafts(event.draft_counts)
         job._seen_at = now

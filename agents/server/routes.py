@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,7 +15,6 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from flexquant_rl import __version__
 from flexquant_rl.agents.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
 from flexquant_rl.agents.server.errors import ApiError, add_handlers, internal_error
 from flexquant_rl.agents.server.guard import Guard
@@ -29,7 +29,7 @@ _CLIENT_GONE = 499  # as nginx logs it; nobody reads this answer
 
 def create_app(served: Served) -> FastAPI:
     """The application that serves a model."""
-    app = FastAPI(title="flexquant-rl", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="flexquant-rl", version=version("flexquant-rl"), docs_url=None, redoc_url=None)
     add_handlers(app)
     open_answers = OpenAnswers()
     app.state.open_answers = open_answers
@@ -163,7 +163,7 @@ async def _whole(answer: Answer, events: asyncio.Queue[tuple[int, Event]]) -> Re
 
 async def _chunks(
     answer: Answer, events: asyncio.Queue[tuple[int, Event]], *, with_usage: bool
-) -> AsyncGenerator[dict[str, str]]:
+) -> AsyncGenerator[bytes]:
     """The events of a stream: roles, tokens, reasons, on request numbers, and the mark of the end."""
     for chunk in answer.opening():
         yield _sent(chunk)
@@ -182,7 +182,7 @@ async def _chunks(
         running -= isinstance(event, End)
     if with_usage:
         yield _sent(answer.usage_chunk())
-    yield {"data": "[DONE]"}
+    yield b"data: [DONE]\n\n"
 
 
 def _chunks_of(answer: Answer, choice: Choice, event: Event, echoed: set[int]) -> list[dict[str, Any]]:
@@ -200,8 +200,9 @@ def _chunks_of(answer: Answer, choice: Choice, event: Event, echoed: set[int]) -
     return chunks
 
 
-def _sent(chunk: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))}
+def _sent(chunk: dict[str, Any]) -> bytes:
+    # JSON has no line breaks outside its escapes, so that an event is one line.
+    return b"data: %b\n\n" % json.dumps(chunk, separators=(",", ":")).encode()
 
 
 class _Stream(EventSourceResponse):
@@ -212,7 +213,7 @@ class _Stream(EventSourceResponse):
         ended: Called once.
     """
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, str]], ended: Callable[[], None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes], ended: Callable[[], None]) -> None:
         super().__init__(chunks, sep="\n", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._ended = ended
 

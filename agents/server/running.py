@@ -74,7 +74,8 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, UnicodeError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # `create_server` appends the address to what the system says.
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while ")[0]
         raise InputError(f"{host} port {port} cannot be opened ({reason}); choose another --host or --port") from error
 
 

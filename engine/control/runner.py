@@ -296,7 +296,7 @@ class PolicyRunner:
             found = yield from self._likelihoods([pairs[index] for index in chosen], kl_weight)
             yield dict(zip(chosen, found, strict=True))
 
-    def score(self, token_ids: Tensor, kl_weight: float, num_likeliest: int) -> Iterator[TokenLogProbs]:
+    def judge_text(self, token_ids: Tensor, kl_weight: float, num_likeliest: int) -> Iterator[TokenLogProbs]:
         """How likely each token of a text is when the policy reads it token by token, as `loglikelihood` does.
 
         Args:

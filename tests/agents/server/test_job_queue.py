@@ -22,7 +22,7 @@ class PaperEngine:
     """Makes a token where `step` lets it; the tokens of a request count up from its seed."""
 
     is_graph = False
-    model = SimpleNamespace(mean_bit_width=lambda widths: widths.double().mean())
+    model = SimpleNamespace(unit_weights=torch.tensor([100, 300]))
 
     def __init__(self) -> None:
         self.asked = threading.Semaphore(0)
@@ -36,7 +36,7 @@ class PaperEngine:
                 assert self.asked.acquire(timeout=10)
                 self.made.append(request.seed + place)
                 reason: Any = "length" if place + 1 == request.max_new_tokens else None
-                yield GeneratedToken(0, request.seed + place, "", torch.tensor([4]), 1.0, reason)
+                yield GeneratedToken(0, request.seed + place, "", torch.tensor([4, 8]), 1.0, reason)
         finally:
             self.left.append(request.seed)
 
@@ -92,6 +92,7 @@ def test_running_jobs_take_turns_and_others_wait_in_order(engine: PaperEngine) -
         assert heard.outcome == "done"
     assert engine.made[:6] == [100, 200, 101, 201, 102, 202]
     assert engine.made[6:] == [300, 301, 302]
+    assert b"flexquant_bit_width_sum 63.0" in queue.metrics.text()  # 9 tokens at (4 + 3 * 8) / 4 bits
     finish(queue, engine)
 
 

@@ -30,7 +30,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--drain-s", "nan"), "drain_s=nan"),
         (("--host", "300.1.1.1"), "cannot be opened"),
         (("--policy", "fixed:4", "--verify-width", 8), "is for drafts"),
-        (("--port", 0, "--max-length", 100_000), "exceeds the model's context"),
+        (("--port", 0, "--max-length", 100_000), "context holds 512"),
         (("--port", 0, "--policy", "nothing"), "is not the directory"),
     ],
 )

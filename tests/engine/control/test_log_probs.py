@@ -80,13 +80,13 @@ def test_a_request_may_have_a_policy_of_its_own(nested_model: NestedCausalLM, pr
 
 def test_scores_of_a_text_are_its_likelihood(nested_model: NestedCausalLM, profile: Profile) -> None:
     engine = Engine(nested_model, allocation(nested_model, 4), profile)
-    scores = list(engine.score(PROMPT, kl_weight=2.0, num_likeliest=1))
+    scores = list(engine.judge_text(PROMPT, kl_weight=2.0, num_likeliest=1))
     ids = PROMPT.tolist()
     (whole,) = engine.loglikelihood([(ids[:1], ids[1:])], kl_weight=2.0)
     assert [score.token_id for score in scores] == ids[1:]
     assert sum(score.log_prob_nats for score in scores) == pytest.approx(whole.log_prob_nats, abs=1e-5)
     assert all(score.likeliest[0][1] >= score.log_prob_nats for score in scores)
-    assert list(engine.score(PROMPT[:1], kl_weight=2.0)) == []
+    assert list(engine.judge_text(PROMPT[:1], kl_weight=2.0)) == []
 
 
 def test_bad_numbers(nested_model: NestedCausalLM, profile: Profile) -> None:
@@ -94,9 +94,9 @@ def test_bad_numbers(nested_model: NestedCausalLM, profile: Profile) -> None:
     with pytest.raises(InputError, match="log_probs=129 must be 0 to 128"):
         list(engine.generate(Request(PROMPT, 1, log_probs=129)))
     with pytest.raises(InputError, match="log_probs=-1"):
-        list(engine.score(PROMPT, kl_weight=1.0, num_likeliest=-1))
+        list(engine.judge_text(PROMPT, kl_weight=1.0, num_likeliest=-1))
     with pytest.raises(InputError, match="empty"):
-        list(engine.score(PROMPT[:0], kl_weight=1.0))
+        list(engine.judge_text(PROMPT[:0], kl_weight=1.0))
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
-        list(engine.score(PROMPT, kl_weight=1.0))
+        list(engine.judge_text(PROMPT, kl_weight=1.0))
