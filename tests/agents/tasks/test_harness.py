@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
+import lm_eval
 from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
 
 from flexquant_rl import load_model
 from flexquant_rl.agents.commands.servable import load_servable
@@ -104,6 +107,30 @@ def test_special_tokens_are_not_added_twice(tiny_model_dir: Path) -> None:
     lm = FlexQuantLM(str(tiny_model_dir), "fixed:8")
     assert lm.tok_encode("<s>ab") == [1, ord("a"), ord("b")]
     assert (lm.prefix_token_id, lm.eot_token_id) == (1, 2)
+
+
+def test_chats_go_through_the_template(tiny_model_dir: Path, tmp_path: Path) -> None:
+    lm = FlexQuantLM(str(tiny_model_dir), "fixed:4")
+    lm.tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    (tmp_path / "rows.jsonl").write_text('{"q": "ab", "a": "x"}\n' * 2, encoding="utf-8")
+    task = {
+        "task": "chat",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["q"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "chat.yaml").write_text(json.dumps(task), encoding="utf-8")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = lm_eval.simple_evaluate(
+        lm, tasks=["chat"], task_manager=manager, apply_chat_template=True, bootstrap_iters=0, log_samples=True
+    )
+    (prompt, _), *_ = results["samples"]["chat"][0]["arguments"]
+    assert prompt == "<s>ab</s>"
+    assert lm.tok_encode(prompt) == [1, ord("a"), ord("b"), 2]
 
 
 def test_the_harness_knows_its_name(repo_root: Path) -> None:
