@@ -15,12 +15,14 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 import lm_eval
+from document_blocks import DOCS, run_blocks
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from flexquant_rl import load_model
 from flexquant_rl.agents.commands.servable import load_servable
 from flexquant_rl.agents.tasks.harness import MODEL_NAME, FlexQuantLM
+from flexquant_rl.agents.tasks.local_tasks import LOCAL_TASKS, make_task
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
@@ -138,6 +140,13 @@ def test_the_harness_knows_its_name(repo_root: Path) -> None:
     project = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, name = project["entry-points"]["lm_eval.models"][MODEL_NAME].partition(":")
     assert getattr(import_module(module), name) is FlexQuantLM
+
+
+def test_the_block_of_the_document_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
+    make_task(LOCAL_TASKS["line"], []).write(tmp_path / "OUT" / "tasks")
+    names, printed = run_blocks(DOCS / "tasks.md", tmp_path, {'"MODEL"': repr(str(tiny_model_dir))})
+    assert len(printed) == 1
+    assert names["results"]["results"]["line"]["exact_match,stripped"] == 0
 
 
 def test_arguments_come_as_text(tiny_model_dir: Path) -> None:
