@@ -237,9 +237,11 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class TasksOptions:
-    """Compares policies on tasks, document by document, through lm-evaluation-harness.
+    """Compares policies on tasks of lm-evaluation-harness, document by document.
 
-    Needs the extra `eval`; local tasks need no network. The same command goes on with what is missing.
+    Needs the extra `eval`; tasks made of files need no network.
+
+    The same command goes on with what is missing.
     """
 
     model: Model
@@ -281,9 +283,11 @@ class TasksOptions:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Takes SmolLM2-135M from a package, trains a verified and a lossy controller, prints one table by the clock.
+    """Trains a verified and a lossy controller for SmolLM2-135M out of a package.
 
-    No model hub is needed. The same command goes on with what is left.
+    Prints one table by the clock. No model hub is needed.
+
+    The same command goes on with what is left.
     """
 
     out: Path = Path("runs/demo-llm")

@@ -146,6 +146,12 @@ class _Asked:
     kl_weight: float | None
     servable: Servable | None
 
+    @property
+    def verify_width(self) -> int | None:
+        """Of drafts: the width whose answers theirs equal."""
+        policy = None if self.servable is None else self.servable.policy
+        return policy.verify_width if isinstance(policy, DeployedDrafts) else None
+
 
 class _TasksRun:
     """One call of the command: the model and the policies are loaded when they are needed, and once.
@@ -172,6 +178,11 @@ class _TasksRun:
             threads, profile = self._options.threads, None if Path(named).is_dir() else self._options.profile
             servable = load_servable(self._options.model, named, profile=profile, threads=threads, loaded=model)
             model = model or servable.model
+            if servable.model.fingerprint != model.fingerprint:
+                raise InputError(
+                    f"{named} is for weights that are nested in another way than those of the policies before it; nest "
+                    "them once with fq quantize and name the checkpoint, or ask for them one at a time"
+                )
             found += self._at_settings(named, replace(servable, model=model))
         return found
 
@@ -337,6 +348,7 @@ def _row(one: _Asked, task: str, samples: Sequence[dict[str, Any]], cpu_seconds:
         kind=one.kind,
         policy_sha256=one.sha256,
         kl_weight=one.kl_weight,
+        verify_width=one.verify_width,
         task=task,
         metric=metric,
         score=sum(scores) / len(scores),

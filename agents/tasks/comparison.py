@@ -147,10 +147,11 @@ def findings(rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]) -> list[str]
 
 
 def _identical(of_task: Sequence[TaskRow]) -> list[str]:
-    """On how many documents drafts answer what their verify width answers; taken from the largest fixed width."""
-    plain = next((row for row in of_task if row.policy == "fixed:8"), None)
-    return [
-        f"{row.task}: {row.policy} answers as fixed:8 on {same_answers(row, plain)} of {len(row.answers)} documents"
-        for row in of_task
-        if row.kind == "drafts" and plain is not None
-    ]
+    """On how many documents drafts answer what their verify width answers, where that was asked too."""
+    found = []
+    for row in of_task:
+        plain = next((other for other in of_task if other.policy == f"fixed:{row.verify_width}"), None)
+        if plain is not None:
+            same = f"{same_answers(row, plain)} of {len(row.answers)} documents"
+            found.append(f"{row.task}: {row.policy} answers as {plain.policy} on {same}")
+    return found

@@ -96,6 +96,7 @@ class FlexQuantLM(TemplateLM):  # type: ignore[misc]
         device: str = "cpu",
         max_batch_size: int | None = None,
     ) -> None:
+        check_extra()
         num_threads = None if threads is None else int(threads)
         if policy == FULL_PRECISION:
             engine: Answering = ReferenceEngine(load_model(model).to(device))
@@ -124,12 +125,12 @@ class FlexQuantLM(TemplateLM):  # type: ignore[misc]
         cls, engine: Answering, *, kl_weight: float = 1.0, max_length: int = _MAX_LENGTH, num_rows: int = _NUM_ROWS
     ) -> FlexQuantLM:
         """The same around what is loaded already."""
+        check_extra()
         made = cls.__new__(cls)
         made._begin(engine, kl_weight, max_length, _MAX_NEW_TOKENS, num_rows)
         return made
 
     def _begin(self, engine: Answering, kl_weight: float, max_length: int, max_new_tokens: int, num_rows: int) -> None:
-        check_extra()
         super().__init__()
         self._engine = engine
         self._kl_weight = kl_weight

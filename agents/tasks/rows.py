@@ -46,6 +46,7 @@ class TaskRow:
         kind: What it is: unquantised weights, one allocation, a learned policy, drafts that are verified.
         policy_sha256: Digest of an exported policy's card; "" of one by name.
         kl_weight: The dial; None without one.
+        verify_width: Of drafts: the width whose answers theirs equal; else None.
         task: The task.
         metric: What the scores are, e.g. `acc_norm`.
         score: Mean over documents.
@@ -62,6 +63,7 @@ class TaskRow:
     kind: Kind
     policy_sha256: str
     kl_weight: float | None
+    verify_width: int | None
     task: str
     metric: str
     score: float

@@ -24,6 +24,7 @@ def row(policy: str, kind: Kind, scores: list[float], answers: str = "a") -> Tas
         kind,
         "",
         None,
+        8 if kind == "drafts" else None,
         "line",
         "exact_match",
         sum(scores) / count,

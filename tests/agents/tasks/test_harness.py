@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +14,15 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
+import lm_eval
+from document_blocks import DOCS, run_blocks
 from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
 
 from flexquant_rl import load_model
 from flexquant_rl.agents.commands.servable import load_servable
 from flexquant_rl.agents.tasks.harness import MODEL_NAME, FlexQuantLM
+from flexquant_rl.agents.tasks.local_tasks import LOCAL_TASKS, make_task
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
@@ -106,11 +111,42 @@ def test_special_tokens_are_not_added_twice(tiny_model_dir: Path) -> None:
     assert (lm.prefix_token_id, lm.eot_token_id) == (1, 2)
 
 
+def test_chats_go_through_the_template(tiny_model_dir: Path, tmp_path: Path) -> None:
+    lm = FlexQuantLM(str(tiny_model_dir), "fixed:4")
+    lm.tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    (tmp_path / "rows.jsonl").write_text('{"q": "ab", "a": "x"}\n' * 2, encoding="utf-8")
+    task = {
+        "task": "chat",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["q"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "chat.yaml").write_text(json.dumps(task), encoding="utf-8")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = lm_eval.simple_evaluate(
+        lm, tasks=["chat"], task_manager=manager, apply_chat_template=True, bootstrap_iters=0, log_samples=True
+    )
+    (prompt, _), *_ = results["samples"]["chat"][0]["arguments"]
+    assert prompt == "<s>ab</s>"
+    assert lm.tok_encode(prompt) == [1, ord("a"), ord("b"), 2]
+
+
 def test_the_harness_knows_its_name(repo_root: Path) -> None:
     assert get_model(MODEL_NAME) is FlexQuantLM
     project = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, name = project["entry-points"]["lm_eval.models"][MODEL_NAME].partition(":")
     assert getattr(import_module(module), name) is FlexQuantLM
+
+
+def test_the_block_of_the_document_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
+    make_task(LOCAL_TASKS["line"], []).write(tmp_path / "OUT" / "tasks")
+    names, printed = run_blocks(DOCS / "tasks.md", tmp_path, {'"MODEL"': repr(str(tiny_model_dir))})
+    assert len(printed) == 1
+    assert names["results"]["results"]["line"]["exact_match,stripped"] == 0
 
 
 def test_arguments_come_as_text(tiny_model_dir: Path) -> None:
