@@ -61,7 +61,7 @@ class TestWholeRun:
 
     def test_rows_cover_all_kinds_of_policies(self, finished: Finished) -> None:
         rows = finished.result["rows"]
-        expected = {"fixed", "static", "random", "entropy", "schedule", "ppo", "oracle"}
+        expected = {"fixed", "static", "random", "entropy", "schedule", "ppo", "oracle", "oracle-unit"}
         assert {row["family"] for row in rows} == expected
         learned = [row for row in rows if row["family"] == "ppo"]
         assert {row["seed"] for row in learned} <= {0}
@@ -71,8 +71,7 @@ class TestWholeRun:
             assert len(set(budgets)) == len(budgets) == 5, family
         assert isinstance(finished.result["budgets_out_of_reach"], list)
         assert all(row["output_kl_nats"] >= 0 and 3 <= row["mean_bit_width"] <= 8 for row in rows)
-        assert all(row["speedup_measured"] > 0 for row in rows if row["family"] != "oracle")
-        assert [row["policy"] for row in rows if row["family"] == "oracle"] == ["oracle:token", "oracle:unit"]
+        assert all(row["speedup_measured"] > 0 for row in rows if not row["policy"].startswith("oracle:"))
 
     def test_longer_than_in_training(self, finished: Finished, folder: Path) -> None:
         """Ten tokens where four were trained: in files of their own, and told apart in the report."""

@@ -18,7 +18,7 @@ from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
 from flexquant_rl.agents.evaluation.relative_error import chooser, entry_linears, tuned
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.evaluation.unit_oracle import unit_oracle
-from flexquant_rl.agents.policies.families import ORACLE, PPO, RELATIVE_ERROR
+from flexquant_rl.agents.policies.families import ORACLE, PPO, RELATIVE_ERROR, UNIT_ORACLE
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.control.output_kl import reference_name
@@ -55,8 +55,8 @@ def oracle_rows(prepared: Prepared, num_sequences: int, config: OracleConfig, se
         prepared, windows, budget, seed=config.seed, progress=lambda parts: track(parts, "oracle of units")
     )
     return [
-        _row(prepared, num_sequences, trace, f"{ORACLE.name}:{name}", ORACLE.name, budget, settings)
-        for name, trace in (("token", by_token), ("unit", by_unit))
+        _row(prepared, num_sequences, trace, f"{ORACLE.name}:{name}", family.name, budget, settings)
+        for name, family, trace in (("token", ORACLE, by_token), ("unit", UNIT_ORACLE, by_unit))
     ]
 
 
@@ -80,7 +80,8 @@ def headroom(rows: Sequence[EvalRow]) -> float | None:
     The mean over training seeds; None without an oracle, or where a family has no row at its budget.
     """
     # Each in the time that it took: the share of static's KL that is left.
-    bounds = [(left, row) for row in rows if row.family == ORACLE.name and (left := left_of_static(row)) is not None]
+    oracles = [row for row in rows if row.family in (ORACLE.name, UNIT_ORACLE.name)]
+    bounds = [(left, row) for row in oracles if (left := left_of_static(row)) is not None]
     if not bounds:
         return None
     bound, oracle = min(bounds, key=lambda item: item[0])

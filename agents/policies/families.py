@@ -30,17 +30,27 @@ STATIC = Family("static", "static (best)", "#004B87", "p", is_static=True)
 UNTRAINED = Family("untrained", "untrained (cloned)", "#E8A06A", "d")
 PPO = Family("ppo", "ppo", "#D55E00", "o")
 RELATIVE_ERROR = Family("relative-error", "relative error (in flight)", "#7A5195", "v", is_in_flight=True)
-ORACLE = Family("oracle", "oracle (bound)", "#009E73", "*", draws="points", is_oracle=True)
+ORACLE = Family("oracle", "oracle of tokens (bound)", "#009E73", "*", draws="points", is_oracle=True)
+UNIT_ORACLE = Family("oracle-unit", "oracle of units (bound)", "#00614A", "H", draws="points", is_oracle=True)
 
 # The colours above are Okabe and Ito's and darker relatives: told apart with any colour vision, and the marker says it
 # again. These are left for families that only the user knows.
 _SPARE_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100", "#999933", "#56B4E9")
-_SPARE_MARKERS = ("<", ">", "1", "H", "8", "h", "2")
+_SPARE_MARKERS = ("<", ">", "1", "3", "8", "4", "2")
 
 
 def family_facts(names: Iterable[str]) -> dict[str, Family]:
     """The facts of families by name, in the order of tables and legends: oracles last, and unknown ones before them."""
-    ours = (*(policy.family for policy in POLICIES), STATIC, UNTRAINED, PPO, Drafts.family, RELATIVE_ERROR, ORACLE)
+    ours = (
+        *(policy.family for policy in POLICIES),
+        STATIC,
+        UNTRAINED,
+        PPO,
+        Drafts.family,
+        RELATIVE_ERROR,
+        ORACLE,
+        UNIT_ORACLE,
+    )
     known = {family.name: family for family in ours}
     present = set(names)
     spare = cycle(zip(_SPARE_COLOURS, _SPARE_MARKERS, strict=True))

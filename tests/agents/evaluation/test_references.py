@@ -54,9 +54,11 @@ def test_no_headroom_without_both_ends(rows: list[EvalRow]) -> None:
 
 @pytest.mark.parametrize("stronger_first", [True, False])
 def test_headroom_is_that_of_the_stronger_oracle(stronger_first: bool) -> None:
-    oracles = [ORACLE, row("oracle", BUDGET, 0.015)]
+    oracles = [ORACLE, row("oracle-unit", BUDGET, 0.015)]
     rows = [*(oracles if stronger_first else oracles[::-1]), learned_row(0.015)]
     assert headroom(rows) == pytest.approx(0.5)
+    by_units = [replace(one, family="oracle-unit" if one is ORACLE else "oracle") for one in oracles]
+    assert headroom([*by_units, learned_row(0.015)]) == pytest.approx(0.5)
 
 
 def settings_at(prepared: Prepared, *budgets: float) -> Settings:
@@ -68,8 +70,10 @@ def test_oracle_rows_are_on_the_same_text(tiny_prepared: Prepared) -> None:
     budget = oracle_time_share(tiny_prepared, config)
     token, unit = oracle_rows(tiny_prepared, 2, config, settings_at(tiny_prepared, budget))
     assert (token.policy, unit.policy) == ("oracle:token", "oracle:unit")
+    # Two families: rows of one are told apart by their budget, and these have the same.
+    assert (token.family, unit.family) == ("oracle", "oracle-unit")
     for result in (token, unit):
-        assert (result.family, result.num_sequences, result.time_budget) == ("oracle", 2, budget)
+        assert (result.num_sequences, result.time_budget) == (2, budget)
         assert result.time_share_measured is None
         assert result.differs_from_static is not None
         assert 0 < result.output_kl_nats < math.inf

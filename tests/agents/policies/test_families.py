@@ -11,7 +11,9 @@ from flexquant_rl.agents.policies.families import (
     ORACLE,
     POLICIES,
     PPO,
+    RELATIVE_ERROR,
     STATIC,
+    UNIT_ORACLE,
     bind_policy,
     family_facts,
     family_name,
@@ -31,7 +33,7 @@ def test_simple_families_come_first_and_bounds_last() -> None:
 
 
 def test_families_are_told_apart() -> None:
-    known = [*(policy.family for policy in POLICIES), STATIC, PPO, ORACLE]
+    known = [*(policy.family for policy in POLICIES), STATIC, PPO, RELATIVE_ERROR, ORACLE, UNIT_ORACLE]
     unknown = [family for name, family in family_facts([*"abcdefg", "ppo"]).items() if name != "ppo"]
     for fact in ("name", "label", "colour", "marker"):
         values = [getattr(family, fact) for family in (*known, *unknown)]
@@ -43,7 +45,9 @@ def test_families_are_told_apart() -> None:
 def test_what_looks_at_no_token_and_what_cannot_be_deployed() -> None:
     known = family_facts(["fixed", "random", "entropy", "knapsack", "static", "ppo"]).values()
     assert [family.name for family in known if family.is_static] == ["fixed", "knapsack", "static"]
-    assert [family.name for family in family_facts(["ppo", "oracle"]).values() if family.is_oracle] == ["oracle"]
+    bounds = family_facts(["oracle-unit", "ppo", "oracle", "relative-error"]).values()
+    assert [family.name for family in bounds if family.is_oracle] == ["oracle", "oracle-unit"]
+    assert [family.name for family in bounds if family.is_in_flight] == ["relative-error"]
 
 
 def test_ours_are_trusted() -> None:

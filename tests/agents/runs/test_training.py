@@ -222,7 +222,7 @@ def test_an_oracle_needs_pairs_of_masks(masks: int) -> None:
 
 @pytest.mark.parametrize("names", [("random", "entropi"), ("static",), ("",)])
 def test_baselines_are_known(names: tuple[str, ...]) -> None:
-    choices = "choose from --baselines random entropy schedule regressor untrained"
+    choices = "choose from --baselines random entropy schedule relative-error regressor untrained"
     with pytest.raises(InputError, match=f"baselines='{names[-1]}' is unknown; {choices}"):
         check_config(TrainConfig(baselines=names))
     check_config(TrainConfig(baselines=()))
