@@ -340,7 +340,7 @@ class TestRounds:
 
     @pytest.mark.parametrize(("verify", "ngram_drafts"), [(8, 0), (5, 3)])
     def test_drafted_greedy_text_is_the_plain_one(self, model: NestedCausalLM, verify: int, ngram_drafts: int) -> None:
-        """The text of steps at the verify width, and of the loop that needs no host, over three buckets."""
+        """The text of steps at the verify width, over three buckets."""
         shared = exact(model)
         request = Request(tokens_of(model, 5), 14)
         plain = StaticAllocation("plain", all_at(model, verify))
@@ -351,10 +351,6 @@ class TestRounds:
         counts = drafted[-1].draft_counts
         assert counts is not None
         assert counts.num_draft_steps > 5
-        options = {"mode": "float", "cache_dtype": torch.float32, "first_bucket": 8}
-        loop = GraphDecoder(model, plain, make_profile(model), **options)  # type: ignore[arg-type]
-        loop.start(request.prompt_ids, 14, kl_weight=1.0)
-        assert [token for batch in loop.stream(14) for token in batch.token_ids] == text_of(expected)
         assert len(set(text_of(expected))) > 3
 
     def test_drafts_at_the_verify_width_are_all_accepted(self, model: NestedCausalLM) -> None:
@@ -427,6 +423,7 @@ def test_which_drafts_run_on_a_gpu(nested_model: NestedCausalLM, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute, and many of them on a busy machine
 def test_every_kernel(build: Build) -> None:
     """The product interpreted too: a verify pass, padded, has the bits of single steps."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 12}
