@@ -23,6 +23,9 @@ from flexquant_rl.kernels.attention import AttentionParts
 PASS_SIZES = (1, 2, 4, 8, 16)
 """Tokens of a pass: a step, and verify steps of a round, which holds 15 drafts at most."""
 
+_LARGEST_FLOAT_PASS = 8
+"""In mode "float" the compiler takes minutes for a product of more tokens: it is a reference, not the fast path."""
+
 PADDING_TOKEN = 0
 """What fills up a pass; any token of the vocabulary would do."""
 
@@ -95,6 +98,7 @@ class GraphPasses:
     Attributes:
         weights: The model.
         sizes: Sizes of the buckets.
+        pass_sizes: Tokens of a pass, ascending: `PASS_SIZES`, in mode "float" up to 8.
 
     Args:
         weights: The model, on the device.
@@ -115,6 +119,7 @@ class GraphPasses:
     ) -> None:
         self.weights = weights
         self.sizes = bucket_sizes(weights.max_length, first_bucket)
+        self.pass_sizes = tuple(size for size in PASS_SIZES if mode == "int8" or size <= _LARGEST_FLOAT_PASS)
         self._mode = mode
         self._cache_dtype = cache_dtype
         captures = weights.device.type == "cuda" if captures is None else captures
@@ -158,14 +163,14 @@ class GraphPasses:
             rows: Of this object.
             row: Index of the row.
             size: The bucket that holds the row and has room for the tokens.
-            token_ids: 1 to 16 tokens.
+            token_ids: 1 token to as many as the largest pass has.
             bit_widths: `[U]` integers on the CPU, stored widths.
 
         Returns:
             Logits `[n, V]` and statistics `[n, 2, L + 1]` of the n tokens, float32 on the device.
         """
         count = len(token_ids)
-        num_tokens = next(taken for taken in PASS_SIZES if taken >= count)
+        num_tokens = next(taken for taken in self.pass_sizes if taken >= count)
         with self._lock:
             step, bucket = self._prepared(rows, size, num_tokens)
             step.tell(row, token_ids, bit_widths)

@@ -21,7 +21,7 @@ from flexquant_rl.engine.decoding.decoder import (
 from flexquant_rl.engine.decoding.graph_choice import why_not_kernels
 from flexquant_rl.engine.decoding.graph_loop import FIRST_BUCKET, buckets_between
 from flexquant_rl.engine.decoding.graph_prompt import read_prompt
-from flexquant_rl.engine.decoding.graph_rows import PASS_SIZES, GraphPasses, GraphRows, on_host
+from flexquant_rl.engine.decoding.graph_rows import GraphPasses, GraphRows, on_host
 from flexquant_rl.engine.decoding.graph_weights import step_weights
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -121,7 +121,7 @@ class GraphSession:
         """
         held, passes = self._open(), self._graph_model.passes
         for size in buckets_between(passes.sizes, first, last):
-            for num_tokens in PASS_SIZES:
+            for num_tokens in passes.pass_sizes:
                 passes.prepare(held, size, num_tokens)
 
     def prefill(
@@ -228,7 +228,7 @@ class GraphSession:
         while token_ids:
             length = self._lengths[row]
             size = self._move(row, length)
-            count = min(len(token_ids), size - length, PASS_SIZES[-1])
+            count = min(len(token_ids), size - length, passes.pass_sizes[-1])
             found.append(passes.read(held, row, size, token_ids[:count], bit_widths))
             self._lengths[row] = length + count
             token_ids = token_ids[count:]

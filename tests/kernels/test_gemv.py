@@ -237,6 +237,8 @@ def test_real_shapes_on_a_gpu(
     num_inputs: int,
     mode: ActivationMode,
 ) -> None:
+    if mode == "float" and num_tokens > 8:
+        pytest.skip("the compiler takes minutes for so many tokens in the mode of reference")
     weight = random_weight(num_outputs, num_inputs, 128)
     x = pack_activations(random_activations(num_tokens, num_inputs, dtype=torch.float16), mode=mode)
     for width in range(3, 9):

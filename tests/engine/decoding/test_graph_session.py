@@ -121,7 +121,7 @@ class TestExtend:
 
     def test_a_pass_of_sixteen_and_more(self, build: Build) -> None:
         model = build("llama", num_hidden_layers=1)
-        shared = exact(model, first_bucket=64)
+        shared = exact(model, mode="int8", first_bucket=64)
         together, alone = GraphSession(shared), GraphSession(shared)
         prompt, tokens, widths = tokens_of(model, 1, 3), tokens_of(model, 1, 18, seed=1), all_at(model, 8)
         for session in (together, alone):
@@ -255,7 +255,7 @@ class TestExtend:
         assert_equal(second.extend(tokens, all_at(model, 4)), expected)
         second.prepare(6, 17)
         assert set(held.buckets) == {8, 16, 32}
-        assert set(held.buckets[16].parts) == set(graph_rows.PASS_SIZES)
+        assert set(held.buckets[16].parts) == {1, 2, 4, 8}
         assert second.lengths.tolist() == held.lengths.tolist() == [6]
         with pytest.raises(RuntimeError, match="this GraphSession is closed"):
             first.extend(tokens, all_at(model, 4))
@@ -465,7 +465,7 @@ class TestGraph:
         assert_equal(together.extend(tokens, widths), singly(alone, tokens, widths))
 
     def test_nothing_is_captured_twice(self, model: NestedCausalLM) -> None:
-        session = GraphSession(exact(model, first_bucket=64))
+        session = GraphSession(exact(model, mode="int8", first_bucket=64))
         session.prefill(tokens_of(model, 1, 5))
         for width in (8, 3):
             session.extend(tokens_of(model, 1, 3), all_at(model, width))
@@ -477,7 +477,7 @@ class TestGraph:
 
     def test_capturing_changes_no_row(self, model: NestedCausalLM) -> None:
         """All that a request needs is captured while the row holds tokens; afterwards nothing is."""
-        shared = exact(model)
+        shared = exact(model, mode="int8")
         prepared, other = GraphSession(shared), GraphSession(shared)
         for session in (prepared, other):
             session.prefill(tokens_of(model, 1, 5))
