@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is decorated, its own included: before transformers imports Triton.
@@ -32,6 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB_SIZE = 128
 
 torch.set_num_threads(1)
+# No test is timed: a busy machine would decide it.
+settings.register_profile("untimed")
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

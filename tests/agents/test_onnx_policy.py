@@ -46,7 +46,7 @@ def packages() -> None:
     pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 9), st.sampled_from([WIDTHS, (8,), (2, 8)]), st.integers(1, 5), st.integers(0, 2**31))
 def test_graph_equals_the_policy_in_float64(num_units: int, widths: tuple[int, ...], num_rows: int, seed: int) -> None:
     packages()

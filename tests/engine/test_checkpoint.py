@@ -254,7 +254,7 @@ def test_flipped_byte_is_refused(copy: Path, name: str, where: float) -> None:
     assert_refused(copy, name)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_refused(saved: Path, name: str, where: float, bit: int) -> None:
     original = (saved / name).read_bytes()

@@ -59,7 +59,7 @@ def test_one_width_equals_its_dense_matrix(bit_width: int, bias: bool) -> None:
         assert torch.equal(linear(x), F.linear(x, matrix, linear.bias))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     widths=st.lists(
         st.lists(st.sampled_from([REFERENCE_WIDTH, *STORED]), min_size=3, max_size=3), min_size=1, max_size=4

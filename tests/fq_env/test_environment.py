@@ -156,7 +156,7 @@ def test_pickle_builds_the_same_environment(make: Callable[..., gym.Env[Any, Any
     twin.close()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_actions_keep_observations_in_bounds(env: gym.Env[Any, Any], data: st.DataObject) -> None:
     options = {"kl_weight": data.draw(st.floats(1e-6, 1e9), label="kl_weight")}

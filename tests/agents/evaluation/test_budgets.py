@@ -123,7 +123,7 @@ def test_a_knob_that_moves_nothing_ends() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.3, 1), st.floats(1e-6, 1)), min_size=1, max_size=9))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_nothing_lies_below_the_hull(points: list[tuple[float, float]]) -> None:
     outcomes = [Outcome(*point) for point in points]
     hull = [points[index] for index in lower_hull(outcomes)]

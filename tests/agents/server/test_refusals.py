@@ -145,7 +145,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=6), ANYTHING, max_size=4))
 def test_whatever_is_sent_is_answered_or_refused(server: Running, fields: dict[str, Any]) -> None:
     content = json.dumps({"prompt": "x", "max_tokens": 1, **fields})

@@ -52,7 +52,7 @@ class TestTable:
         assert TABLE.speedup(TABLE.full_width()).item() == 1
         assert TABLE.speedup(torch.tensor([3, 3])).item() == 10 / 4
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.lists(st.sampled_from(WIDTHS), min_size=2, max_size=2), st.integers(0, 1))
     def test_narrower_is_never_slower(self, widths: list[int], unit: int) -> None:
         narrower = list(widths)

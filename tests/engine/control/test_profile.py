@@ -37,7 +37,7 @@ LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4)
 
 
 class TestOutputKl:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(LOGITS, LOGITS)
     def test_equals_float64(self, reference: list[float], other: list[float]) -> None:
         actual = output_kl_nats(torch.tensor(reference), torch.tensor(other)).item()

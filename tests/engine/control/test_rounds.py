@@ -131,7 +131,7 @@ def said(tokens: list[GeneratedToken], count: int = 1) -> list[list[tuple[int, s
     return [[(t.token_id, t.text, t.finish_reason) for t in tokens if t.request == index] for index in range(count)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     verify=st.sampled_from([4, 6, 8]),
     seed=st.integers(0, 10**6),

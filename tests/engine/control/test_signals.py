@@ -332,7 +332,7 @@ EXTREMES = st.sampled_from([-math.inf, -3e38, -1e5, -100.0, 0.0, 100.0, 1e5, 3e3
 FINITE_ROWS = st.lists(EXTREMES, min_size=VOCAB_SIZE, max_size=VOCAB_SIZE).filter(lambda row: max(row) > -math.inf)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     first=FINITE_ROWS,
     second=FINITE_ROWS,
@@ -362,7 +362,7 @@ def test_certain_distribution_has_no_entropy() -> None:
     assert values["top1_probability"] == values["top_margin"] == 1.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), data=st.data())
 def test_what_is_rolled_back_had_never_been_seen(seed: int, data: st.DataObject) -> None:
     """Random updates of random rows, with marks and rollbacks between them, against one that saw what was kept."""

@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 MAX_LENGTH = 64
 # The native kernels take 16 tokens a call, so more than that crosses a border.
 SEEDS = st.integers(0, 2**31)
-PROPERTY = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=False
-)
+PROPERTY = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=False)
 
 Open = Callable[[int], Decoder]
 

@@ -55,7 +55,7 @@ def failing(module: nn.Module) -> Iterator[None]:
 
 
 class TestEquivalence:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(seed=st.integers(0, 10_000), rows=st.integers(1, 3), prompt=st.integers(1, 6), num_steps=st.integers(1, 6))
     def test_steps_equal_one_parallel_pass(
         self, half_unit_model: NestedCausalLM, seed: int, rows: int, prompt: int, num_steps: int
@@ -340,7 +340,7 @@ class TestFailures:
                 run()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(-3, 12), min_size=1, max_size=5))
 def test_check_accepts_exactly_the_stored_widths_and_the_reference(widths: list[int]) -> None:
     stored = (3, 5, 8)

@@ -139,7 +139,7 @@ def test_one_width_that_outweighs_the_others_is_plain_gptq_too() -> None:
 # The search for a code, and the sweeps
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     bit_widths=st.sampled_from([(8,), (4, 8), (3, 4, 8), BIT_WIDTHS, ALL_WIDTHS]),
     disagreement=st.sampled_from((0.0, 0.5, 2.0)),
@@ -237,7 +237,7 @@ def test_refitted_pairs_are_least_squares(num_inputs: int, group_size: int) -> N
             assert optimum * (1 - 1e-9) <= error <= optimum * (1.03 if bit_width < 8 else 1.15), (bit_width, row)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(num_inputs=st.integers(1, 140), seed=st.integers(0, 2**31), mean=st.sampled_from((0.0, 3.0)))
 @example(num_inputs=1, seed=3, mean=0.0)  # an error of nearly nothing, which float32 cannot tell from a smaller one
 def test_refit_is_never_worse_than_the_pairs_given_or_derived(num_inputs: int, seed: int, mean: float) -> None:
