@@ -236,7 +236,6 @@ def fuzz(target: Target, root: Path, number: int, examples: int) -> int:
     @seed(number)
     @settings(
         max_examples=examples,
-        deadline=None,
         database=None,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=[*HealthCheck],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexquant_rl.kernels.bitplane import (
@@ -100,7 +100,6 @@ def test_unpack_inverts_pack(num_outputs: int, num_inputs: int) -> None:
     assert torch.equal(unpacked, codes)
 
 
-@settings(deadline=None)
 @given(
     num_outputs=st.integers(1, 6),
     num_inputs=st.integers(1, 300),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexquant_rl.kernels import reference
@@ -135,7 +135,6 @@ def test_gemv_reads_only_what_the_width_needs(bit_width: int, group_size: int) -
     assert torch.equal(y, bitplane_gemv(x, weight, bit_width=bit_width))
 
 
-@settings(deadline=None)
 @given(
     num_tokens=st.integers(1, 4),
     num_outputs=st.integers(1, 12),

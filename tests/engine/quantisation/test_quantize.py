@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -153,7 +153,6 @@ def test_signal_to_noise_at_every_width(
     assert measured == pytest.approx(expected_db, abs=0.2)
 
 
-@settings(deadline=None)
 @given(
     num_outputs=st.integers(1, 5),
     num_inputs=st.integers(1, 300),
