@@ -108,6 +108,23 @@ def test_bodies_that_are_none(server: Running) -> None:
             assert refusal(client.post("/v1/completions", content=content, headers=kind), 400)["code"] == "invalid_json"
         for content in (b"[]", b"3", b"null", b'{"prompt": "x", "temperature": NaN}'):
             refusal(client.post("/v1/completions", content=content, headers=kind), 400)
+        for headers in ({}, {"content-type": "text/plain"}):
+            refusal(client.post("/v1/completions", content=b"{}", headers=headers), 415)
+        assert refusal(client.get("/v1/completions"), 405)["code"] == "method_not_allowed"
+        assert refusal(client.get("/v1/nothing"), 404)["code"] == "not_found"
+
+
+def test_a_body_of_ten_megabytes(server: Running) -> None:
+    body = json.dumps({"prompt": "x" * 10_000_000}).encode()
+    kind = {"content-type": "application/json"}
+    with server.client() as client:
+        for content in (body, (body[start : start + 65_536] for start in range(0, len(body), 65_536))):
+            error = refusal(client.post("/v1/completions", content=content, headers=kind), 413)
+            assert "larger than 1048576 bytes" in error["message"]
+
+
+def test_a_key_is_asked_for_where_one_is_set(embedded_drafts: Servable) -> None:
+    with running(embedded_drafts, api_key="s3cret") as server:
         for key in (None, "Bearer wrong", "s3cret", "Bearer", "Basic s3cret"):
             with server.client(headers={} if key is None else {"Authorization": key}) as client:
                 for path in ("/v1/models", "/metrics"):
