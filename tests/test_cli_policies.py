@@ -203,8 +203,8 @@ class TestChat:
     def test_a_template_that_refuses(self, chatty: Path) -> None:
         (chatty / "chat_template.jinja").write_text("{{ raise_exception('only poems') }}")
         error = generate(chatty, "fixed:8").error
-        assert "refuses the message (only poems)" in error
-        assert "--raw" in error
+        assert "refuses the messages (only poems)" in error
+        assert "give plain text: --raw" in error
 
 
 def test_a_policy_that_is_fitted_is_fitted_to_training_text(nested: Path, text: Path) -> None:

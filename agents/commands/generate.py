@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch import Tensor
 
 from flexquant_rl.agents.commands.drafts import asked_policy, check_verify_width, draft_results
 from flexquant_rl.agents.commands.options import GenerateOptions
@@ -49,7 +50,7 @@ def generate(options: GenerateOptions) -> None:
     setting = _setting(found, options)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
-    prompt_ids = encode_chat(model, [{"role": "user", "content": prompt}]) if is_chat else encode(model, prompt)
+    prompt_ids = _chat_ids(model, prompt) if is_chat else encode(model, prompt)
 
     def stream(policy: Policy | DraftPolicy, max_new_tokens: int) -> Iterator[GeneratedToken]:
         return generate_tokens(
@@ -106,6 +107,14 @@ def _prompt(options: GenerateOptions) -> str:
         raise InputError(f"{where}: byte {error.start} is not UTF-8; save the text as UTF-8") from error
     except OSError as error:
         raise InputError(f"{where} cannot be read ({error.strerror}); give the name of a text file") from error
+
+
+def _chat_ids(model: NestedCausalLM, prompt: str) -> Tensor:
+    """A prompt as the user's message."""
+    try:
+        return encode_chat(model, [{"role": "user", "content": prompt}])
+    except InputError as error:
+        raise InputError(f"{error}: --raw") from error
 
 
 def _setting(found: Servable, options: GenerateOptions) -> DialPoint | None:

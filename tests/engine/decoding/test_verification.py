@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexquant_rl.engine.decoding.decoder import first_of_largest, greedy_tokens
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.ngram import NgramIndex
 from flexquant_rl.engine.decoding.verification import settled_tokens
@@ -20,6 +21,12 @@ def test_greedy_keeps_the_longest_prefix_that_agrees(chosen: list[int], drafts: 
     while agree < len(drafts) and drafts[agree] == chosen[agree]:
         agree += 1
     assert kept == [*drafts[:agree], chosen[agree]]
+
+
+@given(values=st.lists(st.integers(-2, 2), min_size=1, max_size=9))
+def test_the_first_of_equal_maxima_is_taken_on_every_device(values: list[int]) -> None:
+    logits = torch.tensor([values, values[::-1]], dtype=torch.float32)
+    assert torch.equal(first_of_largest(logits), greedy_tokens(logits))
 
 
 def test_equal_distributions_accept_and_disjoint_ones_reject() -> None:
