@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 FOLDERS = ("kernels", "engine", "fq_env", "agents")
 FOLDERS_WITHOUT_INIT = ("kernels", "engine", "agents")
-SHIPPED_SUFFIXES = {".py", ".c", ".cpp", ".h", ".json"}
+SHIPPED_SUFFIXES = {".py", ".c", ".cpp", ".h", ".json", ".html"}
 NOT_SOURCE = (
     *(".git", ".venv", "venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"),
     "*.so",  # of an editable install
