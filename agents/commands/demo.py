@@ -5,10 +5,8 @@ Each phase leaves its output in a directory and is skipped where that is there; 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import PPOConfig, TrainConfig, VerifiedConfig
 from flexquant_rl.agents.evaluation.draft_rows import DraftRow, read_draft_rows
 from flexquant_rl.agents.evaluation.markdown import table_of
-from flexquant_rl.agents.evaluation.report import ROWS_FILE
+from flexquant_rl.agents.evaluation.report import REPORT_FILE, ROWS_FILE
 from flexquant_rl.agents.evaluation.rows import EvalRow, read_rows
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.phases import evaluate_run, train_run
@@ -123,15 +121,13 @@ def _lossy_config(model: Path, text: tuple[str, ...]) -> TrainConfig:
 
 def _run(config: TrainConfig, run_dir: Path) -> Path:
     """Starts a run, goes on with one, or leaves a finished one alone."""
-    if (run_dir / ROWS_FILE).is_file():
-        return run_dir
     if (run_dir / "config.json").is_file():
-        kept = load_run(run_dir)
-        if replace(kept, text=()) != replace(config, text=()) or kept.text != config.text:
+        if load_run(run_dir) != config:
             raise InputError(f"{run_dir} is a run of other options; choose another --out, or remove it")
+        if (run_dir / REPORT_FILE).is_file():  # the last thing that a run writes
+            return run_dir
         with locked_run(run_dir):
             return _finish(config, run_dir)
-    shutil.rmtree(run_dir, ignore_errors=True)  # an interruption may leave an empty one
     with new_run(config, run_dir):
         return _finish(config, run_dir)
 

@@ -84,17 +84,20 @@ class Rungs:
     profile: Profile
 
 
-def load_rungs(policy: str) -> Rungs | None:
+def load_rungs(policy: str, model_fingerprint: str) -> Rungs | None:
     """Every rung of a ladder; None where `--policy` names none.
 
     Raises:
-        InputError: If the table or a policy cannot be read, or those that see a profile see different ones.
+        InputError: If the table or a policy cannot be read or is of another model, or if those that see a profile see
+            different ones.
     """
     directory = Path(policy)
     if not is_ladder(directory):
         return None
     ladder = read_ladder(directory)
     exported = load_exported_together({rung.policy: directory / rung.folder for rung in ladder.rungs})
+    for one in exported.values():
+        one.card.check_model(model_fingerprint, one.directory)
     profile = max((one.profile for one in exported.values()), key=lambda one: one.num_tokens)
     return Rungs(ladder, {rung.folder: exported[rung.policy].policy for rung in ladder.rungs}, profile)
 

@@ -172,13 +172,13 @@ class JobQueue:
         is_cancelled = job.request.cancel.is_set
         try:
             event = None if is_cancelled() else next(self._running[job], None)
-        except Exception:
+            if event is not None:
+                self._count(job, event)
+                job.deliver(event)
+        except Exception:  # whatever it is, the thread goes on with the others
             _LOG.exception("a request failed")
             self._end(job, "failed")
             return
-        if event is not None:
-            self._count(job, event)
-            job.deliver(event)
         if is_cancelled():  # perhaps during this token, which then was the last one
             self._end(job, "disconnected")
         elif event is None or (isinstance(event, GeneratedToken) and event.finish_reason is not None):

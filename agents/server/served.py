@@ -25,6 +25,7 @@ from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.request import Request
 from flexquant_rl.engine.decoding.options import DecoderName
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.serving import Engine, encode, encode_chat
 
 _COMPLETION_TOKENS = 16  # OpenAI's default where a completion names no limit
@@ -56,6 +57,7 @@ class Served:
         queue: Runs the engine.
         max_length: Tokens that a request may hold.
         rungs: The ladder that `found` is the default rung of; each request may take another one.
+        is_graph: Whether a captured graph generates, which has less to offer.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Served:
     queue: JobQueue
     max_length: int
     rungs: Rungs | None = None
+    is_graph: bool = False
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
 
     @staticmethod
@@ -91,15 +94,18 @@ class Served:
             num_threads=num_threads,
             ngram_drafts=ngram_drafts,
         )
+        if rungs is not None and engine.is_graph:
+            engine.close()
+            raise InputError("a ladder has several policies and a captured graph has one; give --decoder hf")
         if found.model.token_text.chat_template:
             _ = found.model.tokenizer  # the first chat must not wait for transformers
         queue = JobQueue(engine, slots=settings.slots, size=settings.queue)
-        return Served(name, found, settings, queue, engine.max_length, rungs)
+        return Served(name, found, settings, queue, engine.max_length, rungs, engine.is_graph)
 
     @property
     def policy_name(self) -> str:
-        """What clients are told of the policy: its name, or that of its directory without where it lies."""
-        return Path(self.found.policy.name).name
+        """The policy's name, as clients are told it."""
+        return _public(self.found.policy.name)
 
     @property
     def has_chat(self) -> bool:
@@ -130,7 +136,7 @@ class Served:
                     "kl_weight": rung.kl_weight,
                     "speed": rung.speedup_measured,
                     "output_kl_nats": rung.output_kl_nats,
-                    "policy": rung.policy,
+                    "policy": _public(rung.policy),
                     "verify_width": rung.verify_width,
                 }
                 for rung in self.rungs.ladder.rungs
@@ -192,6 +198,8 @@ class Served:
             raise invalid(
                 f"max_tokens={wanted}, and this server generates {limit} at most; ask for fewer", "max_tokens"
             )
+        if self.is_graph:
+            self._check_graph(body, likeliest)
         policy, kl_weight = self._control(body)
         seed = secrets.randbits(32) if body.seed is None else body.seed
         temperature = 1.0 if body.temperature is None else body.temperature
@@ -210,12 +218,24 @@ class Served:
                 )
                 request.check(self.max_length, self.found.model.vocab_size)
                 widths = {
-                    "policy": self.policy_name if policy is None else policy.name,
+                    "policy": self.policy_name if policy is None else _public(policy.name),
                     "kl_weight": kl_weight,
                     "seed": seed + choice,
                 }
                 asks.append(Ask(Job(request, wanted, policy, judged), text, widths))
         return asks
+
+    @staticmethod
+    def _check_graph(body: Body, likeliest: int | None) -> None:
+        """Raises ApiError on what a captured graph does not do."""
+        asked = {
+            "full_width": bool(body.full_width),
+            "logprobs": likeliest is not None,
+            "top_p": body.top_p is not None and body.top_p < 1,
+        }
+        for param, is_asked in asked.items():
+            if is_asked:
+                raise invalid(f"{param} is not to be had from this server's captured graph; leave it out", param)
 
     def _control(self, body: Body) -> tuple[DeployedPolicy | StaticAllocation | DraftPolicy | None, float | None]:
         """The policy in place of the engine's own, if any, and the dial, if there is one."""
@@ -226,6 +246,8 @@ class Served:
         if self.rungs is not None:
             if body.kl_weight is not None:
                 raise invalid("kl_weight sets the dial of one policy, and there are several; give speed", "kl_weight")
+            if body.speed is None and body.verify_width is None and self.found.rung is not None:
+                return None, self.found.rung.kl_weight
             rung = self.rungs.ladder.chosen(body.speed, body.verify_width)
             return self.rungs.policies[rung.folder], rung.kl_weight
         setting = dial_setting(policy, speed=body.speed, kl_weight=body.kl_weight)
@@ -278,6 +300,11 @@ class Served:
             raise invalid(
                 f"{count} texts are asked for at once, and this server holds {self.queue.capacity}; ask for fewer", "n"
             )
+
+
+def _public(name: str) -> str:
+    """What clients are told of a policy: its name, or that of its directory without where it lies."""
+    return Path(name).name
 
 
 def _why_no_dial(name: str, is_learned: bool) -> str:

@@ -168,7 +168,13 @@ def _continuations(texts: Sequence[_Text]) -> Documents:
     made: Documents = []
     for index, (context, answer, source) in enumerate(cut):
         following = (cut[(index + step * stride) % len(cut)][1] for step in range(1, len(cut)))
-        others = list(dict.fromkeys(other for other in following if other != answer))[: _NUM_CHOICES - 1]
+        distinct: dict[str, None] = {}
+        for other in following:  # no further than needed: there may be many documents
+            if other != answer:
+                distinct[other] = None
+            if len(distinct) == _NUM_CHOICES - 1:
+                break
+        others = list(distinct)
         if len(others) < _NUM_CHOICES - 1:
             return []
         gold = _digest(context) % _NUM_CHOICES

@@ -147,7 +147,8 @@ def _checked(data: dict[str, Any]) -> Ladder:
             type(number) in (int, float) and math.isfinite(number) and number >= 0 for number in numbers
         ),
         "folders are names": all(
-            isinstance(rung.folder, str) and Path(rung.folder).name == rung.folder for rung in ladder.rungs
+            isinstance(rung.folder, str) and Path(rung.folder).name == rung.folder and rung.folder not in ("", "..")
+            for rung in ladder.rungs
         ),
         "modes are known": all(rung.mode in get_args(Mode) for rung in ladder.rungs),
         "verify widths are whole": all(

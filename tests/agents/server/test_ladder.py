@@ -11,6 +11,7 @@ from http_server import PROMPTS, Running, alone, completion, refusal, running
 from flexquant_rl.agents.commands.servable import load_rungs, load_servable
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.ladder import Ladder, Mode, Rung, write_ladder
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.serving import Engine
 
 RUNGS: tuple[tuple[str, Mode, int | None, float, float], ...] = (
@@ -21,7 +22,7 @@ RUNGS: tuple[tuple[str, Mode, int | None, float, float], ...] = (
 
 
 @pytest.fixture(scope="module")
-def ladder_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ladder") / "dial"
     rungs = []
     for place, (name, mode, verify, speed, kl_nats) in enumerate(RUNGS):
@@ -29,8 +30,22 @@ def ladder_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]
         save_policy(found.policy, found.profile, directory / str(place))
         rungs.append(Rung(str(place), name, mode, verify, None, speed, kl_nats))
     write_ladder(directory, Ladder(found.model.fingerprint, "unquantised", 1, tuple(rungs)))
-    with running(load_servable("default", str(directory)), rungs=load_rungs(str(directory))) as server:
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ladder_server(ladder: Path) -> Iterator[Running]:
+    found = load_servable("default", str(ladder))
+    with running(found, rungs=load_rungs(str(ladder), found.model.fingerprint)) as server:
         yield server
+
+
+def test_the_rung_that_the_server_was_started_with_is_the_default(ladder: Path) -> None:
+    found = load_servable("default", str(ladder), verify_width=5)
+    with running(found, rungs=load_rungs(str(ladder), found.model.fingerprint)) as server, server.client() as client:
+        assert completion(client, max_tokens=4)["choices"][0]["flexquant"]["policy"] == "draft:3,verify=5"
+    with pytest.raises(InputError, match="trained for model"):
+        load_rungs(str(ladder), "f" * 64)
 
 
 @pytest.mark.parametrize(
@@ -66,5 +81,5 @@ def test_what_is_on_no_rung_is_refused(ladder_server: Running) -> None:
 
 
 def test_a_directory_that_is_no_ladder_has_no_rungs(tmp_path: Path) -> None:
-    assert load_rungs(str(tmp_path)) is None
-    assert load_rungs("fixed:4") is None
+    assert load_rungs(str(tmp_path), "") is None
+    assert load_rungs("fixed:4", "") is None

@@ -75,7 +75,7 @@ def test_a_ladder_goes_through_its_file(tmp_path: Path) -> None:
         ({"version": 9}, "version 9"),
         ({"rungs": []}, "there is a rung"),
         ({"rungs": whole["rungs"][::-1]}, "slowest first"),
-        ({"rungs": [first | {"folder": "../x"}]}, "folders are names"),
+        *(({"rungs": [first | {"folder": folder}]}, "folders are names") for folder in ("../x", "..", ".", "", "/x")),
         ({"rungs": [first | {"mode": "fast"}]}, "modes are known"),
         ({"rungs": [first | {"speedup_measured": "fast"}]}, "finite|str"),
         ({"rungs": [first | {"output_kl_nats": None}]}, "finite|None"),
