@@ -153,7 +153,7 @@ def test_arguments_come_as_text(tiny_model_dir: Path) -> None:
     given = f"model={tiny_model_dir},policy=fixed:4,max_length=32,threads=1"
     lm = FlexQuantLM.create_from_arg_string(given, {"batch_size": 1, "device": None})
     assert lm.max_length == 32
-    with pytest.raises(InputError, match="--kl-weight 3 sets a dial, and fixed:4 has none"):
+    with pytest.raises(InputError, match="kl_weight 3 sets a dial, and fixed:4 has none"):
         FlexQuantLM(str(tiny_model_dir), "fixed:4", kl_weight="3")
 
 
