@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ def _passage(text: str) -> tuple[str, str] | None:
 def _stride(count: int) -> int:
     """Steps that lead from one document to others that are far from it, and through all before one comes again."""
     stride = max(1, count * 2 // 5)
-    while any(stride % divisor == 0 and count % divisor == 0 for divisor in range(2, stride + 1)):
+    while math.gcd(stride, count) > 1:
         stride += 1
     return stride
 
