@@ -68,17 +68,21 @@ FQ_AVX512 int64_t run_short_rows(const FqWeight& weight, const Activations& x, i
 }
 
 constexpr int64_t kMaxJoinedChunks = 15;
+constexpr int64_t kMaxPairedWords = 32;  // in two vectors, which one permutation reaches: repeating costs little
+constexpr int kMaxJoinedTokens = 5;      // of four rows: the activations of more tokens leave the first cache
 constexpr int64_t kMaxJoinedGroups = 32;  // of all the rows that are joined: two vectors
 
 // How many rows, adjacent in every plane, make up whole vectors; 1 if joining them is not worth it or not possible. The
-// activations of every token are repeated first: for several tokens that is done where a vector is half full, only.
+// activations of every token are repeated first: for several tokens that is done where a vector is half full or where
+// it costs little.
 FQ_INLINE int64_t num_joined_rows(const FqWeight& weight, int tokens) {
     const int64_t last_words = weight.num_words % kWordsPerChunk, count = last_words == 8 ? 2 : 4;
     const int64_t num_words = count * weight.num_words;
+    const bool repeats_cheaply = tokens <= kMaxJoinedTokens && weight.num_words <= kMaxPairedWords;
     const bool fits = num_words <= kMaxJoinedChunks * kWordsPerChunk &&
                       num_words * 32 <= kMaxJoinedGroups * weight.group_size &&
                       weight.num_words * 32 <= 16 * weight.group_size;
-    return last_words != 0 && fits && (tokens == 1 || count == 2) ? count : 1;
+    return last_words != 0 && fits && (tokens == 1 || count == 2 || repeats_cheaply) ? count : 1;
 }
 
 // Up to 32 floats and the lanes picked from them.
@@ -105,16 +109,26 @@ FQ_INLINE FQ_AVX512 void join_token(const Activations& x, int64_t m, int64_t num
     const int32_t words_per_chunk = static_cast<int32_t>(x.stride * kWordsPerChunk);
     const int32_t places_per_chunk = static_cast<int32_t>(x.stride * kChunkInputs / 4);
     alignas(64) int32_t word[16], place[16];
+    const bool is_pair = num_words <= kMaxPairedWords;
+    const int8_t* next_values = x.values_of<int8_t>(is_pair ? 1 : 0, m);
+    const __m512 scales = _mm512_load_ps(word_scale), next_scales = _mm512_load_ps(x.scales_of(is_pair ? 1 : 0, m));
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         for (int lane = 0; lane < 16; ++lane) {
             const int32_t index = static_cast<int32_t>((chunk * kWordsPerChunk + lane) % num_words);
-            word[lane] = index / 16 * words_per_chunk + index % 16;
+            word[lane] = is_pair ? index : index / 16 * words_per_chunk + index % 16;
             place[lane] = index / 16 * places_per_chunk + index % 16;
         }
-        for (int t = 0; t < 8; ++t) {
-            joined->values[chunk][t] = _mm512_i32gather_epi32(_mm512_load_si512(place), values + 64 * t, 4);
+        const __m512i words = _mm512_load_si512(word), places = _mm512_load_si512(place);
+        if (is_pair) {
+            for (int t = 0; t < 8; ++t) {
+                const __m512i next = _mm512_load_si512(next_values + 64 * t);
+                joined->values[chunk][t] = _mm512_permutex2var_epi32(_mm512_load_si512(values + 64 * t), words, next);
+            }
+            joined->word_scale[chunk] = _mm512_permutex2var_ps(scales, words, next_scales);
+        } else {
+            for (int t = 0; t < 8; ++t) joined->values[chunk][t] = _mm512_i32gather_epi32(places, values + 64 * t, 4);
+            joined->word_scale[chunk] = _mm512_i32gather_ps(words, word_scale, 4);
         }
-        joined->word_scale[chunk] = _mm512_i32gather_ps(_mm512_load_si512(word), word_scale, 4);
     }
     for (int part = 0; part < 2; ++part) {
         for (int lane = 0; lane < 16; ++lane) place[lane] = static_cast<int32_t>((16 * part + lane) % num_groups);
@@ -161,7 +175,7 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
             scales.parts[part] = groups.scale;
             offsets.parts[part] = groups.offset;
         }
-        __m512 total[kTokens][kRows], dot[kTokens], factor[kTokens];
+        __m512 total[kTokens][kRows];
 #pragma GCC unroll 8
         for (int64_t m = 0; m < kTokens; ++m) {
             TwoVectors products{{}, has_second};
@@ -177,24 +191,21 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
         for (int row = 0; row < kRows; ++row) {
             const int64_t first = row * num_words % kWordsPerChunk;
             int64_t left = num_words;
-            if (first != 0) {
-#pragma GCC unroll 8
-                for (int64_t m = 0; m < kTokens; ++m) {
-                    const __mmask16 in_row = static_cast<__mmask16>(0xffff << first);
-                    total[m][row] = _mm512_mask3_fmadd_ps(dot[m], factor[m], total[m][row], in_row);
-                }
-                left -= kWordsPerChunk - first;
-            }
+            if (first != 0) left -= kWordsPerChunk - first;
             for (; left > 0; left -= kWordsPerChunk) {
                 Codes codes;
                 load_codes<kWidth, false>(rows, &codes);
                 rows.first += kWordsPerChunk * 4;
                 const __m512 scale = scales.pick(group);
+                const __mmask16 in_row = mask_of(left), in_next = static_cast<__mmask16>(~in_row);
+                const bool has_next = row + 1 < kRows && left < kWordsPerChunk;
 #pragma GCC unroll 8
                 for (int64_t m = 0; m < kTokens; ++m) {
-                    dot[m] = dot_int8<kWidth>(codes, reinterpret_cast<const int8_t*>(joined[m].values[chunk]));
-                    factor[m] = _mm512_mul_ps(joined[m].word_scale[chunk], scale);
-                    total[m][row] = _mm512_mask3_fmadd_ps(dot[m], factor[m], total[m][row], mask_of(left));
+                    const auto* values = reinterpret_cast<const int8_t*>(joined[m].values[chunk]);
+                    const __m512 dot = dot_int8<kWidth>(codes, values);
+                    const __m512 factor = _mm512_mul_ps(joined[m].word_scale[chunk], scale);
+                    total[m][row] = _mm512_mask3_fmadd_ps(dot, factor, total[m][row], in_row);
+                    if (has_next) total[m][row + 1] = _mm512_mask3_fmadd_ps(dot, factor, total[m][row + 1], in_next);
                 }
                 group = _mm512_add_epi32(group, groups_per_chunk);
                 ++chunk;
@@ -222,8 +233,8 @@ FQ_INLINE FQ_AVX512 int64_t run_sharing_rows(const FqWeight& weight, const Activ
     if constexpr (kTokens == 1 || pass_tokens(kWidth) == 8) {
         if (joined == 2) return run_joined_rows<kWidth, 2, kTokens, 0>(weight, x, begin, end, y, y_stride);
     }
-    if constexpr (kTokens == 1) {
-        if (joined == 4) return run_joined_rows<kWidth, 4, 1, 0>(weight, x, begin, end, y, y_stride);
+    if constexpr (kTokens == 1 || (pass_tokens(kWidth) == 8 && kTokens <= kMaxJoinedTokens)) {
+        if (joined == 4) return run_joined_rows<kWidth, 4, kTokens, 0>(weight, x, begin, end, y, y_stride);
     }
     return begin;
 }
