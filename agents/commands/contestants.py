@@ -18,7 +18,7 @@ from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
-from flexquant_rl.engine.control.policy import LearnedPolicy
+from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -90,7 +90,10 @@ def _by_name(asked: UnboundPolicy | Drafts, context: PolicyContext, deployed: De
     if isinstance(asked, Drafts):
         drafts = deployed if isinstance(deployed, DeployedDrafts) else asked.bind(context)
         return Contestant.of_drafts(Drafts.family.name, drafts)
-    return contestant(asked, context) if deployed is None else Contestant(family_name(asked), deployed)
+    # What has a name and is deployed looks at no token.
+    return (
+        Contestant(family_name(asked), deployed) if isinstance(deployed, StaticPolicy) else contestant(asked, context)
+    )
 
 
 def _dials(prepared: Prepared, policy: LearnedPolicy, count: int) -> list[float]:

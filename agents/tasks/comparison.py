@@ -121,7 +121,8 @@ def _scores(row: TaskRow, other: TaskRow) -> list[float]:
 
 def _difference(row: TaskRow, others: Sequence[float], against: str) -> Difference:
     apart: Array = np.array(row.document_scores, dtype=np.float64) - np.array(others, dtype=np.float64)
-    return Difference(float(apart.mean()), *score_interval(apart.tolist(), row.document_groups), against)
+    low, high = score_interval(apart.tolist(), row.document_groups)
+    return Difference(float(apart.mean()), low, high, against)
 
 
 def findings(rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]) -> list[str]:

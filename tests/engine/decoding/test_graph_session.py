@@ -409,18 +409,6 @@ class TestEngine:
             Engine(model, policy, make_profile(model), num_threads=2)
 
 
-def test_few_caches_are_kept_for_later() -> None:
-    """A server that is asked for ever other numbers of rows would keep a cache of each, with its graphs."""
-    weights: Any = SimpleNamespace(max_length=64, device=torch.device("cpu"))
-    passes = graph_rows.GraphPasses(weights)
-    made = [passes.take(count) for count in (1, 8, 5)]
-    for rows in made:
-        passes.give_back(rows)
-    assert passes.take(8) is made[1]
-    assert passes.take(5) is made[2]
-    assert passes.take(1) is not made[0], "the oldest is gone"
-
-
 def test_which_drafts_run_on_a_gpu(nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nested_model
     good = drafts_at("draft:3", all_at(model, 3), all_at(model, 8), length=3)
