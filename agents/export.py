@@ -208,13 +208,20 @@ def load_exported(directory: Path, name: str | None = None) -> ExportedPolicy:
     return ExportedPolicy(directory, policy, profile, _quantization(card, directory))
 
 
-def load_exported_together(directories: Mapping[str, Path]) -> dict[str, ExportedPolicy]:
+def load_exported_together(
+    directories: Mapping[str, Path], loaded: Mapping[str, ExportedPolicy] | None = None
+) -> dict[str, ExportedPolicy]:
     """Loads exported policies, by the names that tables give them, that are to be compared with one profile.
+
+    Args:
+        directories: Where they are.
+        loaded: Those of them that are loaded already.
 
     Raises:
         InputError: As `load_exported`, or if their profiles differ.
     """
-    exported = {name: load_exported(directory, name) for name, directory in directories.items()}
+    known = loaded or {}
+    exported = {name: known.get(name) or load_exported(directory, name) for name, directory in directories.items()}
     hashes = {name: file_sha256(policy.directory / PROFILE_FILE) for name, policy in exported.items()}
     # That of a policy of drafts says nothing: it looks at no sensitivities.
     hashes = {name: sha256 for name, sha256 in hashes.items() if exported[name].profile.num_tokens}

@@ -55,6 +55,11 @@ class TokenText:
         """The text of tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def convert_ids_to_tokens(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token; None where there is no such one."""
+        written: str | None = self._tokenizer.id_to_token(token_id)
+        return written
+
     def get_vocab(self) -> dict[str, int]:
         """All tokens, with their ids."""
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()

@@ -17,7 +17,9 @@ from flexquant_rl import cli
 from flexquant_rl.agents.analysis import report
 from flexquant_rl.agents.analysis import run as stages
 from flexquant_rl.agents.analysis.rows import PartRow, PastRow, RowStore, StrategyRow, TimeRow, TokensRow, WindowRow
+from flexquant_rl.agents.commands import analyse as analyse_module
 from flexquant_rl.engine.quantisation import tuning
+from flexquant_rl.fq_env.calibration_text import CalibrationText
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a missing glyph is only a warning
 
@@ -138,6 +140,21 @@ def test_more_strategies_are_added(
     assert "Tokens of `rtn-tuned:64`" not in (out / "report.md").read_text()
     error = analyse(tiny_model_dir, text, out, "--strategies", "rtn:64", "--windows", 3).error
     assert "holds an analysis with windows_sha256" in error
+
+
+def test_calibration_is_known_by_its_content(
+    analysed: tuple[Path, Finished], tiny_model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    """Strategies that are fitted to a file of the same name and another content do not stand beside the others."""
+    out = shutil.copytree(analysed[0], tmp_path / "copy")
+    plan = json.loads((out / "analysis.json").read_text())
+    other = tmp_path / text.name
+    other.write_text("others" + text.read_text())
+    changed = analyse_module._content_sha256(CalibrationText((other,)))
+    assert analyse_module._content_sha256(CalibrationText((text,))) == plan["calibration_sha256"] != changed
+    (out / "analysis.json").write_text(json.dumps(plan | {"calibration_sha256": changed}))
+    error = analyse(tiny_model_dir, text, out, "--strategies", "rtn:64", "--tune-steps", 2).error
+    assert "holds an analysis with calibration_sha256" in error
     assert "give the same options, or another --out" in error
 
 

@@ -11,6 +11,8 @@ import pytest
 from cli_runner import Finished, run, write_text
 
 from flexquant_rl import cli
+from flexquant_rl.agents.policies.knapsack import Knapsack
+from flexquant_rl.agents.policies.unbound import PolicyContext
 from flexquant_rl.engine.control.ladder import Ladder, Rung, read_ladder, write_ladder
 
 SMALL = ("--env.prompt-tokens", 8, "--env.max-new-tokens", 8, "--sequences", 2)
@@ -43,6 +45,23 @@ def test_rungs_are_the_front_of_what_was_measured(combined: tuple[Path, Finished
     assert {path.name for path in out.iterdir()} == {"ladder.json", *(rung.folder for rung in ladder.rungs)}
     inspected = run(cli.main, "inspect", out, "--json").result
     assert (inspected["kind"], len(inspected["rungs"])) == ("ladder of policies", len(ladder.rungs))
+
+
+def test_what_is_bound_once_is_not_bound_again(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A knapsack takes its time."""
+    solved: list[str] = []
+    bind = Knapsack.bind
+
+    def counted(self: Knapsack, context: PolicyContext) -> Any:
+        solved.append(str(self))
+        return bind(self, context)
+
+    monkeypatch.setattr(Knapsack, "bind", counted)
+    asked = ("--policy", "knapsack:4.5", "fixed:8", "--text", text, *SMALL)
+    assert run(cli.main, "combine", tiny_model_dir, tmp_path / "out", *asked).code == 0
+    assert len(solved) == 1
 
 
 @pytest.fixture(scope="module")

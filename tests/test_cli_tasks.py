@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from cli_runner import Finished, run, tree, write_text
 
 from flexquant_rl import cli
 from flexquant_rl.agents.commands import tasks as command
+from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.agents.tasks import extra
 
 TEXT_TASK = ("--tasks", "continuation", "--limit", 4, "--timed-tokens", 4)
@@ -98,6 +100,7 @@ def test_a_task_of_ones_own(nested: Path, tmp_path: Path) -> None:
         (("--include", "nowhere"), "--include nowhere is not a directory"),
         (("--gsm8k", "rows.jsonl"), "--gsm8k rows.jsonl is for task gsm8k, which is not asked; add it to --tasks"),
         (("--policy", "fixed:7"), "width 7 is not stored"),
+        (("--policy", "fixed:4", "--timed-tokens", 100_000), "leaves no room for a prompt in the model's context of"),
         (("--policy", "entropy:1.5", "--timed-tokens", -1), "--timed-tokens -1 must be at least 0"),
     ],
 )
@@ -112,6 +115,79 @@ def test_rows_of_another_plan_are_kept_apart(nested: Path, text: Path, tmp_path:
     asked = ("--policy", "fixed:4", "--tasks", "continuation", "--text", text, "--timed-tokens", 0, "--out", tmp_path)
     assert ask(nested, *asked, "--limit", 2).code == 0
     assert "rows of another plan (documents differs)" in ask(nested, *asked, "--limit", 3).error
+
+
+def test_rows_of_other_settings_are_made_anew(nested: Path, text: Path, tmp_path: Path) -> None:
+    out, policy = tmp_path / "out", tmp_path / "policy"
+    assert run(cli.main, "export", "fixed:4", policy, "--model", nested).code == 0
+    asked = (*TEXT_TASK, "--text", text, "--policy", policy, "--out", out)
+    first = ask(nested, *asked)
+    times = (out / "times.jsonl").read_text(encoding="utf-8")
+    assert "done before" in ask(nested, *asked).err
+    assert (out / "times.jsonl").read_text(encoding="utf-8") == times
+    with_threads = ask(nested, *asked, "--threads", 1)
+    assert f"{policy}: asked anew on continuation, the row that is there is of other --threads" in with_threads.err
+    assert "timing anew" in with_threads.err
+    assert with_threads.result["rows"][0]["threads"] == 1
+    more_tokens = ask(nested, *asked, "--threads", 1, "--timed-tokens", 5)
+    assert "done before" in more_tokens.err
+    assert "timing anew" in more_tokens.err
+    shutil.rmtree(policy)
+    assert run(cli.main, "export", "fixed:3", policy, "--model", nested).code == 0
+    changed = ask(nested, *asked)
+    assert "the row that is there is of a policy that was another one then" in changed.err
+    assert first.result["rows"][0]["policy"] == changed.result["rows"][0]["policy"]
+    assert len((out / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_a_run_that_was_killed_before_its_prompts_were_kept(nested: Path, text: Path, tmp_path: Path) -> None:
+    asked = (*TEXT_TASK, "--text", text, "--policy", "fixed:4", "--out", tmp_path)
+    assert ask(nested, *asked).code == 0
+    (tmp_path / "timed_prompts.json").unlink()
+    (tmp_path / "times.jsonl").unlink()
+    assert ask(nested, *asked).result["time_share_measured"].keys() == {"fixed:4"}
+    (tmp_path / "timed_prompts.json").write_text('{"continuation": [1]}', encoding="utf-8")
+    assert "timed_prompts.json cannot be read (a prompt is no text)" in ask(nested, *asked).error
+
+
+def test_nothing_is_timed_without_prompts(nested: Path, text: Path, tmp_path: Path) -> None:
+    asked = ("--tasks", "continuation", "--limit", 4, "--text", text, "--policy", "fixed:4", "--out", tmp_path)
+    assert ask(nested, *asked, "--timed-tokens", 0).code == 0
+    (tmp_path / "timed_prompts.json").write_text('{"continuation": ["", ""]}', encoding="utf-8")
+    done = ask(nested, *asked)
+    assert "no policy is timed: every prompt of these tasks is empty" in done.err
+    assert done.result["time_share_measured"] == {}
+
+
+def test_a_directory_is_claimed_by_one_process(
+    nested: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (*TEXT_TASK, "--text", text, "--policy", "fixed:4", "--out", tmp_path / "out")
+    monkeypatch.setattr(command, "claim", lambda *_: pytest.fail("claimed beside another process"))
+    (tmp_path / "out").mkdir()
+    with locked_run(tmp_path / "out"):
+        assert "another process is working on" in ask(nested, *asked).error
+
+
+def test_a_continuation_that_does_not_fit_names_its_task(nested: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"q": "ab{n}", "a": "{"x" * 3000}"}}\n' for n in range(2)), encoding="utf-8")
+    long = {
+        "task": "long",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{[a, 'y']}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "long.yaml").write_text(json.dumps(long), encoding="utf-8")
+    options = ("--tasks", "long", "--include", tmp_path / "long", "--policy", "fixed:4", "--timed-tokens", 0)
+    error = ask(nested, *options, "--out", tmp_path / "out").error
+    assert re.search(r"task long: a continuation of 300\d tokens does not fit into \d+; leave the task out", error)
 
 
 def test_without_the_extra_it_says_so(nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:

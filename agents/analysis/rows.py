@@ -19,7 +19,7 @@ from flexquant_rl.engine.field_types import check_field_types
 from flexquant_rl.engine.files import read_json, write_json
 
 PLAN_FILE = "analysis.json"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Plan:
         window_tokens: Tokens that are read of each; the one after them is predicted only.
         first: Tokens at the beginning of each that are context only.
         calibration: Names of the files that strategies are fitted to, their training split.
+        calibration_sha256: Digest of their content, and of the field of JSON rows that is read.
         calibration_weights: Their shares; none: as long as they are.
         tune_steps: Steps of the strategies that tune.
         threads: Threads of a timed step; None is the decoder's own choice.
@@ -57,6 +58,7 @@ class Plan:
     window_tokens: int
     first: int
     calibration: tuple[str, ...]
+    calibration_sha256: str
     calibration_weights: tuple[float, ...]
     tune_steps: int
     threads: int | None
@@ -249,7 +251,7 @@ class RowStore:
         if not path.exists():
             return []
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read ({error}); remove it and run fq analyse again") from error
         return [_parsed(line, kind, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]

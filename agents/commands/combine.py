@@ -40,7 +40,7 @@ def combine(options: CombineOptions) -> None:
     check_new_directory(options.out)
     prepared = prepare(replace(config, quantization=asked.quantization or config.quantization), None, asked.carrying)
     policies = _deployed(prepared, asked)
-    bound = asked.bound(prepared, options.dials)
+    bound = asked.bound(prepared, options.dials, {name: policy for name, (policy, _) in policies.items()})
     folders = {name: f"{place:02d}" for place, name in enumerate(policies)}
     named = [(folders[name], policies[name][0], one) for name, one in bound]
     rungs, num_tokens = _measured(prepared, named, options.sequences)

@@ -13,11 +13,12 @@ from flexquant_rl.agents.evaluation.baselines import contestant
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.export import ExportedPolicy, load_exported_together
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
-from flexquant_rl.agents.policies.families import PPO, parse_policy
-from flexquant_rl.agents.policies.unbound import UnboundPolicy
+from flexquant_rl.agents.policies.families import PPO, family_name, parse_policy
+from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context
+from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
-from flexquant_rl.engine.control.policy import LearnedPolicy
+from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -59,17 +60,21 @@ class AskedPolicies:
         """The exported ones, first those that carry a profile: of fixed widths and drafts nothing was measured."""
         return sorted(self.exported.values(), key=lambda one: -one.profile.num_tokens)
 
-    def bound(self, prepared: Prepared, num_dials: int) -> list[tuple[str, Contestant]]:
-        """Each of them by its name, in order; learned ones at every setting of the dial."""
-        context = policy_context(prepared)
+    def bound(
+        self, prepared: Prepared, num_dials: int, deployed: Mapping[str, DeployedPolicy] | None = None
+    ) -> list[tuple[str, Contestant]]:
+        """Each of them by its name, in order; learned ones at every setting of the dial.
+
+        Args:
+            prepared: The model.
+            num_dials: Settings of a dial.
+            deployed: Policies by name that are bound already, as a knapsack should be once.
+        """
+        context, deployed = policy_context(prepared), deployed or {}
         found: list[tuple[str, Contestant]] = []
         for name in self.names:
             if name in self.unbound:
-                asked = self.unbound[name]
-                if isinstance(asked, Drafts):
-                    found.append((name, Contestant.of_drafts(Drafts.family.name, asked.bind(context))))
-                else:
-                    found.append((name, contestant(asked, context)))
+                found.append((name, _by_name(self.unbound[name], context, deployed.get(name))))
                 continue
             policy = self.exported[name].policy
             if isinstance(policy, DeployedDrafts):
@@ -79,6 +84,16 @@ class AskedPolicies:
             dials = _dials(prepared, policy, num_dials) if isinstance(policy, LearnedPolicy) else [None]
             found += [(name, Contestant(family, policy, dial)) for dial in dials]
         return found
+
+
+def _by_name(asked: UnboundPolicy | Drafts, context: PolicyContext, deployed: DeployedPolicy | None) -> Contestant:
+    if isinstance(asked, Drafts):
+        drafts = deployed if isinstance(deployed, DeployedDrafts) else asked.bind(context)
+        return Contestant.of_drafts(Drafts.family.name, drafts)
+    # What has a name and is deployed looks at no token.
+    return (
+        Contestant(family_name(asked), deployed) if isinstance(deployed, StaticPolicy) else contestant(asked, context)
+    )
 
 
 def _dials(prepared: Prepared, policy: LearnedPolicy, count: int) -> list[float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.dial_setting import dial_setting
-from flexquant_rl.agents.export import load_exported, load_exported_together
+from flexquant_rl.agents.export import ExportedPolicy, load_exported, load_exported_together
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
@@ -41,12 +41,14 @@ class Servable:
         policy: The policy.
         profile: What it sees of the model, and what its steps cost.
         rung: Where it is on a ladder, if it is on one.
+        exported: What was read of a directory.
     """
 
     model: NestedCausalLM
     policy: DeployedPolicy
     profile: Profile
     rung: Rung | None = None
+    exported: ExportedPolicy | None = None
 
     def setting(
         self,
@@ -84,8 +86,13 @@ class Rungs:
     profile: Profile
 
 
-def load_rungs(policy: str, model_fingerprint: str) -> Rungs | None:
+def load_rungs(policy: str, model_fingerprint: str, found: Servable | None = None) -> Rungs | None:
     """Every rung of a ladder; None where `--policy` names none.
+
+    Args:
+        policy: As `--policy` names it.
+        model_fingerprint: The model that is served.
+        found: What `load_servable` found for the same name: its rung is not read again.
 
     Raises:
         InputError: If the table or a policy cannot be read or is of another model, or if those that see a profile see
@@ -95,7 +102,10 @@ def load_rungs(policy: str, model_fingerprint: str) -> Rungs | None:
     if not is_ladder(directory):
         return None
     ladder = read_ladder(directory)
-    exported = load_exported_together({rung.policy: directory / rung.folder for rung in ladder.rungs})
+    known = {}
+    if found is not None and found.rung is not None and found.exported is not None:
+        known[found.rung.policy] = found.exported
+    exported = load_exported_together({rung.policy: directory / rung.folder for rung in ladder.rungs}, known)
     for one in exported.values():
         one.card.check_model(model_fingerprint, one.directory)
     profile = max((one.profile for one in exported.values()), key=lambda one: one.num_tokens)
@@ -142,7 +152,7 @@ def load_servable(
         exported = load_exported(directory, policy if rung is None else rung.policy)
         nested = _load(model, exported.quantization, loaded)
         exported.card.check_model(nested.fingerprint, exported.directory)
-        return Servable(nested, exported.policy, exported.profile, rung)
+        return Servable(nested, exported.policy, exported.profile, rung, exported)
     if ":" not in policy or os.sep in policy:  # no name, so a directory was meant
         raise InputError(
             f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "

@@ -52,7 +52,7 @@ def serve(options: ServeOptions) -> None:
             verify_width=options.verify_width,
         )
         check_verify_width(found.policy, options)
-        rungs = load_rungs(policy, found.model.fingerprint)
+        rungs = load_rungs(policy, found.model.fingerprint, found)
         found.model.to(options.device)
         served = Served.start(
             _name(options.model),

@@ -18,26 +18,26 @@ import torch
 from flexquant_rl.agents.commands.options import TasksOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import Servable, load_servable
-from flexquant_rl.agents.export import policy_directory
+from flexquant_rl.agents.preparation import profile_beside
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.agents.tasks.clock import Timed, time_policies
 from flexquant_rl.agents.tasks.comparison import findings, score_interval
 from flexquant_rl.agents.tasks.extra import check_extra, stay_offline
+from flexquant_rl.agents.tasks.identity import plain_model_sha256, policy_sha256, timing_sha256
 from flexquant_rl.agents.tasks.local_tasks import LOCAL_TASKS, SOURCE, MadeTask, make_task
 from flexquant_rl.agents.tasks.reference import FULL_PRECISION, ReferenceEngine
 from flexquant_rl.agents.tasks.report import console_table, write_report
-from flexquant_rl.agents.tasks.rows import Kind, TaskPlan, TaskRow, TaskTimeRow, claim, read_rows, save_rows
+from flexquant_rl.agents.tasks.rows import PLAN_FILE, Kind, TaskPlan, TaskRow, TaskTimeRow, claim, read_rows, save_rows
 from flexquant_rl.engine.benches.machine import cpu_name
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model
-from flexquant_rl.engine.control.artefact import CARD_FILE
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import EMBEDDED_MODEL_NAME, resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256, read_json, write_json
+from flexquant_rl.engine.files import check_new_directory, read_json, write_json
 
 if TYPE_CHECKING:
     from flexquant_rl.agents.tasks.harness import Answering
@@ -61,10 +61,19 @@ def tasks(options: TasksOptions) -> None:
     out = options.out or Path(f"tasks-{_model_name(options)}")
     run = _TasksRun(options, out)
     # What is bad input leaves nothing behind.
+    if options.timed_tokens >= run.model.max_context:
+        raise InputError(
+            f"--timed-tokens {options.timed_tokens} leaves no room for a prompt in the model's context of "
+            f"{run.model.max_context} tokens; give less, {TasksOptions.timed_tokens} is the default"
+        )
     made = run.make_tasks()
     digests = {name: "" for name in options.tasks} | {name: task.sha256 for name, task in made.items()}
-    claim(out, TaskPlan(_model_name(options), run.model.fingerprint, options.limit, options.chat, digests))
+    plan = TaskPlan(_model_name(options), run.model.fingerprint, options.limit, options.chat, digests)
+    if not (out / PLAN_FILE).is_file():
+        check_new_directory(out)
+        out.mkdir(parents=True, exist_ok=True)
     with _goes_on(), locked_run(out):
+        claim(out, plan)
         for task in made.values():
             task.write(out / _TASKS_FOLDER)
         rows, times = run.all_rows()
@@ -135,7 +144,7 @@ class _Asked:
     Attributes:
         name: As it appears in tables.
         kind: What it is.
-        sha256: Digest of an exported one's card.
+        sha256: Digest of what it is.
         kl_weight: Its dial; None without one.
         servable: What runs; None for full precision.
     """
@@ -173,7 +182,8 @@ class _TasksRun:
         model = None
         for named in self._options.policy:
             if named == FULL_PRECISION:
-                found.append(_Asked(named, "full", "", None, None))
+                source = resolve_model(self._options.reference or self._options.model)
+                found.append(_Asked(named, "full", plain_model_sha256(Path(source)), None, None))
                 continue
             threads, profile = self._options.threads, None if Path(named).is_dir() else self._options.profile
             servable = load_servable(self._options.model, named, profile=profile, threads=threads, loaded=model)
@@ -191,8 +201,7 @@ class _TasksRun:
         kind: Kind = "drafts" if isinstance(policy, DeployedDrafts) else "learned"
         if isinstance(policy, StaticPolicy | StaticAllocation):
             kind = "static"
-        card = policy_directory(Path(named)) / CARD_FILE
-        sha256 = file_sha256(card) if card.is_file() else ""
+        sha256 = policy_sha256(named, servable)
         if servable.rung is not None or not isinstance(policy, LearnedPolicy) or not self._options.speeds:
             setting = servable.setting()
             return [_Asked(named, kind, sha256, None if setting is None else setting.kl_weight, servable)]
@@ -239,20 +248,29 @@ class _TasksRun:
         """Asks and times what is not in the directory yet; the rows of what was asked for, in its order."""
         kept = {_key(row): row for row in read_rows(self._out, TaskRow)}
         prompts_path = self._out / _PROMPTS_FILE
-        self._prompts = read_json(prompts_path) if prompts_path.is_file() else {}
+        self._prompts = _kept_prompts(prompts_path)
         for one in self.asked:
-            missing = [task for task in self._options.tasks if (one.name, one.sha256, one.kl_weight, task) not in kept]
+            # Without its prompts a row came of a version that wrote them later, and was killed in between.
+            missing = [
+                task for task in self._options.tasks if self._wanted(one, task) not in kept or task not in self._prompts
+            ]
             if not missing:
                 say(f"{one.name}: done before")
                 continue
+            others = [row for row in kept.values() if (row.policy, row.kl_weight) == (one.name, one.kl_weight)]
+            if anew := [row.task for row in others if row.task in missing]:
+                say(f"{one.name}: asked anew on {anew[0]}, the row that is there is of {_other(others[0], one)}")
             with closing(self._engine(one)) as engine:
                 for task in missing:
                     row = self._ask(one, engine, task)
                     kept[_key(row)] = row
-                    save_rows(self._out, list(kept.values()), TaskRow)
                     write_json(prompts_path, self._prompts)
-        wanted = [(one.name, one.sha256, one.kl_weight, task) for task in self._options.tasks for one in self.asked]
+                    save_rows(self._out, list(kept.values()), TaskRow)
+        wanted = [self._wanted(one, task) for task in self._options.tasks for one in self.asked]
         return [kept[key] for key in wanted], self._times()
+
+    def _wanted(self, one: _Asked, task: str) -> _Key:
+        return one.name, one.sha256, one.kl_weight, self._options.threads, task
 
     def _engine(self, one: _Asked) -> Answering:
         from flexquant_rl.agents.tasks.harness import engine_of
@@ -281,6 +299,8 @@ class _TasksRun:
                 bootstrap_iters=0,
                 log_samples=True,
             )
+        except InputError as error:
+            raise InputError(f"task {task}: {error}") from error
         except ValueError as error:
             if "unsafe" not in str(error):
                 raise
@@ -290,22 +310,32 @@ class _TasksRun:
             ) from error
         samples = results["samples"][task]
         self._prompts[task] = [sample["arguments"][0][0] for sample in samples[:_PROMPTS_OF_A_TASK]]
-        return _row(one, task, samples, time.process_time() - began)
+        return _row(one, task, samples, time.process_time() - began, self._options.threads)
 
     def _times(self) -> list[TaskTimeRow]:
         policies = {
             one.name: Timed(one.servable, one.kl_weight, one.sha256) for one in self.asked if one.servable is not None
         }
-        kept = {(row.policy, row.policy_sha256, row.kl_weight): row for row in read_rows(self._out, TaskTimeRow)}
-        wanted = [(name, timed.policy_sha256, timed.kl_weight) for name, timed in policies.items()]
-        if not self._options.timed_tokens or not policies:
+        num_tokens, threads = self._options.timed_tokens, self._options.threads
+        if not num_tokens or not policies:
             return []
+        room = self.model.max_context - num_tokens
+        texts = [text for task in self._options.tasks for text in self._prompts[task]]
+        encoded = [self.model.token_text.encode(text)[-room:] for text in texts]
+        prompts = [torch.tensor(ids) for ids in encoded if ids]
+        if not prompts:
+            say("no policy is timed: every prompt of these tasks is empty")
+            return []
+        digest = timing_sha256(
+            self._options.profile or profile_beside(self._options.model), threads, prompts, num_tokens
+        )
+        kept = {_time_key(row): row for row in read_rows(self._out, TaskTimeRow)}
+        wanted = [(name, timed.policy_sha256, timed.kl_weight, digest) for name, timed in policies.items()]
         if not all(key in kept for key in wanted):  # shares are of one run, in which all took turns
-            lm_prompts = [text for task in self._options.tasks for text in self._prompts.get(task, ())]
-            room = self.model.max_context - self._options.timed_tokens
-            prompts = [torch.tensor(self.model.token_text.encode(text)[-room:]) for text in lm_prompts]
+            if kept:
+                say("timing anew: policies, prompts, profile, --threads or --timed-tokens are others than before")
             rows = time_policies(
-                policies, prompts, max_new_tokens=self._options.timed_tokens + 1, num_threads=self._options.threads
+                policies, prompts, max_new_tokens=num_tokens + 1, num_threads=threads, timing_sha256=digest
             )
             save_rows(self._out, rows, TaskTimeRow)
             return rows
@@ -326,11 +356,36 @@ class _TasksRun:
         }
 
 
-def _key(row: TaskRow) -> tuple[str, str, float | None, str]:
-    return row.policy, row.policy_sha256, row.kl_weight, row.task
+_Key = tuple[str, str, float | None, int | None, str]
 
 
-def _row(one: _Asked, task: str, samples: Sequence[dict[str, Any]], cpu_seconds: float) -> TaskRow:
+def _key(row: TaskRow) -> _Key:
+    return row.policy, row.policy_sha256, row.kl_weight, row.threads, row.task
+
+
+def _time_key(row: TaskTimeRow) -> tuple[str, str, float | None, str]:
+    return row.policy, row.policy_sha256, row.kl_weight, row.timing_sha256
+
+
+def _other(row: TaskRow, one: _Asked) -> str:
+    """In what a row of the same name and dial is not the one that is asked for."""
+    if row.policy_sha256 == one.sha256:
+        return "other --threads"
+    return "another --reference" if one.kind == "full" else "a policy that was another one then"
+
+
+def _kept_prompts(path: Path) -> dict[str, list[str]]:
+    """The prompts of each task that has been asked; InputError if the file is damaged."""
+    try:
+        kept = read_json(path) if path.is_file() else {}
+        if not all(isinstance(text, str) for texts in kept.values() for text in texts):
+            raise TypeError("a prompt is no text")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); remove it and run fq tasks again") from error
+    return dict(kept)
+
+
+def _row(one: _Asked, task: str, samples: Sequence[dict[str, Any]], cpu_seconds: float, threads: int | None) -> TaskRow:
     """What the harness logged of every document as a row."""
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     chosen = _FILTER if _FILTER in filters else filters[0]
@@ -348,6 +403,7 @@ def _row(one: _Asked, task: str, samples: Sequence[dict[str, Any]], cpu_seconds:
         kind=one.kind,
         policy_sha256=one.sha256,
         kl_weight=one.kl_weight,
+        threads=threads,
         verify_width=one.verify_width,
         task=task,
         metric=metric,

@@ -133,7 +133,9 @@ def read_draft_rows(path: Path) -> list[DraftRow]:
     names = {field.name for field in fields(DraftRow)}
     rows = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if not line:
+                continue
             data = json.loads(line)
             if not isinstance(data, dict) or data.keys() != names:
                 raise ValueError(f"a row has {', '.join(sorted(names))}")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
-from flexquant_rl.engine.control.drafting_rules import DraftingContext, DraftingPolicy, DraftingRule
+from flexquant_rl.engine.control.drafting_rules import DraftingContext, DraftingPolicy, DraftingRule, Plain
 from flexquant_rl.engine.control.verified_signals import Sees, VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
 from flexquant_rl.fq_env.trace_rounds import TraceRounds
@@ -102,13 +102,20 @@ def tuned(rules: Iterable[DraftingRule], table: TraceTable, context: DraftingCon
     for begin in range(0, len(every), _AT_ONCE):
         some = every[begin : begin + _AT_ONCE]
         policies = [rule.bind(context) for rule in some]
-        speeds += [played.speedup for played in play_all(table, context.known_costs(), policies, sees=some[0].sees)]
+        costs = _costs_of(some[0], context)
+        speeds += [played.speedup for played in play_all(table, costs, policies, sees=some[0].sees)]
     return every[int(np.argmax(speeds))]
 
 
 def play_rule(table: TraceTable, context: DraftingContext, rule: DraftingRule) -> Played:
     """`play` for a rule, which pays for what it looks at."""
-    return play(table, context.known_costs(), rule.bind(context), sees=rule.sees)
+    return play(table, _costs_of(rule, context), rule.bind(context), sees=rule.sees)
+
+
+def _costs_of(rule: DraftingRule, context: DraftingContext) -> VerifyCosts:
+    """What steps of a rule cost as it is served: one that never drafts takes plain steps, all others take rounds."""
+    costs = context.known_costs()
+    return costs.without_rounds() if isinstance(rule, Plain) else costs
 
 
 def speedup_interval(played: Played, documents: NDArray[np.int64]) -> tuple[float, float]:
@@ -120,9 +127,11 @@ def speedup_interval(played: Played, documents: NDArray[np.int64]) -> tuple[floa
 def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
     """The fastest that any policy could be that knew every draft before: dynamic programming from the end.
 
-    It drafts each token at the cheapest level that is right, and no draft that is wrong. Deciding costs nothing.
+    It drafts each token at the cheapest level that is right, and no draft that is wrong. Deciding costs nothing,
+    and a token without drafts costs a plain step where that is cheaper than a round.
     """
     draft_ms, verify_ms = np.array(costs.draft_ms), np.array(costs.verify_ms)
+    verify_ms[0] = min(verify_ms[0], costs.plain_ms)
     cheapest = np.where(table.is_right, draft_ms[None, :, None], np.inf).min(1)  # [F, D]
     sums = np.zeros((5, table.num_sequences))
     for index, (first, num_tokens) in enumerate(zip(table.first, table.num_tokens, strict=True)):

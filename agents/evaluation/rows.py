@@ -116,7 +116,7 @@ def read_rows(path: Path) -> list[EvalRow]:
         InputError: If the file cannot be read, or a line is not a row.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as evaluation rows ({error}); give an eval.jsonl") from error
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]

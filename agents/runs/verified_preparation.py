@@ -34,7 +34,7 @@ from flexquant_rl.fq_env.recording_prompts import plan_recording
 from flexquant_rl.fq_env.trace_table import TraceTable
 
 TRACES_FOLDER, COSTS_FILE = "traces", "costs.json"
-_COSTS_VERSION = 1
+_COSTS_VERSION = 2
 _CONTEXT_TOKENS = 64
 _MOST_RECORDERS = 4
 # The same step timed in two ways, as a log ratio. One of them asks a policy.
@@ -195,7 +195,11 @@ def _kept_costs(path: Path, recording: str) -> VerifyCosts:
     try:
         data = read_json(path)
         if data["version"] != _COSTS_VERSION:
-            raise ValueError(f"version {data['version']}, this is {_COSTS_VERSION}")
+            # What the run has tuned and chosen by the old ones would not agree with new ones.
+            raise InputError(
+                f"{path} has costs of version {data['version']}, this is {_COSTS_VERSION}; start a new run, with "
+                f"--traces {path.parent / TRACES_FOLDER} if the recording is there"
+            )
         costs, found = VerifyCosts.from_dict(data["costs"]), data["recording"]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: no readable costs ({error}); {fix}") from error

@@ -10,6 +10,7 @@ from typing import Any
 from flexquant_rl.agents.server.served import Ask, Served
 from flexquant_rl.engine.control.log_probs import TokenLogProbs
 from flexquant_rl.engine.control.request import GeneratedToken
+from flexquant_rl.engine.token_bytes import token_bytes
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
 
@@ -98,8 +99,8 @@ class Choice:
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, value: float) -> dict[str, Any]:
-        text = self._decoded(token_id)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        own = token_bytes(self._served.found.model.token_text, token_id)
+        return {"token": self._decoded(token_id), "logprob": value, "bytes": list(own)}
 
     def _decoded(self, token_id: int, *, skip_special_tokens: bool = False) -> str:
         tokenizer = self._served.found.model.token_text

@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 
 from flexquant_rl.engine.errors import InputError
 
+CLIENT_GONE = 499
+"""Status of an answer that nobody reads any more, as nginx logs it."""
 _RETRY_AFTER_S = 1
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

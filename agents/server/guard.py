@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flexquant_rl.agents.server.errors import ApiError
+from flexquant_rl.agents.server.errors import CLIENT_GONE, ApiError
 from flexquant_rl.agents.server.metrics import Metrics
 from flexquant_rl.agents.server.settings import Settings
 
@@ -43,7 +43,9 @@ class Guard:
             return
 
         async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
+            is_start = message["type"] == "http.response.start"
+            # A client that hung up was not refused: the queue counts its requests as disconnected.
+            if is_start and message["status"] >= 400 and message["status"] != CLIENT_GONE:
                 self._metrics.refused.labels(str(message["status"])).inc()
             await send(message)
 

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flexquant_rl.agents.server.errors import ApiError
@@ -54,6 +55,7 @@ class Job:
     deliver: Callable[[Event], None] = field(default=lambda event: None)
     _seen_at: float = field(default_factory=time.monotonic)
     _num_tokens: int = 0
+    _is_read: bool = False
 
     def events(self, engine: Engine) -> Generator[Event]:
         """Runs it on an engine, a token at a time."""
@@ -81,6 +83,7 @@ class JobQueue:
         self.mean_width = MeanWidth(engine.model)
         self._size = size
         self._waiting: deque[Job] = deque()
+        self._num_promised = 0
         self._running: dict[Job, Generator[Event]] = {}
         self._changed = threading.Condition()
         self._is_draining = self._is_stopped = False
@@ -98,21 +101,45 @@ class JobQueue:
         """Jobs that run and wait at most."""
         return self._slots + self._size
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    @contextmanager
+    def room(self, count: int) -> Iterator[None]:
+        """Keeps places for some jobs while they are made; the block submits them.
+
+        Raises:
+            ApiError: As `submit`.
+        """
+        with self._changed:
+            self._check_room(count)
+            self._num_promised += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_promised -= count
+
+    def _check_room(self, count: int) -> None:
+        if self._is_draining:
+            raise ApiError(503, "the server is stopping; ask again when it is back", "stopping")
+        num_running, num_waiting = len(self._running), len(self._waiting) + self._num_promised
+        if num_running + num_waiting + count > self.capacity:
+            raise ApiError(
+                429,
+                f"{num_running} requests run and {num_waiting} wait, and {self._size} may; try again",
+                "queue_full",
+            )
+
+    def submit(self, jobs: Sequence[Job], *, promised: int = 0) -> None:
         """Takes all of some jobs, or none of them.
+
+        Args:
+            jobs: The jobs.
+            promised: For how many of them the caller's `room` keeps places.
 
         Raises:
             ApiError: 503 if the queue takes none any more, 429 if it is full.
         """
         with self._changed:
-            if self._is_draining:
-                raise ApiError(503, "the server is stopping; ask again when it is back", "stopping")
-            if len(self._running) + len(self._waiting) + len(jobs) > self.capacity:
-                raise ApiError(
-                    429,
-                    f"{len(self._running)} requests run and {len(self._waiting)} wait, and {self._size} may; try again",
-                    "queue_full",
-                )
+            self._check_room(len(jobs) - promised)
             self._waiting.extend(jobs)
             self._changed.notify_all()
 
@@ -181,7 +208,10 @@ class JobQueue:
             return
         if is_cancelled():  # perhaps during this token, which then was the last one
             self._end(job, "disconnected")
-        elif event is None or (isinstance(event, GeneratedToken) and event.finish_reason is not None):
+        elif event is None:
+            self._count_prompt(job)  # one token is judged by nothing, and was read all the same
+            self._end(job, "done")
+        elif isinstance(event, GeneratedToken) and event.finish_reason is not None:
             self._end(job, "done")
 
     def _end(self, job: Job, outcome: Outcome) -> None:
@@ -195,16 +225,22 @@ class JobQueue:
 
     def _count(self, job: Job, event: Event) -> None:
         metrics, now = self.metrics, time.monotonic()
+        self._count_prompt(job)
         if not isinstance(event, GeneratedToken):
             return
         if job._num_tokens:
             metrics.between_tokens_s.observe(now - job._seen_at)
         else:
             metrics.first_token_s.observe(now - job._seen_at)
-            metrics.tokens.labels("prompt").inc(len(job.request.prompt_ids))
         metrics.tokens.labels("generated").inc()
         metrics.bit_width.observe(self.mean_width(event.bit_widths))
         if event.draft_counts is not None:
             metrics.count_drafts(event.draft_counts)
         job._seen_at = now
         job._num_tokens += 1
+
+    def _count_prompt(self, job: Job) -> None:
+        """Counts a prompt that was read, once: one that is judged and continued counts as one."""
+        if not job._is_read:
+            job._is_read = True
+            self.metrics.tokens.labels("prompt").inc(len(job.request.prompt_ids))

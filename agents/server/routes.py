@@ -16,15 +16,13 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from flexquant_rl.agents.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
-from flexquant_rl.agents.server.errors import ApiError, add_handlers, internal_error
+from flexquant_rl.agents.server.errors import CLIENT_GONE, ApiError, add_handlers, internal_error
 from flexquant_rl.agents.server.guard import Guard
 from flexquant_rl.agents.server.job_queue import End, Event, Job
 from flexquant_rl.agents.server.metrics import CONTENT_TYPE
 from flexquant_rl.agents.server.page import page, page_headers
 from flexquant_rl.agents.server.schemas import Body, ChatBody, CompletionBody
 from flexquant_rl.agents.server.served import Served
-
-_CLIENT_GONE = 499  # as nginx logs it; nobody reads this answer
 
 
 def create_app(served: Served) -> FastAPI:
@@ -101,9 +99,11 @@ async def _answered(
     served: Served, open_answers: OpenAnswers, request: Request, body: Body, prepare: Callable[[], Answer]
 ) -> Response:
     """Puts what a body asks to the queue; a client that hangs up ends it."""
-    answer = await run_in_threadpool(prepare)
-    jobs = [choice.ask.job for choice in answer.choices]
-    events = _submit(served, jobs)
+    served.check(body)
+    with served.queue.room(body.num_texts):  # before any text is made tokens: a full queue costs nothing
+        answer = await run_in_threadpool(prepare)
+        jobs = [choice.ask.job for choice in answer.choices]
+        events = _submit(served, jobs)
     open_answers.count += 1
 
     def ended() -> None:
@@ -119,7 +119,7 @@ async def _answered(
 
 
 def _submit(served: Served, jobs: Sequence[Job]) -> asyncio.Queue[tuple[int, Event]]:
-    """Gives jobs to the queue; what comes of them arrives with the index of its job."""
+    """Gives jobs to the queue, which has room for them; what comes of them arrives with the index of its job."""
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
@@ -128,7 +128,7 @@ def _submit(served: Served, jobs: Sequence[Job]) -> asyncio.Queue[tuple[int, Eve
 
     for index, job in enumerate(jobs):
         job.deliver = deliver(index)
-    served.queue.submit(jobs)
+    served.queue.submit(jobs, promised=len(jobs))
     return events
 
 
@@ -237,7 +237,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) ->
     working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
     try:
         await either(working, leaving)
-        return working.result() if working.done() else Response(status_code=_CLIENT_GONE)
+        return working.result() if working.done() else Response(status_code=CLIENT_GONE)
     finally:
         working.cancel()
         leaving.cancel()

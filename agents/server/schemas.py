@@ -121,6 +121,11 @@ class Body(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def num_texts(self) -> int:
+        """Texts that are asked for."""
+        return self.n or 1
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
@@ -154,6 +159,11 @@ class CompletionBody(Body):
         if isinstance(prompt, str):
             return [prompt]
         return [prompt] if isinstance(prompt[0], int) else prompt
+
+    @property
+    def num_texts(self) -> int:
+        """Each prompt as often as choices are wanted."""
+        return len(self.prompts) * (self.n or 1)
 
 
 class TextPart(_Strict):

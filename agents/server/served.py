@@ -153,22 +153,36 @@ class Served:
             for point in self.found.policy.card.dial
         ]
 
+    def check(self, body: Body) -> None:
+        """Looks at what costs nothing to know, before there is room for a body.
+
+        Raises:
+            ApiError: If another model is wanted, or more texts than fit into the queue.
+        """
+        if body.model is not None and body.model != self.name:
+            raise ApiError(
+                404, f"model {body.model!r} is not served here; {self.name!r} is", "model_not_found", "model"
+            )
+        if body.num_texts > self.queue.capacity:
+            raise invalid(
+                f"{body.num_texts} texts are asked for at once, and this server holds {self.queue.capacity}; ask for "
+                "fewer",
+                "n",
+            )
+
     def of_completion(self, body: CompletionBody) -> list[Ask]:
         """The texts of a completion: each prompt as often as choices are wanted.
 
         Raises:
             ApiError, InputError: If the body cannot be served.
         """
-        self._check_model(body)
         wanted = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if not wanted and not body.echo:
             raise invalid(
                 "max_tokens=0 generates nothing; ask for a token, or set echo to have the prompt judged", "max_tokens"
             )
-        prompts = body.prompts
-        self._check_choices(len(prompts) * (body.n or 1))
         judged = body.logprobs if body.echo else None
-        texts = [self._prompt(prompt) for prompt in prompts]
+        texts = [self._prompt(prompt) for prompt in body.prompts]
         return self._asks(body, texts, wanted, body.logprobs, judged)
 
     def of_chat(self, body: ChatBody) -> list[Ask]:
@@ -177,8 +191,6 @@ class Served:
         Raises:
             ApiError, InputError: If the body cannot be served.
         """
-        self._check_model(body)
-        self._check_choices(body.n or 1)
         if not self.has_chat:
             raise invalid(f"{self.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
         with self._tokenizing:
@@ -288,18 +300,6 @@ class Served:
         if not all(0 <= token_id < model.vocab_size for token_id in prompt):
             raise invalid(f"prompt has tokens that are not 0 to {model.vocab_size - 1}, the vocabulary", "prompt")
         return torch.tensor(prompt, dtype=torch.int64), str(model.token_text.decode(prompt))
-
-    def _check_model(self, body: Body) -> None:
-        if body.model is not None and body.model != self.name:
-            raise ApiError(
-                404, f"model {body.model!r} is not served here; {self.name!r} is", "model_not_found", "model"
-            )
-
-    def _check_choices(self, count: int) -> None:
-        if count > self.queue.capacity:
-            raise invalid(
-                f"{count} texts are asked for at once, and this server holds {self.queue.capacity}; ask for fewer", "n"
-            )
 
 
 def _public(name: str) -> str:

@@ -42,15 +42,21 @@ class Timed:
 
 
 def time_policies(
-    policies: Mapping[str, Timed], prompts: Sequence[Tensor], *, max_new_tokens: int, num_threads: int | None
+    policies: Mapping[str, Timed],
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    num_threads: int | None,
+    timing_sha256: str,
 ) -> list[TaskTimeRow]:
     """Continues prompts greedily with each policy in turn, three times, and beside them at the largest width.
 
     Args:
         policies: By name.
-        prompts: `[T]` int64 each.
+        prompts: `[T]` int64 each; at least one, none empty.
         max_new_tokens: Tokens of each continuation; nothing ends it earlier.
         num_threads: Threads of a step.
+        timing_sha256: As in `TaskTimeRow`.
     """
     model = next(iter(policies.values())).servable.model
     longest = max(map(len, prompts)) + max_new_tokens
@@ -67,7 +73,10 @@ def time_policies(
             if number == 0:
                 tokens[name] += made
     per_token = {name: float(np.median(took[name])) / len(tokens[name]) for name in names}
-    return [_row(name, timed, per_token[name], per_token[_PLAIN], tokens[name]) for name, timed in policies.items()]
+    return [
+        _row(name, timed, timing_sha256, per_token[name], per_token[_PLAIN], tokens[name])
+        for name, timed in policies.items()
+    ]
 
 
 def _continue(
@@ -86,7 +95,9 @@ def _continue(
         return list(runner.generate([request]))[1:]
 
 
-def _row(name: str, timed: Timed, ms: float, plain_ms: float, tokens: Sequence[GeneratedToken]) -> TaskTimeRow:
+def _row(
+    name: str, timed: Timed, timing_sha256: str, ms: float, plain_ms: float, tokens: Sequence[GeneratedToken]
+) -> TaskTimeRow:
     model, cost = timed.servable.model, timed.servable.profile.cost
     widths = torch.stack([token.bit_widths for token in tokens]).cpu()
     full_ms = float(cost.latency_ms(cost.full_width()))
@@ -95,6 +106,7 @@ def _row(name: str, timed: Timed, ms: float, plain_ms: float, tokens: Sequence[G
         policy=name,
         policy_sha256=timed.policy_sha256,
         kl_weight=timed.kl_weight,
+        timing_sha256=timing_sha256,
         ms_per_token=ms,
         time_share_measured=ms / plain_ms,
         time_share_modelled=None if is_drafted else float(cost.latency_ms(widths).mean()) / full_ms,

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexquant_rl.agents.evaluation.budgets import Outcome, lower_hull
 from flexquant_rl.agents.evaluation.resampling import Array, document_weights, percentile_interval
 from flexquant_rl.agents.tasks.rows import TaskRow, TaskTimeRow
 from flexquant_rl.engine.errors import InputError
 
+NO_INTERVAL = "one document gives no interval"
 _SAME_SHARE = 1e-9
 
 
@@ -20,24 +22,35 @@ class Difference:
 
     Attributes:
         value: Mean difference, in parts of 1.
-        low: Lower end of its 95% interval, paired over documents.
+        low: Lower end of its 95% interval, paired over documents; None where one document gives none.
         high: Upper end.
         against: What else.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     against: str
 
     def words(self) -> str:
         """E.g. `-2.0 points (95% interval -6.0 to +2.0)`."""
-        low, high = (f"{100 * end:+.1f}" for end in (self.low, self.high))
-        return f"{100 * self.value:+.1f} points (95% interval {low} to {high})"
+        points = f"{100 * self.value:+.1f} points"
+        if self.low is None or self.high is None:
+            return f"{points} ({NO_INTERVAL})"
+        return f"{points} (95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+    @property
+    def zero(self) -> str:
+        """What the interval says of no difference."""
+        if self.low is None or self.high is None:
+            return "has no interval"
+        return "includes zero" if self.low <= 0 <= self.high else "excludes zero"
 
 
-def score_interval(scores: Sequence[float], groups: Sequence[int]) -> tuple[float, float]:
-    """The bootstrap 95% interval of a mean over documents, resampled in groups."""
+def score_interval(scores: Sequence[float], groups: Sequence[int]) -> tuple[float, float] | tuple[None, None]:
+    """The bootstrap 95% interval of a mean over documents, resampled in groups; one group gives none."""
+    if len(set(groups)) < 2:
+        return None, None
     return percentile_interval((document_weights(groups) @ np.array(scores, dtype=np.float64))[1:])
 
 
@@ -54,8 +67,9 @@ def against_static(row: TaskRow, rows: Sequence[TaskRow], times: Sequence[TaskTi
     """A policy against static allocations that take, together, the time that it took by the clock.
 
     Static at a time between two allocations answers a share of the documents with each: its score is the mean of
-    theirs, weighted so that the time is the same. A policy that is slower than all of them is compared with the
-    slowest.
+    theirs, weighted so that the time is the same. The two are neighbours on the convex hull of time and score, so an
+    allocation that two others beat together is left out. A policy that is slower than all on the hull is compared with
+    the last, whose score is the best.
 
     Args:
         row: The policy on a task.
@@ -67,15 +81,15 @@ def against_static(row: TaskRow, rows: Sequence[TaskRow], times: Sequence[TaskTi
     """
     shares = {time.policy: time.time_share_measured for time in times}
     own = shares.get(row.policy)
-    line = (
-        sorted(
-            (shares[other.policy], other.policy, _scores(row, other))
-            for other in rows
-            if other.kind == "static" and other.task == row.task and other.policy in shares
-        )
-        if own is not None
-        else []
-    )
+    static = [
+        (shares[other.policy], other.policy, _scores(row, other))
+        for other in rows
+        if other.kind == "static" and other.task == row.task and other.policy in shares
+    ]
+    # A score is to be large where KL is to be small.
+    line = [
+        static[index] for index in lower_hull([Outcome(share, -float(np.mean(scores))) for share, _, scores in static])
+    ]
     if own is None or not line or own < line[0][0]:
         return None
     slower = next((place for place, entry in enumerate(line) if entry[0] > own), None)
@@ -107,9 +121,8 @@ def _scores(row: TaskRow, other: TaskRow) -> list[float]:
 
 def _difference(row: TaskRow, others: Sequence[float], against: str) -> Difference:
     apart: Array = np.array(row.document_scores, dtype=np.float64) - np.array(others, dtype=np.float64)
-    resampled = document_weights(row.document_groups) @ apart
-    low, high = percentile_interval(resampled[1:])
-    return Difference(float(resampled[0]), low, high, against)
+    low, high = score_interval(apart.tolist(), row.document_groups)
+    return Difference(float(apart.mean()), low, high, against)
 
 
 def findings(rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]) -> list[str]:
@@ -131,8 +144,9 @@ def findings(rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]) -> list[str]
             compared += 1
             found.append(f"{task}: {row.policy} against static in equal measured time {static.words()}")
             if static.value < 0:
-                sure = "excludes zero" if static.high < 0 else "includes zero"
-                losing.append(f"{row.policy} on {task}: {static.words()}, which {sure}, against {static.against}")
+                losing.append(
+                    f"{row.policy} on {task}: {static.words()}, which {static.zero}, against {static.against}"
+                )
         found += _identical(of_task)
     if losing:
         found.append("policies that lose more than static at equal measured time: " + "; ".join(losing))

@@ -200,9 +200,19 @@ class FlexQuantLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """A context without the beginning that does not fit; its last token stays."""
+        """A context without the beginning that does not fit; its last token stays.
+
+        Raises:
+            InputError: If the continuation alone does not fit. Where it does not, the harness' own model of Hugging
+                Face asserts that it does.
+        """
         room = self.max_length + 1 - len(continuation)  # nobody reads the last token
-        return context[-max(1, room) :], continuation
+        if room < 1:
+            raise InputError(
+                f"a continuation of {len(continuation)} tokens does not fit into {self.max_length}; leave the task "
+                "out, or give a model with a longer context"
+            )
+        return context[-room:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probabilities of whole texts in windows that do not overlap, each token read at the policy's widths."""

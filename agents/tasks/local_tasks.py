@@ -253,7 +253,8 @@ def gsm8k_documents(files: Sequence[Path]) -> Documents:
 
 def _json_rows(path: Path) -> Iterator[Any]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
         for line in lines:
             if line.strip():
                 yield json.loads(line)

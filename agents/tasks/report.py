@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexquant_rl.agents.evaluation.markdown import bullets, escape, facts_table, table_of
-from flexquant_rl.agents.tasks.comparison import Difference, against_row, against_static
+from flexquant_rl.agents.tasks.comparison import NO_INTERVAL, Difference, against_row, against_static
 from flexquant_rl.agents.tasks.rows import TaskRow, TaskTimeRow
 from flexquant_rl.engine.files import replacing
 
@@ -21,7 +21,8 @@ _METHOD = (
     "Times are those of greedy continuations of some of the prompts, policies in turns, medians of three rounds, "
     "signals and policy included; shares are of plain decoding at the largest width in the same rounds.",
     "Static at a time between two allocations answers a share of the documents with each, so that the time is equal; "
-    "a policy slower than all static allocations is compared with the slowest one.",
+    "the two are neighbours on the convex hull of time and score. These documents choose the hull, which favours "
+    "static. A policy slower than all allocations on the hull is compared with the last one, whose score is the best.",
     "KL near zero certifies no score: what is not in the tables was not asked.",
 )
 
@@ -50,7 +51,11 @@ def _time_cells(time: TaskTimeRow | None) -> list[str]:
 
 
 def _score_cell(row: TaskRow | None) -> str:
-    return "" if row is None else f"{100 * row.score:.1f} ({100 * row.score_low:.1f} to {100 * row.score_high:.1f})"
+    if row is None:
+        return ""
+    if row.score_low is None or row.score_high is None:
+        return f"{100 * row.score:.1f} ({NO_INTERVAL})"
+    return f"{100 * row.score:.1f} ({100 * row.score_low:.1f} to {100 * row.score_high:.1f})"
 
 
 def write_report(
@@ -110,8 +115,9 @@ def _differences(rows: Sequence[TaskRow], times: Sequence[TaskTimeRow]) -> str:
 def _cell(difference: Difference | None) -> str:
     if difference is None:
         return ""
-    low, high = (f"{100 * end:+.1f}" for end in (difference.low, difference.high))
-    return f"{100 * difference.value:+.1f} ({low} to {high})"
+    if difference.low is None or difference.high is None:
+        return f"{100 * difference.value:+.1f} ({NO_INTERVAL})"
+    return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
 
 
 def _costs(rows: Sequence[TaskRow]) -> dict[str, object]:

@@ -14,7 +14,7 @@ from flexquant_rl.engine.files import check_new_directory, read_json, write_json
 
 Kind = Literal["full", "static", "learned", "drafts"]
 PLAN_FILE = "tasks.json"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 ROWS_FILE, TIMES_FILE = "rows.jsonl", "times.jsonl"
 
 
@@ -44,13 +44,14 @@ class TaskRow:
     Attributes:
         policy: Name or directory.
         kind: What it is: unquantised weights, one allocation, a learned policy, drafts that are verified.
-        policy_sha256: Digest of an exported policy's card; "" of one by name.
+        policy_sha256: Digest of what it is (`policy_sha256`), of full precision that of the unquantised model.
         kl_weight: The dial; None without one.
+        threads: Threads of a step; None: the decoder's choice.
         verify_width: Of drafts: the width whose answers theirs equal; else None.
         task: The task.
         metric: What the scores are, e.g. `acc_norm`.
         score: Mean over documents.
-        score_low: Lower end of its bootstrap 95% interval over documents.
+        score_low: Lower end of its bootstrap 95% interval over documents; None where one document gives none.
         score_high: Upper end.
         document_ids: Digest of each document.
         document_groups: What each is a part of, the unit of all intervals; most often each is its own.
@@ -63,12 +64,13 @@ class TaskRow:
     kind: Kind
     policy_sha256: str
     kl_weight: float | None
+    threads: int | None
     verify_width: int | None
     task: str
     metric: str
     score: float
-    score_low: float
-    score_high: float
+    score_low: float | None
+    score_high: float | None
     document_ids: tuple[str, ...]
     document_groups: tuple[int, ...]
     document_scores: tuple[float, ...]
@@ -90,6 +92,7 @@ class TaskTimeRow:
         policy: Name or directory.
         policy_sha256: As in `TaskRow`.
         kl_weight: As in `TaskRow`.
+        timing_sha256: Digest of what else times depend on (`timing_sha256`).
         ms_per_token: Wall clock, the prompt left out; median over rounds.
         time_share_measured: That over plain decoding at the largest width in the same rounds.
         time_share_modelled: By the latency table, for the widths of the same tokens; None of drafts.
@@ -101,6 +104,7 @@ class TaskTimeRow:
     policy: str
     policy_sha256: str
     kl_weight: float | None
+    timing_sha256: str
     ms_per_token: float
     time_share_measured: float
     time_share_modelled: float | None
@@ -128,7 +132,9 @@ def read_rows(directory: Path, kind: type[_Row]) -> list[_Row]:
     names = {field.name for field in fields(kind)}
     rows = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+            if not line:
+                continue
             data = json.loads(line)
             if not isinstance(data, dict) or data.keys() != names:
                 raise ValueError(f"a row has {', '.join(sorted(names))}")
@@ -144,7 +150,7 @@ def read_rows(directory: Path, kind: type[_Row]) -> list[_Row]:
 
 
 def claim(directory: Path, plan: TaskPlan) -> None:
-    """Makes a directory one of this plan, or finds that it is one.
+    """Makes a directory one of this plan, or finds that it is one. The caller keeps other processes from it.
 
     Raises:
         InputError: If it holds something else, or rows of another plan.

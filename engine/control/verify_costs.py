@@ -18,21 +18,24 @@ class VerifyCosts:
     Attributes:
         source: `modelled` (given) or `measured` (by the clock); the two never share a column.
         full_ms: A plain step at the largest width, the unit of every reward.
+        plain_ms: A plain step at the verify width: what a policy that never drafts takes, for it needs no rounds.
         draft_ms: `[L]`, a draft step at each level.
-        verify_ms: `[D + 1]`, a pass at the verify width over M = 1, 2, ... tokens.
+        verify_ms: `[D + 1]`, the end of a round: its pass at the verify width over M = 1, 2, ... tokens, and its books.
+            With M = 1 the pass is a plain step, and the books make it dearer than `plain_ms`.
         controller_ms: What signals and policy add to a decision; fixed rounds and the bound do not pay it.
         confidence_ms: What a rule adds that looks at no more than how sure the drafts are.
     """
 
     source: Literal["modelled", "measured"]
     full_ms: float
+    plain_ms: float
     draft_ms: tuple[float, ...]
     verify_ms: tuple[float, ...]
     controller_ms: float = 0.0
     confidence_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        times = (self.full_ms, *self.draft_ms, *self.verify_ms)
+        times = (self.full_ms, self.plain_ms, *self.draft_ms, *self.verify_ms)
         if not self.draft_ms or not self.verify_ms or not all(0 < ms < float("inf") for ms in times):
             raise InputError(f"costs {times} ms: give a finite time above 0 for every level and number of tokens")
         for name in ("controller_ms", "confidence_ms"):
@@ -53,14 +56,15 @@ class VerifyCosts:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> VerifyCosts:
-        """Reads the JSON form.
+        """Reads the JSON form; one that has no `plain_ms` yet is taken for one whose verify width is the largest.
 
         Raises:
             TypeError, ValueError: If it is not what `to_dict` writes.
         """
+        data = {"plain_ms": data.get("full_ms"), **data}
         lists = {name: tuple(data.get(name, ())) for name in ("draft_ms", "verify_ms")}
         numbers = [*lists["draft_ms"], *lists["verify_ms"]]
-        numbers += [data.get(name, 0.0) for name in ("full_ms", "controller_ms", "confidence_ms")]
+        numbers += [data.get(name, 0.0) for name in ("full_ms", "plain_ms", "controller_ms", "confidence_ms")]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("times of drafts and passes are not finite numbers")
         if data.get("source") not in ("modelled", "measured"):
@@ -72,9 +76,18 @@ class VerifyCosts:
         own_ms: float = {"nothing": 0.0, "confidences": self.confidence_ms, "signals": self.controller_ms}[sees]
         return replace(self, controller_ms=own_ms)
 
+    def without_rounds(self) -> VerifyCosts:
+        """These costs where nothing is ever drafted: each pass over one token is a plain step, as it is served."""
+        return replace(self, verify_ms=(self.plain_ms, *self.verify_ms[1:]))
+
 
 def modelled_costs(
-    draft_shares: Sequence[float], verify_shares: Sequence[float], *, depth: int, controller_share: float = 0.0
+    draft_shares: Sequence[float],
+    verify_shares: Sequence[float],
+    *,
+    depth: int,
+    controller_share: float = 0.0,
+    plain_share: float = 1.0,
 ) -> VerifyCosts:
     """Costs in full-width steps (`full_ms` is 1); passes beyond those given go on in a straight line.
 
@@ -83,6 +96,7 @@ def modelled_costs(
         verify_shares: A pass over M = 1, 2, ... tokens over a full-width step; two or more.
         depth: D, drafts of a round at most.
         controller_share: A decision over a full-width step.
+        plain_share: A plain step at the verify width over a full-width step.
 
     Raises:
         InputError: If they are too few or no times.
@@ -92,4 +106,4 @@ def modelled_costs(
     shares = [*verify_shares]
     while len(shares) <= depth:
         shares.append(2 * shares[-1] - shares[-2])
-    return VerifyCosts("modelled", 1.0, tuple(draft_shares), tuple(shares), controller_share)
+    return VerifyCosts("modelled", 1.0, plain_share, tuple(draft_shares), tuple(shares), controller_share)

@@ -42,7 +42,7 @@ def measured_costs(
     """Times rounds of fixed length in random order, so that what slows the machine hits all of them; lower quartiles.
 
     A step is timed as it is served: the pass, the tokens chosen, the rule asked. A plain step is that of a static
-    allocation.
+    allocation, at the largest width and at the verify width.
 
     Args:
         decoder: Has one row, with room for `context + depth + 2` tokens.
@@ -56,28 +56,32 @@ def measured_costs(
     """
     rounds = _TimedRounds(decoder, verify_width, context)
     length = min(depth, _LENGTH)
-    # Level and number of drafts; no level is a plain step. Short ones more often: they are the unit of all others.
-    kinds: list[tuple[int | None, int]] = [(None, 0), (0, 0)] * _SHORT_TURNS
+    # Level and number of drafts; no level is a plain step of so many bits. Short ones more often: they are the unit of
+    # all others.
+    plain_widths = {max(decoder.model.bit_widths), verify_width}
+    short: list[tuple[int | None, int]] = [(0, 0), *((None, width) for width in sorted(plain_widths))]
+    kinds = short * _SHORT_TURNS
     kinds += [(0, own) for own in range(1, depth + 1)]
     kinds += [(level, length) for level in range(1, len(draft_widths))]
-    full_ms: list[float] = []
+    plain_ms: dict[int, list[float]] = {width: [] for width in plain_widths}
     draft_ms: list[list[float]] = [[] for _ in draft_widths]
     verify_ms: list[list[float]] = [[] for _ in range(depth + 1)]
     generator = torch.Generator().manual_seed(0)
     for turn in range(num_rounds + 1):
         for index in torch.randperm(len(kinds), generator=generator).tolist():
             level, own = kinds[index]
-            times = [rounds.plain_ms()] if level is None else rounds.round_ms(draft_widths[level], own)
+            times = [rounds.plain_ms(own)] if level is None else rounds.round_ms(draft_widths[level], own)
             if turn == 0:
                 continue
             if level is None:
-                full_ms += times
+                plain_ms[own] += times
                 continue
             draft_ms[level] += times[:-1]
             verify_ms[own].append(times[-1])
     return VerifyCosts(
         "measured",
-        _undisturbed(full_ms),
+        _undisturbed(plain_ms[max(plain_widths)]),
+        _undisturbed(plain_ms[verify_width]),
         tuple(map(_undisturbed, draft_ms)),
         tuple(map(_undisturbed, verify_ms)),
         controller_ms,
@@ -107,11 +111,11 @@ class _TimedRounds:
         self._upcoming = greedy_tokens(self._output.logits)
         self._held = decoder.lengths.clone()
         self._verify = self._at(verify_width)
-        self._plain = StaticController(StaticAllocation("timed", self._at(max(decoder.model.bit_widths))))
 
-    def plain_ms(self) -> float:
-        """Milliseconds of a plain step at the largest width."""
-        runner = PolicyRunner(self._decoder, self._plain, first_token_ids=self._upcoming)
+    def plain_ms(self, width: int) -> float:
+        """Milliseconds of a plain step at a width."""
+        plain = StaticController(StaticAllocation("timed", self._at(width)))
+        runner = PolicyRunner(self._decoder, plain, first_token_ids=self._upcoming)
         ms = clock_ms(runner.step, self._model.device)
         self._decoder.truncate(self._held)
         return ms

@@ -26,6 +26,9 @@ PASS_SIZES = (1, 2, 4, 8, 16)
 _LARGEST_FLOAT_PASS = 8
 """In mode "float" the compiler takes minutes for a product of more tokens: it is a reference, not the fast path."""
 
+_MOST_FREE = 2
+"""Caches that are kept for later with their graphs: of one row, and of as many as are scored together."""
+
 PADDING_TOKEN = 0
 """What fills up a pass; any token of the vocabulary would do."""
 
@@ -138,9 +141,9 @@ class GraphPasses:
         return GraphRows(torch.zeros(num_rows, dtype=torch.int64, device=self.weights.device))
 
     def give_back(self, rows: GraphRows) -> None:
-        """Keeps rows for the next one that takes as many."""
+        """Keeps rows for the next one that takes as many; of those that are kept the oldest go."""
         with self._lock:
-            self._free.append(rows)
+            self._free = [*self._free, rows][-_MOST_FREE:]
 
     def bucket_size(self, num_tokens: int) -> int:
         """Size of the smallest bucket that holds so many tokens."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from toy_traces import random_traces, toy_costs, visible_traces
 
+from flexquant_rl.agents.evaluation.draft_rows import draft_row
 from flexquant_rl.agents.evaluation.drafting import (
     acceptance,
     clairvoyant,
@@ -53,6 +54,25 @@ def test_plain_decoding_is_one() -> None:
     assert played.speedup == 1
     assert played.num_rounds.tolist() == table.num_tokens.tolist() == played.num_tokens.tolist()
     assert not played.num_drafted.any()
+
+
+def test_who_never_drafts_pays_plain_steps_and_who_might_have_pays_rounds() -> None:
+    """As they are served: `make_controller` gives the rule `plain` no rounds, and a round has books of its own."""
+    table = table_of(0, max_new_tokens=9)
+    costs = modelled_costs((5.0, 5.0, 5.0), (1.13, 1.2), depth=4, plain_share=0.98)
+    context = context_of(table, costs)
+    plain = play_rule(table, context, Plain())
+    np.testing.assert_allclose(plain.time_steps, 0.98 * table.num_tokens)
+    silent = play(table, costs, lambda seen: np.zeros(len(seen), dtype=np.int64), sees="nothing")
+    np.testing.assert_allclose(silent.time_steps, 1.13 * table.num_tokens)
+    bound = clairvoyant(table, costs)  # drafts are too dear here
+    np.testing.assert_allclose(bound.time_steps, plain.time_steps)
+    # Tuning and the row of a table say the same.
+    assert tuned(Plain.grid(context.schema), table, context) == Plain()
+    row = draft_row(
+        plain, table, policy="plain", family="plain", kind="plain", verify_width=8, cost_source=costs.source
+    )
+    assert row.speedup_modelled == pytest.approx(1 / 0.98)
 
 
 def fixed_time(trace: SequenceTrace, costs: VerifyCosts, level: int, length: int, eos: int, depths: list[int]) -> float:

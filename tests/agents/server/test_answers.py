@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from http_server import PROMPTS, Running, alone, completion, events, refusal, running
 
 from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.agents.server.answers import Choice
+from flexquant_rl.engine.control.log_probs import TokenLogProbs
 from flexquant_rl.engine.serving import Engine, encode
 
 MESSAGES = [{"role": "user", "content": "def add(a, b):"}]
@@ -127,7 +130,7 @@ def test_log_probabilities_of_a_chat(dial_server: Running) -> None:
     for entry in content:
         assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] <= 0
         assert entry["top_logprobs"][0]["logprob"] >= entry["top_logprobs"][1]["logprob"]
-        assert bytes(entry["bytes"]).decode() == entry["token"]
+        assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
 
 
 def test_several_prompts_and_several_choices(server: Running, embedded_drafts: Servable) -> None:
@@ -194,6 +197,26 @@ def test_models_and_health(server: Running) -> None:
     assert facts["verify_width"] == 8
     assert "has no dial" in facts["why_no_dial"]
     assert facts["max_length"] == 512
+
+
+def test_prompts_that_are_judged_alone_count(embedded_drafts: Servable) -> None:
+    with running(embedded_drafts) as server, server.client() as client:
+        read = 0
+        for prompt, asked in ((PROMPTS[0], 0), ([5], 0), (PROMPTS[1], 2)):  # a single token is judged by nothing
+            answer = completion(client, prompt, max_tokens=asked, echo=True, logprobs=0)
+            read += answer["usage"]["prompt_tokens"]
+            assert server.metric('flexquant_tokens_total{kind="prompt"}') == read
+        assert server.metric('flexquant_tokens_total{kind="generated"}') == 2
+
+
+def test_a_character_in_parts_has_its_bytes(embedded_drafts: Servable) -> None:
+    text = "😀"
+    found, ask = SimpleNamespace(found=embedded_drafts), SimpleNamespace()
+    _, *ids = encode(embedded_drafts.model, text).tolist()  # but for the token that begins texts
+    choice = Choice(0, ask, found)  # type: ignore[arg-type]
+    content = choice.chat_logprobs([TokenLogProbs(token_id, -1.0, ()) for token_id in ids])["content"]
+    assert len(content) > 1
+    assert b"".join(bytes(entry["bytes"]) for entry in content) == text.encode()
 
 
 def test_metrics_count_what_happened(embedded_drafts: Servable) -> None:

@@ -126,6 +126,25 @@ def test_a_cancelled_job_that_waits_is_never_begun(engine: PaperEngine) -> None:
     assert engine.made == [100, 101, 300, 301]
 
 
+def test_places_are_kept_for_jobs_that_are_being_made(engine: PaperEngine) -> None:
+    queue = queue_of(engine, slots=1, size=1)
+    own, other = [Heard(seed, 1) for seed in (100, 200)], Heard(300, 1)
+    with queue.room(2):
+        with pytest.raises(ApiError, match="0 requests run and 2 wait"), queue.room(1):
+            pass
+        with pytest.raises(ApiError, match="0 requests run and 2 wait"):
+            queue.submit([other.job])
+        queue.submit([heard.job for heard in own], promised=2)
+    engine.asked.release(2)
+    for heard in own:
+        heard.wait(2)
+    with queue.room(2):  # what was promised is free again, also where nothing came of it
+        pass
+    queue.submit([other.job])
+    finish(queue, engine)
+    assert engine.made == [100, 200, 300]
+
+
 def test_some_jobs_are_taken_whole_or_not_at_all(engine: PaperEngine) -> None:
     queue = queue_of(engine, slots=1, size=1)
     with pytest.raises(ApiError):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from http_server import PROMPTS, Running, alone, completion, refusal, running
 
+from flexquant_rl.agents import export
 from flexquant_rl.agents.commands.servable import load_rungs, load_servable
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.ladder import Ladder, Mode, Rung, write_ladder
@@ -46,6 +47,22 @@ def test_the_rung_that_the_server_was_started_with_is_the_default(ladder: Path) 
         assert completion(client, max_tokens=4)["choices"][0]["flexquant"]["policy"] == "draft:3,verify=5"
     with pytest.raises(InputError, match="trained for model"):
         load_rungs(str(ladder), "f" * 64)
+
+
+def test_the_default_rung_is_read_once(ladder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load_servable("default", str(ladder))
+    read: list[Path] = []
+    load = export.load_exported
+
+    def noted(directory: Path, name: str | None = None) -> export.ExportedPolicy:
+        read.append(directory)
+        return load(directory, name)
+
+    monkeypatch.setattr(export, "load_exported", noted)
+    rungs = load_rungs(str(ladder), found.model.fingerprint, found)
+    assert rungs is not None
+    assert read == [ladder / "1", ladder / "2"]
+    assert rungs.policies["0"] is found.policy
 
 
 @pytest.mark.parametrize(

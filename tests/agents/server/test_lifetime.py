@@ -67,6 +67,7 @@ def test_who_hangs_up_frees_the_slot(small: Running, is_stream: bool) -> None:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/completions", json=LONG)
     assert eventually(lambda: ended(small, "disconnected") == before + 1)
+    assert 'flexquant_refused_total{status="499"}' not in httpx.get(f"{small.url}/metrics").text
     assert small.metric("flexquant_running") == 0
     stopped_at = small.metric('flexquant_tokens_total{kind="generated"}')
     assert stopped_at - made < LONG["max_tokens"]  # type: ignore[operator]
@@ -75,12 +76,14 @@ def test_who_hangs_up_frees_the_slot(small: Running, is_stream: bool) -> None:
     assert small.metric('flexquant_tokens_total{kind="generated"}') == stopped_at + 3
 
 
-def test_a_full_queue_turns_away_and_says_when_to_come_again(small: Running) -> None:
+def test_a_full_queue_turns_away_and_says_when_to_come_again(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     with small.client() as client, ThreadPoolExecutor() as pool:
         with begun(client):
             answer = pool.submit(completion, client, max_tokens=2)
             assert eventually(lambda: small.metric("flexquant_queue_length") == 1)
-            refused = client.post("/v1/completions", json=LONG)
+            with monkeypatch.context() as patched:  # a full queue makes no text tokens
+                patched.setattr(small.served, "of_completion", lambda body: pytest.fail("tokenised in vain"))
+                refused = client.post("/v1/completions", json=LONG)
             assert refusal(refused, 429)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) >= 1
         assert answer.result(30)["usage"]["completion_tokens"] == 2
@@ -90,7 +93,7 @@ def test_who_waits_and_hangs_up_leaves_the_queue(small: Running) -> None:
     before = ended(small, "disconnected")
     with small.client() as client, begun(client):
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/completions", json=LONG, timeout=httpx.Timeout(30, read=0.3))
+            client.post("/v1/completions", json=LONG, timeout=httpx.Timeout(30, read=0.1))  # LONG takes thrice that
         assert eventually(lambda: ended(small, "disconnected") == before + 1)
         assert small.metric("flexquant_queue_length") == 0
         assert small.metric("flexquant_running") == 1

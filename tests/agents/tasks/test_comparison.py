@@ -18,11 +18,12 @@ COUNT = 200
 
 def row(policy: str, kind: Kind, scores: list[float], answers: str = "a") -> TaskRow:
     count = len(scores)
-    low, high = score_interval(scores, range(count))
+    low, high = score_interval(scores, range(count)) if count > 1 else (None, None)
     return TaskRow(
         policy,
         kind,
         "",
+        None,
         None,
         8 if kind == "drafts" else None,
         "line",
@@ -39,7 +40,7 @@ def row(policy: str, kind: Kind, scores: list[float], answers: str = "a") -> Tas
 
 
 def time(policy: str, share: float) -> TaskTimeRow:
-    return TaskTimeRow(policy, "", None, 10 * share, share, None, "measured", 4.0, 100)
+    return TaskTimeRow(policy, "", None, "", 10 * share, share, None, "measured", 4.0, 100)
 
 
 @pytest.fixture
@@ -55,8 +56,47 @@ def test_static_at_a_time_between_two_is_their_mean(drawn: list[list[float]]) ->
     found = against_static(rows[2], rows, times)
     assert found is not None
     assert found.value == pytest.approx(np.mean(own) - (0.25 * np.mean(slow) + 0.75 * np.mean(fast)))
+    assert found.low is not None
+    assert found.high is not None
     assert found.low < found.value < found.high
     assert found.against == "fixed:4 on 75% and fixed:8 on 25% of documents"
+
+
+def test_static_is_the_hull_of_time_and_score() -> None:
+    """What two others beat together at its time is no static allocation that anybody would take."""
+    scores = {"fixed:3": 0.2, "fixed:4": 0.3, "fixed:5": 0.8, "fixed:8": 0.7}
+    rows = [
+        row(name, "static", [1.0] * round(10 * score) + [0.0] * (10 - round(10 * score)))
+        for name, score in scores.items()
+    ]
+    mine = row("mine", "learned", [1.0] * 5 + [0.0] * 5)
+    shares = {"fixed:3": 0.4, "fixed:4": 0.5, "fixed:5": 0.6, "fixed:8": 1.0}
+    times = [time(name, share) for name, share in shares.items()]
+    between = against_static(mine, rows, [*times, time("mine", 0.5)])
+    assert between is not None
+    assert between.value == pytest.approx(0.5 - (0.2 + 0.8) / 2), "below the line from 3 to 5 bits is 4"
+    assert between.against == "fixed:3 on 50% and fixed:5 on 50% of documents"
+    slower = against_static(mine, rows, [*times, time("mine", 0.9)])
+    assert slower is not None
+    assert (slower.against, slower.value) == ("fixed:5", pytest.approx(-0.3))
+
+
+def test_one_document_gives_no_interval(tmp_path: Path) -> None:
+    """All resamples of one are that one: the interval would be of no width, and said to exclude zero."""
+    assert score_interval([0.0, 1.0], [3, 3]) == (None, None)
+    best, mine = row("fixed:4", "static", [1.0] * 3), row("mine", "learned", [0.0] * 3)
+    rows = [
+        replace(one, document_groups=(0, 0, 0), score_low=None, score_high=None)
+        for one in (row("full", "full", [1.0] * 3), best, mine)
+    ]
+    assert against_row(rows[2], rows[0]).words() == "-100.0 points (one document gives no interval)"
+    times = [time("fixed:4", 0.6), time("mine", 0.7)]
+    assert any("which has no interval, against fixed:4" in line for line in findings(rows, times))
+    assert "100.0 (one document gives no interval)" in console_table(rows, times)
+    text = write_report(tmp_path, rows, times, [], {}, {}).read_text(encoding="utf-8")
+    assert "| -100.0 (one document gives no interval) |" in text
+    save_rows(tmp_path, rows, TaskRow)
+    assert read_rows(tmp_path, TaskRow) == rows
 
 
 def test_what_is_slower_than_static_meets_the_slowest_and_what_is_faster_nothing(drawn: list[list[float]]) -> None:
@@ -105,7 +145,10 @@ def test_documents_of_one_source_are_drawn_together() -> None:
     scores = [1.0] * 20 + [0.0] * 20
     alone, together = (score_interval(scores, groups) for groups in (range(40), [0] * 20 + [1] * 20))
     assert together == (0, 1)
-    assert 0 < alone[0] < alone[1] < 1
+    low, high = alone
+    assert low is not None
+    assert high is not None
+    assert 0 < low < high < 1
 
 
 def test_other_documents_are_not_compared(drawn: list[list[float]]) -> None:

@@ -78,6 +78,15 @@ def test_the_standard_library_stands_in_and_its_modules_stay_together() -> None:
     assert len(made) > 100 > len({*sources}) > 5
 
 
+def test_rows_end_with_newlines_alone(tmp_path: Path) -> None:
+    """JSON strings may hold other separators as they are, and programs that do not escape them write them so."""
+    path, separators = tmp_path / "rows.jsonl", "\u2028 \u2029 \x85"
+    rows = [{"question": f"a {separators} {number}", "answer": f"#### {number}"} for number in range(6)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    made = make_task(LOCAL_TASKS["gsm8k"], [path]).documents
+    assert [document["question"] for document in made] == [row["question"] for row in rows]
+
+
 def test_answers_are_numbers_and_examples_are_not_asked(gsm8k: Path, tmp_path: Path) -> None:
     made = make_task(LOCAL_TASKS["gsm8k"], [gsm8k])
     assert made.documents[0]["number"] == "1200"

@@ -175,6 +175,8 @@ def test_rules_that_weigh_costs_need_them(rule: Any) -> None:
 
 def test_costs_go_through_json() -> None:
     costs = replace(COSTS, controller_ms=0.1, confidence_ms=0.05)
+    older = {name: value for name, value in costs.to_dict().items() if name != "plain_ms"}
+    assert VerifyCosts.from_dict(older) == costs, "of a policy that was exported before"
     assert VerifyCosts.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
     for change in ({"source": "guessed"}, {"full_ms": None}, {"draft_ms": ["a"]}, {"controller_ms": -1.0}):
         with pytest.raises(ValueError, match=r"times|controller_ms"):

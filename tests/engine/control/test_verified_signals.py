@@ -50,5 +50,8 @@ def test_measured_costs_leave_the_cache_as_it_was(tiny_model_dir: Path) -> None:
     costs = measured_costs(session, (3, 5), verify_width=8, depth=3, num_rounds=2, context=10)
     costs.check(2, 3)
     assert costs.source == "measured"
+    assert costs.plain_ms == costs.full_ms, "one step at the largest width has one time"
+    lower = measured_costs(session, (3,), verify_width=5, depth=1, num_rounds=2, context=10)
+    assert lower.plain_ms != lower.full_ms
     assert min(costs.full_ms, *costs.draft_ms, *costs.verify_ms) > 0
     assert session.lengths.tolist() == [10]

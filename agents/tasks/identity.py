@@ -1,0 +1,65 @@
+"""What answers and times depend on, as digests: rows of a policy are kept as long as it is the very same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.agents.export import policy_directory
+from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.drafting_rules import rule_to_dict
+from flexquant_rl.engine.control.policy import LearnedPolicy
+from flexquant_rl.engine.files import file_sha256
+
+_WEIGHTS = (".safetensors", ".gguf")
+_PLAIN = ("config.json",)
+
+
+def policy_sha256(named: str, servable: Servable) -> str:
+    """Digest of what a policy is: the files of a directory or of a ladder's rung, what a name was bound to.
+
+    Args:
+        named: As `--policy` named it.
+        servable: What that is.
+    """
+    path, policy = Path(named), servable.policy
+    if path.is_dir():
+        directory = policy_directory(path if servable.rung is None else path / servable.rung.folder)
+        return _digest([file_sha256(directory / name) for name in (CARD_FILE, WEIGHTS_FILE, PROFILE_FILE)])
+    assert not isinstance(policy, LearnedPolicy), "no name has learned anything"
+    if isinstance(policy, DeployedDrafts):
+        assert policy.facts.rule is not None, "no name has learned anything"
+        levels, verify = policy.level_bit_widths.tolist(), policy.verify_bit_widths.tolist()
+        return _digest([rule_to_dict(policy.facts.rule), levels, verify])
+    return _digest(policy.bit_widths.tolist())
+
+
+def plain_model_sha256(path: Path) -> str:
+    """Digest of an unquantised model's configuration and weights: of a directory or one file."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    kept = [file for file in files if file.suffix in _WEIGHTS or file.name in _PLAIN]
+    return _digest([[file.name, file_sha256(file)] for file in kept])
+
+
+def timing_sha256(profile: Path | None, threads: int | None, prompts: Sequence[Tensor], num_tokens: int) -> str:
+    """Digest of what the times of policies depend on besides the policies.
+
+    Args:
+        profile: File of the latency table; None where there is none.
+        threads: Threads of a step.
+        prompts: `[T]` int64 each.
+        num_tokens: Tokens that are timed behind each.
+    """
+    table = "" if profile is None else file_sha256(profile)
+    return _digest([table, threads, [prompt.tolist() for prompt in prompts], num_tokens])
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
