@@ -11,12 +11,15 @@ from flexquant_rl.agents.runs import verified_ppo, verified_run
 from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.model import NestedCausalLM
 
-# 96 tokens of 12 each, and 64 env steps on them.
+# 64 env steps in all.
+TINY_LEARNING = (
+    *("--verified.live-prompts", 1, "--env-steps", 64, "--verified.ppo.num-envs", 4, "--verified.ppo.rollout-steps", 8),
+    *("--verified.ppo.batch-size", 16, "--verified.ppo.num-epochs", 1),
+)
+# On 96 tokens, 12 of each sequence.
 TINY_RECORDING = (
     *("--verified.tokens", 96, "--verified.widths", 3, 5, "--verified.depth", 2),
-    *("--verified.prompt-tokens", 8, "--verified.max-new-tokens", 12, "--verified.live-prompts", 1),
-    *("--env-steps", 64, "--verified.ppo.num-envs", 4, "--verified.ppo.rollout-steps", 8),
-    *("--verified.ppo.batch-size", 16, "--verified.ppo.num-epochs", 1),
+    *("--verified.prompt-tokens", 8, "--verified.max-new-tokens", 12, *TINY_LEARNING),
 )
 TINY_DRAFTS = ("--task", "verified", *TINY_RECORDING)
 
