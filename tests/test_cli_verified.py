@@ -11,31 +11,22 @@ from typing import Any
 import pytest
 from cli_runner import Finished, leftovers, run, tree, write_sentences
 from PIL import Image
+from small_runs import TINY_DRAFTS, leave_out_the_clock, make_drafts_short
 
 from flexquant_rl import cli, train
-from flexquant_rl.agents.evaluation import evaluate
-from flexquant_rl.agents.runs import verified_ppo, verified_run
+from flexquant_rl.agents.runs import verified_run
 from flexquant_rl.engine.control.artefact import load_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, RULES, FixedRounds, Plain, ProductStop
-from flexquant_rl.engine.model import NestedCausalLM
 
-TINY_DRAFTS = (
-    *("--task", "verified", "--verified.tokens", 96, "--verified.widths", 3, 5, "--verified.depth", 2),
-    *("--verified.prompt-tokens", 8, "--verified.max-new-tokens", 12, "--verified.live-prompts", 1),
-    *("--env-steps", 64, "--verified.ppo.num-envs", 4, "--verified.ppo.rollout-steps", 8),
-    *("--verified.ppo.batch-size", 16, "--verified.ppo.num-epochs", 1),
-)
 FILES = {"policy.json", "policy.safetensors", "profile.json"}
 
 
 @pytest.fixture(scope="module")
 def endless() -> Any:
-    """Random weights choose EOS soon; here it is a token like the others. What takes seconds is cut short."""
+    """No text ends early; what takes seconds is cut short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NestedCausalLM, "eos_token_ids", ())
-        patch.setattr(verified_ppo, "_CLONE_STEPS", 20)
-        patch.setattr(evaluate, "_TIMING_S", 0.0)
+        make_drafts_short(patch)
         yield
 
 
@@ -60,12 +51,6 @@ def train_it(endless: None, tiny_model_dir: Path, text: Path) -> Callable[..., F
 @pytest.fixture(scope="module")
 def finished(folder: Path, train_it: Callable[..., Finished]) -> Finished:
     return train_it("--run", folder / "run", "--seeds", 2)
-
-
-def leave_out_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clock and picture take seconds, and say nothing of what is kept."""
-    monkeypatch.setattr(verified_run, "plot_drafts", lambda *_, **__: None)
-    monkeypatch.setattr(verified_run, "measured_time_shares", lambda *arguments, **_: [1.0] * len(arguments[4]))
 
 
 class TestRun:

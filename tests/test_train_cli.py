@@ -7,7 +7,6 @@ import json
 import re
 import signal
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import pytest
 from cli_runner import TINY_RUN, Finished, leftovers, run, spawn, tree, write_text
 from PIL import Image
+from small_runs import make_quick
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexquant_rl import train
-from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import load_policy
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -173,16 +172,6 @@ def test_signal_from_the_shell(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     make_quick(monkeypatch)
-
-
-def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes long and what no later phase builds on: most of the cloning, clocks and pictures."""
-    monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
-    monkeypatch.setattr(
-        "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
-    )
-    for name in ("plot_pareto", "plot_bits", "plot_learning_curve"):
-        monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

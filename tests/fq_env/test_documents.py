@@ -59,6 +59,14 @@ def test_environment_document(repo_root: Path, capsys: pytest.CaptureFixture[str
     assert abs(rewards).max() < 2e-3
 
 
+def test_readme(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks(repo_root / "README.md")
+    names = run(block, "README.md")
+    saved, nats = map(float, capsys.readouterr().out.split())
+    assert (saved, nats) == (names["info"]["time_saved"], names["info"]["output_kl_nats"])
+    assert nats >= 0
+
+
 def test_a_new_task(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = blocks(repo_root / "docs" / "extending.md", "A new task")
     names = run(block, "tolerant_task.py")
