@@ -7,6 +7,7 @@ import json
 import shutil
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from evaluation_rows import row
 from flexquant_rl import cli
 from flexquant_rl.agents.commands import demo as command
 from flexquant_rl.agents.config import VerifiedConfig
+from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine import packaged_model as source
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.config import EnvConfig
@@ -32,6 +34,10 @@ def small(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, tmp_path: Path)
     monkeypatch.setattr(command, "_EPISODES", EnvConfig(prompt_tokens=8, max_new_tokens=4))
     monkeypatch.setattr(command, "_PPO", replace(command._PPO, num_envs=4, batch_size=8))
     monkeypatch.setattr(command, "_LOSSY_ENV_STEPS", 16)
+    monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
+    lossy = command._lossy_config
+    # A clock on a busy machine may say of so small a model that widths make no difference, and no budget is in reach.
+    monkeypatch.setattr(command, "_lossy_config", lambda *given: replace(lossy(*given), latency="roofline"))
     return write_text(tmp_path / "text.txt")
 
 

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cli_runner import ROOT, Finished
 
 from flexquant_rl.agents.commands.process import TRAINING_PACKAGES
 
@@ -27,21 +29,83 @@ class Finder(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
-FQ = "from flexquant_rl.cli import main; sys.argv = ['fq', *sys.argv[1:]]; sys.exit(main())"
+# One process runs everything, for imports take longer than all of it; what is hidden, no command can have imported.
+# Of each command code, stdout and stderr are printed in a line; the code below prints its own.
+RUN = """
+import json
+from cli_runner import run
+from flexquant_rl.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    finished = run(main, *arguments)
+    print(json.dumps([finished.code, finished.out, finished.err]))
+"""
+IN_CODE = f"""
+from pathlib import Path
+import torch
+import flexquant_rl
+from transformers import AutoModelForCausalLM
+from flexquant_rl import attach_policy, generate, load_model, load_policy
+from flexquant_rl.engine.checkpoint import save_checkpoint
+from flexquant_rl.engine.control.artefact import save_policy
+from flexquant_rl.engine.control.policy import PolicyCard, StaticPolicy
+from flexquant_rl.engine.control.profile import Profile, unmeasured_profile
+
+source, model, out = sys.argv[2:]
+nested = load_model(source, keep_reference=False)
+save_checkpoint(nested, Path(model))
+widths = torch.full((nested.num_units,), 4)
+policy = StaticPolicy("fixed:4", widths, PolicyCard.of_model(nested, {{}}))
+save_policy(policy, unmeasured_profile(nested), Path(out))
+policy, profile = load_policy(out), Profile.load(f"{{out}}/profile.json")
+tokens = [token.token_id for token in generate(nested, policy, profile, "abc", max_new_tokens=5, decoder="hf")]
+hf = AutoModelForCausalLM.from_pretrained(model)
+attach_policy(hf, out)
+prompt = torch.tensor([nested.token_text.encode("abc")])
+text = hf.generate(prompt, max_new_tokens=5, do_sample=False)[0, prompt.shape[1]:].tolist()
+print(tokens == text, *sorted(name for name in {HIDDEN!r} if name in sys.modules))
+"""
+REFUSED = (("train",), ("evaluate", "default"))
 
 
-def python(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process without the packages that train."""
-    command = [sys.executable, "-c", WITHOUT + code, *map(str, arguments)]
-    root = Path(__file__).resolve().parent.parent
-    return subprocess.run(
-        command,
+@dataclass(frozen=True)
+class Ran:
+    """What the process left: each command's outcome, what the code printed, and the directory it was started in."""
+
+    refused: dict[str, Finished]
+    quantized: Finished
+    exported: Finished
+    generated: tuple[Finished, ...]
+    in_code: str
+    cwd: Path
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Runs commands and code in a process without the packages that train."""
+    folder, cwd = tmp_path_factory.mktemp("serving"), tmp_path_factory.mktemp("current")
+    model, out = folder / "nested", folder / "policy"
+    asked = ("--prompt", "abc", "--max-new-tokens", 6)
+    commands = [
+        *REFUSED,
+        ("quantize", tiny_model_dir, model),
+        ("export", "fixed:4", out, "--model", model),
+        *(("generate", model, "--policy", policy, *asked) for policy in (out, "draft:3,length=2")),
+    ]
+    arguments = (json.dumps(commands, default=str), tiny_model_dir, folder / "code-nested", folder / "code-policy")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT + RUN + IN_CODE, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    *lines, in_code = done.stdout.splitlines()
+    train, evaluate, quantized, exported, *generated = (Finished(*json.loads(line)) for line in lines)
+    refused = {"train": train, "evaluate": evaluate}
+    return Ran(refused, quantized, exported, tuple(generated), in_code, cwd)
 
 
 def requirements(lines: list[str]) -> dict[str, str]:
@@ -69,62 +133,28 @@ def test_the_documents_name_the_file(repo_root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_policy_is_exported_loaded_and_generates(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model, out = tmp_path / "nested", tmp_path / "policy"
-    assert python(FQ, "quantize", tiny_model_dir, model, cwd=tmp_path).returncode == 0
-    exported = python(FQ, "export", "fixed:4", out, "--model", model, cwd=tmp_path)
-    assert exported.returncode == 0, exported.stderr
-    for policy in (out, "draft:3,length=2"):
-        asked = ("--policy", policy, "--prompt", "abc", "--max-new-tokens", 6)
-        made = python(FQ, "generate", model, *asked, cwd=tmp_path)
-        assert made.returncode == 0, made.stderr
-        assert json.loads(made.stdout.splitlines()[-1])["num_tokens"] == 6
+def test_a_policy_is_exported_loaded_and_generates(ran: Ran) -> None:
+    assert ran.quantized.code == 0, ran.quantized.err
+    assert ran.exported.code == 0, ran.exported.err
+    assert len(ran.generated) == 2
+    for made in ran.generated:
+        assert made.result["num_tokens"] == 6
 
 
 @pytest.mark.slow
-def test_a_policy_works_in_code_and_in_huggingface(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model, out = tmp_path / "nested", tmp_path / "policy"
-    code = f"""
-from pathlib import Path
-import torch
-import flexquant_rl
-from transformers import AutoModelForCausalLM
-from flexquant_rl import attach_policy, generate, load_model, load_policy
-from flexquant_rl.engine.checkpoint import save_checkpoint
-from flexquant_rl.engine.control.artefact import save_policy
-from flexquant_rl.engine.control.policy import PolicyCard, StaticPolicy
-from flexquant_rl.engine.control.profile import Profile, unmeasured_profile
-
-nested = load_model({str(tiny_model_dir)!r}, keep_reference=False)
-save_checkpoint(nested, Path({str(model)!r}))
-widths = torch.full((nested.num_units,), 4)
-policy = StaticPolicy("fixed:4", widths, PolicyCard.of_model(nested, {{}}))
-save_policy(policy, unmeasured_profile(nested), Path({str(out)!r}))
-policy, profile = load_policy({str(out)!r}), Profile.load({str(out / "profile.json")!r})
-tokens = [token.token_id for token in generate(nested, policy, profile, "abc", max_new_tokens=5, decoder="hf")]
-hf = AutoModelForCausalLM.from_pretrained({str(model)!r})
-attach_policy(hf, {str(out)!r})
-prompt = torch.tensor([nested.token_text.encode("abc")])
-text = hf.generate(prompt, max_new_tokens=5, do_sample=False)[0, prompt.shape[1]:].tolist()
-print(tokens == text, *sorted(name for name in {HIDDEN!r} if name in sys.modules))
-"""
-    done = python(code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True"
+def test_a_policy_works_in_code_and_in_huggingface(ran: Ran) -> None:
+    assert ran.in_code == "True"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("train",), ("evaluate", "default")])
-def test_what_needs_more_says_what(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    done = python(FQ, *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    said = done.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize("command", [arguments[0] for arguments in REFUSED])
+def test_what_needs_more_says_what(command: str, ran: Ran) -> None:
     assert re.fullmatch(
-        rf"error: fq {arguments[0]} needs the package \w+, which an installation that only serves leaves out; "
+        rf"fq {command} needs the package \w+, which an installation that only serves leaves out; "
         r"pip install flexquant-rl, with its dependencies",
-        said,
+        ran.refused[command].error,
     )
-    assert not list(tmp_path.iterdir())
+    assert not list(ran.cwd.iterdir())
 
 
 def test_the_policy_loader_imports_little(repo_root: Path) -> None:

@@ -254,12 +254,24 @@ PHASES = {
     "oracle": ("agents.evaluation.oracle:_best_mask", 2),
     "report": ("agents.runs.phases:write_report", 1),
 }
+# A run takes seconds, so each is interrupted in several phases, in order and apart from each other. What is counted is
+# counted from the start of a process: none of these interruptions lies behind another that would have it count less.
+RUNS = [
+    ["quantising", "importance", "seed 0, validation", "evaluation"],
+    ["profiling", "cloning", "seed 1, rollout", "oracle"],
+    ["front", "seed 0, rollout", "seed 0, export", "report"],
+    ["seed 0, checkpoint", "seed 0, update", "dial table"],
+]
 # Seven steps are a rollout more than a checkpoint keeps: the third of these interruptions is in the second seed.
 AGAIN_AND_AGAIN = ["quantising", "front", "cloning", *["seed 0, rollout"] * 3, "evaluation", "report"]
 
 
+def test_every_phase_is_interrupted() -> None:
+    assert sorted(phase for phases in RUNS for phase in phases) == sorted(PHASES)
+
+
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("phases", [[name] for name in PHASES] + [AGAIN_AND_AGAIN], ids="+".join)
+@pytest.mark.parametrize("phases", [*RUNS, AGAIN_AND_AGAIN], ids="+".join)
 def test_resumed_run_ends_like_an_uninterrupted_one(
     phases: list[str], start: tuple[object, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -207,16 +207,18 @@ def test_a_pass_over_any_number_of_tokens_has_the_bits_of_single_steps(
     weights = make_weights(hidden=288, inner=352, heads=4, key_value_heads=2, head_dim=64)
     widths = torch.full((NUM_UNITS,), bit_width)
     decoder = NativeDecoder(weights, isa=isa, num_threads=num_threads)
+    tokens, cache = random_tokens(7 + 16, seed=bit_width), decoder.new_cache()
+    steps, held = [], []
+    for position, token in enumerate(tokens.split(1)):
+        steps.append(decoder(cache, token, position, widths))
+        held.append(cache.blocks.clone())
     for num_tokens in range(2, 17):
-        tokens = random_tokens(num_tokens + 7, seed=num_tokens)
-        cache = decoder.new_cache()
-        steps = [decoder(cache, token, position, widths) for position, token in enumerate(tokens.split(1))]
-        twin = decoder.new_cache()
+        twin, last = decoder.new_cache(), 7 + num_tokens
         decoder(twin, tokens[:7], 0, widths)
-        outputs = decoder(twin, tokens[7:], 7, widths, num_logits=num_tokens)
-        for output, expected in zip(outputs, zip(*steps, strict=True), strict=True):
-            assert torch.equal(output, torch.cat(expected)[7:]), f"M={num_tokens}"
-        assert torch.equal(twin.blocks, cache.blocks), f"M={num_tokens}"
+        outputs = decoder(twin, tokens[7:last], 7, widths, num_logits=num_tokens)
+        for output, expected in zip(outputs, zip(*steps[7:last], strict=True), strict=True):
+            assert torch.equal(output, torch.cat(expected)), f"M={num_tokens}"
+        assert torch.equal(twin.blocks, held[last - 1]), f"M={num_tokens}"
 
 
 def test_head_that_is_no_unit_is_read_unquantised() -> None:

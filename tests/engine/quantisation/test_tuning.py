@@ -289,17 +289,25 @@ def test_recomputed_layers_give_the_same(
     assert same(stored(kept), stored(recomputed))
 
 
+@pytest.fixture(scope="module")
+def straight(tiny_model_dir: Path, windows: Tensor, held_out: Tensor) -> NestedCausalLM:
+    """Tuned without an interruption. Read it only."""
+    model = load_model(str(tiny_model_dir), QuantizationConfig(group_size=32))
+    tune_pairs(model, windows, held_out, CONFIG)
+    return model
+
+
 @pytest.mark.parametrize("written", [1, 2, 3])
 def test_interrupted_tuning_goes_on(
     fresh: Fresh,
+    straight: NestedCausalLM,
     windows: Tensor,
     held_out: Tensor,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     written: int,
 ) -> None:
-    straight, resumed = fresh(), fresh()
-    tune_pairs(straight, windows, held_out, CONFIG)
+    resumed = fresh()
     file = tmp_path / "state.safetensors"
     count = 0
     write = tuning.write_states
