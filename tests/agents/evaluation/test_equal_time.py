@@ -174,8 +174,8 @@ def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) ->
             trace = evaluator.run(entry.first.policy)
             rungs.append(Rung(1 / trace.speedup, tuple(trace.output_kl_nats.double().mean(1).tolist())))
     evaluator.close()
-    assert compared.static_kl_nats == pytest.approx(static_between(rungs, shares[0]), rel=1e-4)
-    assert compared.static_kl_nats_measured == pytest.approx(static_between(rungs, shares[1]), rel=1e-4)
+    assert compared.static_kl_nats == pytest.approx(static_between(rungs, shares[0]), rel=1e-3)
+    assert compared.static_kl_nats_measured == pytest.approx(static_between(rungs, shares[1]), rel=1e-3)
 
 
 def test_static_rows_are_their_own_other_side(tiny_prepared: Prepared) -> None:
