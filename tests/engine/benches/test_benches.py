@@ -197,7 +197,7 @@ class TestLlamaCpp:
         session.prefill([1, 2, 3])  # forgotten by the next prompt
         logits = session.prefill(token_ids[0, :5].tolist())
         for token_id in token_ids[0, 5:].tolist():
-            logits = session.step(token_id)
+            logits = session.step(token_id).copy()  # valid until the next call
         session.truncate(5)
         batch = session.extend(token_ids[0, 5:].tolist())
         assert np.allclose(batch, logits, rtol=0.05, atol=0.05 * float(np.abs(logits).max()))
