@@ -110,8 +110,9 @@ FQ_INLINE FQ_AVX512 void join_token(const Activations& x, int64_t m, int64_t num
     const int32_t places_per_chunk = static_cast<int32_t>(x.stride * kChunkInputs / 4);
     alignas(64) int32_t word[16], place[16];
     const bool is_pair = num_words <= kMaxPairedWords;
-    const int8_t* next_values = x.values_of<int8_t>(is_pair ? 1 : 0, m);
-    const __m512 scales = _mm512_load_ps(word_scale), next_scales = _mm512_load_ps(x.scales_of(is_pair ? 1 : 0, m));
+    const int64_t second = is_pair && num_words > kWordsPerChunk ? 1 : 0;  // a short row has no second vector
+    const int8_t* next_values = x.values_of<int8_t>(second, m);
+    const __m512 scales = _mm512_load_ps(word_scale), next_scales = _mm512_load_ps(x.scales_of(second, m));
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         for (int lane = 0; lane < 16; ++lane) {
             const int32_t index = static_cast<int32_t>((chunk * kWordsPerChunk + lane) % num_words);
