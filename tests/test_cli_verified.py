@@ -122,7 +122,9 @@ class TestRun:
             path.write_text(json.dumps(json.loads(whole) | {"recording": "other"}))
             assert "is of another recording than this run's" in run(train.main, "--resume", folder / "run").error
             path.write_text(json.dumps(json.loads(whole) | {"version": 1}))
-            assert "start a new run, with --traces" in run(train.main, "--resume", folder / "run").error
+            refused = run(train.main, "--resume", folder / "run").error
+            assert "start a new run, with --traces" in refused
+            assert "delete it" not in refused
             path.write_text("{}")
             assert "no readable costs" in run(train.main, "--resume", folder / "run").error
         finally:

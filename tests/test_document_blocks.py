@@ -11,6 +11,7 @@ The tables below say which. A block that is in none of them is a failure, so a n
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -182,6 +183,11 @@ def supply(document: str, world: Path, folder: Path) -> None:
     for name in ("text", "corpus", "other", "book", "code", "stories", "wiki", "tinystories", "wikitext2"):
         if f"{name}.txt" in text or name == "text":  # that of the runs
             shutil.copy(world / "text.txt", folder / f"{name}.txt")
+    for name in ("code", "chat"):
+        if f"{name}.jsonl" in text:  # a document a line
+            pieces = (world / "text.txt").read_text(encoding="utf-8").split("\n\n")
+            rows = (json.dumps({"text": piece}) for piece in pieces if piece.strip())
+            (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     (folder / "prompt.txt").write_text("the cat", encoding="utf-8")
     if document == "docs/extending.md":
         source = next(fence.text for fence in fences(ROOT / document) if fence.language == "python")

@@ -259,7 +259,7 @@ class _TasksRun:
                 continue
             others = [row for row in kept.values() if (row.policy, row.kl_weight) == (one.name, one.kl_weight)]
             if anew := [row.task for row in others if row.task in missing]:
-                say(f"{one.name}: asked anew on {anew[0]}, the row that is there is of {_other(others[0], one)}")
+                say(f"{one.name}: asked anew on {anew[0]}, {self._reason(one, others, anew[0])}")
             with closing(self._engine(one)) as engine:
                 for task in missing:
                     row = self._ask(one, engine, task)
@@ -269,8 +269,19 @@ class _TasksRun:
         wanted = [self._wanted(one, task) for task in self._options.tasks for one in self.asked]
         return [kept[key] for key in wanted], self._times()
 
+    def _reason(self, one: _Asked, others: Sequence[TaskRow], task: str) -> str:
+        """Why the row of a task that is there does not do."""
+        *_, newest = (row for row in others if row.task == task)
+        if _key(newest) == self._wanted(one, task):
+            return "the prompts of the row that is there are missing"
+        return f"the row that is there is of {_other(newest, one)}"
+
     def _wanted(self, one: _Asked, task: str) -> _Key:
-        return one.name, one.sha256, one.kl_weight, self._options.threads, task
+        return one.name, one.sha256, one.kl_weight, self._threads(one), task
+
+    def _threads(self, one: _Asked) -> int | None:
+        """Threads of its steps; full precision is torch's, which --threads does not change."""
+        return None if one.servable is None else self._options.threads
 
     def _engine(self, one: _Asked) -> Answering:
         from flexquant_rl.agents.tasks.harness import engine_of
@@ -310,7 +321,7 @@ class _TasksRun:
             ) from error
         samples = results["samples"][task]
         self._prompts[task] = [sample["arguments"][0][0] for sample in samples[:_PROMPTS_OF_A_TASK]]
-        return _row(one, task, samples, time.process_time() - began, self._options.threads)
+        return _row(one, task, samples, time.process_time() - began, self._threads(one))
 
     def _times(self) -> list[TaskTimeRow]:
         policies = {

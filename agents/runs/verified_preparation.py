@@ -194,16 +194,17 @@ def _kept_costs(path: Path, recording: str) -> VerifyCosts:
     fix = "delete it to have drafts and passes timed again"
     try:
         data = read_json(path)
-        if data["version"] != _COSTS_VERSION:
-            # What the run has tuned and chosen by the old ones would not agree with new ones.
-            raise InputError(
-                f"{path} has costs of version {data['version']}, this is {_COSTS_VERSION}; start a new run, with "
-                f"--traces {path.parent / TRACES_FOLDER} if the recording is there"
-            )
-        costs, found = VerifyCosts.from_dict(data["costs"]), data["recording"]
+        version, recorded = data["version"], data["recording"]
+        costs = VerifyCosts.from_dict(data["costs"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: no readable costs ({error}); {fix}") from error
-    if found != recording:
+    if version != _COSTS_VERSION:
+        # What the run has tuned and chosen by the old ones would not agree with new ones.
+        raise InputError(
+            f"{path} has costs of version {version}, this is {_COSTS_VERSION}; start a new run, with --traces "
+            f"{path.parent / TRACES_FOLDER} if the recording is there"
+        )
+    if recorded != recording:
         raise InputError(f"{path} is of another recording than this run's; put that one back, or start a new run")
     return costs
 

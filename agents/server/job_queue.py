@@ -209,7 +209,8 @@ class JobQueue:
         if is_cancelled():  # perhaps during this token, which then was the last one
             self._end(job, "disconnected")
         elif event is None:
-            self._count_prompt(job)  # one token is judged by nothing, and was read all the same
+            if job.judged is not None:
+                self._count_prompt(job)  # one token is judged by nothing, and was read all the same
             self._end(job, "done")
         elif isinstance(event, GeneratedToken) and event.finish_reason is not None:
             self._end(job, "done")

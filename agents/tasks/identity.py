@@ -19,7 +19,7 @@ from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.files import file_sha256
 
 _WEIGHTS = (".safetensors", ".gguf")
-_PLAIN = ("config.json",)
+_PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def policy_sha256(named: str, servable: Servable) -> str:
@@ -42,7 +42,7 @@ def policy_sha256(named: str, servable: Servable) -> str:
 
 
 def plain_model_sha256(path: Path) -> str:
-    """Digest of an unquantised model's configuration and weights: of a directory or one file."""
+    """Digest of an unquantised model's configuration, tokenizer and weights: of a directory or one file."""
     files = [path] if path.is_file() else sorted(path.iterdir())
     kept = [file for file in files if file.suffix in _WEIGHTS or file.name in _PLAIN]
     return _digest([[file.name, file_sha256(file)] for file in kept])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from flexquant_rl.engine.checkpoint import load_model
@@ -13,7 +14,7 @@ from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.profile import profile_model
 from flexquant_rl.engine.control.signals import log_probabilities, output_signals
 from flexquant_rl.engine.control.verified_signals import VerifiedSchema, next_entropy_average, scaled_outputs
-from flexquant_rl.engine.control.verify_timer import measured_costs
+from flexquant_rl.engine.control.verify_timer import _TimedRounds, measured_costs
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -44,14 +45,17 @@ def test_scaled_as_the_tracker_scales(tiny_model_dir: Path) -> None:
         before = log_probs
 
 
-def test_measured_costs_leave_the_cache_as_it_was(tiny_model_dir: Path) -> None:
+def test_measured_costs_leave_the_cache_as_it_was(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(str(tiny_model_dir), QuantizationConfig())
     session = DecodeSession(model, max_length=20)
     costs = measured_costs(session, (3, 5), verify_width=8, depth=3, num_rounds=2, context=10)
     costs.check(2, 3)
     assert costs.source == "measured"
     assert costs.plain_ms == costs.full_ms, "one step at the largest width has one time"
-    lower = measured_costs(session, (3,), verify_width=5, depth=1, num_rounds=2, context=10)
-    assert lower.plain_ms != lower.full_ms
+    timed: list[int] = []
+    plain_ms = _TimedRounds.plain_ms
+    monkeypatch.setattr(_TimedRounds, "plain_ms", lambda rounds, width: timed.append(width) or plain_ms(rounds, width))
+    measured_costs(session, (3,), verify_width=5, depth=1, num_rounds=2, context=10)
+    assert set(timed) == {5, 8}, "a plain step of the verify width, and one of the largest"
     assert min(costs.full_ms, *costs.draft_ms, *costs.verify_ms) > 0
     assert session.lengths.tolist() == [10]
