@@ -240,6 +240,7 @@ def test_refitted_pairs_are_least_squares(num_inputs: int, group_size: int) -> N
 @settings(max_examples=25)
 @given(num_inputs=st.integers(1, 140), seed=st.integers(0, 2**31), mean=st.sampled_from((0.0, 3.0)))
 @example(num_inputs=1, seed=3, mean=0.0)  # an error of nearly nothing, which float32 cannot tell from a smaller one
+@example(num_inputs=1, seed=11152415, mean=0.0)  # a pair that was given hits a single weight by chance
 def test_refit_is_never_worse_than_the_pairs_given_or_derived(num_inputs: int, seed: int, mean: float) -> None:
     """Whatever the codes are: these are random."""
     generator = torch.Generator().manual_seed(seed)
@@ -258,7 +259,8 @@ def test_refit_is_never_worse_than_the_pairs_given_or_derived(num_inputs: int, s
         error = weight.double() - decoded
         return ((error @ hessian) * error).sum(1)
 
-    rounding = 1e-6 * ((weight.double() @ hessian) * weight).sum(1)
+    # Pairs are float16: an error of three thousandths of the weights, squared, is what they can hold.
+    rounding = 1e-5 * ((weight.double() @ hessian) * weight).sum(1)
     for width_idx, bit_width in enumerate(widths):
         found = row_errors((new_scale[width_idx], new_offset[width_idx]), bit_width)
         derived = derive_scale_and_offset(new_scale[-1].double(), new_offset[-1].double(), bit_width=bit_width)
