@@ -101,6 +101,22 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def json_sha256(data: Any) -> str:
+    """Digest of what JSON can hold, as it is written; the order of keys counts."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def json_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a JSON-lines file that are not empty, with their numbers from 1 on, not parsed yet.
+
+    Raises:
+        OSError, UnicodeDecodeError: If the file cannot be read.
+    """
+    # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line]
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON atomically."""
     with replacing(path) as temporary:

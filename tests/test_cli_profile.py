@@ -6,16 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_runner import TINY_EPISODES, TINY_RUN, Finished, run, tree, write_text
+from small_runs import make_quick
 
 from flexquant_rl import cli, train
-from flexquant_rl.agents.runs.imitation import clone
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.control import runner
 from flexquant_rl.engine.control.artefact import save_policy
@@ -123,16 +122,6 @@ class TestEvaluate:
         assert evaluate(nested, policies=(inputs.policy,)).result["reference"] == "8-bit"
 
 
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes long and has nothing to do with profiles."""
-    monkeypatch.setattr("flexquant_rl.agents.runs.training.clone", partial(clone, num_steps=10))
-    monkeypatch.setattr(
-        "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
-    )
-    for name in ("plot_pareto", "plot_bits", "plot_learning_curve"):
-        monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def trained(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """A finished run with a measured profile whose file is gone since."""
@@ -140,7 +129,7 @@ def trained(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     given = shutil.copyfile(inputs.profile, folder / "given.json")
     options = ("--profile", given, "--text", inputs.text, "--run", folder / "run", "--seeds", 1)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        quick(monkeypatch)
+        make_quick(monkeypatch)
         finished = run(train.main, "--model", inputs.model, *options, *TINY_RUN)
     given.unlink()
     return folder / "run", finished
@@ -172,7 +161,7 @@ class TestTrain:
     def test_a_resume_needs_only_what_the_run_has_kept(
         self, trained: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        quick(monkeypatch)
+        make_quick(monkeypatch)
         run_dir = shutil.copytree(trained[0], tmp_path / "run")
         (run_dir / "static_front.safetensors").unlink()
         shutil.rmtree(run_dir / "policy")
@@ -336,7 +325,7 @@ class TestDefaultModel:
         assert tree(inputs.model) == before, "nothing is written into the package"
 
     def test_training(self, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-        quick(monkeypatch)
+        make_quick(monkeypatch)
         options = ("--model", "default", "--text", inputs.text, "--seeds", 1)
         run_dir = Path(run(train.main, *options, *TINY_RUN).result["run_dir"])
         assert run_dir.name.startswith(f"{inputs.model.name}-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -68,22 +69,34 @@ def test_policies_answer_the_same_documents_once(
     }
 
 
-def test_a_task_of_ones_own(nested: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"q": "ab{n}", "a": "x"}}\n' for n in range(3)), encoding="utf-8")
-    mine = {
-        "task": "mine",
+def write_task(
+    folder: Path, name: str, rows: Sequence[tuple[str, str]], *, metric: str, **own: object
+) -> tuple[object, ...]:
+    """Writes a task of the harness over rows of a question and an answer, and returns the options that ask it."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in rows), encoding="utf-8")
+    task = {
+        "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test",
         "doc_to_text": "{{q}}",
-        "doc_to_target": "{{a}}",
-        "generation_kwargs": {"until": ["q"], "max_gen_toks": 4},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
     }
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "mine.yaml").write_text(json.dumps(mine), encoding="utf-8")
-    options = ("--tasks", "mine", "--include", tmp_path / "mine", "--policy", "fixed:4", "--timed-tokens", 0)
+    (folder / name).mkdir()
+    (folder / name / f"{name}.yaml").write_text(json.dumps(task | own), encoding="utf-8")
+    return ("--tasks", name, "--include", folder / name, "--policy", "fixed:4", "--timed-tokens", 0)
+
+
+def test_a_task_of_ones_own(nested: Path, tmp_path: Path) -> None:
+    options = write_task(
+        tmp_path,
+        "mine",
+        [("ab0", "x"), ("ab1", "x"), ("ab2", "x")],
+        metric="exact_match",
+        doc_to_target="{{a}}",
+        generation_kwargs={"until": ["q"], "max_gen_toks": 4},
+    )
     done = ask(nested, *options, "--out", tmp_path / "out")
     (row,) = done.result["rows"]
     assert (row["task"], row["metric"], row["num_documents"]) == ("mine", "exact_match", 3)
@@ -170,22 +183,15 @@ def test_a_directory_is_claimed_by_one_process(
 
 
 def test_a_continuation_that_does_not_fit_names_its_task(nested: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"q": "ab{n}", "a": "{"x" * 3000}"}}\n' for n in range(2)), encoding="utf-8")
-    long = {
-        "task": "long",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{[a, 'y']}}",
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tmp_path / "long").mkdir()
-    (tmp_path / "long" / "long.yaml").write_text(json.dumps(long), encoding="utf-8")
-    options = ("--tasks", "long", "--include", tmp_path / "long", "--policy", "fixed:4", "--timed-tokens", 0)
+    options = write_task(
+        tmp_path,
+        "long",
+        [("ab0", "x" * 3000), ("ab1", "x" * 3000)],
+        metric="acc",
+        output_type="multiple_choice",
+        doc_to_choice="{{[a, 'y']}}",
+        doc_to_target=0,
+    )
     error = ask(nested, *options, "--out", tmp_path / "out").error
     assert re.search(r"task long: a continuation of 300\d tokens does not fit into \d+; leave the task out", error)
 

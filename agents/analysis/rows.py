@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 from flexquant_rl.agents.evaluation.rows import write_rows
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import check_field_types
-from flexquant_rl.engine.files import read_json, write_json
+from flexquant_rl.engine.files import json_lines, read_json, write_json
 
 PLAN_FILE = "analysis.json"
 PLAN_VERSION = 2
@@ -251,10 +251,10 @@ class RowStore:
         if not path.exists():
             return []
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = json_lines(path)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read ({error}); remove it and run fq analyse again") from error
-        return [_parsed(line, kind, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
+        return [_parsed(line, kind, f"{path}:{number}") for number, line in lines]
 
     def replace(self, rows: Sequence[_Row], kind: type[_Row], strategies: Iterable[str] | None = None) -> None:
         """Writes rows in place of those of the same strategies, or of all.

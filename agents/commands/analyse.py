@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import file_sha256
+from flexquant_rl.engine.files import file_sha256, json_sha256
 from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import make_units
 from flexquant_rl.engine.plain_model import check_finite
@@ -221,7 +220,7 @@ def _plan(
 def _content_sha256(fitted_to: CalibrationText) -> str:
     """Digest of what strategies are fitted to: a file may have got another content under its old name."""
     content = [[file_sha256(path) for path in fitted_to.files], fitted_to.text_field]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def _examined(options: AnalyseOptions, names: tuple[str, ...]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -37,7 +35,7 @@ from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import EMBEDDED_MODEL_NAME, resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import check_new_directory, read_json, write_json
+from flexquant_rl.engine.files import check_new_directory, json_sha256, read_json, write_json
 
 if TYPE_CHECKING:
     from flexquant_rl.agents.tasks.harness import Answering
@@ -430,4 +428,4 @@ def _row(one: _Asked, task: str, samples: Sequence[dict[str, Any]], cpu_seconds:
 
 
 def _digest(answer: Any) -> str:
-    return hashlib.sha256(json.dumps(answer).encode()).hexdigest()[:_DIGEST_CHARS]
+    return json_sha256(answer)[:_DIGEST_CHARS]

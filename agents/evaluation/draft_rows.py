@@ -15,6 +15,7 @@ from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.drafting import Played, speedup_interval
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, t_interval
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import json_lines
 from flexquant_rl.fq_env.trace_table import TraceTable
 
 Kind = Literal["plain", "rule", "learned", "bound"]
@@ -133,9 +134,7 @@ def read_draft_rows(path: Path) -> list[DraftRow]:
     names = {field.name for field in fields(DraftRow)}
     rows = []
     try:
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if not line:
-                continue
+        for _, line in json_lines(path):
             data = json.loads(line)
             if not isinstance(data, dict) or data.keys() != names:
                 raise ValueError(f"a row has {', '.join(sorted(names))}")

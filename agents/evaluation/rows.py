@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import replacing
+from flexquant_rl.engine.files import json_lines, replacing
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -116,10 +116,10 @@ def read_rows(path: Path) -> list[EvalRow]:
         InputError: If the file cannot be read, or a line is not a row.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = json_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as evaluation rows ({error}); give an eval.jsonl") from error
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return [_parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 
 def _parse(line: str, where: str) -> EvalRow:

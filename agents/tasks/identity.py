@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +13,7 @@ from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHT
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafting_rules import rule_to_dict
 from flexquant_rl.engine.control.policy import LearnedPolicy
-from flexquant_rl.engine.files import file_sha256
+from flexquant_rl.engine.files import file_sha256, json_sha256
 
 _WEIGHTS = (".safetensors", ".gguf")
 _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -32,20 +29,20 @@ def policy_sha256(named: str, servable: Servable) -> str:
     path, policy = Path(named), servable.policy
     if path.is_dir():
         directory = policy_directory(path if servable.rung is None else path / servable.rung.folder)
-        return _digest([file_sha256(directory / name) for name in (CARD_FILE, WEIGHTS_FILE, PROFILE_FILE)])
+        return json_sha256([file_sha256(directory / name) for name in (CARD_FILE, WEIGHTS_FILE, PROFILE_FILE)])
     assert not isinstance(policy, LearnedPolicy), "no name has learned anything"
     if isinstance(policy, DeployedDrafts):
         assert policy.facts.rule is not None, "no name has learned anything"
         levels, verify = policy.level_bit_widths.tolist(), policy.verify_bit_widths.tolist()
-        return _digest([rule_to_dict(policy.facts.rule), levels, verify])
-    return _digest(policy.bit_widths.tolist())
+        return json_sha256([rule_to_dict(policy.facts.rule), levels, verify])
+    return json_sha256(policy.bit_widths.tolist())
 
 
 def plain_model_sha256(path: Path) -> str:
     """Digest of an unquantised model's configuration, tokenizer and weights: of a directory or one file."""
     files = [path] if path.is_file() else sorted(path.iterdir())
     kept = [file for file in files if file.suffix in _WEIGHTS or file.name in _PLAIN]
-    return _digest([[file.name, file_sha256(file)] for file in kept])
+    return json_sha256([[file.name, file_sha256(file)] for file in kept])
 
 
 def timing_sha256(profile: Path | None, threads: int | None, prompts: Sequence[Tensor], num_tokens: int) -> str:
@@ -58,8 +55,4 @@ def timing_sha256(profile: Path | None, threads: int | None, prompts: Sequence[T
         num_tokens: Tokens that are timed behind each.
     """
     table = "" if profile is None else file_sha256(profile)
-    return _digest([table, threads, [prompt.tolist() for prompt in prompts], num_tokens])
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    return json_sha256([table, threads, [prompt.tolist() for prompt in prompts], num_tokens])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import replacing, write_json
+from flexquant_rl.engine.files import json_lines, json_sha256, replacing, write_json
 from flexquant_rl.fq_env.prompts import stdlib_documents
 from flexquant_rl.fq_env.text_files import documents_of
 
@@ -76,7 +76,7 @@ class MadeTask:
     def sha256(self) -> str:
         """Digest of documents and description, hex."""
         parts = [self.documents, self.task.description, self.task.shots]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return json_sha256(parts)
 
     def write(self, directory: Path) -> None:
         """Writes `NAME.jsonl` and `NAME.yaml`, which `lm-eval run --include_path` reads too."""
@@ -253,9 +253,7 @@ def gsm8k_documents(files: Sequence[Path]) -> Documents:
 
 def _json_rows(path: Path) -> Iterator[Any]:
     try:
-        # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for line in lines:
+        for _, line in json_lines(path):
             if line.strip():
                 yield json.loads(line)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from flexquant_rl.agents.evaluation.rows import write_rows
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import check_new_directory, read_json, write_json
+from flexquant_rl.engine.files import check_new_directory, json_lines, read_json, write_json
 
 Kind = Literal["full", "static", "learned", "drafts"]
 PLAN_FILE = "tasks.json"
@@ -132,9 +132,7 @@ def read_rows(directory: Path, kind: type[_Row]) -> list[_Row]:
     names = {field.name for field in fields(kind)}
     rows = []
     try:
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-            if not line:
-                continue
+        for _, line in json_lines(path) if path.exists() else ():
             data = json.loads(line)
             if not isinstance(data, dict) or data.keys() != names:
                 raise ValueError(f"a row has {', '.join(sorted(names))}")

@@ -7,8 +7,6 @@ is kept of a width is what was best on held-out windows, as it is stored: the be
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flexquant_rl.engine.control.output_kl import ReferenceDistribution
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import json_sha256
 from flexquant_rl.engine.linear import REFERENCE_WIDTH, WidthPlan, active_plan, logits_under, reading
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
 from flexquant_rl.engine.quantisation.calibration import Calibration, check_windows
@@ -161,7 +160,7 @@ class _Run:
             Calibration.of(self._windows).sha256,
             Calibration.of(self._held_out).sha256,
         ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return json_sha256(facts)
 
     def is_done(self) -> bool:
         """Whether all steps were taken, or no width gains from more."""

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import new_directory, read_tensors, write_tensors
+from flexquant_rl.engine.files import json_lines, new_directory, read_tensors, write_tensors
 
 TENSORS = {
     "steps": torch.tensor(3),
@@ -73,3 +73,10 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     with new_directory(path) as directory:
         (directory / "whole").write_text("whole")
     assert {*tmp_path.iterdir()} == {path, alive, *others}
+
+
+def test_json_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    """A JSON string may hold other separators as they are; empty lines count, and are left out."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "x\u2028y"}\n\n{"a": 1}\n', encoding="utf-8")
+    assert json_lines(path) == [(1, '{"a": "x\u2028y"}'), (3, '{"a": 1}')]
