@@ -97,9 +97,12 @@ class VerifiedPPOConfig:
     """Decay of the advantage estimates."""
     entropy_coefficient: float = 0.01
     """Weight of the policy entropy."""
+    sees: tuple[Literal["confidences", "signals"], ...] = ("confidences", "signals")
+    """What the networks of a seed look at, one network each; the one that is fastest on validation sequences is kept.
+    How sure the drafts are costs little to know; signals cost several times as much."""
     embedding: bool = False
-    """Whether the network sees the embedding of the token that is read next. With a few thousand recorded tokens it
-    then learns them by heart."""
+    """Whether a network that sees signals sees the embedding of the token that is read next too. With a few thousand
+    recorded tokens it then learns them by heart."""
 
     def validate(self) -> None:
         """Raises InputError on values that PPO cannot learn with."""
@@ -107,6 +110,8 @@ class VerifiedPPOConfig:
         bounds |= dict.fromkeys(("rollout_steps", "batch_size"), (2, math.inf))
         bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1), "entropy_coefficient": (0, math.inf)}
         _check_bounds(self, "verified.ppo", bounds | {"learning_rate": (1e-12, math.inf)})
+        if not self.sees or len(set(self.sees)) < len(self.sees):
+            raise InputError(f"verified.ppo.sees={' '.join(self.sees)} must name one network or each of two once")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ it decides.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -226,6 +227,12 @@ class NativeControl:
             self._control.logits = None if mark._logits is None else mark._logits.data_ptr()
             self._logits = mark._logits
 
+    @property
+    def top1(self) -> float:
+        """Probability of the likeliest token of the newest output."""
+        with self._lock:
+            return float(self._control.top1)
+
     def signals(self) -> Tensor:
         """The signal vector, `[dim]` float32."""
         signals = torch.empty(self.dim, dtype=torch.float32)
@@ -324,6 +331,29 @@ class NativeControl:
         return plain.data_ptr()
 
 
+def top_probability(logits: Tensor, *, isa: Isa | None = None) -> float:
+    """Probability of the likeliest token: the largest value of `logits.softmax(-1)`, without the others.
+
+    Args:
+        logits: `[vocab]` float32. Native code reads what is contiguous and on the CPU; torch does the rest.
+        isa: As for `NativeControl`.
+    """
+    function = _top_probability_function()
+    if function is None or logits.dtype != torch.float32 or logits.device.type != "cpu" or not logits.is_contiguous():
+        return float(logits.softmax(-1).max())
+    probability = ctypes.c_float()
+    status = function(logits.data_ptr(), logits.numel(), ISA_CODES[choose_isa(isa)], ctypes.byref(probability))
+    if status != OK:
+        raise RuntimeError(f"native top probability failed: {STATUS_TEXTS.get(status, status)}")
+    return probability.value
+
+
+@functools.cache
+def _top_probability_function() -> Any:
+    library = load_library()
+    return None if library is None else _declared(library).fq_top_probability
+
+
 def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype) -> None:
     """Raises ValueError unless the library can read the vector by its address."""
     if vector.dtype != dtype or tuple(vector.shape) != (size,) or not vector.is_contiguous() or vector.is_cuda:
@@ -340,4 +370,5 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.fq_control_signals.argtypes = (pointer, pointer)
     library.fq_control_choose.argtypes = (pointer, pointer, pointer, int32)
     library.fq_control_decide.argtypes = (pointer, pointer, int32)
+    library.fq_top_probability.argtypes = (pointer, int64, int32, pointer)
     return library

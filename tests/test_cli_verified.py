@@ -73,6 +73,9 @@ class TestRun:
         assert "the best fixed rounds, fixed:width=" in said
         assert "the best tuned rule, " in said
         assert "exported is " in said
+        assert "by what they see, means over seeds" in said
+        card = load_policy(folder / "run" / "seeds" / "1" / "policy").card
+        assert set(card.config["scores"]["curves"]) == {"confidences", "signals"}
 
     def test_acceptance_is_shown_first(self, finished: Finished, folder: Path) -> None:
         assert finished.out.startswith("acceptance of drafts. By place in the round")

@@ -25,7 +25,7 @@ from flexquant_rl.agents.evaluation.drafting import play
 from flexquant_rl.engine.control.drafting_net import DraftingNet, normalisation
 from flexquant_rl.engine.control.drafting_rules import DraftingPolicy
 from flexquant_rl.engine.control.policy import HIDDEN
-from flexquant_rl.engine.control.verified_signals import VerifiedSchema
+from flexquant_rl.engine.control.verified_signals import Sees, VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
 from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.trace_table import TraceTable
@@ -159,6 +159,7 @@ class TrainedDrafts:
     Attributes:
         seed: Training seed.
         net: The network that validation chose.
+        sees: What the network looks at.
         curve: `(env steps, speedup)` of every network that was validated on validation sequences, the clone first.
         env_steps_per_s: Of its training.
         observations: `[n, dim]` of the last rollout, for the parity check of its export.
@@ -167,6 +168,7 @@ class TrainedDrafts:
 
     seed: int
     net: DraftingNet
+    sees: Sees
     curve: tuple[tuple[int, float], ...]
     env_steps_per_s: float
     observations: Tensor
@@ -210,6 +212,7 @@ def train_drafts(
     validation: TraceTable,
     config: VerifiedPPOConfig,
     *,
+    sees: Sees,
     env_steps: int,
     seed: int,
     start: Seen,
@@ -217,21 +220,22 @@ def train_drafts(
     """Clones a rule, improves on it with PPO and keeps the network that is fastest on validation sequences.
 
     Args:
-        env: Rows of training sequences.
+        env: Rows of training sequences, whose costs are those of a policy that sees so much.
         validation: The validation sequences.
         config: How it learns.
+        sees: What the network looks at.
         env_steps: Steps of all rows together, rounded up to whole rollouts.
         seed: Training seed.
         start: What the rule saw and did on training sequences; they set the normalisation too.
     """
     rounds = env.episodes
-    scale = normalisation(rounds.schema, start[0], embedding=config.embedding)
+    scale = normalisation(rounds.schema, start[0], sees=sees, embedding=config.embedding)
     ppo = build_verified_ppo(env, config, seed=seed, scale=scale)
     clone_rule(ppo, start, seed=seed)
     num_rollouts = math.ceil(env_steps / (config.rollout_steps * config.num_envs))
 
     def score(net: DraftingNet) -> float:
-        return play(validation, rounds.costs, net.policy()).speedup
+        return play(validation, rounds.costs, net.policy(), sees=sees).speedup
 
     callback = _Validation(score, rounds.schema, max(1, num_rollouts // _VALIDATIONS))
     began = time.monotonic()
@@ -240,4 +244,5 @@ def train_drafts(
     callback.consider()
     ppo.policy.load_state_dict(callback.best)
     observations = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, rounds.schema.dim)
-    return TrainedDrafts(seed, drafting_net(ppo, rounds.schema), tuple(callback.curve), rate, observations, ppo)
+    net = drafting_net(ppo, rounds.schema)
+    return TrainedDrafts(seed, net, sees, tuple(callback.curve), rate, observations, ppo)

@@ -32,13 +32,14 @@ from flexquant_rl.agents.evaluation.rows import write_rows
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity
 from flexquant_rl.agents.policies.families import PPO
 from flexquant_rl.agents.progress import say, track
-from flexquant_rl.agents.runs.verified_ppo import seen_by, train_drafts
+from flexquant_rl.agents.runs.verified_ppo import Seen, TrainedDrafts, seen_by, train_drafts
 from flexquant_rl.agents.runs.verified_preparation import PreparedDrafts, longest_first, prepare_drafts
 from flexquant_rl.engine.control.artefact import CARD_FILE, load_policy, save_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_net, deploy_rule
 from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, DraftingRule, Plain, rule_name
 from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.profile import unmeasured_profile
+from flexquant_rl.engine.control.verified_signals import Sees
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.config import EnvConfig
@@ -116,7 +117,7 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
     rows = _judge(config, prepared, candidates)
     learned = "" if chosen.seed is None else f" of seed {chosen.seed}"
     words = f"{chosen.name}{learned}, the fastest on validation sequences ({chosen.speedup_validation:.3f})"
-    sentences = findings(rows, words, pays=chosen.family != Plain.family)
+    sentences = [*findings(rows, words, pays=chosen.family != Plain.family), *_networks(seeds)]
     _publish(config, prepared, rows, sentences, run_dir)
     widths = prepared.traces.plan.draft_widths
     rates = [one.env_steps_per_s for one in seeds if one.env_steps_per_s]
@@ -161,30 +162,47 @@ def _trained_seed(
     if found is not None:
         return found
     assert start.policy.facts.rule is not None
-    drafts, costs = config.verified, prepared.costs
-    rule = start.policy.facts.rule.bind(prepared.context)
-    seen = seen_by(prepared.train, costs, rule)
-    rounds, task = make_rounds(prepared.traces, costs, num_rows=drafts.ppo.num_envs)
-    env = VerifiedVecEnv(rounds, task, seed=seed)
+    seen = seen_by(prepared.train, prepared.costs, start.policy.facts.rule.bind(prepared.context))
     say(f"PPO seed {seed}: {config.steps_per_seed:,} env steps from a clone of {start.name}")
-    trained = train_drafts(env, prepared.validation, drafts.ppo, env_steps=config.steps_per_seed, seed=seed, start=seen)
-    scores = {"curve": [list(point) for point in trained.curve], "env_steps_per_s": trained.env_steps_per_s}
+    networks = [_trained(config, prepared, seed, sees, seen) for sees in config.verified.ppo.sees]
+    best = max(networks, key=lambda one: one.best_speedup)
+    scores = {
+        "sees": best.sees,
+        "curves": {one.sees: [list(point) for point in one.curve] for one in networks},
+        "env_steps_per_s": best.env_steps_per_s,
+    }
     acceptance = tuple(prepared.context.known_acceptance().tolist())
-    facts = DraftsFacts(None, costs, acceptance, trained.best_speedup)
+    facts = DraftsFacts(None, prepared.costs, acceptance, best.best_speedup)
     card = _card(config, prepared, scores)
-    policy = deploy_net(f"ppo seed {seed}", trained.net, prepared.levels, prepared.verify_bit_widths, card, facts)
+    policy = deploy_net(f"ppo seed {seed}", best.net, prepared.levels, prepared.verify_bit_widths, card, facts)
     # A resume takes `policy` for finished, so it gets its name only when it has been checked.
     unchecked = directory / "policy.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
     save_policy(policy, unmeasured_profile(prepared.model), unchecked)
-    recorded = torch.cat([trained.observations, seen[0]])[-PARITY_OBSERVATIONS:]
-    check_parity(unchecked, recorded, lambda seen: trained.ppo.predict(seen, deterministic=True)[0])
+    recorded = torch.cat([best.observations, seen[0]])[-PARITY_OBSERVATIONS:]
+    check_parity(unchecked, recorded, lambda seen: best.ppo.predict(seen, deterministic=True)[0])
     unchecked.rename(policy_dir)
+    return Candidate(policy, policy_dir, seed, best.env_steps_per_s)
+
+
+def _trained(config: TrainConfig, prepared: PreparedDrafts, seed: int, sees: Sees, start: Seen) -> TrainedDrafts:
+    """A network that looks at so much and pays for it."""
+    drafts = config.verified.ppo
+    rounds, task = make_rounds(prepared.traces, prepared.costs.charging(sees), num_rows=drafts.num_envs)
+    trained = train_drafts(
+        VerifiedVecEnv(rounds, task, seed=seed),
+        prepared.validation,
+        drafts,
+        sees=sees,
+        env_steps=config.steps_per_seed,
+        seed=seed,
+        start=start,
+    )
     say(
-        f"PPO seed {seed}: speed on validation sequences {trained.curve[0][1]:.3f} cloned, "
+        f"PPO seed {seed}, {sees}: speed on validation sequences {trained.curve[0][1]:.3f} cloned, "
         f"{trained.best_speedup:.3f} best, {trained.curve[-1][1]:.3f} at the end"
     )
-    return Candidate(policy, policy_dir, seed, trained.env_steps_per_s)
+    return trained
 
 
 def _kept(prepared: PreparedDrafts, directory: Path, seed: int | None = None) -> Candidate | None:
@@ -212,7 +230,10 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
     rows = []
     for one in candidates:
         rule = one.policy.facts.rule
-        played = play(table, costs, one.policy.decide) if rule is None else play_rule(table, context, rule)
+        if rule is None:
+            played = play(table, costs, one.policy.decide, sees=one.policy.sees)
+        else:
+            played = play_rule(table, context, rule)
         rows.append(
             draft_row(
                 played,
@@ -265,6 +286,19 @@ def _clocked(
         num_threads=config.threads,
         progress=lambda rounds: track(rounds, "timing"),
     )
+
+
+def _networks(seeds: Sequence[Candidate]) -> list[str]:
+    """What networks gained from what they looked at, in words; nothing where each seed has one network."""
+    scores = [one.policy.card.config["scores"] for one in seeds]
+    best = {
+        sees: [max(speedup for _, speedup in own["curves"][sees]) for own in scores] for sees in scores[0]["curves"]
+    }
+    if len(best) < 2:
+        return []
+    means = ", ".join(f"{sum(speeds) / len(speeds):.3f} {sees}" for sees, speeds in best.items())
+    kept = ", ".join(f"{sum(own['sees'] == sees for own in scores)} of {len(seeds)} {sees}" for sees in best)
+    return [f"Speed of networks on validation sequences by what they see, means over seeds: {means}; kept: {kept}."]
 
 
 def _headroom(rows: Sequence[DraftRow]) -> float | None:

@@ -1,4 +1,4 @@
-"""Times what a controller adds to every token: signals and policy, natively as they are served and in torch."""
+"""Times what a controller adds to every token, natively as it is served and in torch: signals, policy, a confidence."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema, SignalTracker
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.kernels.native import load_library
+from flexquant_rl.kernels.native_control import top_probability
 
 _CALLS_PER_TURN = 50
 _EMBEDDING_DIM = 64  # read once, when the tracker is made
@@ -58,6 +59,9 @@ def bench_policy(config: PolicyBench, track: Track = iter) -> list[Row]:
     def decide(output: StepOutput) -> Decision:
         return policy(observe(output))
 
+    def confidence(logits: Tensor) -> Tensor:
+        return logits.softmax(-1).max()
+
     def provider(name: str, ring: Iterable[Call]) -> Provider:
         return Provider(name, calls(clock, ring, _CALLS_PER_TURN))
 
@@ -73,11 +77,13 @@ def bench_policy(config: PolicyBench, track: Track = iter) -> list[Row]:
         providers = [
             provider("native_policy", [native.decide]),
             provider("native_signals_and_policy", [partial(serve, output) for output in outputs]),
+            provider("native_confidence", [partial(top_probability, output.logits[0]) for output in outputs]),
         ]
     providers += [
         provider("policy", [partial(policy, vector)]),
         provider("signals", [partial(observe, output) for output in outputs]),
         provider("signals_and_policy", [partial(decide, output) for output in outputs]),
+        provider("confidence", [partial(confidence, output.logits[0]) for output in outputs]),
     ]
     interleave(providers, config.rounds, track)
     common = {"op": "policy", "units": config.units, "vocab": config.vocab, "num_threads": 1, "clock": clock.name}

@@ -163,6 +163,10 @@ class TorchController:
         """What the policy sees, `[R', dim]` float32."""
         return self.tracker.signals(rows)
 
+    def top1_probability(self, row: int) -> float:
+        """Probability of the likeliest token of the newest output of one row."""
+        return self.tracker.top1_probability(row)
+
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
         assert self._policy is not None, "without a policy every step is given its decision"
@@ -233,6 +237,10 @@ class NativeController:
         """What the policy sees, `[R', dim]` float32."""
         return torch.stack([row.signals() for row in self._chosen(rows)])
 
+    def top1_probability(self, row: int) -> float:
+        """Probability of the likeliest token of the newest output of one row."""
+        return self._rows[row].top1
+
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
         if self._policy is not None:
@@ -288,6 +296,10 @@ class DraftController:
     def decide_round(self, row: int, state: RoundState) -> Decision:
         """The decision for the next step of one row, `[1, U]`."""
         return self._of_row[row](self.signals(row), state)
+
+    def top1_probability(self, row: int) -> float | None:
+        """Of the newest output of one row, where signals are followed."""
+        return None if self._signals is None else self._signals.top1_probability(row)
 
     def signals(self, row: int) -> Tensor | None:
         """What a policy that uses signals sees of one row, `[1, dim]` float32."""

@@ -94,7 +94,7 @@ def deploy_net(
     name: str, net: DraftingNet, levels: Tensor, verify_bit_widths: Tensor, card: PolicyCard, facts: DraftsFacts
 ) -> DeployedDrafts:
     """A copy of a network for one model; arguments as for `deploy_rule`."""
-    return DeployedDrafts(name, net.schema, levels, verify_bit_widths, net.policy(), "signals", card, facts)
+    return DeployedDrafts(name, net.schema, levels, verify_bit_widths, net.policy(), net.sees, card, facts)
 
 
 def drafts_tensors(policy: DeployedDrafts) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from flexquant_rl.engine.control.drafting_rules import Actions
 from flexquant_rl.engine.control.policy import HIDDEN
-from flexquant_rl.engine.control.verified_signals import Observations, VerifiedSchema
+from flexquant_rl.engine.control.verified_signals import OUTPUT_NAMES, Observations, Sees, VerifiedSchema
 
 _SMALLEST_DEVIATION = 1e-3
+_OUTPUTS = slice(len(OUTPUT_NAMES))  # of an observation: what describes the newest output
 
 
 class DraftingNet(nn.Module):
@@ -36,6 +37,12 @@ class DraftingNet(nn.Module):
         """`[R, dim]` float32 to scores `[R, L + 1]`."""
         scores: Tensor = self.action_head(self.encode((observations - self.mean) / self.std))
         return scores
+
+    @property
+    def sees(self) -> Sees:
+        """What it looks at: signals, unless it ignores all that needs them."""
+        ignored = [bool(self.std[part].isinf().all()) for part in (_OUTPUTS, _embedding(self.schema))]
+        return "confidences" if all(ignored) else "signals"
 
     def policy(self) -> LearnedDrafting:
         """What takes the best action, by a copy of the weights as they are now."""
@@ -74,13 +81,23 @@ def _frozen(linear: nn.Module) -> tuple[Observations, Observations]:
     return np.ascontiguousarray(linear.weight.detach().numpy().T), linear.bias.detach().numpy().copy()
 
 
-def normalisation(schema: VerifiedSchema, observations: Tensor, *, embedding: bool = True) -> tuple[Tensor, Tensor]:
+def normalisation(
+    schema: VerifiedSchema, observations: Tensor, *, sees: Sees = "signals", embedding: bool = True
+) -> tuple[Tensor, Tensor]:
     """Mean and deviation of recorded observations `[n, dim]`; 1 for what does not vary.
 
-    Without embedding the deviation of its elements is infinite: the network sees 0 there, whatever the token.
+    Where the deviation is infinite, the network sees 0 whatever is observed: at the embedding, if it is left out, and
+    at all that needs signals, if it sees no more than `confidences`.
     """
     mean, std = observations.mean(0), observations.std(0, correction=min(1, len(observations) - 1))
     std = torch.where(std < _SMALLEST_DEVIATION, torch.ones_like(std), std)
-    if not embedding:
-        std[schema.dim - schema.num_embedding_dims :] = torch.inf
+    if sees != "signals":
+        std[_OUTPUTS] = torch.inf
+    if sees != "signals" or not embedding:
+        std[_embedding(schema)] = torch.inf
     return mean, std
+
+
+def _embedding(schema: VerifiedSchema) -> slice:
+    """Elements of the token that is read next; they come last."""
+    return slice(schema.dim - schema.num_embedding_dims, schema.dim)

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.kernels.native_control import top_probability
 
 MOST_PENDING = 15
 """Drafts of a round at most: with the upcoming token they are the 16 tokens that one native pass reads."""
@@ -29,18 +30,21 @@ class Draft:
         bit_widths: `[U]` int64 of the step that proposed it; None if it was found in the text so far.
         logits: `[vocab]` float32 that it was chosen from; None if it was found in the text so far.
         probs: `[vocab]` float32 that it was sampled from; None if there was no choice, as in greedy decoding.
+        top1_probability: Of the logits, where the signals have it already.
     """
 
     token_id: int
     bit_widths: Tensor | None = None
     logits: Tensor | None = None
     probs: Tensor | None = None
+    top1_probability: float | None = None
 
     @cached_property
     def confidence(self) -> float | None:
         """Probability of the likeliest token where this one was chosen, at temperature 1; None without logits."""
-        # Torch's softmax is one pass over the vocabulary: half of the time of an exponential and a sum of its own.
-        return None if self.logits is None else float(self.logits.softmax(-1).max())
+        if self.top1_probability is not None:
+            return self.top1_probability
+        return None if self.logits is None else top_probability(self.logits)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -147,8 +147,9 @@ class Rounds:
         output = self._read(row, unread, bit_widths)
         state.num_read += len(unread)
         draft = self._choose(row, output.logits[0, -1], bit_widths)
-        state.drafts.append(draft)
         self._observe(row, output, bit_widths, [*unread[1:], draft.token_id])
+        draft = replace(draft, top1_probability=self._controller.top1_probability(row))
+        state.drafts.append(draft)
         state.counts.num_draft_steps += 1
         return draft
 

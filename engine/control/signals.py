@@ -331,6 +331,10 @@ class SignalTracker:
         self._put("residual_update", rows, output.residual_update)
         self._put("crest", rows, output.crest)
 
+    def top1_probability(self, row: int) -> float:
+        """Probability of the likeliest token of the newest output of one row."""
+        return float(self._rows["log_probs"][row].max().exp())
+
     def signals(self, rows: Tensor | None = None) -> Tensor:
         """The signal vectors of all rows or of some, `[R', dim]` float32, within ±`SIGNAL_LIMIT`."""
         state = self._rows if rows is None else {name: held[rows] for name, held in self._rows.items()}

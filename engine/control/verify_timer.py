@@ -180,6 +180,9 @@ class _Deciding:
         """Draws the decision."""
         assert isinstance(self._controller, DraftController)
         if self._controller.uses_signals:
-            self._controller.update(self._output, self._widths[None], self._token, self._rows)
-        draft = Draft(0, self._widths, self._output.logits[0])
+            # Each token is seen twice: as a draft and, where it is accepted, in the pass that settles it.
+            for _ in range(2):
+                self._controller.update(self._output, self._widths[None], self._token, self._rows)
+        top1 = self._controller.top1_probability(0)
+        draft = Draft(0, self._widths, self._output.logits[0], top1_probability=top1)
         self._controller.decide_round(0, RoundState((draft,), 1))

@@ -148,6 +148,13 @@ int32_t fq_control_choose(const FqControl* control, const float* signals, int64_
     return kFqOk;
 }
 
+int32_t fq_top_probability(const float* logits, int64_t size, int32_t isa, float* probability) {
+    const DecoderMath* math = fq_isa_supported(isa) ? decoder_math_of(isa) : nullptr;
+    if (math == nullptr) return kFqUnsupportedIsa;
+    *probability = math->top_probability(logits, size);
+    return kFqOk;
+}
+
 int32_t fq_control_decide(const FqControl* control, int64_t* bit_widths, int32_t isa) {
     fq_control_signals(control, control->signals);
     return fq_control_choose(control, control->signals, bit_widths, isa);

@@ -64,7 +64,10 @@ FQ_EXPORT int32_t fq_control_signals(const FqControl* control, float* signals);
 // The network's choice of widths, [num_units], given signals.
 FQ_EXPORT int32_t fq_control_choose(const FqControl* control, const float* signals, int64_t* bit_widths, int32_t isa);
 
-// Both in one call.
+// Probability of the likeliest token, of logits [size].
+FQ_EXPORT int32_t fq_top_probability(const float* logits, int64_t size, int32_t isa, float* probability);
+
+// Signals and the network's choice in one call.
 FQ_EXPORT int32_t fq_control_decide(const FqControl* control, int64_t* bit_widths, int32_t isa);
 
 }  // extern "C"

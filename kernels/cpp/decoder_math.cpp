@@ -212,6 +212,28 @@ FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor,
     statistics->top2 = std::exp(std::max(runner_up - largest - log_total, floor));
 }
 
+// 1 / sum of e^(logit - largest): the same sum as above, without all that is not needed for it.
+template <class Vector>
+FQ_INLINE float top_probability_body(const float* logits, int64_t size) {
+    float largest = -INFINITY;
+    Vector sum = Vector::all(0.0f);
+    for (int64_t begin = 0; begin < size; begin += kDistributionBlock) {
+        const int64_t end = std::min(begin + kDistributionBlock, size);
+        Vector first = Vector::all(-INFINITY);
+        for (int64_t i = begin; i < end; i += kLanes) first = larger(first, Vector::load(logits + i, end - i, -INFINITY));
+        float lanes[kLanes];
+        const float before = largest;
+        first.store(lanes);
+        for (float lane : lanes) largest = std::max(largest, lane);
+        if (largest == -INFINITY) continue;  // nothing has a probability yet
+        if (largest > before) sum = sum * std::exp(before - largest);
+        for (int64_t i = begin; i < end; i += kLanes) {
+            sum += exponential(Vector::load(logits + i, end - i, -INFINITY) - largest);
+        }
+    }
+    return 1.0f / sum.sum();
+}
+
 template <class Vector>
 FQ_INLINE void tanh_body(float* x, int64_t size) {
     for (int64_t i = 0; i < size; i += kLanes) {
@@ -245,9 +267,12 @@ FQ_INLINE void tanh_body(float* x, int64_t size) {
                              float previous_log_partition, DistributionStatistics* statistics) {                       \
         distribution_body<Lanes<part_bytes>>(logits, size, floor, previous, previous_log_partition, statistics);       \
     }                                                                                                                  \
+    target float top_probability(const float* logits, int64_t size) {                                                  \
+        return top_probability_body<Lanes<part_bytes>>(logits, size);                                                  \
+    }                                                                                                                  \
     target void tanh(float* x, int64_t size) { tanh_body<Lanes<part_bytes>>(x, size); }                                \
-    const DecoderMath table = {rms_norm, rotate,  attend,       swiglu, dense,                                         \
-                               add,      observe, distribution, tanh};                                                 \
+    const DecoderMath table = {rms_norm, rotate,  attend,       swiglu,          dense,                                \
+                               add,      observe, distribution, top_probability, tanh};                                \
     }
 
 FQ_DECODER_MATH(portable, 16, )

@@ -37,6 +37,8 @@ struct DecoderMath {
     // previous logits.
     void (*distribution)(const float* logits, int64_t size, float floor, const float* previous,
                          float previous_log_partition, DistributionStatistics* statistics);
+    // Probability of the likeliest token.
+    float (*top_probability)(const float* logits, int64_t size);
     void (*tanh)(float* x, int64_t size);
 };
 

@@ -16,7 +16,13 @@ import torch
 
 from flexquant_rl.kernels import signal_constants
 from flexquant_rl.kernels.native import Isa, supported_isas
-from flexquant_rl.kernels.native_control import ControlMark, ControlWeights, NativeControl, PolicyNetWeights
+from flexquant_rl.kernels.native_control import (
+    ControlMark,
+    ControlWeights,
+    NativeControl,
+    PolicyNetWeights,
+    top_probability,
+)
 
 Operation = Callable[[NativeControl], None]
 
@@ -108,6 +114,40 @@ def test_bad_weights() -> None:
         NativeControl(make_weights(make_net(hidden=24)))
     with pytest.raises(ValueError, match="a tensor is"):
         NativeControl(make_weights(make_net(), num_dims=5))
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 2048, 2049, 5000])
+def test_top_probability(isa: Isa, vocab: int) -> None:
+    """Against float64, with logits beyond the end that would win if they were read."""
+    held = torch.full((vocab + 64,), 1e30)
+    logits = held[:vocab]
+    logits.copy_(torch.randn(vocab) * random.choice([0.1, 3, 30]))
+    expected = float(logits.double().softmax(-1).max())
+    assert top_probability(logits, isa=isa) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_top_probability_where_some_tokens_have_none(isa: Isa) -> None:
+    """Whole blocks of tokens that cannot come, before and behind those that can."""
+    logits = torch.full((9000,), -torch.inf)
+    logits[4100:4103] = torch.tensor([1.0, 3.0, 2.0])
+    expected = float(logits.double().softmax(-1).max())
+    assert top_probability(logits, isa=isa) == pytest.approx(expected, rel=2e-5)
+
+
+def test_top_probability_of_what_native_code_cannot_read() -> None:
+    logits = torch.randn(2, 40)
+    expected = float(logits[:, 3].softmax(-1).max())
+    assert top_probability(logits[:, 3]) == pytest.approx(expected, rel=1e-6)
+    assert top_probability(logits[:, 3].double()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_newest_top1() -> None:
+    control = started()
+    logits = torch.randn(VOCAB) * 3
+    control.update(logits, torch.rand(NUM_UNITS), torch.rand(NUM_UNITS), torch.full((NUM_UNITS,), 4), 1)
+    assert control.top1 == pytest.approx(float(logits.softmax(-1).max()), rel=2e-5)
 
 
 @pytest.fixture

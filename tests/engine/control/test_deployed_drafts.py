@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_net, deploy_rule
-from flexquant_rl.engine.control.drafting_net import DraftingNet
+from flexquant_rl.engine.control.drafting_net import DraftingNet, normalisation
 from flexquant_rl.engine.control.drafting_rules import (
     RULES,
     Bandit,
@@ -51,6 +51,15 @@ def make_net() -> DeployedDrafts:
     return deploy_net("ppo", net, LEVELS, VERIFY, CARD, DraftsFacts(None, COSTS, (0.5, 0.75), 1.25))
 
 
+def make_frugal_net() -> DeployedDrafts:
+    """Sees no more than confidences."""
+    net = DraftingNet(SCHEMA)
+    mean, std = normalisation(SCHEMA, torch.from_numpy(observations()), sees="confidences")
+    net.mean.copy_(mean)
+    net.std.copy_(std)
+    return deploy_net("ppo", net, LEVELS, VERIFY, CARD, DraftsFacts(None, COSTS, (0.5, 0.75), 1.25))
+
+
 def make_rule(rule: Any) -> DeployedDrafts:
     return deploy_rule("rule", SCHEMA, LEVELS, VERIFY, CARD, DraftsFacts(rule, COSTS, (0.5, 0.75), 1.25))
 
@@ -73,7 +82,11 @@ def observations(count: int = 200) -> Observations:
 MIDDLE = [list(kind.grid(SCHEMA))[len(list(kind.grid(SCHEMA))) // 2] for kind in RULES]
 
 
-@pytest.mark.parametrize("policy", [make_net(), *map(make_rule, MIDDLE)], ids=["net", *(one.family for one in MIDDLE)])
+@pytest.mark.parametrize(
+    "policy",
+    [make_net(), make_frugal_net(), *map(make_rule, MIDDLE)],
+    ids=["net", "frugal net", *(one.family for one in MIDDLE)],
+)
 def test_what_is_loaded_decides_as_what_was_saved(policy: DeployedDrafts, tmp_path: Path) -> None:
     loaded = load_policy(save(policy, tmp_path / "p"), model_fingerprint="model-a", name="x")
     assert isinstance(loaded, DeployedDrafts)
@@ -87,6 +100,15 @@ def test_what_is_loaded_decides_as_what_was_saved(policy: DeployedDrafts, tmp_pa
     data = json.loads((tmp_path / "p" / "policy.json").read_text())
     assert data["kind"] == "drafts"
     assert data["drafts"]["levels"] == [3.333, 4.0]
+
+
+def test_a_network_says_what_it_looks_at() -> None:
+    frugal, seen = make_frugal_net(), observations()
+    assert (frugal.sees, make_net().sees) == ("confidences", "signals")
+    blind = seen.copy()
+    blind[:, : SCHEMA.index("can_draft")] = 9
+    blind[:, SCHEMA.index("embedding_0") :] = 9
+    assert frugal.decide(blind).tolist() == frugal.decide(seen).tolist()
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

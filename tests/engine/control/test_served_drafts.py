@@ -14,7 +14,7 @@ from flexquant_rl.agents.evaluation.drafting import context_of
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import StaticController, make_controller
 from flexquant_rl.engine.control.deployed_drafts import DraftsFacts, deploy_rule
-from flexquant_rl.engine.control.drafting_net import DraftingNet
+from flexquant_rl.engine.control.drafting_net import DraftingNet, normalisation
 from flexquant_rl.engine.control.drafting_rules import RULES, Actions, Bandit, DraftingPolicy, Plain
 from flexquant_rl.engine.control.drafts import Draft, RoundState
 from flexquant_rl.engine.control.policy import PolicyCard
@@ -92,20 +92,26 @@ def served(model: NestedCausalLM, decoder: Any, policy: ServedDrafts, ngram_draf
 
 
 def policies(table: TraceTable) -> list[tuple[str, Sees, DraftingPolicy, DraftingPolicy]]:
-    """Every rule at a setting from the middle of its grid, and a random network; twice, as a bandit learns."""
+    """Every rule at a setting from the middle of its grid, and random networks; twice, as a bandit learns."""
     context = context_of(table, COSTS)
     found: list[tuple[str, Sees, DraftingPolicy, DraftingPolicy]] = []
     for kind in RULES:
         grid = list(kind.grid(context.schema))
         rule = grid[len(grid) // 3]
         found.append((kind.family, kind.sees, rule.bind(context), rule.bind(context)))
-    net = DraftingNet(context.schema)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(3)
-        net.action_head.bias[0] -= 0.5
-        net.action_head.bias[2:] -= 1e3  # at one level, so that the recording shows every round as it is
-    return [*found, ("net", "signals", net.policy(), net.policy())]
+    looks: tuple[Sees, ...] = ("signals", "confidences")
+    for sees in looks:
+        net = DraftingNet(context.schema)
+        net.std.copy_(normalisation(context.schema, torch.zeros(2, context.schema.dim), sees=sees)[1])
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(3)
+            net.action_head.bias[0] -= 0.5
+            net.action_head.bias[2:] -= 1e3  # at one level, so that the recording shows every round as it is
+        assert net.sees == sees
+        twice = net.policy()  # weights are random: the same ones wherever this net is asked for by its name
+        found.append((f"net:{sees}", net.sees, twice, twice))
+    return found
 
 
 @pytest.mark.parametrize("decoder", ["lean", "hf"])
@@ -134,7 +140,8 @@ def test_serving_sees_and_does_what_the_recording_did(nested: NestedCausalLM, de
         assert kept.said[:count] == expected.said[:count], name
         drafted += sum(action > 0 for action in expected.said[:count])
         if sees != "signals":
-            less = Kept(next(one[3] for one in policies(table) if one[0] == name))
+            fresh = in_service if name.startswith("net") else next(one[3] for one in policies(table) if one[0] == name)
+            less = Kept(fresh)
             served(nested, decoder, ServedDrafts(name, schema, levels, policy.verify_bit_widths, less, sees))
             assert less.said == kept.said, f"{name} sees more than it says"
     assert drafted > 30
