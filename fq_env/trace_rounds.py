@@ -146,6 +146,15 @@ class TraceRounds:
         possible: Flags = (self._pending < room) & ~self._newest_is_eos & ~has_ended
         return possible
 
+    def num_pending(self) -> Ints:
+        """`[R]` drafts that wait."""
+        return self._pending.copy()
+
+    def all_right(self) -> Flags:
+        """`[R]`: whether every pending draft agrees. No policy can know; a bound may."""
+        right: Flags = self._num_right == self._pending
+        return right
+
     def action_masks(self) -> Flags:
         """`[R, L + 1]`: which actions do what they say."""
         masks: Flags = np.ones((self.num_rows, self.table.num_levels + 1), dtype=np.bool_)

@@ -60,19 +60,20 @@ class TestRun:
         assert result["policy_dir"] == str(folder / "run" / "policy")
         assert (result["env_steps"], result["verify_width"], result["latency_source"]) == (128, 8, "measured")
         families = [row["family"] for row in result["rows"]]
-        assert families == ["plain", *(kind.family for kind in RULES), "ppo", "ppo", "clairvoyant"]
+        assert families == ["plain", *(kind.family for kind in RULES), "ppo", "ppo", "hindsight", "clairvoyant"]
         assert [row["seed"] for row in result["rows"] if row["family"] == "ppo"] == [0, 1]
         rows = {row["family"]: row for row in result["rows"]}
         for name, row in rows.items():
             assert row["speedup_low"] <= row["speedup_modelled"] * (1 + 1e-9)
             assert row["output_kl_nats"] == 0
-            assert (row["speedup_measured"] is None) == (name == "clairvoyant")
+            assert (row["speedup_measured"] is None) == (name in ("hindsight", "clairvoyant"))
             assert row["speedup_modelled"] <= rows["clairvoyant"]["speedup_modelled"] + 1e-9
         said = " ".join(result["findings"])
         assert "the learned policy (2 training seeds)" in said
         assert "the best fixed rounds, fixed:width=" in said
         assert "the best tuned rule, " in said
         assert "exported is " in said
+        assert "knows of each draft whether it is right once it is drafted" in said
         assert "by what they see, means over seeds" in said
         card = load_policy(folder / "run" / "seeds" / "1" / "policy").card
         assert set(card.config["scores"]["curves"]) == {"confidences", "signals"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,15 +68,25 @@ def play_all(
         sees: What they all look at, and pay for.
     """
     size = table.num_sequences
-    rounds = TraceRounds(table, costs.charging(sees), size * len(policies))
+
+    def decide(rounds: TraceRounds) -> NDArray[np.int64]:
+        seen = rounds.observations().reshape(len(policies), size, -1)
+        return np.concatenate([policy(own) for policy, own in zip(policies, seen, strict=True)])
+
+    return _played(table, costs.charging(sees), len(policies), decide)
+
+
+def _played(
+    table: TraceTable, costs: VerifyCosts, times: int, decide: Callable[[TraceRounds], NDArray[np.int64]]
+) -> list[Played]:
+    """What was needed for every sequence, so many times each; `decide` gives the actions of all rows."""
+    rounds = TraceRounds(table, costs, table.num_sequences * times)
     rows = torch.arange(rounds.num_rows)
-    rounds.start(rows, rows % size, torch.ones(len(rows)), torch.zeros_like(rows))
+    rounds.start(rows, rows % table.num_sequences, torch.ones(len(rows)), torch.zeros_like(rows))
     sums = np.zeros((5, len(rows)))
     running = np.ones(len(rows), dtype=np.bool_)
     while running.any():
-        seen = rounds.observations().reshape(len(policies), size, -1)
-        actions = np.concatenate([policy(own) for policy, own in zip(policies, seen, strict=True)])
-        facts = rounds.step(torch.from_numpy(actions))
+        facts = rounds.step(torch.from_numpy(decide(rounds)))
         columns = (
             facts.latency_ms / costs.full_ms,
             facts.num_emitted,
@@ -86,7 +96,7 @@ def play_all(
         )
         sums += np.stack([column.numpy() for column in columns]) * running
         running &= ~(facts.terminated | facts.truncated).numpy()
-    return [Played(*own) for own in sums.reshape(5, len(policies), size).transpose(1, 0, 2)]
+    return [Played(*own) for own in sums.reshape(5, times, table.num_sequences).transpose(1, 0, 2)]
 
 
 def context_of(table: TraceTable, costs: VerifyCosts) -> DraftingContext:
@@ -148,6 +158,21 @@ def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
         sums[:, index] = rest[0]
     sums[0] /= costs.full_ms
     return Played(*sums)
+
+
+def hindsight(table: TraceTable, costs: VerifyCosts) -> Played:
+    """A bound for all that stops behind a draft: it knows of each draft whether it is right, once it is drafted.
+
+    It drafts at one level until a draft is wrong or the round is long enough. Level and length are those that are
+    fastest on the very sequences. Knowing costs nothing.
+    """
+    settings = [(level, most) for level in range(table.num_levels) for most in range(1, table.depth + 1)]
+    levels, most = np.repeat(np.array(settings), table.num_sequences, axis=0).T
+
+    def decide(rounds: TraceRounds) -> NDArray[np.int64]:
+        return np.where(rounds.all_right() & (rounds.num_pending() < most), levels + 1, 0)
+
+    return max(_played(table, costs.charging("nothing"), len(settings), decide), key=lambda played: played.speedup)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,17 @@ from flexquant_rl.agents.evaluation.draft_report import (
     console_spread,
     write_draft_report,
 )
-from flexquant_rl.agents.evaluation.draft_rows import DraftRow, draft_row, findings, with_clock
-from flexquant_rl.agents.evaluation.drafting import clairvoyant, play, play_rule, tuned
+from flexquant_rl.agents.evaluation.draft_rows import (
+    CLAIRVOYANT,
+    HINDSIGHT,
+    DraftRow,
+    best_fixed,
+    bound_of,
+    draft_row,
+    findings,
+    with_clock,
+)
+from flexquant_rl.agents.evaluation.drafting import clairvoyant, hindsight, play, play_rule, tuned
 from flexquant_rl.agents.evaluation.evaluate import measured_time_shares
 from flexquant_rl.agents.evaluation.rows import write_rows
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity
@@ -224,7 +233,7 @@ def _card(config: TrainConfig, prepared: PreparedDrafts, scores: dict[str, Any] 
 
 
 def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[Candidate]) -> list[DraftRow]:
-    """Every policy on test sequences, plain decoding first and the bound last."""
+    """Every policy on test sequences, plain decoding first and the bounds last."""
     table, costs, context = prepared.test, prepared.costs, prepared.context
     verify_width, source = prepared.traces.plan.verify_width, costs.source
     rows = []
@@ -248,18 +257,14 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
             )
         )
     shares = _clocked(config, prepared, [one.policy for one in candidates])
-    rows.append(
-        draft_row(
-            clairvoyant(table, costs),
-            table,
-            policy="clairvoyant",
-            family="clairvoyant",
-            kind="bound",
-            verify_width=verify_width,
-            cost_source=source,
+    bounds = ((HINDSIGHT, hindsight(table, costs)), (CLAIRVOYANT, clairvoyant(table, costs)))
+    for name, bound in bounds:
+        rows.append(
+            draft_row(
+                bound, table, policy=name, family=name, kind="bound", verify_width=verify_width, cost_source=source
+            )
         )
-    )
-    return with_clock(rows, [*shares, None])
+    return with_clock(rows, [*shares, *[None] * len(bounds)])
 
 
 def _clocked(
@@ -303,10 +308,9 @@ def _networks(seeds: Sequence[Candidate]) -> list[str]:
 
 def _headroom(rows: Sequence[DraftRow]) -> float | None:
     """Mean over seeds of (learned - best fixed) / (bound - best fixed), in speed; None where the bound is no faster."""
-    by_kind = {kind: [row.speedup_modelled for row in rows if row.kind == kind] for kind in ("learned", "bound")}
-    fixed = next(row.speedup_modelled for row in rows if row.family == "fixed")
-    bound = by_kind["bound"][0]
-    return (sum(by_kind["learned"]) / len(by_kind["learned"]) - fixed) / (bound - fixed) if bound > fixed else None
+    learned = [row.speedup_modelled for row in rows if row.kind == "learned"]
+    fixed, bound = best_fixed(rows).speedup_modelled, bound_of(rows, CLAIRVOYANT).speedup_modelled
+    return (sum(learned) / len(learned) - fixed) / (bound - fixed) if bound > fixed else None
 
 
 def _publish(

@@ -16,6 +16,7 @@ from flexquant_rl.agents.evaluation.drafting import (
     acceptance,
     clairvoyant,
     context_of,
+    hindsight,
     play,
     play_all,
     play_rule,
@@ -75,8 +76,17 @@ def test_who_never_drafts_pays_plain_steps_and_who_might_have_pays_rounds() -> N
     assert row.speedup_modelled == pytest.approx(1 / 0.98)
 
 
-def fixed_time(trace: SequenceTrace, costs: VerifyCosts, level: int, length: int, eos: int, depths: list[int]) -> float:
-    """Slow: rounds of one length at one level over one sequence."""
+def fixed_time(
+    trace: SequenceTrace,
+    costs: VerifyCosts,
+    level: int,
+    length: int,
+    eos: int,
+    depths: list[int],
+    *,
+    ends_behind_wrong: bool = False,
+) -> float:
+    """Slow: rounds of one length at one level over one sequence, or until a draft is wrong."""
     text, position, time = trace.token_ids.tolist(), 0, 0.0
     while position < trace.num_tokens:
         drafts = trace.draft_ids[position, level].tolist()[: min(length, depths[position])]
@@ -84,6 +94,8 @@ def fixed_time(trace: SequenceTrace, costs: VerifyCosts, level: int, length: int
             drafts = drafts[: drafts.index(eos) + 1]
         rest = text[position + 1 :]
         kept = next((i for i, draft in enumerate(drafts) if i >= len(rest) or draft != rest[i]), len(drafts))
+        if ends_behind_wrong:
+            drafts = drafts[: kept + 1]
         time += len(drafts) * costs.draft_ms[level] + costs.verify_ms[len(drafts)]
         position += kept + 1
     return time
@@ -98,6 +110,20 @@ def test_fixed_rounds_take_the_time_that_they_take(seed: int) -> None:
         played = play(table, COSTS, FixedRounds(level, length).bind(context_of(table, COSTS)))
         expected = [fixed_time(trace, COSTS, level, length, 0, depths) for trace in traces.sequences]
         np.testing.assert_allclose(played.time_steps, expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hindsight_ends_a_round_behind_a_wrong_draft(seed: int) -> None:
+    traces = random_traces(np.random.default_rng(seed), accepted=0.9)
+    table = TraceTable(traces, range(len(traces.sequences)))
+    depths = [traces.plan.draft_depth(position) for position in range(traces.plan.max_new_tokens)]
+    times = [
+        [fixed_time(trace, COSTS, level, most, 0, depths, ends_behind_wrong=True) for trace in traces.sequences]
+        for level, most in itertools.product(range(3), range(1, 5))
+    ]
+    played = hindsight(table, replace(COSTS, controller_ms=0.5))  # knowing costs nothing
+    np.testing.assert_allclose(played.time_steps, min(times, key=sum))
+    assert played.time_steps.sum() >= clairvoyant(table, COSTS).time_steps.sum()
 
 
 def fastest(table: TraceTable, costs: VerifyCosts, place: int, left: int) -> float:
