@@ -7,7 +7,6 @@ refuses is refused here with the same line.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,12 +17,21 @@ from safetensors import safe_open
 
 from flexquant_rl.agents.analysis.rows import PLAN_FILE as ANALYSIS_FILE
 from flexquant_rl.agents.analysis.rows import RowStore, StrategyRow
-from flexquant_rl.agents.evaluation.draft_rows import read_draft_rows
 from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE
-from flexquant_rl.agents.evaluation.rows import read_rows
 from flexquant_rl.agents.export import load_exported
-from flexquant_rl.agents.onnx_policy import ONNX_FILE
+from flexquant_rl.agents.inspected_results import (
+    JSON_FILES,
+    Facts,
+    draft_facts,
+    eval_facts,
+    evaluation_facts,
+    is_evaluation,
+    rows_facts,
+    tasks_facts,
+)
+from flexquant_rl.agents.onnx_policy import ONNX_FILE, onnx_facts
 from flexquant_rl.agents.runs.run import load_run, load_sweep
+from flexquant_rl.agents.tasks.rows import PLAN_FILE as TASKS_FILE
 from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_checkpoint
 from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, drafts_to_dict
@@ -37,12 +45,14 @@ from flexquant_rl.engine.files import read_json
 from flexquant_rl.engine.loading import GGUF_SUFFIX, check_gguf
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.plain_model import check_directory, check_stored, weight_files
+from flexquant_rl.engine.quantisation.unfinished import START_FILE
 
-Facts = dict[str, Any]
 CONFIG_FILE = "config.json"
+_DEMO_PARTS = ("nested", "verified", "lossy")
 _KINDS = (
     "a model (a directory or .gguf file), a nested checkpoint, a policy, a run, a sweep, a profile (profile.json), a "
-    "recording, an analysis, what `fq combine` wrote or evaluation rows (eval.jsonl)"
+    "recording, an analysis, what `fq combine`, `fq evaluate`, `fq tasks` or `fq bench` wrote, costs of drafts "
+    "(costs.json) or evaluation rows (eval.jsonl)"
 )
 
 
@@ -86,28 +96,50 @@ def _directory(path: Path) -> tuple[str, Facts]:
         PLAN_FILE: _recording,
         ANALYSIS_FILE: _analysis,
         LADDER_FILE: _ladder,
+        TASKS_FILE: lambda path: ("tasks", tasks_facts(path)),
         CONFIG_FILE: _run_or_model,
     }
     for name, reader in readers.items():
         if (path / name).is_file():
             return reader(path)
+    if is_evaluation(path):
+        return "evaluation", evaluation_facts(path)
+    if (path / START_FILE).is_file():
+        return "unfinished checkpoint", {"missing": "run the same `fq quantize` command again for the rest"}
+    if any((path / part).is_dir() for part in _DEMO_PARTS[1:]):
+        return "demo", _demo(path)
     if (path / PROFILE_FILE).is_file() or (path / ROWS_FILE).is_file():
         file = path / (PROFILE_FILE if (path / PROFILE_FILE).is_file() else ROWS_FILE)
         raise InputError(f"{path} holds no {CONFIG_FILE}, so it is no run or model; name its file itself, e.g. {file}")
     raise InputError(f"{path} holds none of {', '.join(readers)}; give the path of {_KINDS}")
 
 
+def _demo(path: Path) -> Facts:
+    """The parts of what `fq demo` makes, as far as they are there."""
+    parts: Facts = {}
+    for name in _DEMO_PARTS:
+        kind, facts = _directory(path / name) if (path / name).is_dir() else ("missing", {})
+        parts[name] = f"{kind}, not complete" if facts.get("missing") else kind
+    is_whole = not any(part == "missing" or part.endswith("not complete") for part in parts.values())
+    return {"parts": parts, "missing": None if is_whole else f"continue with: fq demo --out {path}"}
+
+
 def _file(path: Path) -> tuple[str, Facts]:
     if path.suffix == GGUF_SUFFIX:
         return "gguf model", _gguf(path)
     if path.suffix == ".jsonl":
-        return "evaluation rows", _rows(path)
+        return rows_facts(path)
+    if path.name == ONNX_FILE:
+        return "ONNX policy", onnx_facts(path)
     if path.suffix != ".json":
         raise InputError(f"{path} is no file of ours by its name; give the path of {_KINDS}")
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); restore the file") from error
+    for kind, (names, facts_of) in JSON_FILES.items():
+        if isinstance(data, dict) and names <= data.keys():
+            return kind, facts_of(data, path)
     if not isinstance(data, dict) or not {"sensitivity", "cost"} & data.keys():
         raise InputError(f"{path} is no profile; name the directory it belongs to, or give the path of {_KINDS}")
     return "profile", _profile(Profile.load(path))
@@ -256,7 +288,7 @@ def _run(path: Path, *, is_sweep: bool) -> Facts:
     config, swept = load_sweep(path) if is_sweep else (load_run(path), None)
     policy = _policy(path / "policy")[1] if (path / "policy" / CARD_FILE).is_file() else None
     profile = _profile(Profile.load(path / PROFILE_FILE)) if (path / PROFILE_FILE).is_file() else None
-    read = _draft_rows if config.task == "verified" else _rows
+    read = draft_facts if config.task == "verified" else eval_facts
     rows = {name: read(path / name) for name in (ROWS_FILE, LONG_ROWS_FILE) if (path / name).is_file()}
     owner = profile or policy
     parts = {
@@ -286,39 +318,6 @@ def _run(path: Path, *, is_sweep: bool) -> Facts:
 def _finished_seeds(path: Path) -> list[str]:
     folders = (card.parent.parent for card in path.glob(f"**/seeds/*/policy/{CARD_FILE}"))
     return sorted(folder.relative_to(path).as_posix() for folder in folders)
-
-
-def _draft_rows(path: Path) -> Facts:
-    rows = read_draft_rows(path)
-    if not rows:
-        raise InputError(f"{path} holds no row; write it again with: python train.py --resume {path.parent}")
-    return {
-        "rows": len(rows),
-        "policies": list(dict.fromkeys(row.family for row in rows)),
-        "verify_width": rows[0].verify_width,
-        "sequences": rows[0].num_sequences,
-        "tokens": rows[0].num_tokens,
-        "speedups_modelled": {row.policy: row.speedup_modelled for row in rows},
-        "is_measured": any(row.speedup_measured is not None for row in rows),
-    }
-
-
-def _rows(path: Path) -> Facts:
-    rows = read_rows(path)
-    if not rows:
-        raise InputError(f"{path} holds no evaluation row; write it with fq evaluate")
-    kl = [row.output_kl_nats for row in rows if math.isfinite(row.output_kl_nats)]
-    return {
-        "rows": len(rows),
-        "policies": list(dict.fromkeys(row.family for row in rows)),
-        "time_budgets": sorted({row.time_budget for row in rows if row.time_budget is not None}),
-        "reference": rows[0].reference,
-        "sequences": rows[0].num_sequences,
-        "tokens": rows[0].num_tokens,
-        "mean_bit_widths": [min(row.mean_bit_width for row in rows), max(row.mean_bit_width for row in rows)],
-        "median_output_kl_nats": statistics.median(kl) if kl else None,
-        "is_measured": any(row.speedup_measured is not None for row in rows),
-    }
 
 
 def _plain(path: Path) -> Facts:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flexquant_rl.engine.control.policy import LearnedPolicy
-from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.errors import InputError, first_line
 
 ONNX_FILE = "policy.onnx"
 SIGNALS, BIT_WIDTHS, SCORES = "signals", "bit_widths", "scores"
@@ -110,6 +110,32 @@ def _graph(policy: LearnedPolicy) -> tuple[dict[str, Tensor], list[tuple[str, li
     nodes.append(("ArgMax", [SCORES], "best", {"axis": -1, "keepdims": 0}))
     nodes.append(("Gather", ["widths", "best"], BIT_WIDTHS, {}))
     return constants, nodes
+
+
+def onnx_facts(path: Path) -> dict[str, Any]:
+    """What the metadata of a graph say of it.
+
+    Raises:
+        InputError: If it cannot be read, is none of ours, or the extra is missing.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise InputError(f'{path} needs onnxruntime to be read; install the extra: pip install "flexquant-rl[onnx]"')
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        known = session.get_modelmeta().custom_metadata_map
+        schema, unit_names = json.loads(known["schema"]), json.loads(known["unit_names"])
+        fingerprint = known["model_fingerprint"]
+    except Exception as error:  # the runtime raises a dozen types for what it cannot read
+        raise InputError(f"{path}: no readable policy ({first_line(error)}); export it again") from error
+    return {
+        "model_fingerprint": fingerprint,
+        "bit_widths": schema.get("bit_widths"),
+        "units": unit_names,
+        "inputs": {one.name: [str(size) for size in one.shape] for one in session.get_inputs()},
+        "outputs": {one.name: [str(size) for size in one.shape] for one in session.get_outputs()},
+    }
 
 
 def check_onnx(path: Path, policy: LearnedPolicy, signals: Tensor) -> None:

@@ -25,9 +25,18 @@ from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hf_modules import empty_causal_lm, fill, stored_tensors
+from flexquant_rl.engine.hub import snapshot_config
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, dense_cache_bytes, is_dense
 from flexquant_rl.engine.llama_tree import LlamaTree
-from flexquant_rl.engine.loading import GENERATION_FILE, empty_tree, load_causal_lm, load_for_serving, load_tokenizer
+from flexquant_rl.engine.loading import (
+    GENERATION_FILE,
+    empty_tree,
+    is_hub_name,
+    load_causal_lm,
+    load_for_serving,
+    load_tokenizer,
+    local_model,
+)
 from flexquant_rl.engine.model import (
     NestedCausalLM,
     Unit,
@@ -177,7 +186,7 @@ def load_model(
     """Loads a nested checkpoint as it is, or quantises a plain Hugging Face model in memory.
 
     Args:
-        path: Directory, or name on the hub; `default`, or none, is the embedded model.
+        path: Directory, .gguf file, or name on the hub; `default`, or none, is the embedded model.
         config: How a plain model is quantised; default: `rtn` and groups of 128. A nested checkpoint has been already.
         keep_reference: Keep the unquantised weights of a plain model as the reference for output KL: training,
             profiling and evaluation compare with them. Serving reads none of them: False saves 4 bytes per weight.
@@ -189,6 +198,8 @@ def load_model(
     path = resolve_model(path)
     if is_nested_checkpoint(Path(path)):
         return load_checkpoint(Path(path))
+    if is_hub_name(path) and is_nested_checkpoint(snapshot_config(path)):
+        return load_checkpoint(local_model(path))
     config = config or QuantizationConfig()
     loaded, tokenizer = load_causal_lm(path) if keep_reference else load_for_serving(path)
     model = nest(loaded, tokenizer, config, keep_reference=keep_reference, progress=progress)

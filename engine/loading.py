@@ -53,10 +53,29 @@ def load_for_serving(path: str) -> tuple[PreTrainedModel | LlamaTree, PreTrained
     return _load(path, as_tree=True)
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a model's name can only be one on the hub: nothing here is called so, and it is no path by its form."""
+    is_path = path.startswith((".", "/", "~")) or path.endswith(GGUF_SUFFIX) or path.count("/") > 1
+    return not is_path and not Path(path).exists()
+
+
+def local_model(path: str) -> Path:
+    """Where a model's files are: its directory or .gguf file, or of a hub name the downloaded one, weights included.
+
+    Raises:
+        InputError: If a name is not known, or the hub cannot be asked.
+    """
+    if not is_hub_name(path):
+        return Path(path)
+    directory = snapshot_config(path)
+    snapshot_weights(path, directory)
+    return directory
+
+
 def _load(path: str, *, as_tree: bool) -> tuple[PreTrainedModel | LlamaTree, PreTrainedTokenizerBase | TokenText]:
     if path.endswith(GGUF_SUFFIX):
         return _load_gguf(path)
-    is_name = not Path(path).exists() and not path.startswith((".", "/", "~")) and path.count("/") <= 1
+    is_name = is_hub_name(path)
     directory = snapshot_config(path) if is_name else Path(path)
     entries = check_directory(path, directory)
     tree = empty_tree(directory, entries) if as_tree else None

@@ -19,14 +19,18 @@ from flexquant_rl import cli
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.evaluation.report import REPORT_FILE, ROWS_FILE
 from flexquant_rl.agents.evaluation.rows import write_rows
+from flexquant_rl.agents.onnx_policy import ONNX_FILE, write_onnx
 from flexquant_rl.agents.runs.run import new_run
+from flexquant_rl.agents.tasks.rows import TaskPlan, TaskRow, claim, save_rows
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model, save_checkpoint
-from flexquant_rl.engine.control.artefact import save_policy
+from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.traces import sequence_path, start_recording, write_embedding, write_sequence
+from flexquant_rl.engine.control.verify_costs import modelled_costs
+from flexquant_rl.engine.files import write_json
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -69,7 +73,27 @@ def artefacts(
     for index, trace in enumerate(traces.sequences):
         write_sequence(root / "recording", traces.plan, index, trace)
     write_embedding(root / "recording", traces.plan, traces.embedding_ids, traces.embedding)
+    write_results(root, nested.fingerprint)
     return {path.name: path for path in root.iterdir()}
+
+
+def write_results(root: Path, fingerprint: str) -> None:
+    """What `fq evaluate --out`, `fq tasks`, `fq bench --json` and a run of drafts leave."""
+    (root / "evaluation").mkdir()
+    write_rows(root / "evaluation" / ROWS_FILE, [row("fixed", 0.5, 0.02)])
+    (root / "evaluation" / REPORT_FILE).write_text("# Report\n")
+    (root / "tasks").mkdir()
+    claim(root / "tasks", TaskPlan("some-model", fingerprint, 100, False, {"line": "0" * 64}))
+    asked = TaskRow(
+        *("fixed:4", "static", "", None, None, None, "line", "exact_match", 0.5, 0.25, 0.75),
+        *(("a", "b"), (0, 1), (0.0, 1.0), ("x", "y"), 1.5),
+    )
+    save_rows(root / "tasks", [asked], TaskRow)
+    (root / "tasks" / REPORT_FILE).write_text("# Report\n")
+    costs = modelled_costs([0.5, 0.6], [1.0, 1.1], depth=3)
+    write_json(root / "costs.json", {"version": 2, "recording": "d" * 64, "costs": costs.to_dict()})
+    rows = [{"provider": "lean", "p50_us": 1.0, "cpu": "a cpu", "commit": "c0ffee", "tests": "passed"}]
+    write_json(root / "bench.json", {"bench": "verify", "rows": rows})
 
 
 def inspect(path: Path | str, *options: str) -> Finished:
@@ -148,7 +172,72 @@ def test_recording(artefacts: dict[str, Path], tmp_path: Path) -> None:
     assert "fq record" in found["missing"]
 
 
-@pytest.mark.parametrize("name", ["model", "nested", "learned", "static", "run", "sweep", "recording"])
+def test_results(artefacts: dict[str, Path], nested: NestedCausalLM, tmp_path: Path) -> None:
+    found = facts(artefacts["evaluation"])
+    assert (found["kind"], found["complete"], found["policies"]) == ("evaluation", True, ["fixed"])
+    found = facts(artefacts["tasks"])
+    assert (found["kind"], found["complete"], found["model"]) == ("tasks", True, "some-model")
+    assert found["model_fingerprint"] == nested.fingerprint
+    assert (found["scores"], found["documents"]) == ({"fixed:4, line": 0.5}, 100)
+    found = facts(artefacts["costs.json"])
+    assert (found["kind"], found["source"], found["draft_ms"]) == ("costs of drafts", "modelled", [0.5, 0.6])
+    assert found["recording"] == "d" * 64
+    found = facts(artefacts["bench.json"])
+    assert (found["kind"], found["bench"], found["machine"]) == ("benchmark result", "verify", "a cpu")
+    for name in ("evaluation", "tasks"):
+        part = Path(shutil.copytree(artefacts[name], tmp_path / name))
+        (part / REPORT_FILE).unlink()
+        found = facts(part)
+        assert not found["complete"]
+        assert "again" in found["missing"]
+
+
+def test_a_demo_and_an_unfinished_checkpoint(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    shutil.copytree(artefacts["nested"], demo / "nested")
+    shutil.copytree(artefacts["run"], demo / "lossy")
+    found = facts(demo)
+    assert (found["kind"], found["complete"]) == ("demo", False)
+    assert found["parts"] == {"nested": "nested checkpoint", "verified": "missing", "lossy": "run"}
+    assert found["missing"] == f"continue with: fq demo --out {demo}"
+    shutil.copytree(artefacts["run"], demo / "verified")
+    assert facts(demo)["complete"]
+    shutil.rmtree(demo / "verified" / "policy")
+    assert facts(demo)["parts"]["verified"] == "run, not complete"
+    unfinished = tmp_path / ".out.unfinished"
+    shutil.copytree(artefacts["nested"], unfinished / "start")
+    write_json(unfinished / "start.json", "key")
+    found = facts(unfinished)
+    assert (found["kind"], found["complete"]) == ("unfinished checkpoint", False)
+    assert "fq quantize" in found["missing"]
+
+
+def test_rows_of_a_directory_name_the_directory(artefacts: dict[str, Path]) -> None:
+    error = inspect(artefacts["tasks"] / "rows.jsonl").error
+    assert f"is a part of what fq tasks wrote; name its directory, {artefacts['tasks']}" in error
+
+
+def test_onnx_policy(artefacts: dict[str, Path], nested: NestedCausalLM, tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    policy = load_policy(artefacts["learned"])
+    assert isinstance(policy, LearnedPolicy)
+    path = tmp_path / ONNX_FILE
+    write_onnx(policy, path)
+    found = facts(path)
+    assert (found["kind"], found["model_fingerprint"]) == ("ONNX policy", nested.fingerprint)
+    assert (found["units"], found["bit_widths"]) == (["a", "b", "head"], [3, 4, 5, 6, 8])
+    cut(path)
+    assert "no readable policy" in inspect(path).error
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model", "nested", "learned", "static", "run", "sweep", "recording"),
+        *("evaluation", "tasks", "costs.json", "bench.json"),
+    ],
+)
 def test_lines_say_what_the_json_says(artefacts: dict[str, Path], name: str) -> None:
     *lines, last = inspect(artefacts[name]).out.splitlines()
     assert json.loads(last) == facts(artefacts[name])
@@ -188,6 +277,9 @@ def garble(path: Path) -> None:
         ("run", "policy/policy.safetensors", cut, "policy"),
         ("run", "config.json", garble, "not readable JSON"),
         ("sweep", "config.json", garble, "not readable JSON"),
+        ("tasks", "tasks.json", garble, "cannot be read as a plan of tasks"),
+        ("tasks", "rows.jsonl", garble, "cannot be read as rows of tasks"),
+        ("evaluation", "eval.jsonl", garble, "is not JSON"),
     ],
 )
 def test_damage_is_one_line(
@@ -207,14 +299,18 @@ def test_what_is_not_ours_is_one_line(artefacts: dict[str, Path], tmp_path: Path
     (tmp_path / "note.txt").write_text("x")
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "rows.jsonl").write_text("")
+    write_json(tmp_path / "costs.json", {"version": 1, "recording": "", "costs": {}})
+    write_json(tmp_path / "bench.json", {"bench": "gemv", "rows": []})
     (tmp_path / "alone").mkdir()
     shutil.copy(artefacts["run"] / "profile.json", tmp_path / "alone")
     for name, message in (
         ("none", "does not exist"),
-        ("empty", "holds none of policy.json, recording.json, analysis.json, ladder.json, config.json"),
+        ("empty", "holds none of policy.json, recording.json, analysis.json, ladder.json, tasks.json, config.json"),
         ("note.txt", "is no file of ours by its name"),
         ("list.json", "is no profile"),
         ("rows.jsonl", "holds no evaluation row"),
+        ("costs.json", "no readable costs"),
+        ("bench.json", "has no rows of a benchmark"),
         ("alone", "name its file itself"),
     ):
         error = inspect(tmp_path / name).error

@@ -73,6 +73,12 @@ class TestNames:
         error = generate(nested, "entropy:1.5", "--profile", profile, "--text", text).error
         assert "'entropy:1.5' looks at every token" in error
 
+    def test_a_choice_in_flight_is_served_by_nobody(self, nested: Path) -> None:
+        error = generate(nested, "relative-error:0.5").error
+        assert (
+            "'relative-error:0.5' chooses within the pass, which no decoder does; compare it with fq evaluate" in error
+        )
+
     @pytest.mark.parametrize("option", ["--speed", "--kl-weight"])
     def test_a_static_allocation_has_no_dial(self, nested: Path, option: str) -> None:
         assert f"{option} 1.5 sets a dial, and fixed:4 has none" in generate(nested, "fixed:4", option, 1.5).error
@@ -215,3 +221,35 @@ def test_a_policy_that_is_fitted_is_fitted_to_training_text(nested: Path, text: 
     assert rows[0]["mean_bit_width"] >= 4
     # One is read in a parallel pass, the other step by step.
     assert rows[1]["output_kl_nats"] == pytest.approx(rows[2]["output_kl_nats"], rel=1e-4), "nothing saves so much"
+
+
+def test_every_family_is_compared_by_name(nested: Path, profile: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--text", text, "--profile", profile, "--sequences", 2, "--env.prompt-tokens", 4)
+    names = ("random:4.5", "schedule:2", "entropy:1.5", "regressor:0.3", "relative-error:0.5", "draft:3,length=2")
+    out = tmp_path / "report"
+    result = run(
+        *(cli.main, "evaluate", nested, "--policy", *names, *options, "--env.max-new-tokens", 6, "--out", out)
+    ).result
+    rows = {row["policy"]: row for row in result["rows"]}
+    assert set(rows) == set(names)
+    assert rows.pop("draft:3,length=2")["output_kl_nats"] == 0, "its text is that of the reference, 8 bits"
+    assert all(0 < row["output_kl_nats"] < 10 for row in rows.values())
+    in_flight = rows["relative-error:0.5"]
+    assert 4 < in_flight["mean_bit_width"] < 5
+    assert in_flight["speedup_measured"] is None, "no decoder runs it"
+    assert in_flight["speedup_modelled"] > 1
+    assert "`relative-error` chooses a unit's width within the pass" in (out / "report.md").read_text()
+
+
+def test_a_choice_in_flight_is_compared_alone(nested: Path, profile: Path, text: Path) -> None:
+    options = ("--text", text, "--profile", profile, "--sequences", 2, "--env.prompt-tokens", 4)
+    rows = run(
+        *(cli.main, "evaluate", nested, "--policy", "relative-error:1,low=3,high=8", *options),
+        *("--env.max-new-tokens", 6),
+    ).result["rows"]
+    assert [row["policy"] for row in rows] == ["relative-error:1,low=3,high=8"]
+
+
+def test_a_choice_in_flight_is_combined_with_nothing(nested: Path, tmp_path: Path) -> None:
+    error = run(cli.main, "combine", nested, tmp_path / "out", "--policy", "fixed:4", "relative-error:0.5").error
+    assert "no decoder does" in error

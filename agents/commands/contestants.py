@@ -14,6 +14,7 @@ from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.export import ExportedPolicy, load_exported_together
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.families import PPO, family_name, parse_policy
+from flexquant_rl.agents.policies.relative_error import RelativeError, parse_in_flight
 from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.engine.control.artefact import DeployedPolicy
@@ -31,15 +32,21 @@ class AskedPolicies:
         names: As they were given, in order.
         unbound: Policies by name.
         exported: Policies from directories.
+        in_flight: What chooses within the pass, by name; nothing binds it, and it is judged apart from the others.
     """
 
     names: tuple[str, ...]
     unbound: Mapping[str, UnboundPolicy | Drafts]
     exported: Mapping[str, ExportedPolicy]
+    in_flight: Mapping[str, RelativeError]
 
     @staticmethod
-    def read(names: Sequence[str]) -> AskedPolicies:
+    def read(names: Sequence[str], *, may_choose_in_flight: bool = False) -> AskedPolicies:
         """Reads them all: a wrong name or a damaged policy should not be found out after minutes.
+
+        Args:
+            names: As `--policy` has them.
+            may_choose_in_flight: Whether what no decoder serves has a place here.
 
         Raises:
             InputError: If there is none, or one of them cannot be read.
@@ -47,8 +54,11 @@ class AskedPolicies:
         if not names:
             raise InputError("--policy names no policy; name one or more, e.g. fixed:4 knapsack:4.5")
         directories = {name: Path(name) for name in names if Path(name).is_dir()}
-        unbound = {name: parse_drafts(name) or parse_policy(name) for name in names if name not in directories}
-        return AskedPolicies(tuple(names), unbound, load_exported_together(directories))
+        by_name = [name for name in names if name not in directories]
+        found = {name: parse_in_flight(name) for name in by_name} if may_choose_in_flight else {}
+        in_flight = {name: one for name, one in found.items() if one is not None}
+        unbound = {name: parse_drafts(name) or parse_policy(name) for name in by_name if name not in in_flight}
+        return AskedPolicies(tuple(names), unbound, load_exported_together(directories), in_flight)
 
     @property
     def quantization(self) -> QuantizationConfig | None:
@@ -63,7 +73,7 @@ class AskedPolicies:
     def bound(
         self, prepared: Prepared, num_dials: int, deployed: Mapping[str, DeployedPolicy] | None = None
     ) -> list[tuple[str, Contestant]]:
-        """Each of them by its name, in order; learned ones at every setting of the dial.
+        """Each that decides before a step, by its name, in order; learned ones at every setting of the dial.
 
         Args:
             prepared: The model.
@@ -73,6 +83,8 @@ class AskedPolicies:
         context, deployed = policy_context(prepared), deployed or {}
         found: list[tuple[str, Contestant]] = []
         for name in self.names:
+            if name in self.in_flight:
+                continue
             if name in self.unbound:
                 found.append((name, _by_name(self.unbound[name], context, deployed.get(name))))
                 continue

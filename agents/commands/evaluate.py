@@ -14,6 +14,7 @@ from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.evaluation.comparison import Clock, compare, families
 from flexquant_rl.agents.evaluation.contest import compete
 from flexquant_rl.agents.evaluation.figures import plot_pareto
+from flexquant_rl.agents.evaluation.references import named_in_flight_rows
 from flexquant_rl.agents.evaluation.report import PARETO_FILE, ROWS_FILE, console_table, write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
 from flexquant_rl.agents.preparation import Prepared, prepare
@@ -37,12 +38,15 @@ def evaluate(options: EvaluateOptions) -> None:
         num_dials=options.dials,
     )
     check_config(config)
-    asked = AskedPolicies.read(options.policy)
+    asked = AskedPolicies.read(options.policy, may_choose_in_flight=True)
     if options.out is not None:
         check_new_directory(options.out)
     prepared = prepare(replace(config, quantization=asked.quantization or config.quantization), None, asked.carrying)
     contestants = [one for _, one in asked.bound(prepared, options.dials)]
-    rows = compete(prepared, contestants, options.sequences)
+    in_flight = list(asked.in_flight.values())
+    rows = compete(
+        prepared, contestants, options.sequences, lambda: named_in_flight_rows(prepared, options.sequences, in_flight)
+    )
     print(console_table(rows))
     clocks: tuple[Clock, ...] = ("modelled", "measured")
     found = [compare(rows, family, clock=clock) for family in families(rows) for clock in clocks]

@@ -207,10 +207,10 @@ class EvaluateOptions:
     model: Model
     """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = ("fixed:4", "fixed:8", "knapsack:4.5")
-    """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3, draft:3), with more parameters
-    as key=value (entropy:1.5,one_way=true or draft:3,length=4,verify=6); runs of train.py; directories of exported
-    policies; classes of your own, as module:Class or module:Class:key=value,..., found from the current directory
-    (docs/extending.md)."""
+    """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3, relative-error:0.5, draft:3),
+    with more parameters as key=value (entropy:1.5,one_way=true or draft:3,length=4,verify=6); runs of train.py;
+    directories of exported policies; classes of your own, as module:Class or module:Class:key=value,..., found from the
+    current directory (docs/extending.md). regressor is fitted to training text, relative-error to validation text."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
     """New directory for a report with the table, its rows and a picture; default: the table is printed alone."""
     text: Files = ()
@@ -351,8 +351,8 @@ class InspectOptions:
     """Says what a file or directory is, of which model, and whether it is whole."""
 
     path: Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
-    """A model, nested checkpoint, policy, run, sweep, recording, profile.json or eval.jsonl; `default` is the embedded
-    model."""
+    """A model, nested checkpoint, policy, run, sweep, recording, analysis, what fq combine, evaluate, tasks or bench
+    wrote, profile.json, costs.json, eval.jsonl or policy.onnx; `default` is the embedded model."""
     json: bool = False
     """Print the JSON line alone."""
 

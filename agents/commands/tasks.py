@@ -36,6 +36,7 @@ from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import EMBEDDED_MODEL_NAME, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, json_sha256, read_json, write_json
+from flexquant_rl.engine.loading import local_model
 
 if TYPE_CHECKING:
     from flexquant_rl.agents.tasks.harness import Answering
@@ -54,6 +55,8 @@ def tasks(options: TasksOptions) -> None:
     """Asks what is missing, times the policies, prints table and findings, writes the report."""
     check_extra()
     _check(options)
+    for name in filter(None, (options.model, options.reference)):
+        local_model(resolve_model(name))
     stay_offline()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     out = options.out or Path(f"tasks-{_model_name(options)}")
@@ -181,7 +184,7 @@ class _TasksRun:
         for named in self._options.policy:
             if named == FULL_PRECISION:
                 source = resolve_model(self._options.reference or self._options.model)
-                found.append(_Asked(named, "full", plain_model_sha256(Path(source)), None, None))
+                found.append(_Asked(named, "full", plain_model_sha256(local_model(source)), None, None))
                 continue
             threads, profile = self._options.threads, None if Path(named).is_dir() else self._options.profile
             servable = load_servable(self._options.model, named, profile=profile, threads=threads, loaded=model)

@@ -122,10 +122,18 @@ def tune(prepared: Prepared, families: Sequence[TimedFamily], budgets: Sequence[
     return Settings(tuple(entries), tuple(missed))
 
 
-def compete(prepared: Prepared, contestants: Sequence[Contestant], num_sequences: int) -> list[EvalRow]:
-    """Runs single policies on the same test windows, and static ones in the time that each of them took."""
+def compete(
+    prepared: Prepared,
+    contestants: Sequence[Contestant],
+    num_sequences: int,
+    references: Callable[[], Sequence[EvalRow]] = tuple,
+) -> list[EvalRow]:
+    """Runs single policies on the same test windows, and static ones in the time that each of them took.
+
+    `references` is as for `compete_at_budgets`.
+    """
     entries = tuple(Entry(one.family, None, one) for one in contestants)
-    return compete_at_budgets(prepared, Settings(entries, ()), num_sequences)
+    return compete_at_budgets(prepared, Settings(entries, ()), num_sequences, references)
 
 
 def compete_at_budgets(

@@ -15,10 +15,11 @@ from flexquant_rl.agents.evaluation.contest import Settings, test_windows, unlik
 from flexquant_rl.agents.evaluation.evaluate import Trace, summarise
 from flexquant_rl.agents.evaluation.in_flight import for_any_rows, trace_in_flight
 from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
-from flexquant_rl.agents.evaluation.relative_error import chooser, entry_linears, tuned
+from flexquant_rl.agents.evaluation.relative_error import Setting, chooser, entry_linears, fitted, tuned
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.evaluation.unit_oracle import unit_oracle
-from flexquant_rl.agents.policies.families import ORACLE, PPO, RELATIVE_ERROR, UNIT_ORACLE
+from flexquant_rl.agents.policies.families import ORACLE, PPO, UNIT_ORACLE
+from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.control.output_kl import reference_name
@@ -64,13 +65,37 @@ def relative_error_rows(
     prepared: Prepared, num_sequences: int, time_budgets: Sequence[float], settings: Settings
 ) -> list[EvalRow]:
     """Relative error at each budget in reach, its setting found on validation text."""
+    found = tuned(prepared, _tuning_windows(prepared), time_budgets)
+    return _in_flight_rows(prepared, num_sequences, [*found.items()], settings)
+
+
+def named_in_flight_rows(prepared: Prepared, num_sequences: int, asked: Sequence[RelativeError]) -> list[EvalRow]:
+    """Policies that choose in flight, by name; their thresholds are fitted to validation text, and no budget is met.
+
+    Raises:
+        InputError: If one of them is none of this model.
+    """
+    windows = _tuning_windows(prepared)
+    found: list[tuple[float | None, Setting]] = [
+        (None, fitted(prepared, windows, one)) for one in track(asked, "fitting relative error")
+    ]
+    return _in_flight_rows(prepared, num_sequences, found, Settings((), ()))
+
+
+def _tuning_windows(prepared: Prepared) -> Tensor:
+    return spread(prepared.windows.validation, _TUNING_SEQUENCES)
+
+
+def _in_flight_rows(
+    prepared: Prepared, num_sequences: int, found: Sequence[tuple[float | None, Setting]], settings: Settings
+) -> list[EvalRow]:
+    """A row for each setting, with the budget that it is for."""
     windows, _ = test_windows(prepared, num_sequences)
     entries = entry_linears(prepared.model)
-    found = tuned(prepared, spread(prepared.windows.validation, _TUNING_SEQUENCES), time_budgets)
     rows = []
-    for budget, setting in track(found.items(), "relative error"):
+    for budget, setting in track(found, "relative error"):
         trace = trace_in_flight(prepared, windows, for_any_rows(chooser(setting, entries)))
-        rows.append(_row(prepared, num_sequences, trace, setting.name, RELATIVE_ERROR.name, budget, settings))
+        rows.append(_row(prepared, num_sequences, trace, setting.name, RelativeError.family.name, budget, settings))
     return rows
 
 
@@ -101,7 +126,7 @@ def _row(
     trace: Trace,
     policy: str,
     family: str,
-    time_budget: float,
+    time_budget: float | None,
     settings: Settings,
 ) -> EvalRow:
     _, documents = test_windows(prepared, num_sequences)

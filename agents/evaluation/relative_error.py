@@ -17,13 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.baselines import mean_pairs
+from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.agents.evaluation.in_flight import Choose, for_any_rows, trace_in_flight
-from flexquant_rl.agents.policies.families import RELATIVE_ERROR
+from flexquant_rl.agents.policies.names import policy_name
+from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared, policy_context
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM
 
 _SMALLEST = 1e-12
+_SHARE_DIGITS = 4
+"""Of a share, so that the name of a setting has all of it."""
 
 
 def entry_linears(model: NestedCausalLM) -> list[list[NestedLinear]]:
@@ -58,10 +63,10 @@ def relative_errors(inputs: Tensor, linears: Sequence[NestedLinear], low: int, h
 
 @dataclass(frozen=True)
 class Setting:
-    """How relative error meets a time budget.
+    """Relative error, fitted to a text.
 
     Attributes:
-        name: As it appears in tables.
+        name: As it appears in tables, and as `fq evaluate` reads it.
         low: `[U]` widths.
         high: `[U]` widths, nowhere lower.
         thresholds: `[U]` float32; a token whose relative error is above gets the high width of the unit.
@@ -109,25 +114,58 @@ def tuned(prepared: Prepared, windows: Tensor, time_budgets: Sequence[float]) ->
         time_budgets: Shares of full-width time.
     """
     entries = entry_linears(prepared.model)
-    context = policy_context(prepared)
     found: dict[float, Setting] = {}
     for budget in time_budgets:
         tried: list[tuple[float, int, Setting]] = []
         for low_mean, high_mean in mean_pairs(prepared.model.bit_widths):
-            ends = [context.allocation(mean, RELATIVE_ERROR.name) for mean in (low_mean, high_mean)]
-            low, high = torch.minimum(*ends), torch.maximum(*ends)
-            fast, slow = (float(prepared.cost.time_share(widths)) for widths in (low, high))
+            ends = _ends(prepared, RelativeError(0.0, low_mean, high_mean))
+            fast, slow = (float(prepared.cost.time_share(widths)) for widths in ends)
             if not fast <= budget <= slow or fast == slow:
                 continue
-            share = (budget - fast) / (slow - fast)
-            calibrating = _Calibrating(low, high, share, entries)
-            trace = trace_in_flight(prepared, windows, for_any_rows(calibrating))
-            name = f"{RELATIVE_ERROR.name}:{low_mean:g},{high_mean:g},{share:.2f}"
-            setting = Setting(name, low, high, calibrating.thresholds)
+            asked = RelativeError(round((budget - fast) / (slow - fast), _SHARE_DIGITS), low_mean, high_mean)
+            setting, trace = _fitted(prepared, windows, asked, entries)
             tried.append((float(trace.output_kl_nats.double().mean()), len(tried), setting))
         if tried:
             found[budget] = min(tried)[-1]
     return found
+
+
+def fitted(prepared: Prepared, windows: Tensor, asked: RelativeError) -> Setting:
+    """What the parameters of a name are on this model: the thresholds that give their share on a text.
+
+    Args:
+        prepared: Model, static front, latencies.
+        windows: `[S, window_tokens]` int64 of validation text.
+        asked: The parameters.
+
+    Raises:
+        InputError: If a width is not stored, or if the two allocations are one.
+    """
+    low, high = _ends(prepared, asked)
+    if torch.equal(low, high):
+        raise InputError(
+            f"policy {policy_name(asked)!r}: on this model mean widths {asked.low:g} and {asked.high:g} are the same "
+            "allocation; choose means further apart"
+        )
+    setting, _ = _fitted(prepared, windows, asked, entry_linears(prepared.model))
+    return setting
+
+
+def _ends(prepared: Prepared, asked: RelativeError) -> tuple[Tensor, Tensor]:
+    """The two allocations `[U]`; the high one is nowhere lower."""
+    context, name = policy_context(prepared), policy_name(asked)
+    low, high = (context.allocation(mean, name) for mean in (asked.low, asked.high))
+    return torch.minimum(low, high), torch.maximum(low, high)
+
+
+def _fitted(
+    prepared: Prepared, windows: Tensor, asked: RelativeError, entries: Sequence[Sequence[NestedLinear]]
+) -> tuple[Setting, Trace]:
+    """A setting, and what it does on the text that it is fitted to."""
+    low, high = _ends(prepared, asked)
+    calibrating = _Calibrating(low, high, asked.share_high, entries)
+    trace = trace_in_flight(prepared, windows, for_any_rows(calibrating))
+    return Setting(policy_name(asked), low, high, calibrating.thresholds), trace
 
 
 def chooser(setting: Setting, entries: Sequence[Sequence[NestedLinear]]) -> Choose:

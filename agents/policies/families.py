@@ -17,6 +17,7 @@ from flexquant_rl.agents.policies.names import prefix, read_parameters, usage
 from flexquant_rl.agents.policies.own import bind_own, load_own_class, split_own_name
 from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.policies.regressor import Regressor
+from flexquant_rl.agents.policies.relative_error import RelativeError, parse_in_flight
 from flexquant_rl.agents.policies.schedule import Schedule
 from flexquant_rl.agents.policies.unbound import Baseline, Family, PolicyContext, UnboundPolicy
 from flexquant_rl.engine.control.decision import Policy
@@ -25,13 +26,21 @@ from flexquant_rl.engine.errors import InputError
 # In the order of tables and legends.
 POLICIES: tuple[type[Baseline], ...] = (Fixed, RandomWidths, Schedule, EntropyThreshold, Regressor, Knapsack)
 # Families without names to parse: the best static allocation of each time budget, the learned policy's network before
-# PPO, what is loaded from a directory, what chooses in flight, and what looks at the text that it is judged on.
+# PPO, what is loaded from a directory, and what looks at the text that it is judged on.
 STATIC = Family("static", "static (best)", "#004B87", "p", is_static=True)
 UNTRAINED = Family("untrained", "untrained (cloned)", "#E8A06A", "d")
 PPO = Family("ppo", "ppo", "#D55E00", "o")
-RELATIVE_ERROR = Family("relative-error", "relative error (in flight)", "#7A5195", "v", is_in_flight=True)
 ORACLE = Family("oracle", "oracle of tokens (bound)", "#009E73", "*", draws="points", is_oracle=True)
 UNIT_ORACLE = Family("oracle-unit", "oracle of units (bound)", "#00614A", "H", draws="points", is_oracle=True)
+
+_TABLES_ONLY = {
+    STATIC.name: "static is another allocation at each time budget; name one, e.g. knapsack:4.5",
+    UNTRAINED.name: "train.py --baselines untrained has it in its table",
+    PPO.name: "a learned policy is named by the directory of its run",
+    ORACLE.name: "an oracle knows the text; train.py has it in its table",
+    UNIT_ORACLE.name: "an oracle knows the text; train.py has it in its table",
+}
+"""What to do for families that tables show and no name makes."""
 
 # The colours above are Okabe and Ito's and darker relatives: told apart with any colour vision, and the marker says it
 # again. These are left for families that only the user knows.
@@ -47,7 +56,7 @@ def family_facts(names: Iterable[str]) -> dict[str, Family]:
         UNTRAINED,
         PPO,
         Drafts.family,
-        RELATIVE_ERROR,
+        RelativeError.family,
         ORACLE,
         UNIT_ORACLE,
     )
@@ -79,20 +88,32 @@ def parse_policy(name: str) -> UnboundPolicy:
             return read_parameters(kind, parameters, name)
     if parse_drafts(name) is not None:
         raise InputError(f"policy {name!r} drafts, and a policy that settles every step is asked for; try fixed:4")
+    if parse_in_flight(name) is not None:
+        raise InputError(
+            f"policy {name!r} chooses within the pass, which no decoder does; compare it with fq evaluate, and run "
+            "another one, e.g. knapsack:4.5"
+        )
     own = split_own_name(name)
     if own is not None:
         found = load_own_class(own[0], own[1], name)
         if found is not None:
             return read_parameters(found, own[2], name)
-    near = difflib.get_close_matches(family, [kind.family.name for kind in POLICIES], n=1, cutoff=0.5)
-    is_class = own is not None and own[1][0].isupper()
-    if near and not is_class:
-        hint = f"did you mean {near[0]}:{parameters or '4'}?"
-    elif own is not None:
-        hint = f"there is no module {own[0]} here; give its name without .py, e.g. my_policies:MyPolicy"
-    else:
-        hint = f"known: {', '.join(map(usage, POLICIES))}, module:Class"
-    raise InputError(f"unknown policy {name!r}; {hint} (or the directory of an exported policy)")
+    raise InputError(f"unknown policy {name!r}; {_hint(name)} (or the directory of an exported policy)")
+
+
+def _hint(name: str) -> str:
+    """What may have been meant by a name that nothing has."""
+    family, _, parameters = name.partition(":")
+    own, kinds = split_own_name(name), (*POLICIES, Drafts, RelativeError)
+    near = difflib.get_close_matches(family, [kind.family.name for kind in kinds], n=1, cutoff=0.5)
+    if family in _TABLES_ONLY:
+        return _TABLES_ONLY[family]
+    if near and not (own is not None and own[1][0].isupper()):
+        example = "0.5" if near[0] == RelativeError.family.name else "4"
+        return f"did you mean {near[0]}:{parameters or example}?"
+    if own is not None:
+        return f"there is no module {own[0]} here; give its name without .py, e.g. my_policies:MyPolicy"
+    return f"known: {', '.join(map(usage, kinds))}, module:Class"
 
 
 def bind_policy(policy: UnboundPolicy, context: PolicyContext) -> Policy:

@@ -14,6 +14,8 @@ _Policy = TypeVar("_Policy", bound=PolicyParameters)
 Parameter = int | float | bool | str
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _EXAMPLES = {int: "4", float: "4.5", bool: "true", str: "text"}
+EXAMPLE = "example"
+"""Key of a field's metadata that has a value of its own to show where it is missing or wrong."""
 
 
 def policy_name(policy: PolicyParameters) -> str:
@@ -80,10 +82,11 @@ def read_parameters(kind: type[_Policy], text: str, name: str) -> _Policy:
             raise InputError(f"policy {name!r}: unknown key {key!r}; {_keys(kind)}")
         if key in values:
             raise InputError(f"policy {name!r}: {key} is given twice; leave one of them out")
-        values[key] = _read_value(hints[key], key, value, name)
+        example = known[key].metadata.get(EXAMPLE, _EXAMPLES[hints[key]])
+        values[key] = _read_value(hints[key], key, value, name, example)
     for key, field in known.items():
         if key not in values and field.default is MISSING and field.default_factory is MISSING:
-            example = _EXAMPLES[hints[key]]
+            example = field.metadata.get(EXAMPLE, _EXAMPLES[hints[key]])
             short = f"{prefix(kind)}:{example}" if key == next(iter(known)) else f"{key}={example}"
             raise InputError(f"policy {name!r}: {key} is missing; write e.g. {short}")
     try:
@@ -115,15 +118,15 @@ def _keys(kind: type[PolicyParameters]) -> str:
     return f"{prefix(kind)} has {names}" if names else f"{prefix(kind)} has no parameters"
 
 
-def _read_value(kind: type[Parameter], key: str, text: str, name: str) -> Parameter:
+def _read_value(kind: type[Parameter], key: str, text: str, name: str, example: str) -> Parameter:
     try:
         value = _true_or_false(text) if kind is bool else kind(text)
     except ValueError as error:
         raise InputError(
-            f"policy {name!r}: {key}={text!r} is not {_KINDS[kind]}; write e.g. {key}={_EXAMPLES[kind]}"
+            f"policy {name!r}: {key}={text!r} is not {_KINDS[kind]}; write e.g. {key}={example}"
         ) from error
     if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"policy {name!r}: {key}={text!r} is not finite; write e.g. {key}={_EXAMPLES[kind]}")
+        raise InputError(f"policy {name!r}: {key}={text!r} is not finite; write e.g. {key}={example}")
     return value
 
 

@@ -47,7 +47,8 @@ from flexquant_rl.agents.evaluation.report import (
 )
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
 from flexquant_rl.agents.evaluation.showcase import MostMoving, Showcase
-from flexquant_rl.agents.policies.families import POLICIES, PPO, RELATIVE_ERROR, STATIC, UNTRAINED
+from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, UNTRAINED
+from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
@@ -128,7 +129,7 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
 
     def references() -> list[EvalRow]:
         found = [] if oracle is None else oracle_rows(prepared, config.test_sequences, oracle, settings)
-        if RELATIVE_ERROR.name in config.baselines:
+        if RelativeError.family.name in config.baselines:
             found += relative_error_rows(prepared, config.test_sequences, budgets, settings)
         return found
 
@@ -247,7 +248,7 @@ def _publish(
 
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
-    others = (*(policy.family.name for policy in POLICIES), RELATIVE_ERROR.name, UNTRAINED.name)
+    others = (*(policy.family.name for policy in POLICIES), RelativeError.family.name, UNTRAINED.name)
     found = [
         compare(rows, PPO.name, budgets=config.time_budgets),
         compare(rows, PPO.name, clock="measured", budgets=config.time_budgets),

@@ -191,10 +191,22 @@ def _costs(config: TrainConfig, model: NestedCausalLM, traces: Traces, path: Pat
 
 
 def _kept_costs(path: Path, recording: str) -> VerifyCosts:
+    costs, recorded = read_costs(path)
+    if recorded != recording:
+        raise InputError(f"{path} is of another recording than this run's; put that one back, or start a new run")
+    return costs
+
+
+def read_costs(path: Path) -> tuple[VerifyCosts, str]:
+    """The costs that a run keeps, and the digest of the recording that they are of.
+
+    Raises:
+        InputError: If the file cannot be read, or is of another version.
+    """
     fix = "delete it to have drafts and passes timed again"
     try:
         data = read_json(path)
-        version, recorded = data["version"], data["recording"]
+        version, recorded = data["version"], str(data["recording"])
         costs = VerifyCosts.from_dict(data["costs"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: no readable costs ({error}); {fix}") from error
@@ -204,9 +216,7 @@ def _kept_costs(path: Path, recording: str) -> VerifyCosts:
             f"{path} has costs of version {version}, this is {_COSTS_VERSION}; start a new run, with --traces "
             f"{path.parent / TRACES_FOLDER} if the recording is there"
         )
-    if recorded != recording:
-        raise InputError(f"{path} is of another recording than this run's; put that one back, or start a new run")
-    return costs
+    return costs, recorded
 
 
 def longest_first(table: TraceTable, count: int) -> Sequence[int]:

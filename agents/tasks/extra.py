@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from huggingface_hub import constants
+
 from flexquant_rl.engine.errors import InputError
 
 
@@ -15,7 +17,11 @@ def check_extra() -> None:
 
 
 def stay_offline() -> None:
-    """Has the libraries of data sets read files alone; they look when they are imported."""
+    """Has the libraries of data sets read files alone; they look when they are imported.
+
+    Models by a hub name are downloaded before: from here on nothing is.
+    """
     for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
         os.environ.setdefault(name, "1")
+    constants.HF_HUB_OFFLINE = True  # which has looked already
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

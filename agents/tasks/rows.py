@@ -147,6 +147,27 @@ def read_rows(directory: Path, kind: type[_Row]) -> list[_Row]:
     return rows
 
 
+def read_plan(directory: Path) -> TaskPlan:
+    """What the rows of a directory depend on.
+
+    Raises:
+        InputError: If it cannot be read, or is of another version.
+    """
+    path = directory / PLAN_FILE
+    fix = "remove the directory and run fq tasks again"
+    try:
+        data = dict(read_json(path))
+        version, digests = data.pop("version"), data["task_sha256"]
+        if not isinstance(digests, dict):
+            raise ValueError("task_sha256 is no object")
+        plan = TaskPlan(**data)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a plan of tasks ({error}); {fix}") from error
+    if version != PLAN_VERSION:
+        raise InputError(f"{path} has version {version!r}, this is {PLAN_VERSION}; {fix}")
+    return plan
+
+
 def claim(directory: Path, plan: TaskPlan) -> None:
     """Makes a directory one of this plan, or finds that it is one. The caller keeps other processes from it.
 

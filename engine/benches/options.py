@@ -152,8 +152,9 @@ class VerifyBench(DecodeBench):
     name: ClassVar[str] = "verify"
     tests: ClassVar[tuple[str, ...]] = ("tests/kernels/test_native_gemv.py", "tests/kernels/test_native_decoder.py")
 
-    model: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """A nested checkpoint to time instead of a random Llama; it has no row of llama.cpp."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file to time instead of a random Llama; `default` is
+    the embedded model. It has no row of llama.cpp."""
     num_tokens: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16)
     """Tokens of a pass, 1 to 16 and 1 among them: what a pass costs is given in steps."""
     new_tokens: int = 4

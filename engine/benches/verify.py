@@ -23,8 +23,9 @@ from flexquant_rl.engine.benches.decode import no_tokenizer, random_llama
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, Turn, interleave, rows
 from flexquant_rl.engine.benches.llama_cpp import GgufType, LlamaCppSession, has_llama_cpp, write_gguf
 from flexquant_rl.engine.benches.options import VerifyBench
-from flexquant_rl.engine.checkpoint import load_checkpoint
+from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.model import NestedCausalLM, nest
 
 _LEAN = "lean"
@@ -54,7 +55,8 @@ def bench_verify(
     random_model = random_llama(replace(config, new_tokens=max(config.num_tokens))) if config.model is None else None
     if random_model is None:
         assert config.model is not None
-        model = load_checkpoint(config.model)
+        progress("loading the model")
+        model = load_model(resolve_model(config.model), config.quantization, keep_reference=False)
     else:
         progress("nesting the weights")
         model = nest(copy.deepcopy(random_model), no_tokenizer(), config.quantization, keep_reference=False)
@@ -69,11 +71,11 @@ def bench_verify(
             progress("writing the same weights as GGUF")
             providers += _llama_cpp_providers(config, clock, random_model, token_ids[0].tolist(), stack)
         elif config.peers:
-            progress("llama.cpp: not measured (it is not installed, or the model is a checkpoint)")
+            progress("llama.cpp: not measured (it is not installed, or a model is named)")
         interleave(providers, config.rounds, track)
     common = {
         "op": "verify",
-        "model": "random" if config.model is None else config.model.name,
+        "model": "random" if config.model is None else Path(resolve_model(config.model)).name,
         "units": model.num_units,
         "prompt_tokens": config.prompt_tokens,
         "clock": clock.name,

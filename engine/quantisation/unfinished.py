@@ -29,7 +29,7 @@ from flexquant_rl.engine.quantisation.rotation import rotate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_START, _KEY_FILE = "start", "start.json"
+_START, START_FILE = "start", "start.json"
 STATE_FILE = "state.safetensors"
 """The file in the directory that tuning keeps its state in."""
 
@@ -73,7 +73,7 @@ def nested_start(
         progress: As for `nest`.
     """
     key = _key(hf_model, config, calibration)
-    start, key_file = directory / _START, directory / _KEY_FILE
+    start, key_file = directory / _START, directory / START_FILE
     if key_file.is_file() and read_json(key_file) == key:
         model = load_checkpoint(start)
         if config.rotate:
@@ -93,7 +93,7 @@ def nested_start(
 
 def has_start(directory: Path) -> bool:
     """Whether an interrupted run has left nested weights there."""
-    return (directory / _KEY_FILE).is_file()
+    return (directory / START_FILE).is_file()
 
 
 def _key(hf_model: PreTrainedModel, config: QuantizationConfig, calibration: Tensor | None) -> str:

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from flexquant_rl.agents.tasks.identity import plain_model_sha256
 from flexquant_rl.engine import hub
+from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.loading import load_causal_lm
+from flexquant_rl.engine.loading import load_causal_lm, local_model
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -91,6 +94,24 @@ def test_what_was_downloaded_is_used(cache: Path, tiny_model_dir: Path) -> None:
 def test_also_where_the_hub_is_silent(cache: Path, tiny_model_dir: Path, silent_hub: None) -> None:
     download(cache, tiny_model_dir, "someone/tiny")
     assert load_causal_lm("someone/tiny")[0].config.num_hidden_layers == 2
+
+
+def test_a_nested_checkpoint_by_its_name(cache: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = load_model(str(tiny_model_dir), QuantizationConfig(group_size=32))
+    save_checkpoint(model, tmp_path / "nested")
+    download(cache, tmp_path / "nested", "someone/nested")
+    found = load_model("someone/nested")
+    assert (found.fingerprint, found.config) == (model.fingerprint, model.config)
+
+
+def test_where_the_files_of_a_model_are(cache: Path, tiny_model_dir: Path) -> None:
+    download(cache, tiny_model_dir, "someone/tiny")
+    directory = local_model("someone/tiny")
+    assert plain_model_sha256(directory) == plain_model_sha256(tiny_model_dir)
+    for path in (str(tiny_model_dir), "./none", "a/b/c", "none.gguf", "folder/none.gguf"):
+        assert local_model(path) == Path(path)
+    with pytest.raises(InputError, match="was not downloaded before"):
+        local_model("someone/other")
 
 
 def test_the_same_checks_hold_for_a_name(cache: Path, tiny_model_dir: Path) -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.in_flight import for_any_rows, trace_in_flight
-from flexquant_rl.agents.evaluation.relative_error import chooser, entry_linears, relative_errors, tuned
+from flexquant_rl.agents.evaluation.relative_error import chooser, entry_linears, fitted, relative_errors, tuned
+from flexquant_rl.agents.policies.relative_error import RelativeError, parse_in_flight
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 
@@ -61,3 +63,34 @@ def test_high_widths_are_for_large_errors(tiny_prepared: Prepared) -> None:
         if low < high:
             errors = relative_errors(inputs, entries[unit], low, high)
             assert torch.equal(chosen == high, errors > setting.thresholds[unit])
+
+
+def test_a_tuned_setting_is_had_again_by_its_name(tiny_prepared: Prepared) -> None:
+    windows = tiny_prepared.windows.validation
+    (setting,) = tuned(tiny_prepared, windows, [0.7]).values()
+    asked = parse_in_flight(setting.name)
+    assert asked is not None
+    again = fitted(tiny_prepared, windows, asked)
+    assert again.name == setting.name
+    for field in ("low", "high", "thresholds"):
+        assert torch.equal(getattr(again, field), getattr(setting, field)), field
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.8])
+def test_the_share_is_that_of_the_text_it_is_fitted_to(tiny_prepared: Prepared, share: float) -> None:
+    windows = tiny_prepared.windows.validation
+    setting = fitted(tiny_prepared, windows, RelativeError(share, low=4, high=6))
+    chosen = for_any_rows(chooser(setting, entry_linears(tiny_prepared.model)))
+    widths = trace_in_flight(tiny_prepared, windows, chosen).bit_widths
+    assert float((widths == 6).double().mean()) == pytest.approx(share, abs=0.02)
+    assert set(widths.unique().tolist()) <= {4, 6}
+
+
+def test_what_is_no_policy_of_the_model(tiny_prepared: Prepared) -> None:
+    for asked, message in (
+        (RelativeError(0.5, low=4, high=7), "width 7 is not stored"),
+        (RelativeError(0.5, low=2.5, high=4), "outside the stored widths"),
+        (RelativeError(0.5, low=4.4, high=4.4001), "are the same allocation; choose means further apart"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fitted(tiny_prepared, tiny_prepared.windows.validation, asked)

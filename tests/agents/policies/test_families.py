@@ -11,7 +11,6 @@ from flexquant_rl.agents.policies.families import (
     ORACLE,
     POLICIES,
     PPO,
-    RELATIVE_ERROR,
     STATIC,
     UNIT_ORACLE,
     bind_policy,
@@ -20,6 +19,7 @@ from flexquant_rl.agents.policies.families import (
     parse_policy,
 )
 from flexquant_rl.agents.policies.knapsack import Knapsack
+from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.errors import InputError
 
@@ -33,7 +33,7 @@ def test_simple_families_come_first_and_bounds_last() -> None:
 
 
 def test_families_are_told_apart() -> None:
-    known = [*(policy.family for policy in POLICIES), STATIC, PPO, RELATIVE_ERROR, ORACLE, UNIT_ORACLE]
+    known = [*(policy.family for policy in POLICIES), STATIC, PPO, RelativeError.family, ORACLE, UNIT_ORACLE]
     unknown = [family for name, family in family_facts([*"abcdefg", "ppo"]).items() if name != "ppo"]
     for fact in ("name", "label", "colour", "marker"):
         values = [getattr(family, fact) for family in (*known, *unknown)]
@@ -67,8 +67,15 @@ def test_ours_are_trusted() -> None:
         (
             "zzz",
             "known: fixed:BIT_WIDTH, random:MEAN_BIT_WIDTH, schedule:FIRST, entropy:THRESHOLD_NATS, "
-            "regressor:MULTIPLIER, knapsack:MEAN_BIT_WIDTH, module:Class",
+            "regressor:MULTIPLIER, knapsack:MEAN_BIT_WIDTH, draft:WIDTH, relative-error:SHARE_HIGH, module:Class",
         ),
+        ("drft:3", "did you mean draft:3?"),
+        ("relative_error:0.3", "did you mean relative-error:0.3?"),
+        ("relative-eror", "did you mean relative-error:0.5?"),
+        ("static:4.5", "name one, e.g. knapsack:4.5"),
+        ("ppo", "a learned policy is named by the directory of its run"),
+        ("untrained", "train.py --baselines untrained"),
+        ("oracle-unit", "an oracle knows the text"),
         ("./no/such/directory", "(or the directory of an exported policy)"),
         ("", "known: fixed:BIT_WIDTH"),
     ],
