@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of the decode benchmark: the same weights as GGUF, decoded through llama-cpp-python's C bindings.
+"""llama.cpp as a peer of benchmarks: the same weights as GGUF, decoded through llama-cpp-python's C bindings.
 
 Both packages are optional (`pip install 'flexquant-rl[bench]'`).
 """
@@ -6,20 +6,27 @@ Both packages are optional (`pip install 'flexquant-rl[bench]'`).
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-GgufType = Literal["Q4_0", "Q8_0"]
+from flexquant_rl.engine.errors import InputError
+
+GgufType = Literal["F32", "F16", "Q8_0", "Q4_0"]
 
 GGUF_BITS: dict[GgufType, float] = {"Q4_0": 4.5, "Q8_0": 8.5}
-"""Bits per weight: codes and one fp16 scale per 32."""
+"""Bits per weight of the quantised types: codes and one fp16 scale per 32."""
+_BLOCK = 32
+_INTERLEAVED = {"llama": True, "qwen2": False}
+"""Architectures that are written: whether llama.cpp rotates neighbouring rows of a head, where Hugging Face rotates the
+halves."""
 
 
 def has_llama_cpp() -> bool:
@@ -27,34 +34,74 @@ def has_llama_cpp() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
-def write_gguf(hf_model: LlamaForCausalLM, path: Path, gguf_type: GgufType) -> None:
-    """Writes a Llama as GGUF without a vocabulary, every matrix at one type, embeddings and head included.
+@functools.cache
+def silence() -> object:
+    """Keeps llama.cpp from writing to stderr; what is returned must live as long as the process: C calls it."""
+    import llama_cpp
+
+    callback = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    return callback
+
+
+def check_writable(hf_model: PreTrainedModel, gguf_type: GgufType = "F16") -> None:
+    """Raises InputError unless `write_gguf` can write a model at a type."""
+    config: Any = hf_model.config
+    kind = config.model_type
+    if kind not in _INTERLEAVED:
+        raise InputError(f"model_type={kind!r} cannot be written as GGUF here; use a {' or '.join(_INTERLEAVED)} model")
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope != "default":
+        raise InputError(f"rope_type={rope!r} cannot be written as GGUF here; use a model with plain rotary embedding")
+    if config.hidden_act != "silu":
+        raise InputError(f"hidden_act={config.hidden_act!r} is not what llama.cpp computes for {kind}, which is silu")
+    if getattr(config, "use_sliding_window", False):
+        raise InputError("use_sliding_window=true: llama.cpp attends to all tokens; use a model without a window")
+    if gguf_type not in GGUF_BITS:
+        return
+    for name, tensor in _gguf_tensors(hf_model):
+        if tensor.dim() == 2 and tensor.shape[1] % _BLOCK:
+            raise InputError(
+                f"{name} has rows of {tensor.shape[1]}, which {gguf_type} cannot hold: its blocks are of {_BLOCK}; use "
+                f"a model whose rows are multiples of {_BLOCK}"
+            )
+
+
+def write_gguf(hf_model: PreTrainedModel, path: Path, gguf_type: GgufType) -> None:
+    """Writes a Llama or Qwen2 as GGUF without a vocabulary, every matrix at one type, embeddings and head included.
 
     llama.cpp's own conversion keeps the head of a Q4_0 model at 6 bits. Here it has 4, as ours has at width 4, so that
     the two read about the same number of bytes.
 
     Args:
-        hf_model: Plain rotary embedding, no biases; rows of a multiple of 32.
+        hf_model: Weights of any floating-point type, tied head or not.
         path: File to write.
-        gguf_type: Type of the matrices; norms are float32.
+        gguf_type: Type of the matrices; norms and biases are float32.
+
+    Raises:
+        InputError: If the model is of another kind, or its rows are not whole blocks of a quantised type.
     """
     import gguf
 
+    check_writable(hf_model, gguf_type)
     config: Any = hf_model.config
     kind = gguf.GGMLQuantizationType[gguf_type]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
+    head_dim = _head_dim(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{gguf_type}"])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if gguf_type == "F32" else f"MOSTLY_{gguf_type}"])
     for name, tensor in _gguf_tensors(hf_model):
         array = tensor.detach().float().contiguous().numpy()
         stored = gguf.GGMLQuantizationType.F32 if array.ndim == 1 else kind
@@ -65,33 +112,44 @@ def write_gguf(hf_model: LlamaForCausalLM, path: Path, gguf_type: GgufType) -> N
     writer.close()
 
 
-def _gguf_tensors(hf_model: LlamaForCausalLM) -> list[tuple[str, Tensor]]:
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _gguf_tensors(hf_model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors under llama.cpp's names; a tied head has none of its own, llama.cpp takes the embedding."""
     config: Any = hf_model.config
     model: Any = hf_model.model
-    tensors = [
-        ("token_embd.weight", model.embed_tokens.weight),
-        ("output_norm.weight", model.norm.weight),
-        ("output.weight", hf_model.lm_head.weight),
-    ]
+    yield "token_embd.weight", model.embed_tokens.weight
+    yield "output_norm.weight", model.norm.weight
+    head: Any = hf_model.get_output_embeddings()
+    if head.weight is not model.embed_tokens.weight:
+        yield "output.weight", head.weight
+    interleaved = _INTERLEAVED[config.model_type]
     for index, layer in enumerate(model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        tensors += [
-            (f"blk.{index}.attn_norm.weight", layer.input_layernorm.weight),
-            (f"blk.{index}.attn_q.weight", _interleave_halves(attention.q_proj.weight, config.num_attention_heads)),
-            (f"blk.{index}.attn_k.weight", _interleave_halves(attention.k_proj.weight, config.num_key_value_heads)),
-            (f"blk.{index}.attn_v.weight", attention.v_proj.weight),
-            (f"blk.{index}.attn_output.weight", attention.o_proj.weight),
-            (f"blk.{index}.ffn_norm.weight", layer.post_attention_layernorm.weight),
-            (f"blk.{index}.ffn_gate.weight", mlp.gate_proj.weight),
-            (f"blk.{index}.ffn_up.weight", mlp.up_proj.weight),
-            (f"blk.{index}.ffn_down.weight", mlp.down_proj.weight),
-        ]
-    return tensors
+        attention, mlp, block = layer.self_attn, layer.mlp, f"blk.{index}"
+        yield f"{block}.attn_norm.weight", layer.input_layernorm.weight
+        yield f"{block}.ffn_norm.weight", layer.post_attention_layernorm.weight
+        yield from _linear(f"{block}.attn_q", attention.q_proj, config.num_attention_heads * interleaved)
+        yield from _linear(f"{block}.attn_k", attention.k_proj, config.num_key_value_heads * interleaved)
+        yield from _linear(f"{block}.attn_v", attention.v_proj)
+        yield from _linear(f"{block}.attn_output", attention.o_proj)
+        yield from _linear(f"{block}.ffn_gate", mlp.gate_proj)
+        yield from _linear(f"{block}.ffn_up", mlp.up_proj)
+        yield from _linear(f"{block}.ffn_down", mlp.down_proj)
 
 
-def _interleave_halves(weight: Tensor, num_heads: int) -> Tensor:
+def _linear(name: str, linear: nn.Linear, num_heads: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Weight and, where there is one, bias; the rows of `num_heads` heads interleaved, of 0 as they are."""
+    for part in ("weight", "bias"):
+        tensor = getattr(linear, part)
+        if tensor is not None:
+            yield f"{name}.{part}", _interleave_halves(tensor, num_heads) if num_heads else tensor
+
+
+def _interleave_halves(tensor: Tensor, num_heads: int) -> Tensor:
     """llama.cpp rotates neighbouring rows of a head together, Hugging Face row i and row i + head_dim / 2."""
-    return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    return tensor.view(num_heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 class LlamaCppSession:
@@ -107,8 +165,7 @@ class LlamaCppSession:
         import llama_cpp
 
         self._lib: Any = llama_cpp
-        self._silence = llama_cpp.llama_log_callback(lambda level, text, user_data: None)  # kept: C calls it
-        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        silence()
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 0
@@ -133,7 +190,7 @@ class LlamaCppSession:
         return self._decode((token_id,))
 
     def extend(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Appends tokens in one batch and returns the logits after the last; those of all are computed."""
+        """Appends tokens in one batch and returns the logits after each, `[M, vocab]`, valid until the next call."""
         lib = self._lib
         start = lib.llama_memory_seq_pos_max(lib.llama_get_memory(self._context), 0) + 1
         batch = lib.llama_batch_init(len(token_ids), 0, 1)
@@ -142,9 +199,10 @@ class LlamaCppSession:
             for index, token_id in enumerate(token_ids):
                 batch.token[index], batch.pos[index], batch.logits[index] = token_id, start + index, 1
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-            return self._decode_batch(batch, len(token_ids))
+            self._decode_batch(batch, len(token_ids))
         finally:
             lib.llama_batch_free(batch)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(len(token_ids), self._vocab))
 
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
@@ -159,10 +217,10 @@ class LlamaCppSession:
 
     def _decode(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         tokens = (self._lib.llama_token * len(token_ids))(*token_ids)
-        return self._decode_batch(self._lib.llama_batch_get_one(tokens, len(token_ids)), len(token_ids))
+        self._decode_batch(self._lib.llama_batch_get_one(tokens, len(token_ids)), len(token_ids))
+        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, -1), shape=(self._vocab,))
 
-    def _decode_batch(self, batch: Any, num_tokens: int) -> NDArray[np.float32]:
+    def _decode_batch(self, batch: Any, num_tokens: int) -> None:
         status = self._lib.llama_decode(self._context, batch)
         if status != 0:
             raise RuntimeError(f"llama.cpp failed to decode {num_tokens} tokens: status {status}")
-        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, -1), shape=(self._vocab,))
