@@ -28,7 +28,7 @@ BASELINES = ("random", "entropy", "schedule", "relative-error", "regressor", "un
 _LEAST_WINDOWS = 10
 _ENV_STEPS: dict[Task, int] = {"lossy": 36_864, "verified": 200_000}
 _OF_LOSSY = (
-    *("profile", "validation_sequences", "test_sequences", "importance_windows", "time_budgets", "baselines"),
+    *("validation_sequences", "test_sequences", "importance_windows", "time_budgets", "baselines"),
     *("oracle_masks", "long_tokens", "num_dials", "env", "ppo"),
 )
 _OF_VERIFIED = ("traces", "verified")
@@ -170,11 +170,12 @@ class TrainConfig:
     device: Device = "cpu"
     """Where the model runs."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by; default: the
-    one in the model's directory, else one made here."""
+    """profile.json that `fq profile` wrote for this model, with the latencies to train and compare by, or the times of
+    drafts and passes for --task verified; default: the one in the model's directory, else one made here."""
     latency: Latency | None = None
     """Latencies of a profile made here: whole steps timed on this device, or modelled by the bytes they read; default:
-    measured, but modelled for the embedded model, whose steps are too short for their bytes to show."""
+    measured, but modelled for the embedded model, whose steps are too short for their bytes to show. With --task
+    verified times are always measured, and measured times them here whatever lies in the model's directory."""
     threads: int | None = None
     """Threads of the decode steps that are timed, and of those that the profile was measured on; default: 1 with the
     lean decoder, else torch's number."""

@@ -111,15 +111,18 @@ def tasks_facts(path: Path) -> Facts:
 
 def costs_facts(path: Path) -> Facts:
     """What drafts and passes of verification cost, as a run of drafts has timed it."""
-    costs, recording = read_costs(path)
+    kept = read_costs(path)
+    costs = kept.costs
     return {
-        "recording": recording,
+        "recording": kept.recording,
         "source": costs.source,
+        "timed_by": kept.timed_by,
         "full_width_ms": costs.full_ms,
         "plain_ms": costs.plain_ms,
         "draft_ms": list(costs.draft_ms),
         "verify_ms": list(costs.verify_ms),
         "controller_ms": costs.controller_ms,
+        "confidence_ms": costs.confidence_ms,
     }
 
 

@@ -197,6 +197,7 @@ def _profile(profile: Profile) -> Facts:
         "num_threads": cost.num_threads,
         "full_width_ms": full,
         "table_error_p50": cost.error_p50,
+        "drafts": None if profile.drafts is None else profile.drafts.shares(),
     }
 
 

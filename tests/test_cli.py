@@ -137,6 +137,11 @@ def test_profile(profiled: tuple[Path, Finished]) -> None:
     assert profile.cost.source == "measured"
     assert profile.reference == "8-bit", "a nested checkpoint holds no unquantised weights"
     profile.cost.check(load_checkpoint(model))
+    assert profile.drafts is not None
+    assert result["drafts"] == profile.drafts.shares()
+    assert result["drafts"]["draft_share_by_width"].keys() == {"3", "4", "5", "6"}
+    assert result["drafts"]["pass_share_by_tokens"].keys() == {str(tokens) for tokens in range(1, 10)}
+    assert run(cli.main, "inspect", model / "profile.json").result["drafts"] == result["drafts"]
 
 
 def test_profile_of_a_plain_model(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:

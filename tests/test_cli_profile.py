@@ -265,6 +265,10 @@ class TestMistakes:
         assert finished.error.endswith(
             "--threads 1 is for measured steps and --source roofline times none; leave it out"
         )
+        finished = run(cli.main, "profile", inputs.model, "--source", "roofline", "--depth", 4, "--out", "p.json")
+        assert finished.error.startswith("--depth 4 is for measured steps")
+        finished = run(cli.main, "profile", inputs.model, "--depth", 16, "--out", tmp_path / "p.json")
+        assert finished.error == "--depth 16 must be 1 to 15 drafts of a round, or 0 to time none"
         assert tree(tmp_path) == {}
 
 

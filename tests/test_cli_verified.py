@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runner import Finished, leftovers, run, tree, write_sentences
 from PIL import Image
-from small_runs import TINY_DRAFTS, leave_out_the_clock, make_drafts_short
+from small_runs import TINY_DRAFTS, TINY_LEARNING, leave_out_the_clock, make_drafts_short
 
 from flexquant_rl import cli, train
-from flexquant_rl.agents.runs import verified_run
+from flexquant_rl.agents.runs import verified_preparation, verified_run
+from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import load_policy
+from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.draft_times import DraftTimes
 from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, RULES, FixedRounds, Plain, ProductStop
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.verify_costs import VerifyCosts
+from flexquant_rl.engine.decoding.choice import default_decoder
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 FILES = {"policy.json", "policy.safetensors", "profile.json"}
 
@@ -186,6 +195,36 @@ def test_a_recording_that_exists(
     taken = run(train.main, *start, "--traces", traces, "--run", tmp_path / "run", "--seeds", 1).result
     assert all(row["speedup_measured"] is None for row in taken["rows"])
     assert not (tmp_path / "run" / "traces").exists()
+
+
+def test_times_of_a_profile(
+    finished: Finished, folder: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is timed then, and a resume needs no more than what the run has kept."""
+    assert finished.code == 0
+    model = load_model(str(tiny_model_dir), QuantizationConfig())
+    costs = VerifyCosts("measured", 2.0, 2.0, (0.8, 1.0, 1.2), (2.1, 2.2, 2.3, 2.4), 0.1, 0.05)
+    cost = replace(roofline_cost(model), source="measured", decoder=default_decoder(model)[0], num_threads=1)
+    zeros = torch.zeros(model.num_units, len(model.bit_widths))
+    times = DraftTimes((3, 4, 5), 8, costs)
+    given = Profile(cost, zeros, model.bit_widths, model.fingerprint, 9, "unquantised", times)
+    given.save(tmp_path / "given.json")
+    monkeypatch.setattr(verified_run, "EVERY_RULE", (Plain, FixedRounds, ProductStop))
+    monkeypatch.setattr(verified_preparation, "timed_drafts", lambda *_, **__: pytest.fail("the profile has them"))
+    leave_out_the_clock(monkeypatch)
+    start = ("--model", tiny_model_dir, "--task", "verified", *TINY_LEARNING, "--seeds", 1)
+    options = ("--traces", folder / "run" / "traces", "--profile", tmp_path / "given.json", "--run", tmp_path / "run")
+    result = run(train.main, *start, *options).result
+    want = replace(costs, draft_ms=(0.8, 1.2), verify_ms=(2.1, 2.2, 2.3)).to_dict()
+    assert VerifyCosts.from_dict(result["costs"]) == VerifyCosts.from_dict(want)
+    assert "| source of these costs | measured by fq profile |" in (tmp_path / "run" / "report.md").read_text()
+    assert "measured by this run" in (folder / "run" / "report.md").read_text()
+    (tmp_path / "given.json").unlink()
+    for kept in ("costs.json", "profile.json"):  # either of them is enough
+        (tmp_path / "run" / kept).unlink()
+        again = run(train.main, "--resume", tmp_path / "run").result
+        assert again["costs"] == result["costs"]
+        assert [row["policy"] for row in again["rows"]] == [row["policy"] for row in result["rows"]]
 
 
 def test_policies_are_exported_and_generate(finished: Finished, folder: Path, tiny_model_dir: Path) -> None:

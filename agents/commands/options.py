@@ -78,6 +78,8 @@ class ProfileOptions:
     """Time whole steps at random widths, or model them by the bytes they read."""
     steps: int = 300
     """Whole steps to time."""
+    depth: int | None = None
+    """Drafts of a round at most, whose steps and passes are timed too; 0: none. Default: 8, with roofline none."""
     threads: int | None = None
     """Threads of a timed step; default: 1 with the lean decoder, else torch's number."""
 

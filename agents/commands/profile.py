@@ -1,17 +1,21 @@
-"""`fq profile`: what every unit's width costs in time on this device and in output KL."""
+"""`fq profile`: what every unit's width costs in time and in output KL, and what drafts and passes take."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flexquant_rl.agents.commands.options import ProfileOptions
 from flexquant_rl.agents.commands.process import print_result
-from flexquant_rl.agents.progress import track
+from flexquant_rl.agents.progress import say, track
+from flexquant_rl.agents.runs.clock_check import warn_of_clock
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
 from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.draft_timer import check_depth, profiled_drafts
+from flexquant_rl.engine.control.draft_times import DraftTimes
 from flexquant_rl.engine.control.profile import profile_model
 from flexquant_rl.engine.control.step_timer import measured_table
 from flexquant_rl.engine.decoding.options import check_num_threads
@@ -21,6 +25,8 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.prompts import load_windows, profile_windows
 
+_DEPTH = 8
+
 
 def profile(options: ProfileOptions) -> None:
     """Writes the profile and prints what it says."""
@@ -29,12 +35,14 @@ def profile(options: ProfileOptions) -> None:
         raise InputError(
             f"{options.model} is not a directory to write {PROFILE_FILE} into; check the name, or give --out FILE"
         )
+    for name in ("threads", "depth"):
+        given = getattr(options, name)
+        if given is not None and options.source == "roofline":
+            raise InputError(f"--{name} {given} is for measured steps and --source roofline times none; leave it out")
     if options.threads is not None:
-        if options.source == "roofline":
-            raise InputError(
-                f"--threads {options.threads} is for measured steps and --source roofline times none; leave it out"
-            )
         check_num_threads(options.threads)
+    depth = _DEPTH if options.depth is None else options.depth
+    check_depth(depth)
     target = options.out or home / PROFILE_FILE
     nested = load_model(
         resolve_model(options.model), QuantizationConfig(), progress=lambda items: track(items, "quantising")
@@ -46,11 +54,18 @@ def profile(options: ProfileOptions) -> None:
         text_field=options.text_field,
     ).train
     profiled = profile_windows(nested, windows)
+    drafts: DraftTimes | None = None
     if options.source == "measured":
         cost = measured_table(nested, windows, num_steps=options.steps, num_threads=options.threads)
+        if depth:
+            say("timing drafts and passes over several tokens")
+            drafts = profiled_drafts(nested, depth=depth, num_threads=options.threads)
     else:
         cost = roofline_cost(nested)
+    if drafts is not None:
+        warn_of_clock(drafts.costs, "run fq profile again when the machine is quiet")
     result = profile_model(nested, profiled, cost, progress=lambda units: track(units, "profiling"))
+    result = replace(result, drafts=drafts)
     result.save(target)
     by_width = {str(b): float(cost.latency_ms(torch.full((nested.num_units,), b))) for b in nested.bit_widths}
     print_result(
@@ -63,6 +78,7 @@ def profile(options: ProfileOptions) -> None:
             "table_error_p50": cost.error_p50,
             "table_error_p95": cost.error_p95,
             "controller_ms": cost.controller_ms,
+            "drafts": None if drafts is None else drafts.shares(),
             "sensitivity": result.sensitivity.tolist(),
         }
     )

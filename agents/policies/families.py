@@ -104,8 +104,9 @@ def parse_policy(name: str) -> UnboundPolicy:
 def _hint(name: str) -> str:
     """What may have been meant by a name that nothing has."""
     family, _, parameters = name.partition(":")
-    own, kinds = split_own_name(name), (*POLICIES, Drafts, RelativeError)
-    near = difflib.get_close_matches(family, [kind.family.name for kind in kinds], n=1, cutoff=0.5)
+    own = split_own_name(name)
+    families = [*(kind.family for kind in POLICIES), Drafts.family, RelativeError.family]
+    near = difflib.get_close_matches(family, [one.name for one in families], n=1, cutoff=0.5)
     if family in _TABLES_ONLY:
         return _TABLES_ONLY[family]
     if near and not (own is not None and own[1][0].isupper()):

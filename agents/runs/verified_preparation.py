@@ -5,7 +5,6 @@ Recording and costs are kept in the run's directory, so that a resume finds the 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +16,18 @@ from torch import Tensor
 
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.evaluation.drafting import context_of
+from flexquant_rl.agents.preparation import profile_beside
 from flexquant_rl.agents.progress import say, track
+from flexquant_rl.agents.runs.clock_check import warn_of_clock
 from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.control.artefact import PROFILE_FILE
+from flexquant_rl.engine.control.draft_timer import timed_drafts
 from flexquant_rl.engine.control.drafting_rules import DraftingContext
+from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.recording import record
-from flexquant_rl.engine.control.traces import SplitName, Traces, read_plan, read_traces
-from flexquant_rl.engine.control.verified_signals import VerifiedSchema
+from flexquant_rl.engine.control.traces import RecordingPlan, SplitName, Traces, read_plan, read_traces
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
-from flexquant_rl.engine.control.verify_timer import measured_costs, measured_decision_ms
-from flexquant_rl.engine.decoding.choice import session_opener
+from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json, write_json
@@ -35,10 +37,7 @@ from flexquant_rl.fq_env.trace_table import TraceTable
 
 TRACES_FOLDER, COSTS_FILE = "traces", "costs.json"
 _COSTS_VERSION = 2
-_CONTEXT_TOKENS = 64
 _MOST_RECORDERS = 4
-# The same step timed in two ways, as a log ratio. One of them asks a policy.
-_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,13 @@ class PreparedDrafts:
         model: The nested model.
         traces: The recording.
         costs: What drafts, passes and decisions cost on this device.
+        timed_by: Who measured that: `this run` or `fq profile`.
     """
 
     model: NestedCausalLM
     traces: Traces
     costs: VerifyCosts
+    timed_by: str
 
     @cached_property
     def train(self) -> TraceTable:
@@ -116,11 +117,12 @@ def prepare_drafts(config: TrainConfig, run_dir: Path) -> PreparedDrafts:
         keep_reference=False,
         progress=lambda items: track(items, "quantising"),
     ).to(config.device)
+    profiled = _profiled_costs(config, model, run_dir)  # before what takes minutes, too
     traces = _recorded(config, model, run_dir / TRACES_FOLDER)
     for split in ("train", "validation", "test"):
         if not traces.of_split(split):
             raise InputError(f"the traces hold no {split} sequence; record more with `fq record --tokens`")
-    return PreparedDrafts(model, traces, _costs(config, model, traces, run_dir / COSTS_FILE))
+    return PreparedDrafts(model, traces, *_costs(config, model, traces.plan, run_dir / COSTS_FILE, profiled))
 
 
 def _check_recorded_alone(config: TrainConfig) -> None:
@@ -158,47 +160,85 @@ def _recorded(config: TrainConfig, model: NestedCausalLM, directory: Path) -> Tr
     return read_traces(directory)
 
 
-def _costs(config: TrainConfig, model: NestedCausalLM, traces: Traces, path: Path) -> VerifyCosts:
-    plan = traces.plan
+def _costs(
+    config: TrainConfig, model: NestedCausalLM, plan: RecordingPlan, path: Path, profiled: VerifyCosts | None
+) -> tuple[VerifyCosts, str]:
+    """The costs that a run has kept, those of a profile, or those timed now; and by whom they were timed."""
     if path.exists():
         return _kept_costs(path, plan.digest())
-    say("timing drafts, passes and decisions")
-    schema = VerifiedSchema(len(plan.draft_widths), plan.depth, traces.embedding.shape[1])
-    controller_ms, confidence_ms = measured_decision_ms(model, schema)
-    context = min(_CONTEXT_TOKENS, model.max_context - plan.depth - 2)
-    opener = session_opener(
-        model, max_length=context + plan.depth + 2, decoder=plan.decoder, num_threads=config.threads
-    )
-    session = opener(1)
-    costs = measured_costs(
-        session,
-        plan.draft_widths,
-        verify_width=plan.verify_width,
-        depth=plan.depth,
-        context=context,
-        controller_ms=controller_ms,
-        confidence_ms=confidence_ms,
-    )
-    session.close()
-    of_itself = costs.verify_ms[0] / costs.full_ms
-    if plan.verify_width == max(model.bit_widths) and abs(math.log(of_itself)) > _TOLERANCE:
-        say(
-            f"the clock disagrees with itself: a step took {of_itself:.2f} of its own time; what is judged by these "
-            f"times is unreliable: delete {path} when the machine is quiet, and start a new run with --traces"
+    costs, timed_by = profiled, "fq profile"
+    if costs is None:
+        say("timing drafts, passes and decisions")
+        costs, timed_by = (
+            timed_drafts(
+                model,
+                plan.draft_widths,
+                verify_width=plan.verify_width,
+                depth=plan.depth,
+                decoder=plan.decoder,
+                num_threads=config.threads,
+            ),
+            "this run",
         )
-    write_json(path, {"version": _COSTS_VERSION, "recording": plan.digest(), "costs": costs.to_dict()})
+    warn_of_clock(
+        costs,
+        f"delete {path} when the machine is quiet, and start a new run with --traces"
+        if profiled is None
+        else "run fq profile again when the machine is quiet, and start a new run with --traces",
+    )
+    kept = {"version": _COSTS_VERSION, "recording": plan.digest(), "costs": costs.to_dict(), "timed_by": timed_by}
+    write_json(path, kept)
+    return costs, timed_by
+
+
+def _profiled_costs(config: TrainConfig, model: NestedCausalLM, run_dir: Path) -> VerifyCosts | None:
+    """The costs of the profile that is named, which must fit, or of the one beside the model, where it fits."""
+    kept = run_dir / PROFILE_FILE
+    named = kept if kept.exists() else None if config.profile is None else Path(config.profile)
+    found = profile_beside(config.model) if named is None and config.latency is None else None
+    path = named or found
+    if path is None or (run_dir / COSTS_FILE).exists():
+        return None
+    plan = None if config.traces is None else read_plan(Path(config.traces))
+    wanted = plan or config.verified
+    widths = config.verified.widths if plan is None else plan.draft_widths
+    decoder = default_decoder(model)[0] if plan is None else plan.decoder
+    try:
+        times = Profile.load(path).draft_times(model, decoder, config.threads)
+        costs = times.costs_of(sorted(set(widths)), wanted.verify_width, wanted.depth)
+    except InputError as error:
+        if named is not None:
+            raise InputError(f"{config.profile}: {error}, or leave --profile out to have drafts timed here") from error
+        say(f"drafts and passes are timed here, as {path} does not do: {error}")
+        return None
+    say(f"times of drafts and passes are those of {config.profile or path}")
     return costs
 
 
-def _kept_costs(path: Path, recording: str) -> VerifyCosts:
-    costs, recorded = read_costs(path)
-    if recorded != recording:
+def _kept_costs(path: Path, recording: str) -> tuple[VerifyCosts, str]:
+    kept = read_costs(path)
+    if kept.recording != recording:
         raise InputError(f"{path} is of another recording than this run's; put that one back, or start a new run")
-    return costs
+    return kept.costs, kept.timed_by
 
 
-def read_costs(path: Path) -> tuple[VerifyCosts, str]:
-    """The costs that a run keeps, and the digest of the recording that they are of.
+@dataclass(frozen=True)
+class KeptCosts:
+    """The costs that a run keeps.
+
+    Attributes:
+        costs: What they are.
+        recording: Digest of the recording that they are of.
+        timed_by: Who measured them: `this run` or `fq profile`.
+    """
+
+    costs: VerifyCosts
+    recording: str
+    timed_by: str
+
+
+def read_costs(path: Path) -> KeptCosts:
+    """Reads the costs that a run keeps.
 
     Raises:
         InputError: If the file cannot be read, or is of another version.
@@ -206,8 +246,9 @@ def read_costs(path: Path) -> tuple[VerifyCosts, str]:
     fix = "delete it to have drafts and passes timed again"
     try:
         data = read_json(path)
-        version, recorded = data["version"], str(data["recording"])
+        version = data["version"]
         costs = VerifyCosts.from_dict(data["costs"])
+        kept = KeptCosts(costs, str(data["recording"]), str(data.get("timed_by", "this run")))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: no readable costs ({error}); {fix}") from error
     if version != _COSTS_VERSION:
@@ -216,7 +257,7 @@ def read_costs(path: Path) -> tuple[VerifyCosts, str]:
             f"{path} has costs of version {version}, this is {_COSTS_VERSION}; start a new run, with --traces "
             f"{path.parent / TRACES_FOLDER} if the recording is there"
         )
-    return costs, recorded
+    return kept
 
 
 def longest_first(table: TraceTable, count: int) -> Sequence[int]:

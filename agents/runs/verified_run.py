@@ -349,7 +349,7 @@ def _publish(
         "end of a round of 1, 2, ... tokens (shares of it)": _shares(costs.verify_ms, costs.full_ms),
         "signals and network, a decision (share of it)": costs.controller_ms / costs.full_ms,
         "confidence, a decision (share of it)": costs.confidence_ms / costs.full_ms,
-        "source of these costs": costs.source,
+        "source of these costs": f"{costs.source} by {prepared.timed_by}",
         "decoder": plan.decoder,
         "training seeds": config.seeds,
         "env steps per seed": config.steps_per_seed,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.allocation_kl import affordable_windows
 from flexquant_rl.engine.control.cost import CostTable, roofline_cost
+from flexquant_rl.engine.control.draft_times import DraftTimes
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.control.sensitivity import part_allocations, sensitivity, single_units
 from flexquant_rl.engine.control.signals import check_widths
@@ -19,7 +20,9 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json, write_json
 from flexquant_rl.engine.model import NestedCausalLM
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
+_WITHOUT_DRAFTS = 2
+"""The version before: the same but for the times of drafts, which it does not have."""
 _MOST_WINDOWS = 12
 
 
@@ -35,6 +38,8 @@ class Profile:
         fingerprint: Fingerprint of the model.
         num_tokens: Tokens that the means are over.
         reference: `unquantised`, or `8-bit` where no other copy exists.
+        drafts: Times of drafts and passes over several tokens, with the decoder and the threads of a measured `cost`;
+            None where nobody has timed them.
     """
 
     cost: CostTable
@@ -43,6 +48,7 @@ class Profile:
     fingerprint: str
     num_tokens: int
     reference: str
+    drafts: DraftTimes | None = None
 
     def check(self, model: NestedCausalLM, num_threads: int | None = None) -> None:
         """Raises InputError if the profile is of another model or not whole, or as `CostTable.check`."""
@@ -58,6 +64,19 @@ class Profile:
                     f"{list(model.bit_widths)}, as model {model.fingerprint[:12]} has them; run `fq profile` again"
                 )
 
+    def draft_times(self, model: NestedCausalLM, decoder: str, num_threads: int | None = None) -> DraftTimes:
+        """The times of drafts, where they are those of a model, a decoder and a number of threads.
+
+        Raises:
+            InputError: If there are none, or as `check`.
+        """
+        self.check(model, num_threads)
+        if self.drafts is None or self.cost.source != "measured":
+            raise InputError("the profile has no times of drafts; run `fq profile` again, without --source roofline")
+        if self.cost.decoder != decoder:
+            raise InputError(f"the profile is of the {self.cost.decoder} decoder, and this run is of the {decoder} one")
+        return self.drafts
+
     def save(self, path: Path) -> None:
         """Writes JSON, atomically."""
         write_json(
@@ -70,12 +89,13 @@ class Profile:
                 "fingerprint": self.fingerprint,
                 "num_tokens": self.num_tokens,
                 "reference": self.reference,
+                "drafts": None if self.drafts is None else self.drafts.to_dict(),
             },
         )
 
     @staticmethod
     def load(path: Path | str) -> Profile:
-        """Reads JSON.
+        """Reads JSON, that of the version before too: it has no times of drafts.
 
         Raises:
             InputError: If the file is missing, unreadable or of another version.
@@ -85,9 +105,10 @@ class Profile:
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: no readable profile ({error}); run `fq profile`") from error
         version = data.get("version") if isinstance(data, dict) else None
-        if version != PROFILE_VERSION:
+        if version not in (PROFILE_VERSION, _WITHOUT_DRAFTS):
             raise InputError(f"{path}: profile version {version}, this is {PROFILE_VERSION}; run `fq profile`")
         try:
+            drafts = data["drafts"] if version == PROFILE_VERSION else None
             profile = Profile(
                 cost=CostTable.from_dict(data["cost"]),
                 sensitivity=torch.tensor(data["sensitivity"], dtype=torch.float32),
@@ -95,6 +116,7 @@ class Profile:
                 fingerprint=data["fingerprint"],
                 num_tokens=data["num_tokens"],
                 reference=data["reference"],
+                drafts=None if drafts is None else DraftTimes.from_dict(drafts),
             )
             check_widths(profile.bit_widths)
             for name, kind in (("fingerprint", str), ("num_tokens", int), ("reference", str)):

@@ -50,6 +50,11 @@ class VerifyCosts:
                 f"but the traces have {num_levels} levels and rounds of up to {depth + 1} tokens"
             )
 
+    @property
+    def of_itself(self) -> float:
+        """A step at the verify width over the same step timed in another way, as a round without drafts: about 1."""
+        return self.verify_ms[0] / self.plain_ms
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from flexquant_rl.engine.control.cost import roofline_cost
+from flexquant_rl.engine.control.draft_times import DraftTimes
 from flexquant_rl.engine.control.output_kl import output_kl_nats, reference_width
 from flexquant_rl.engine.control.profile import Profile, profile_model
+from flexquant_rl.engine.control.verify_costs import VerifyCosts
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
@@ -33,6 +35,7 @@ def kl_in_float64(reference: list[float], other: list[float]) -> float:
     return sum(math.exp(p) * (p - q) for p, q in pairs)
 
 
+MEASURED = VerifyCosts("measured", 2.0, 2.0, (1.0,), (2.1, 2.3)).to_dict()
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4)
 
 
@@ -132,6 +135,24 @@ class TestFile:
             assert getattr(loaded, name) == getattr(profile, name)
         assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
 
+    def test_times_of_drafts(self, profile: Profile, tmp_path: Path) -> None:
+        path = tmp_path / "profile.json"
+        costs = VerifyCosts("measured", 2.0, 2.0, (1.0, 1.2), (2.1, 2.3, 2.5), 0.1, 0.05)
+        replace(profile, drafts=DraftTimes((3, 4), 8, costs)).save(path)
+        assert Profile.load(path).drafts == DraftTimes((3, 4), 8, costs)
+        profile.save(path)
+        assert Profile.load(path).drafts is None
+
+    def test_the_version_before_has_no_times_of_drafts(self, profile: Profile, tmp_path: Path) -> None:
+        path = tmp_path / "profile.json"
+        profile.save(path)
+        data = json.loads(path.read_text())
+        del data["drafts"]
+        path.write_text(json.dumps({**data, "version": 2}))
+        loaded = Profile.load(path)
+        assert loaded.drafts is None
+        assert torch.equal(loaded.sensitivity, profile.sensitivity)
+
     def assert_refused(self, path: Path, match: str) -> None:
         with pytest.raises(InputError, match=match) as caught:
             Profile.load(path)
@@ -148,7 +169,7 @@ class TestFile:
     @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"version": 1}'])
     def test_another_version(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "profile.json").write_text(text)
-        self.assert_refused(tmp_path / "profile.json", "profile version .* this is 2")
+        self.assert_refused(tmp_path / "profile.json", "profile version .* this is 3")
 
     @pytest.mark.parametrize(
         "damage",
@@ -159,6 +180,12 @@ class TestFile:
             {"sensitivity": "high"},
             {"sensitivity": [[1.0], [1.0, 2.0]]},
             {"bit_widths": 8},
+            {"drafts": 3},
+            {"drafts": {"draft_widths": [3], "verify_width": 8, "costs": None}},
+            {"drafts": {"draft_widths": [3], "verify_width": 8, "costs": {**MEASURED, "source": "modelled"}}},
+            {"drafts": {"draft_widths": [3, 4], "verify_width": 8, "costs": MEASURED}},
+            {"drafts": {"draft_widths": [8], "verify_width": 8, "costs": MEASURED}},
+            {"drafts": {"draft_widths": [3], "verify_width": 8, "costs": {**MEASURED, "draft_ms": [-1.0]}}},
         ],
         ids=str,
     )
@@ -168,7 +195,7 @@ class TestFile:
         path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
         self.assert_refused(path, "not a whole profile")
 
-    @pytest.mark.parametrize("name", ["cost", "sensitivity", "bit_widths", "fingerprint", "num_tokens", "reference"])
+    @pytest.mark.parametrize("name", ["drafts", "cost", "sensitivity", "bit_widths", "fingerprint", "reference"])
     def test_missing_field(self, profile: Profile, tmp_path: Path, name: str) -> None:
         path = tmp_path / "profile.json"
         profile.save(path)

@@ -1,0 +1,167 @@
+"""Every kind of policy of drafts leaves the text as it is: rules, networks and bandits, on both decoders, to any end.
+
+`test_rounds.py` has what no sensible policy does; these are those that are trained, tuned and exported.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_session import FakeSession, fake_profile
+from torch import Tensor
+
+from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.control.controller import DraftController, TorchController, make_controller
+from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.drafting_net import DraftingNet
+from flexquant_rl.engine.control.drafting_rules import RULES, DraftingContext, EntropyBound
+from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.profile import unmeasured_profile
+from flexquant_rl.engine.control.request import GeneratedToken, Request
+from flexquant_rl.engine.control.rounds import Rounds
+from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.served_drafts import ServedDrafts
+from flexquant_rl.engine.control.verified_signals import VerifiedSchema
+from flexquant_rl.engine.control.verify_costs import modelled_costs
+from flexquant_rl.engine.decoding.choice import default_decoder, session_opener
+from flexquant_rl.engine.decoding.decoder import ExtendOutput, StepOutput
+from flexquant_rl.engine.decoding.next_token import Sampler
+from flexquant_rl.engine.decoding.options import DecoderName
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+
+SCHEMA = VerifiedSchema(2, 4)
+CONTEXT = DraftingContext(SCHEMA, modelled_costs((0.3, 0.5), (1.0, 1.05), depth=4), torch.tensor([0.8, 0.9]).numpy())
+KINDS = (*(kind.family for kind in RULES), "net")
+ROOM = 40
+
+
+@pytest.fixture(autouse=True)
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights choose EOS soon; here it is a token like the others."""
+    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
+
+
+@pytest.fixture(scope="module")
+def nested(tiny_model_dir: Path) -> NestedCausalLM:
+    return load_model(str(tiny_model_dir), QuantizationConfig(group_size=32))
+
+
+def policy_of(kind: str, num_units: int, *, low: int = 3, high: int = 5, verify: int = 8) -> ServedDrafts:
+    """A rule from the middle of its grid, or a network with random weights."""
+    widths = torch.tensor([low, high])[:, None].expand(-1, num_units).contiguous()
+    full = torch.full((num_units,), verify)
+    if kind == "net":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            net = DraftingNet(SCHEMA)
+        return ServedDrafts(kind, SCHEMA, widths, full, net.policy(), "signals")
+    grid = list(next(rule for rule in RULES if rule.family == kind).grid(SCHEMA))
+    chosen = EntropyBound(0, 0.0) if kind == EntropyBound.family else grid[len(grid) // 3]  # random weights are unsure
+    return ServedDrafts(kind, SCHEMA, widths, full, chosen.bind(CONTEXT), chosen.sees)
+
+
+def said(
+    model: NestedCausalLM,
+    policy: DraftPolicy | StaticAllocation,
+    requests: list[Request],
+    decoder: DecoderName,
+    ngram_drafts: int = 0,
+) -> tuple[list[tuple[int, str, str | None]], list[GeneratedToken]]:
+    session = session_opener(model, max_length=ROOM, decoder=decoder)(1)
+    controller = make_controller(model, policy, unmeasured_profile(model))
+    tokens = list(PolicyRunner(session, controller, ngram_drafts=ngram_drafts).generate(requests, model.tokenizer))
+    session.close()
+    return [(token.token_id, token.text, token.finish_reason) for token in tokens], tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("decoder", "ngram_drafts"), [("lean", 0), ("lean", 3), ("hf", 3)])
+def test_the_text_and_its_end_are_those_of_the_verify_width(
+    nested: NestedCausalLM, kind: str, decoder: DecoderName, ngram_drafts: int
+) -> None:
+    """To the end of the context, at an EOS and at a stop string that begin at each place of a round, and cut short."""
+    if decoder == "lean" and default_decoder(nested)[0] != "lean":
+        pytest.skip("the native kernels could not be built")
+    prompt = torch.tensor([1, *map(ord, "abc abc ab")])
+    plain = StaticAllocation("plain", torch.full((nested.num_units,), 8))
+    whole = Request(prompt, ROOM - len(prompt) + 1)
+    assert whole.num_held == ROOM
+    free, _ = said(nested, plain, [whole], decoder)
+    assert free[-1][2] == "length"
+    short = replace(whole, max_new_tokens=14)
+    requests = [whole, replace(whole, max_new_tokens=5)]
+    for place in range(3, 8):
+        requests.append(replace(short, eos_token_ids=(free[place][0],)))
+        requests.append(replace(short, stop=(free[place][1] + free[place + 1][1],)))
+    want, _ = said(nested, plain, requests, decoder)
+    got, tokens = said(nested, policy_of(kind, nested.num_units), requests, decoder, ngram_drafts)
+    assert got == want
+    assert {reason for _, _, reason in got} == {None, "length", "eos", "stop"}
+    counts = [token.draft_counts for token in tokens if token.draft_counts is not None]
+    assert sum(sum(one.drafted) for one in counts) > 3, "a policy that does not draft proves nothing"
+    assert 0 < sum(sum(one.accepted) for one in counts) < sum(sum(one.drafted) for one in counts)
+
+
+class ThreeTokens(FakeSession):
+    """Three tokens, of which each follows the one before with probabilities that the width decides."""
+
+    def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
+        self._lengths = self._lengths + token_ids.shape[1]
+        statistics = torch.ones(*token_ids.shape, self.model.num_units)
+        return ExtendOutput(transitions(int(bit_widths[0]))[token_ids], statistics, statistics)
+
+
+def transitions(bit_width: int) -> Tensor:
+    """`[3, 3]` logits."""
+    return torch.randn(3, 3, generator=torch.Generator().manual_seed(bit_width)) * 1.5
+
+
+@pytest.mark.parametrize(("kind", "ngram_drafts"), [("confidence", 0), ("bandit", 0), ("bandit", 2), ("net", 2)])
+def test_sampled_text_has_the_distribution_of_the_verify_width(kind: str, ngram_drafts: int) -> None:
+    """Three tokens after a prompt against exact enumeration, by chi-square.
+
+    What these policies decide follows from the drafts that were drawn, and a bandit's from how earlier ones fared.
+    """
+    num_trials, num_tokens, prompt = 600, 3, [0, 1, 2, 0, 1]
+    session = ThreeTokens()
+    model = session.model
+    policy = policy_of(kind, model.num_units)
+    signals = TorchController(model, None, fake_profile(model)) if policy.uses_signals else None
+    controller = DraftController(policy, signals)
+    output = StepOutput(transitions(8)[1:2], torch.ones(1, model.num_units), torch.ones(1, model.num_units))
+    controller.reset(output, torch.tensor([2]), torch.ones(1))
+    sampler = Sampler(1)
+    sampler.start(0, temperature=1.0, top_p=1.0, seed=11)
+    rounds = Rounds(session, controller, sampler, ngram_drafts=ngram_drafts)
+    counts: dict[tuple[int, ...], int] = {}
+    drafted = accepted = 0
+    for _ in range(num_trials):
+        session._lengths = torch.tensor([len(prompt)])
+        rounds.begin(0, prompt, 2)
+        text: list[int] = []
+        while len(text) < num_tokens:
+            settled = rounds.step(0, num_tokens - len(text))
+            text += [] if settled is None else settled.token_ids
+        counts[tuple(text)] = counts.get(tuple(text), 0) + 1
+        drafted += sum(rounds.counts(0).drafted)
+        accepted += sum(rounds.counts(0).accepted)
+    assert drafted > num_trials / 10
+    assert 0.1 < accepted / drafted < 0.97, "all accepted or none, either proves little"
+    assert chi_square_p(counts, num_trials, num_tokens) > 1e-3
+
+
+def chi_square_p(counts: dict[tuple[int, ...], int], num_trials: int, num_tokens: int) -> float:
+    """How probable counts as unlike the exact distribution are."""
+    table = transitions(8).double().softmax(-1)
+    statistic, cells = 0.0, list(itertools.product(range(3), repeat=num_tokens))
+    for cell in cells:
+        steps = zip((2, *cell), cell, strict=False)
+        expected = num_trials * float(torch.stack([table[before][after] for before, after in steps]).prod())
+        statistic += (counts.get(cell, 0) - expected) ** 2 / expected
+    freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
