@@ -114,7 +114,7 @@ def _hint(name: str) -> str:
         return f"did you mean {near[0]}:{parameters or example}?"
     if own is not None:
         return f"there is no module {own[0]} here; give its name without .py, e.g. my_policies:MyPolicy"
-    return f"known: {', '.join(map(usage, kinds))}, module:Class"
+    return f"known: {', '.join(map(usage, (*POLICIES, Drafts, RelativeError)))}, module:Class"
 
 
 def bind_policy(policy: UnboundPolicy, context: PolicyContext) -> Policy:
