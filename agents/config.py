@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
@@ -26,6 +27,7 @@ Task = Literal["lossy", "verified"]
 BASELINES = ("random", "entropy", "schedule", "relative-error", "regressor", "untrained")
 """Families that are tuned beside the policy; static allocations and fixed widths always compete."""
 _LEAST_WINDOWS = 10
+_MOST_DRAFTS = 32
 _ENV_STEPS: dict[Task, int] = {"lossy": 36_864, "verified": 200_000}
 _OF_LOSSY = (
     *("validation_sequences", "test_sequences", "importance_windows", "time_budgets", "baselines"),
@@ -236,6 +238,70 @@ class EnvBench(BenchConfig):
         """Raises InputError if an option is out of its domain."""
         super().validate()
         self._check_positive("num_envs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftsBench(BenchConfig):
+    """Greedy text with and without drafts, beside llama.cpp with and without."""
+
+    name: ClassVar[str] = "drafts"
+    tests: ClassVar[tuple[str, ...]] = (
+        "tests/engine/control/test_rounds.py",
+        "tests/engine/benches/test_llama_cpp_drafts.py",
+    )
+
+    model: str = "default"
+    """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
+    reference: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """With a nested checkpoint: the model that it was made from, for llama.cpp."""
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = (
+        *("draft:3,length=3", "draft:3,length=5"),
+        "draft:3,length=6,confidence=0.4",
+    )
+    """What is timed beside plain decoding at the largest width: drafts and static allocations by name, directories of
+    exported policies."""
+    text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")] = ()
+    """Text files whose test split prompts are cut from, the same number from each; default: the held-out standard
+    library."""
+    text_field: str | None = None
+    """Field of jsonl rows that has the text; default: their chats, else all their strings."""
+    prompts: int = 8
+    """Prompts in all."""
+    prompt_tokens: int = 64
+    """Tokens of a prompt."""
+    new_tokens: int = 96
+    """Tokens of a continuation; nothing ends it earlier. The first comes from the prompt's pass and is not timed."""
+    threads: tuple[int, ...] = (2,)
+    """Threads of all; with several numbers each has rows of its own, all timed in the same run."""
+    draft_lengths: tuple[int, ...] = (3, 5, 8)
+    """Drafts of a round at most for llama.cpp's draft model; every one is timed."""
+    p_min: tuple[float, ...] = (0.0, 0.75)
+    """Its stop rule: the least probability of a draft, 0 for none; every one is timed with every length."""
+    peers: bool = True
+    """Time llama.cpp too, where it is installed."""
+    profile: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """With a policy's name: profile.json of the model; default: the one in its directory, else made where needed."""
+    rounds: int = 3
+    """Turns of everybody on every prompt, after one that does not count."""
+
+    def validate(self) -> None:
+        """Raises InputError if an option is out of its domain."""
+        super().validate()
+        self._check_positive("prompts", "prompt_tokens")
+        if self.new_tokens < 2:
+            raise InputError(f"new_tokens={self.new_tokens} leaves nothing to time; give --new-tokens 2 or more")
+        if not self.threads or len(set(self.threads)) < len(self.threads):
+            raise InputError(f"threads={self.threads} must be one or more different numbers; give e.g. --threads 1 2")
+        for num_threads in self.threads:
+            check_num_threads(num_threads)
+        if len(set(self.policy)) < len(self.policy):
+            raise InputError(f"--policy {' '.join(self.policy)} names one policy twice; name each once")
+        if not self.draft_lengths or not all(1 <= length <= _MOST_DRAFTS for length in self.draft_lengths):
+            raise InputError(
+                f"draft_lengths={self.draft_lengths} must be within 1..{_MOST_DRAFTS}; give e.g. --draft-lengths 3 5 8"
+            )
+        if not self.p_min or not all(0 <= p_min < 1 for p_min in self.p_min):
+            raise InputError(f"p_min={self.p_min} must be 0 or more and below 1; give e.g. --p-min 0 0.75")
 
 
 def check_device(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Which prompts a recording continues: cut from texts, a few from each of many documents, by split and by text."""
+"""Which prompts recordings and benchmarks continue: cut from texts, a few of many documents, by split and by text."""
 
 from __future__ import annotations
 
@@ -118,6 +118,41 @@ def plan_sequences(
         for place, sequence in enumerate(column)
     ]
     return tuple(sequence for _, _, sequence in sorted(order, key=lambda item: item[:2]))
+
+
+def held_out_prompts(
+    model: NestedCausalLM,
+    texts: Sequence[Path],
+    *,
+    num_prompts: int,
+    prompt_tokens: int,
+    text_field: str | None = None,
+) -> list[PlannedSequence]:
+    """Prompts from the test split, which neither training nor a recording's other splits have seen.
+
+    Args:
+        model: Has the tokenizer.
+        texts: Files, as for `load_windows`, each a source of its own; none: the held-out standard library.
+        num_prompts: Prompts in all, the same number from each file as far as its split has them.
+        prompt_tokens: Tokens of a prompt.
+        text_field: As for `load_windows`.
+
+    Raises:
+        InputError: If a text cannot be read or its test split holds no prompt, or there are more files than prompts.
+    """
+    files: list[tuple[Path, ...]] = [(path,) for path in texts] or [()]
+    if num_prompts < len(files):
+        raise InputError(f"{num_prompts} prompts leave some of {len(files)} files unread; give one for each")
+    found = list[PlannedSequence]()
+    for index, file in enumerate(files):
+        windows = load_windows(model.tokenizer, prompt_tokens, file, text_field=text_field)
+        count = num_prompts // len(files) + (index < num_prompts % len(files))
+        prompts, documents = _pick(windows, "test", count)
+        found += [
+            PlannedSequence(tuple(prompt), "test", document, file[0].name if file else _DEFAULT_SOURCE)
+            for prompt, document in zip(prompts.tolist(), documents.tolist(), strict=True)
+        ]
+    return found
 
 
 def _pick(windows: PromptWindows, split: Split, count: int) -> tuple[Tensor, Tensor]:

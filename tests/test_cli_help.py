@@ -13,7 +13,8 @@ from cli_runner import ROOT
 from flexquant_rl import __version__, cli
 
 SLOW = {"torch", "transformers", "gymnasium", "stable_baselines3", "numpy", "triton", "matplotlib"}
-COMMANDS = [(), *((name,) for name in cli.COMMANDS), *(("bench", name) for name in ("gemv", "decode", "policy", "env"))]
+_BENCHES = ("gemv", "decode", "drafts", "policy", "env")
+COMMANDS = [(), *((name,) for name in cli.COMMANDS), *(("bench", name) for name in _BENCHES)]
 # Prints what slow packages were imported by the time that a command ends, behind what it printed itself.
 WATCH = f"""
 import atexit, runpy, sys

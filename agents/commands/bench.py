@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 from flexquant_rl.agents.commands.options import BenchCommand
 from flexquant_rl.agents.commands.process import FAILURE, print_result
+from flexquant_rl.agents.config import DraftsBench
 from flexquant_rl.agents.progress import say, track
+from flexquant_rl.agents.runs.bench_drafts import bench_drafts
 from flexquant_rl.agents.runs.bench_env import bench_env
 from flexquant_rl.engine.benches.decode import bench_decode
 from flexquant_rl.engine.benches.gemv import bench_gemv
@@ -37,6 +39,8 @@ def bench(command: BenchCommand) -> None:
             return bench_policy(what, rounds)
         if isinstance(what, GptqBench):
             return bench_gptq(what, rounds)
+        if isinstance(what, DraftsBench):
+            return bench_drafts(what, rounds, say)
         return bench_env(what, rounds)
 
     try:

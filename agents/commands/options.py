@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from flexquant_rl.agents.config import Device, EnvBench, Latency, TrainConfig
+from flexquant_rl.agents.config import Device, DraftsBench, EnvBench, Latency, TrainConfig
 from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, GptqBench, PolicyBench, VerifyBench
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -471,6 +471,7 @@ class BenchCommand:
         Annotated[GemvBench, tyro.conf.subcommand("gemv", prefix_name=False)]
         | Annotated[DecodeBench, tyro.conf.subcommand("decode", prefix_name=False)]
         | Annotated[VerifyBench, tyro.conf.subcommand("verify", prefix_name=False)]
+        | Annotated[DraftsBench, tyro.conf.subcommand("drafts", prefix_name=False)]
         | Annotated[PolicyBench, tyro.conf.subcommand("policy", prefix_name=False)]
         | Annotated[GptqBench, tyro.conf.subcommand("gptq", prefix_name=False)]
         | Annotated[EnvBench, tyro.conf.subcommand("env", prefix_name=False)],

@@ -1,0 +1,377 @@
+"""Tokens per second with drafts and without, ours beside llama.cpp's, on the same prompts in one run.
+
+All continue the same token ids greedily by the same number of tokens. A turn is one prompt; everybody takes a turn on a
+prompt before the next one, in every second round in reversed order. Texts are compared too: what verifies at the
+largest width must give the text of plain decoding, or nothing is reported.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from flexquant_rl.agents.commands.servable import Servable, load_servable
+from flexquant_rl.agents.config import DraftsBench
+from flexquant_rl.engine.benches.clocks import HostClock, host_clock
+from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, add_tokens_per_s, rows
+from flexquant_rl.engine.benches.llama_cpp import LlamaCppSession, check_writable, has_llama_cpp, write_gguf
+from flexquant_rl.engine.benches.llama_cpp_drafts import DraftRule, continue_greedily, continue_with_drafts
+from flexquant_rl.engine.checkpoint import is_nested_checkpoint
+from flexquant_rl.engine.control.controller import make_controller
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.draft_counts import DraftCounts
+from flexquant_rl.engine.control.request import GeneratedToken, Request
+from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.traces import PlannedSequence
+from flexquant_rl.engine.decoding.choice import SessionOpener, default_decoder, session_opener
+from flexquant_rl.engine.embedded import resolve_model
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.freed_memory import return_freed_memory
+from flexquant_rl.engine.loading import load_causal_lm
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.fq_env.recording_prompts import held_out_prompts
+
+_PLAIN = "fixed:8"  # 8 is the largest width of every nested model
+LLAMA_CPP = "llama_cpp_q8_0"
+LLAMA_CPP_DRAFTS = "llama_cpp_q8_0_drafts_q4_0"
+"""A loop of ours over llama.cpp's library: llama-cpp-python has no draft models."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One prompt continued once.
+
+    Attributes:
+        token_ids: The continuation; its first token comes from the prompt's pass.
+        seconds: Time of all tokens but the first.
+        counts: What drafts came to; None without any.
+    """
+
+    token_ids: list[int]
+    seconds: float
+    counts: DraftCounts | None = None
+
+
+@dataclass
+class Contender:
+    """One way to continue prompts.
+
+    Attributes:
+        name: Of its rows.
+        facts: What tells it apart from others of the same name.
+        continue_prompt: Takes a prompt's ids.
+        plain: Decodes without drafts what this one's text is compared with; None for plain decoding itself.
+        must_equal: Whether another text than that of `plain` is a mistake.
+        turns: By prompt: the turns so far.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    continue_prompt: Callable[[Sequence[int]], Turn]
+    plain: Contender | None = None
+    must_equal: bool = False
+    turns: list[list[Turn]] = field(default_factory=list)
+
+
+def bench_drafts(
+    config: DraftsBench, track: Track = iter, progress: Callable[[str], None] = lambda line: None
+) -> list[Row]:
+    """Times all contenders on all prompts.
+
+    Args:
+        config: What to time.
+        track: Wraps the loop over rounds.
+        progress: Takes one line about what happens.
+
+    Returns:
+        One row per contender and number of threads. `p50_us` is of a token: the median over rounds of the time of all
+        prompts. `tokens_per_s_by_prompt` has medians over rounds. `same_tokens` counts the tokens before the first one
+        that differs from plain decoding by the same library, in all prompts together.
+
+    Raises:
+        BenchRefusedError: If drafts that are verified at the largest width give another text than plain decoding.
+        InputError: If model, policies or text cannot be used.
+    """
+    clock = host_clock(max(config.threads))
+    policies = _policies(config)
+    model = next(iter(policies.values())).model
+    prompts = held_out_prompts(
+        model,
+        config.text,
+        num_prompts=config.prompts,
+        prompt_tokens=config.prompt_tokens,
+        text_field=config.text_field,
+    )
+    with ExitStack() as stack, torch.inference_mode():
+        contenders = [
+            one for num_threads in config.threads for one in _lean_contenders(config, clock, policies, num_threads)
+        ]
+        files = _gguf_files(config, model, stack, progress)
+        if files is not None:
+            for num_threads in config.threads:
+                contenders += _llama_cpp_contenders(config, clock, files, num_threads, stack)
+        take_turns(contenders, prompts, config.rounds, track)
+    return _rows(config, contenders, prompts, model, clock)
+
+
+def take_turns(
+    contenders: Sequence[Contender], prompts: Sequence[PlannedSequence], rounds: int, track: Track = iter
+) -> None:
+    """Everybody continues every prompt once, by which texts are compared, and then `rounds` times, which are timed.
+
+    Raises:
+        BenchRefusedError: If a text is another one than it must be.
+    """
+    for contender in contenders:
+        contender.turns = [[] for _ in prompts]
+    for index in track(range(rounds + 1)):
+        for number, prompt in enumerate(prompts):
+            for contender in contenders if (index + number) % 2 == 0 else reversed(contenders):
+                contender.turns[number].append(contender.continue_prompt(prompt.prompt_ids))
+            for contender in contenders:
+                _check_text(contender, number)
+
+
+def _check_text(contender: Contender, number: int) -> None:
+    if contender.plain is None or not contender.must_equal:
+        return
+    found, plain = (one.turns[number][-1].token_ids for one in (contender, contender.plain))
+    if found != plain:
+        raise BenchRefusedError(
+            f"{contender.facts.get('policy', contender.name)} on prompt {number}: token {common_prefix(found, plain)} "
+            "of the continuation is another one than without drafts"
+        )
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common before the first that differs."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return next((place for place, (left, right) in pairs if left != right), len(one))
+
+
+def _policies(config: DraftsBench) -> dict[str, Servable]:
+    """Plain decoding at the largest width, and every policy that is asked for, all of one nested model."""
+    path = resolve_model(config.model)
+    asked = tuple(dict.fromkeys((_PLAIN, *config.policy)))
+    found: dict[str, Servable] = {}
+    model: NestedCausalLM | None = None
+    # A policy that was trained says how a plain model is nested, so it comes before those that do not care.
+    for name in sorted(asked, key=lambda name: not Path(name).is_dir()):
+        profile = None if Path(name).is_dir() else config.profile
+        servable = load_servable(path, name, profile=profile, threads=config.threads[0], loaded=model)
+        model = model or servable.model
+        if servable.model.fingerprint != model.fingerprint:
+            raise InputError(
+                f"{name} is for weights that are nested in another way than those of the policies before it; nest them "
+                "once with fq quantize and name the checkpoint"
+            )
+        found[name] = replace(servable, model=model)
+    return {name: found[name] for name in asked}
+
+
+def _lean_contenders(
+    config: DraftsBench, clock: HostClock, policies: dict[str, Servable], num_threads: int
+) -> list[Contender]:
+    model = next(iter(policies.values())).model
+    opener = session_opener(model, max_length=config.prompt_tokens + config.new_tokens - 1, num_threads=num_threads)
+    found: list[Contender] = []
+    for name, servable in policies.items():
+        policy = servable.policy
+        is_lossless = isinstance(policy, DeployedDrafts) and policy.verify_width == max(model.bit_widths)
+        found.append(
+            Contender(
+                default_decoder(model)[0],
+                {"policy": name, "num_threads": num_threads},
+                _lean_turn(opener, servable, clock, config.new_tokens),
+                found[0] if found else None,
+                is_lossless,
+            )
+        )
+    return found
+
+
+def _lean_turn(
+    opener: SessionOpener, servable: Servable, clock: HostClock, new_tokens: int
+) -> Callable[[Sequence[int]], Turn]:
+    setting = servable.setting()
+    kl_weight = 1.0 if setting is None else setting.kl_weight
+
+    def continue_prompt(prompt_ids: Sequence[int]) -> Turn:
+        runner = PolicyRunner(opener(1), make_controller(servable.model, servable.policy, servable.profile))
+        request = Request(torch.tensor(prompt_ids), new_tokens, kl_weight=kl_weight, eos_token_ids=())
+        with closing(runner.decoder):
+            stream = runner.generate([request])
+            tokens: list[GeneratedToken] = [next(stream)]
+            seconds = clock.seconds(lambda: tokens.extend(stream))
+        return Turn([token.token_id for token in tokens], seconds, tokens[-1].draft_counts)
+
+    return continue_prompt
+
+
+@dataclass(frozen=True)
+class _GgufFiles:
+    """The same weights twice."""
+
+    target: Path
+    draft: Path
+
+
+def _gguf_files(
+    config: DraftsBench, model: NestedCausalLM, stack: ExitStack, progress: Callable[[str], None]
+) -> _GgufFiles | None:
+    """The unquantised weights as GGUF, deleted with the stack; None where llama.cpp is not measured."""
+    if not config.peers:
+        return None
+    if not has_llama_cpp():
+        progress("llama.cpp: not measured (it is not installed; pip install 'flexquant-rl[bench]' adds it)")
+        return None
+    source = config.reference
+    if source is None:
+        source = resolve_model(config.model)
+        if is_nested_checkpoint(Path(source)):
+            progress("llama.cpp: not measured (name the model that the checkpoint was made from with --reference)")
+            return None
+    hf_model, _ = load_causal_lm(resolve_model(source))
+    settings: Any = hf_model.config
+    if (settings.vocab_size, settings.num_hidden_layers) != (model.vocab_size, model.num_layers):
+        raise InputError(
+            f"--reference {source} has {settings.num_hidden_layers} layers and {settings.vocab_size} tokens, "
+            f"{config.model} has {model.num_layers} and {model.vocab_size}; name the model that it was made from"
+        )
+    try:
+        check_writable(hf_model, "Q4_0")
+    except InputError as error:
+        progress(f"llama.cpp: not measured ({error})")
+        return None
+    progress("writing the unquantised weights as GGUF, at Q8_0 and Q4_0")
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    files = _GgufFiles(directory / "q8_0.gguf", directory / "q4_0.gguf")
+    write_gguf(hf_model, files.target, "Q8_0")
+    write_gguf(hf_model, files.draft, "Q4_0")
+    del hf_model
+    return_freed_memory()
+    return files
+
+
+def _llama_cpp_contenders(
+    config: DraftsBench, clock: HostClock, files: _GgufFiles, num_threads: int, stack: ExitStack
+) -> list[Contender]:
+    max_length = config.prompt_tokens + config.new_tokens + max(config.draft_lengths)
+    target, draft = (
+        LlamaCppSession(path, max_length=max_length, num_threads=num_threads) for path in (files.target, files.draft)
+    )
+    for session in (target, draft):
+        stack.callback(session.close)
+    count = config.new_tokens - 1
+
+    def plain(prompt_ids: Sequence[int]) -> Turn:
+        tokens = [int(target.prefill(prompt_ids).argmax())]
+        seconds = clock.seconds(lambda: tokens.extend(continue_greedily(target, tokens[0], count)))
+        return Turn(tokens, seconds)
+
+    def drafted(rule: DraftRule) -> Callable[[Sequence[int]], Turn]:
+        def continue_prompt(prompt_ids: Sequence[int]) -> Turn:
+            draft.prefill(prompt_ids)
+            tokens = [int(target.prefill(prompt_ids).argmax())]
+            made: list[tuple[list[int], DraftCounts]] = []
+            text = [*prompt_ids, *tokens]
+            seconds = clock.seconds(lambda: made.append(continue_with_drafts(target, draft, text, count, rule)))
+            return Turn(tokens + made[0][0], seconds, made[0][1])
+
+        return continue_prompt
+
+    first = Contender(LLAMA_CPP, {"num_threads": num_threads}, plain)
+    rules = [DraftRule(length, p_min) for length in config.draft_lengths for p_min in config.p_min]
+    return [first] + [
+        Contender(
+            LLAMA_CPP_DRAFTS,
+            {"num_threads": num_threads, "draft_length": rule.length, "p_min": rule.p_min},
+            drafted(rule),
+            first,
+        )
+        for rule in rules
+    ]
+
+
+def _rows(
+    config: DraftsBench,
+    contenders: Sequence[Contender],
+    prompts: Sequence[PlannedSequence],
+    model: NestedCausalLM,
+    clock: HostClock,
+) -> list[Row]:
+    num_timed = config.new_tokens - 1
+    providers = []
+    for contender in contenders:
+        timed = [[turn.seconds for turn in turns[1:]] for turns in contender.turns]
+        facts = contender.facts | _draft_facts(contender) | _same_facts(contender)
+        facts["tokens_per_s_by_prompt"] = [round(num_timed / median(seconds), 1) for seconds in timed]
+        totals = [sum(column) / (num_timed * len(timed)) for column in zip(*timed, strict=True)]
+        providers.append(Provider(contender.name, list, None, facts, totals))
+    common = {
+        "op": "drafts",
+        "model": Path(config.model).name,
+        "model_fingerprint": model.fingerprint,
+        "prompts": len(prompts),
+        "prompt_sources": [prompt.source for prompt in prompts],
+        "prompt_tokens": config.prompt_tokens,
+        "new_tokens": config.new_tokens,
+        "clock": clock.name,
+    }
+    found = rows(providers, common)
+    add_tokens_per_s(found)
+    _compare(found)
+    return found
+
+
+def _draft_facts(contender: Contender) -> dict[str, Any]:
+    """What drafts came to in one round over all prompts; nothing where there were none."""
+    counts = [turns[-1].counts for turns in contender.turns]
+    known = [one for one in counts if one is not None]
+    passes = sum(one.num_verify_passes for one in known)
+    if not passes:
+        return {}
+    drafted = sum(sum(one.drafted) for one in known)
+    return {
+        "tokens_per_pass": round(sum(one.num_tokens for one in known) / passes, 3),
+        "acceptance": round(sum(sum(one.accepted) for one in known) / drafted, 3) if drafted else None,
+    }
+
+
+def _same_facts(contender: Contender) -> dict[str, Any]:
+    """How much of the text is that of plain decoding by the same library, in one round over all prompts."""
+    if contender.plain is None:
+        return {}
+    texts = [
+        (own[-1].token_ids, plain[-1].token_ids)
+        for own, plain in zip(contender.turns, contender.plain.turns, strict=True)
+    ]
+    return {
+        "same_tokens": sum(common_prefix(own, plain) for own, plain in texts),
+        "all_tokens": sum(len(own) for own, _ in texts),
+        "same_prompts": sum(own == plain for own, plain in texts),
+    }
+
+
+def _compare(found: Sequence[Row]) -> None:
+    """Marks llama.cpp's best setting of drafts, and notes in our rows how many times faster than others they are."""
+    for num_threads in dict.fromkeys(row["num_threads"] for row in found):
+        own = [row for row in found if row["num_threads"] == num_threads]
+        plain, *others = [row for row in own if "policy" in row]
+        peers = [row for row in own if row["provider"] == LLAMA_CPP]
+        drafted = [row for row in own if row["provider"] == LLAMA_CPP_DRAFTS]
+        if drafted:
+            best = min(drafted, key=lambda row: float(row["p50_us"]))
+            best["best"] = True
+            peers.append(best)
+        for row in (plain, *others):
+            base = [] if row is plain else [(plain["policy"], plain)]
+            compared = base + [(peer["provider"], peer) for peer in peers]
+            row["times_faster_than"] = {name: round(other["p50_us"] / row["p50_us"], 3) for name, other in compared}
