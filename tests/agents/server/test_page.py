@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterator
@@ -97,6 +98,78 @@ def test_the_dial_sets_the_widths_and_full_precision_stands_beside(
     assert first["x"] < second["x"]
     assert tab.screenshot(path=tmp_path / "page.png")[:4] == b"\x89PNG"
     assert complaints == []
+
+
+def asked(tab: Any, text: str, tokens: int = 8) -> None:
+    """Sends a message and waits for the end of the answer."""
+    tab.evaluate("delete document.body.dataset.state")
+    tab.fill("#prompt", text)
+    tab.fill("#tokens", str(tokens))
+    tab.click("#go")
+    tab.wait_for_selector("body[data-state=idle]")
+
+
+def test_a_chat_goes_on_and_begins_anew(browser: Any, dial_server: Running) -> None:
+    tab, complaints = opened(browser, dial_server.url)
+    sent: list[Any] = []
+    tab.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    tab.check("#beside")
+    asked(tab, "first")
+    assert (tab.inner_text("#question"), tab.input_value("#prompt")) == ("first", "")
+    assert re.search(r"tokens/s \(\d+\.\d\dx\)", tab.inner_text("#ownnumbers")), "how fast beside the largest width"
+    first = tab.inner_text("#owntext")
+    asked(tab, "second")
+    assert tab.locator("#history .you").all_inner_texts() == ["first"]
+    assert tab.locator("#history .text").all_inner_texts() == [first]
+    assert [message["role"] for message in sent[-1]["messages"]] == ["user", "assistant", "user"]
+    assert sent[-1]["full_width"]
+    assert sent[-2]["messages"] == sent[-1]["messages"]
+    tab.click("#clear")
+    assert tab.locator("#history .you, #owntext .token, #question:visible").count() == 0
+    asked(tab, "third")
+    assert sent[-1]["messages"] == [{"role": "user", "content": "third"}]
+    assert complaints == []
+
+
+def test_a_chat_that_is_left_while_it_runs_is_gone(browser: Any, dial_server: Running) -> None:
+    tab, complaints = opened(browser, dial_server.url)
+    sent: list[Any] = []
+    tab.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    asked(tab, "first")
+    tab.evaluate("delete document.body.dataset.state")
+    tab.fill("#prompt", "second")
+    tab.fill("#tokens", "400")
+    tab.click("#go")
+    tab.locator("#owntext .token").nth(2).wait_for(state="attached")
+    tab.click("#clear")
+    tab.wait_for_selector("body[data-state=idle]")
+    assert tab.locator("#owntext .token").count() == 0
+    asked(tab, "third")
+    assert sent[-1]["messages"] == [{"role": "user", "content": "third"}]
+    assert tab.locator("#history .you").count() == 0
+    assert complaints == []
+
+
+def test_what_fails_leaves_the_chat_and_the_message(browser: Any, dial_server: Running) -> None:
+    tab, _ = opened(browser, dial_server.url)
+    asked(tab, "first")
+    asked(tab, "far too long " * 600)
+    assert "do not fit" in tab.inner_text("#problem")
+    assert tab.input_value("#prompt").startswith("far too long")
+    asked(tab, "second")
+    assert tab.locator("#problem").is_hidden()
+    assert tab.locator("#history .you").all_inner_texts() == ["first"]
+
+
+def test_each_width_has_a_colour_of_its_own(browser: Any, dial_server: Running) -> None:
+    for scheme in ("light", "dark"):
+        tab, _ = opened(browser, dial_server.url, color_scheme=scheme)
+        grounds = tab.eval_on_selector_all("#legend i", "all => all.map(one => getComputedStyle(one).backgroundColor)")
+        colours = [tuple(map(int, re.findall(r"\d+", ground)[:3])) for ground in grounds]
+        assert len(colours) == 5
+        for one, other in itertools.pairwise(colours):
+            assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 40, (scheme, one, other)
+        tab.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -63,7 +63,8 @@ def test_tokens_and_widths_of_fq_generate(source: Path, tmp_path: Path) -> None:
     whole = found[: ends[0] + 1] if ends else found
     assert result.result["num_tokens"] == len(whole)
     *lines, _ = result.out.splitlines(keepends=True)
-    text = nested.tokenizer.decode(whole, skip_special_tokens=True)
-    assert "".join(lines).rstrip("\n") == text.rstrip("\n")
+    read = prompt[0].tolist()
+    before, after = (nested.tokenizer.decode(ids, skip_special_tokens=True) for ids in (read, [*read, *whole]))
+    assert "".join(lines).rstrip("\n") == after.removeprefix(before).rstrip("\n")
     mean = float(nested.mean_bit_width(torch.stack([token.bit_widths for token in expected[: len(whole)]])).mean())
     assert result.result["mean_bit_width"] == pytest.approx(mean)
