@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def policy_of(kind: str, num_units: int, *, low: int = 3, high: int = 5, verify:
     grid = list(next(rule for rule in RULES if rule.family == kind).grid(SCHEMA))
     chosen = EntropyBound(0, 0.0) if kind == EntropyBound.family else grid[len(grid) // 3]  # random weights are unsure
     return ServedDrafts(kind, SCHEMA, widths, full, chosen.bind(CONTEXT), chosen.sees)
+
+
+def resident_bytes() -> int:
+    """What the process holds of the machine's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def said(
@@ -165,3 +171,20 @@ def chi_square_p(counts: dict[tuple[int, ...], int], num_trials: int, num_tokens
         statistic += (counts.get(cell, 0) - expected) ** 2 / expected
     freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["bandit", "net"])
+def test_memory_stays_as_it_is_over_2000_tokens(nested: NestedCausalLM, kind: str) -> None:
+    """Rounds cut caches back, mark signals and look up n-grams: none of it may pile up."""
+    session = session_opener(nested)(1)
+    controller = make_controller(nested, policy_of(kind, nested.num_units), unmeasured_profile(nested))
+    runner = PolicyRunner(session, controller, ngram_drafts=2)
+    request = Request(torch.tensor([1, *map(ord, "abc abc ab")]), 100)
+    for _ in range(4):
+        assert len(list(runner.generate([request]))) == 100
+    before = resident_bytes()
+    for _ in range(20):
+        assert len(list(runner.generate([request]))) == 100
+    assert resident_bytes() - before < 2 << 20
+    session.close()
