@@ -122,8 +122,8 @@ class VerifiedConfig:
 
     tokens: int = 4000
     """Tokens to record in all; fewer where texts end by themselves."""
-    widths: tuple[int, ...] = (3, 4, 5, 6)
-    """Widths that draft."""
+    widths: tuple[float, ...] = (3, 4, 5, 6)
+    """Widths that draft. One between stored widths, 3.5 say, is an allocation over the units by --profile."""
     depth: int = 8
     """Tokens drafted from every position: drafts of a round at most."""
     verify_width: int = 8

@@ -64,12 +64,12 @@ class LiveRounds:
         self._eos = plan.eos_token_ids
         longest = max(map(len, self._prompts), default=1)
         opener = session_opener(model, max_length=longest + plan.max_new_tokens, decoder=plan.decoder)
-        self._levels = [self._at(width) for width in plan.draft_widths]
+        self._levels = plan.levels(model.num_units)
         self._verify_widths = self._at(plan.verify_width)
         self._observer = ServedDrafts(
             "live",
             self.schema,
-            torch.stack(self._levels),
+            self._levels,
             self._verify_widths,
             FixedRounds(0, 1).bind(DraftingContext(self.schema)),  # never asked: actions decide
             "signals",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.recording import check_plan
-from flexquant_rl.engine.control.traces import PlannedSequence, RecordingPlan
+from flexquant_rl.engine.control.traces import PlannedSequence, RecordingPlan, is_whole
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
@@ -29,7 +29,8 @@ def plan_recording(
     *,
     decoder: DecoderName,
     verify_width: int,
-    widths: Sequence[int],
+    widths: Sequence[float],
+    mixed: Sequence[Sequence[int]] = (),
     depth: int,
     tokens: int,
     prompt_tokens: int,
@@ -43,7 +44,8 @@ def plan_recording(
         texts: As for `plan_sequences`.
         decoder: Whose arithmetic; `auto`: lean where it can run the model.
         verify_width: Width of the continuations.
-        widths: Those that draft.
+        widths: Those that draft, a mean one for each allocation.
+        mixed: The allocations `[U]` of the widths that are not whole, ascending.
         depth: Tokens drafted from every position.
         tokens: Tokens to record in all.
         prompt_tokens: Tokens of a prompt.
@@ -57,11 +59,12 @@ def plan_recording(
         fingerprint=model.fingerprint,
         decoder=default_decoder(model)[0] if decoder == "auto" else decoder,
         verify_width=verify_width,
-        draft_widths=tuple(sorted(set(widths))),
+        draft_widths=tuple(int(width) if is_whole(width) else width for width in sorted(set(widths))),
         depth=depth,
         max_new_tokens=max_new_tokens,
         eos_token_ids=tuple(model.eos_token_ids),
         sequences=(),
+        mixed=tuple(map(tuple, mixed)),
     )
     check_plan(plan, model)
     sequences = plan_sequences(

@@ -41,6 +41,22 @@ def test_a_recording_and_the_same_command_again(tiny_model_dir: Path, text: Path
     assert "holds a recording with other sequences" in error
 
 
+def test_levels_between_stored_widths_need_a_profile(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "traces", (*OPTIONS[:-3], "--decoder", "hf", "--widths", 3, 3.5, 5)
+    error = record(tiny_model_dir, out, "--text", text, *options).error
+    assert "draft width 3.5 is an allocation between stored widths" in error
+    assert "--profile FILE" in error
+    profile = tmp_path / "profile.json"
+    run(cli.main, "profile", tiny_model_dir, "--source", "roofline", "--text", text, "--out", profile)
+    result = record(tiny_model_dir, out, "--text", text, *options, "--profile", profile).result
+    assert [*result["acceptance_by_width"]] == ["3", "3.5", "5"]
+    plan = read_traces(out).plan
+    assert plan.draft_widths == (3, 3.5, 5)
+    assert len(set(plan.mixed[0])) > 1
+    outside = record(tiny_model_dir, tmp_path / "x", "--text", text, *options[:-3], 2.5, "--profile", profile).error
+    assert "draft width 2.5 is outside the stored widths 3 to 8" in outside
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -227,6 +227,25 @@ def test_times_of_a_profile(
         assert [row["policy"] for row in again["rows"]] == [row["policy"] for row in result["rows"]]
 
 
+def test_levels_between_stored_widths(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A knapsack of a profile drafts: recorded, timed, learned from and exported as one level of several."""
+    profile = tmp_path / "profile.json"
+    run(cli.main, "profile", tiny_model_dir, "--source", "roofline", "--text", text, "--out", profile)
+    monkeypatch.setattr(verified_run, "EVERY_RULE", (Plain, FixedRounds))
+    leave_out_the_clock(monkeypatch)
+    start = ("--model", tiny_model_dir, "--text", text, *TINY_DRAFTS, "--seeds", 1, "--run", tmp_path / "run")
+    finished = run(train.main, *start, "--verified.widths", 3.5, 5, "--profile", profile)
+    assert finished.code == 0, finished.err
+    assert "no times of drafts between stored widths" in finished.err
+    policy = load_policy(tmp_path / "run" / "seeds" / "0" / "policy")
+    assert isinstance(policy, DeployedDrafts)
+    assert len(set(policy.level_bit_widths[0].tolist())) > 1
+    assert set(policy.level_bit_widths[1].tolist()) == {5}
+    assert "| 3.5 |" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_policies_are_exported_and_generate(finished: Finished, folder: Path, tiny_model_dir: Path) -> None:
     """The run's own policy, one of its rules, and drafts by name."""
     assert finished.code == 0

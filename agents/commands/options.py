@@ -146,8 +146,10 @@ class RecordOptions:
     """Field of jsonl rows that has the text; default: their chats, else all their strings."""
     tokens: int = 4000
     """Tokens to record in all; fewer where texts end by themselves."""
-    widths: tuple[int, ...] = (3, 4, 5, 6)
-    """Widths that draft."""
+    widths: tuple[float, ...] = (3, 4, 5, 6)
+    """Widths that draft. One between stored widths, 3.5 say, is an allocation over the units by a profile."""
+    profile: File = None
+    """Profile for such widths, by `fq profile`; default: the one in the model's directory."""
     depth: int = 8
     """Tokens drafted from every position."""
     verify_width: int = 8

@@ -7,6 +7,8 @@ import time
 from flexquant_rl.agents.commands.options import RecordOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.evaluation.drafting import acceptance
+from flexquant_rl.agents.policies.draft_levels import mixed_levels
+from flexquant_rl.agents.preparation import profile_beside
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.recording import record as record_plan
@@ -40,6 +42,7 @@ def record(options: RecordOptions) -> None:
         decoder=options.decoder,
         verify_width=options.verify_width,
         widths=options.widths,
+        mixed=mixed_levels(nested, options.widths, options.profile or profile_beside(options.model)),
         depth=options.depth,
         tokens=options.tokens,
         prompt_tokens=options.prompt_tokens,

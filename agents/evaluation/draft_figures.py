@@ -30,7 +30,7 @@ _MOST_CHARACTERS = 44
 
 
 def plot_drafts(
-    rows: Sequence[DraftRow], table: TraceTable, widths: Sequence[int], path: Path, *, title: str, caption: str
+    rows: Sequence[DraftRow], table: TraceTable, widths: Sequence[float], path: Path, *, title: str, caption: str
 ) -> None:
     """Draws the speed of every policy over plain decoding, and how acceptance falls along a round, as a PNG.
 
@@ -99,7 +99,7 @@ def _dress_speeds(axes: Axes, num_rows: int, label: str) -> None:
     axes.margins(x=0.08)
 
 
-def _draw_acceptance(axes: Axes, table: TraceTable, widths: Sequence[int]) -> None:
+def _draw_acceptance(axes: Axes, table: TraceTable, widths: Sequence[float]) -> None:
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 0.95, max(len(widths), 2)))
     places = np.arange(1, table.depth + 1)
     for shares, width, shade in zip(acceptance(table).by_place(), widths, shades, strict=False):

@@ -19,7 +19,7 @@ _CONSOLE = ((">", 9, "modelled"), (">", 16, "95% CI"), (">", 8, "clock"), (">", 
 _NAME_COLUMNS = 46
 
 
-def spread_tables(table: TraceTable, widths: Sequence[int]) -> dict[str, list[list[str]]]:
+def spread_tables(table: TraceTable, widths: Sequence[float]) -> dict[str, list[list[str]]]:
     """How often drafts agree, as tables by title, the first line of each its header: by place, by text, by prompt.
 
     Args:
@@ -53,7 +53,7 @@ def spread_tables(table: TraceTable, widths: Sequence[int]) -> dict[str, list[li
     return found | {"By prompt": prompts, "Drafts that agree, from every position": lengths}
 
 
-def console_spread(table: TraceTable, widths: Sequence[int]) -> str:
+def console_spread(table: TraceTable, widths: Sequence[float]) -> str:
     """The first of these tables in plain text."""
     title, lines = next(iter(spread_tables(table, widths).items()))
     return f"acceptance of drafts. {title}:\n" + "\n".join(" ".join(f"{cell:>8}" for cell in line) for line in lines)
@@ -84,7 +84,7 @@ def write_draft_report(
     sentences: Sequence[str],
     facts: Mapping[str, object],
     table: TraceTable,
-    widths: Sequence[int],
+    widths: Sequence[float],
 ) -> None:
     """Writes `report.md` beside the picture and the rows.
 

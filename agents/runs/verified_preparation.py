@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.evaluation.drafting import context_of
+from flexquant_rl.agents.policies.draft_levels import mixed_levels
 from flexquant_rl.agents.preparation import profile_beside
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.clock_check import warn_of_clock
@@ -25,7 +26,7 @@ from flexquant_rl.engine.control.draft_timer import timed_drafts
 from flexquant_rl.engine.control.drafting_rules import DraftingContext
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.recording import record
-from flexquant_rl.engine.control.traces import RecordingPlan, SplitName, Traces, read_plan, read_traces
+from flexquant_rl.engine.control.traces import RecordingPlan, SplitName, Traces, is_whole, read_plan, read_traces
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.embedded import resolve_model
@@ -84,8 +85,7 @@ class PreparedDrafts:
     @property
     def levels(self) -> Tensor:
         """`[L, U]` int64, the allocations that draft."""
-        widths = torch.tensor(self.traces.plan.draft_widths)
-        return widths[:, None].expand(-1, self.model.num_units).contiguous()
+        return self.traces.plan.levels(self.model.num_units)
 
     @property
     def verify_bit_widths(self) -> Tensor:
@@ -147,6 +147,7 @@ def _recorded(config: TrainConfig, model: NestedCausalLM, directory: Path) -> Tr
         decoder="auto" if config.device == "cpu" else "hf",
         verify_width=drafts.verify_width,
         widths=drafts.widths,
+        mixed=mixed_levels(model, drafts.widths, _profile_file(config, directory.parent)),
         depth=drafts.depth,
         tokens=drafts.tokens,
         prompt_tokens=drafts.prompt_tokens,
@@ -172,7 +173,7 @@ def _costs(
         costs, timed_by = (
             timed_drafts(
                 model,
-                plan.draft_widths,
+                plan.levels(model.num_units),
                 verify_width=plan.verify_width,
                 depth=plan.depth,
                 decoder=plan.decoder,
@@ -193,19 +194,20 @@ def _costs(
 
 def _profiled_costs(config: TrainConfig, model: NestedCausalLM, run_dir: Path) -> VerifyCosts | None:
     """The costs of the profile that is named, which must fit, or of the one beside the model, where it fits."""
-    kept = run_dir / PROFILE_FILE
-    named = kept if kept.exists() else None if config.profile is None else Path(config.profile)
-    found = profile_beside(config.model) if named is None and config.latency is None else None
-    path = named or found
+    named = _named_profile(config, run_dir)
+    path = _profile_file(config, run_dir)
     if path is None or (run_dir / COSTS_FILE).exists():
         return None
     plan = None if config.traces is None else read_plan(Path(config.traces))
     wanted = plan or config.verified
     widths = config.verified.widths if plan is None else plan.draft_widths
     decoder = default_decoder(model)[0] if plan is None else plan.decoder
+    if not all(map(is_whole, widths)):
+        say("drafts and passes are timed here, as a profile has no times of drafts between stored widths")
+        return None
     try:
         times = Profile.load(path).draft_times(model, decoder, config.threads)
-        costs = times.costs_of(sorted(set(widths)), wanted.verify_width, wanted.depth)
+        costs = times.costs_of(sorted(set(map(int, widths))), wanted.verify_width, wanted.depth)
     except InputError as error:
         if named is not None:
             raise InputError(f"{config.profile}: {error}, or leave --profile out to have drafts timed here") from error
@@ -213,6 +215,17 @@ def _profiled_costs(config: TrainConfig, model: NestedCausalLM, run_dir: Path) -
         return None
     say(f"times of drafts and passes are those of {config.profile or path}")
     return costs
+
+
+def _named_profile(config: TrainConfig, run_dir: Path) -> Path | None:
+    """The profile that the run has kept, or that its options name."""
+    kept = run_dir / PROFILE_FILE
+    return kept if kept.exists() else None if config.profile is None else Path(config.profile)
+
+
+def _profile_file(config: TrainConfig, run_dir: Path) -> Path | None:
+    """That profile, or the one beside the model where times are not asked to be taken here."""
+    return _named_profile(config, run_dir) or (profile_beside(config.model) if config.latency is None else None)
 
 
 def _kept_costs(path: Path, recording: str) -> tuple[VerifyCosts, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import torch
+from torch import Tensor
 
 from flexquant_rl.engine.control.draft_times import DraftTimes
 from flexquant_rl.engine.control.drafts import MOST_PENDING
@@ -19,7 +20,7 @@ _CONTEXT_TOKENS = 64
 
 def timed_drafts(
     model: NestedCausalLM,
-    draft_widths: Sequence[int],
+    levels: Tensor,
     *,
     verify_width: int,
     depth: int,
@@ -30,7 +31,7 @@ def timed_drafts(
 
     Args:
         model: The model.
-        draft_widths: Width of each level.
+        levels: `[L, U]` int64, the allocations that draft.
         verify_width: Width of the passes.
         depth: D, drafts of a round at most.
         decoder: As for `session_opener`.
@@ -39,13 +40,13 @@ def timed_drafts(
     Raises:
         InputError: As `session_opener`.
     """
-    controller_ms, confidence_ms = measured_decision_ms(model, VerifiedSchema(len(draft_widths), depth))
+    controller_ms, confidence_ms = measured_decision_ms(model, VerifiedSchema(len(levels), depth))
     context = min(_CONTEXT_TOKENS, model.max_context - depth - 2)
     opener = session_opener(model, max_length=context + depth + 2, decoder=decoder, num_threads=num_threads)
     session = opener(1)
     costs = measured_costs(
         session,
-        draft_widths,
+        levels,
         verify_width=verify_width,
         depth=depth,
         context=context,
@@ -71,7 +72,8 @@ def profiled_drafts(model: NestedCausalLM, *, depth: int, num_threads: int | Non
     depth = min(depth, model.max_context - 3)
     if not draft_widths or depth < 1:
         return None
-    costs = timed_drafts(model, draft_widths, verify_width=verify_width, depth=depth, num_threads=num_threads)
+    levels = torch.tensor(draft_widths)[:, None].expand(-1, model.num_units).contiguous()
+    costs = timed_drafts(model, levels, verify_width=verify_width, depth=depth, num_threads=num_threads)
     return DraftTimes(tuple(draft_widths), verify_width, costs)
 
 

@@ -28,6 +28,7 @@ from flexquant_rl.engine.control.traces import (
     NO_TOKEN,
     RecordingPlan,
     SequenceTrace,
+    is_whole,
     occurring_tokens,
     read_sequence,
     sequence_path,
@@ -49,9 +50,12 @@ def check_plan(plan: RecordingPlan, model: NestedCausalLM) -> None:
     """Raises InputError if a model cannot be recorded as planned."""
     plan.check_model(model.fingerprint)
     stored = ", ".join(map(str, model.bit_widths))
-    for width in (plan.verify_width, *plan.draft_widths):
+    allocated = [width for allocation in plan.mixed for width in allocation]
+    for width in (plan.verify_width, *filter(is_whole, plan.draft_widths), *allocated):
         if width not in model.bit_widths:
             raise InputError(f"width {width} is not stored; this model holds {stored}: choose one of them")
+    if any(len(allocation) != model.num_units for allocation in plan.mixed):
+        raise InputError(f"an allocation is not for {model.num_units} units; record this model with `fq record`")
     if not plan.draft_widths or max(plan.draft_widths) >= plan.verify_width:
         raise InputError(
             f"draft widths {list(plan.draft_widths)} must be one or more below the verify width {plan.verify_width}"
@@ -159,7 +163,7 @@ def record_sequence(
     """
     units = decoder.model.num_units
     verify = torch.full((units,), plan.verify_width)
-    levels = [torch.full((units,), width) for width in plan.draft_widths]
+    levels = plan.levels(units)
     # At the largest width, as every prompt that is served.
     log_probs = log_probabilities(decoder.prefill(torch.tensor([prompt_ids])).logits)
     token = greedy_tokens(log_probs)

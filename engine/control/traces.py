@@ -20,6 +20,7 @@ from flexquant_rl.engine.control.drafts import MOST_PENDING
 from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS, check_widths
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, read_json, read_tensors, write_json, write_tensors
+from flexquant_rl.kernels.bitplane import NUM_PLANES
 
 TRACE_VERSION = 1
 PLAN_FILE, EMBEDDING_FILE = "recording.json", "embedding.safetensors"
@@ -55,25 +56,41 @@ class RecordingPlan:
         fingerprint: Fingerprint of the nested model.
         decoder: Whose arithmetic it is, `lean` (int8 activations) or `hf` (float32).
         verify_width: Width of the continuations, and of the keys and values that drafts start from.
-        draft_widths: The L widths that drafted, ascending: the levels of an environment.
+        draft_widths: The L widths that drafted, ascending: the levels of an environment. A whole one is that width for
+            every unit; another one is the mean width of an allocation.
         depth: D, tokens drafted from every position at most.
         max_new_tokens: Tokens of a continuation at most.
         eos_token_ids: Each of these ends a continuation.
         sequences: The prompts.
+        mixed: The allocations `[U]`, one for each width that is not whole, in their order.
     """
 
     fingerprint: str
     decoder: Literal["lean", "hf"]
     verify_width: int
-    draft_widths: tuple[int, ...]
+    draft_widths: tuple[float, ...]
     depth: int
     max_new_tokens: int
     eos_token_ids: tuple[int, ...]
     sequences: tuple[PlannedSequence, ...]
+    mixed: tuple[tuple[int, ...], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form. Recordings of whole widths have no word of others, as before there were any."""
+        data = asdict(self)
+        if not self.mixed:
+            del data["mixed"]
+        return data
 
     def digest(self) -> str:
         """Hex digest of all of it; every file of the recording carries it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def levels(self, num_units: int) -> Tensor:
+        """The allocations that draft, `[L, U]` int64."""
+        mixed = iter(self.mixed)
+        rows = [[int(width)] * num_units if is_whole(width) else [*next(mixed)] for width in self.draft_widths]
+        return torch.tensor(rows)
 
     def of_sequences(self, sequences: tuple[PlannedSequence, ...]) -> RecordingPlan:
         """The same plan for other prompts."""
@@ -139,6 +156,11 @@ class Traces:
         return [index for index, planned in enumerate(self.plan.sequences) if planned.split == split]
 
 
+def is_whole(width: float) -> bool:
+    """Whether a mean width is one width for every unit."""
+    return width == int(width)
+
+
 def sequence_path(directory: Path, index: int) -> Path:
     """The file of a sequence."""
     return directory / f"sequence-{index:05d}.safetensors"
@@ -167,7 +189,7 @@ def start_recording(directory: Path, plan: RecordingPlan) -> None:
             )
         return
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / PLAN_FILE, {"version": TRACE_VERSION, **asdict(plan)})
+    write_json(directory / PLAN_FILE, {"version": TRACE_VERSION, **plan.to_dict()})
 
 
 def read_plan(directory: Path) -> RecordingPlan:
@@ -195,8 +217,10 @@ def _plan_of(data: dict[str, Any]) -> RecordingPlan:
         PlannedSequence(**{**item, "prompt_ids": tuple(item["prompt_ids"])}) for item in data["sequences"]
     )
     lists = {name: tuple(data[name]) for name in ("draft_widths", "eos_token_ids")}
-    plan = RecordingPlan(**{**data, **lists, "sequences": sequences})
-    check_widths(plan.draft_widths)
+    mixed = tuple(tuple(allocation) for allocation in data.get("mixed", ()))
+    plan = RecordingPlan(**{**data, **lists, "sequences": sequences, "mixed": mixed})
+    numbers = plan.draft_widths
+    check_widths(tuple(filter(is_whole, numbers)) or (1,))
     counts = (plan.verify_width, plan.depth, plan.max_new_tokens, *plan.eos_token_ids)
     counts += tuple(number for planned in sequences for number in (planned.document, *planned.prompt_ids))
     rules = {
@@ -205,6 +229,13 @@ def _plan_of(data: dict[str, Any]) -> RecordingPlan:
         ),
         "decoder is lean or hf": plan.decoder in ("lean", "hf"),
         "splits are known": all(planned.split in get_args(SplitName) for planned in sequences),
+        "draft widths ascend": all(type(width) in (int, float) for width in numbers)
+        and sorted(set(numbers)) == [*numbers]
+        and bool(numbers),
+        "there is an allocation for each width that is not whole": len(mixed)
+        == len(numbers) - sum(map(is_whole, numbers))
+        and len(set(map(len, mixed))) <= 1
+        and all(type(width) is int and 0 < width <= NUM_PLANES for allocation in mixed for width in allocation),
         "numbers are whole": all(type(number) is int and number >= 0 for number in counts),
         "there is a sequence": bool(sequences),
         f"depth is 1 to {MAX_DEPTH}": plan.depth in range(1, MAX_DEPTH + 1),

@@ -30,7 +30,7 @@ _SHORT_TURNS = 3
 
 def measured_costs(
     decoder: Decoder,
-    draft_widths: Sequence[int],
+    levels: Tensor,
     *,
     verify_width: int,
     depth: int,
@@ -46,7 +46,7 @@ def measured_costs(
 
     Args:
         decoder: Has one row, with room for `context + depth + 2` tokens.
-        draft_widths: Width of each level.
+        levels: `[L, U]` int64, the allocations that draft.
         verify_width: Width of the passes.
         depth: D, drafts of a round at most.
         num_rounds: Times that each is timed, after one that is not.
@@ -62,15 +62,15 @@ def measured_costs(
     short: list[tuple[int | None, int]] = [(0, 0), *((None, width) for width in sorted(plain_widths))]
     kinds = short * _SHORT_TURNS
     kinds += [(0, own) for own in range(1, depth + 1)]
-    kinds += [(level, length) for level in range(1, len(draft_widths))]
+    kinds += [(level, length) for level in range(1, len(levels))]
     plain_ms: dict[int, list[float]] = {width: [] for width in plain_widths}
-    draft_ms: list[list[float]] = [[] for _ in draft_widths]
+    draft_ms: list[list[float]] = [[] for _ in levels]
     verify_ms: list[list[float]] = [[] for _ in range(depth + 1)]
     generator = torch.Generator().manual_seed(0)
     for turn in range(num_rounds + 1):
         for index in torch.randperm(len(kinds), generator=generator).tolist():
             level, own = kinds[index]
-            times = [rounds.plain_ms(own)] if level is None else rounds.round_ms(draft_widths[level], own)
+            times = [rounds.plain_ms(own)] if level is None else rounds.round_ms(levels[level], own)
             if turn == 0:
                 continue
             if level is None:
@@ -120,9 +120,9 @@ class _TimedRounds:
         self._decoder.truncate(self._held)
         return ms
 
-    def round_ms(self, width: int, length: int) -> list[float]:
-        """Milliseconds of each step of a round of so many drafts, the verify step last."""
-        policy = drafts_at("timed", self._at(width), self._verify, length=max(length, 1))
+    def round_ms(self, widths: Tensor, length: int) -> list[float]:
+        """Milliseconds of each step of a round of so many drafts at widths `[U]`, the verify step last."""
+        policy = drafts_at("timed", widths, self._verify, length=max(length, 1))
         rounds = Rounds(self._decoder, DraftController(policy, None), Sampler(1))
         rounds.begin(0, self._prompt, int(self._upcoming))
         wanted = length + 1  # no room for more drafts

@@ -81,6 +81,32 @@ def test_every_draft_is_what_the_decoder_says_from_a_clean_past(nested: NestedCa
                 before = drafted
 
 
+def test_levels_between_stored_widths(nested: NestedCausalLM, tmp_path: Path) -> None:
+    """A level may be any allocation; recordings of whole widths are what they were."""
+    units = nested.num_units
+    allocation = tuple(3 if unit % 2 else 5 for unit in range(units))
+    whole = plan_for(nested, "hf", 1)
+    plan = replace(whole, draft_widths=(3, 4.1, 5), mixed=(allocation,))
+    assert plan.levels(units).tolist() == [[3] * units, [*allocation], [5] * units]
+    assert len({plan.digest(), replace(plan, mixed=((3,) * units,)).digest(), whole.digest()}) == 3
+    start_recording(tmp_path / "mixed", plan)
+    start_recording(tmp_path / "whole", whole)
+    assert (read_plan(tmp_path / "mixed"), read_plan(tmp_path / "whole")) == (plan, whole)
+    assert "mixed" not in json.loads((tmp_path / "whole" / "recording.json").read_text())
+    opener = session_opener(nested, max_length=40, decoder="hf")
+    prompt = plan.sequences[0].prompt_ids
+    found, alone = record_sequence(plan, opener(1), prompt), record_sequence(whole, opener(1), prompt)
+    assert found is not None
+    assert alone is not None
+    assert torch.equal(found.draft_ids[:, [0, 2]], alone.draft_ids)
+    session = opener(1)
+    session.prefill(torch.tensor([prompt]))
+    token = int(found.token_ids[0])
+    for index in range(DEPTH):
+        token = int(session.step(torch.tensor([token]), torch.tensor(allocation)).logits.argmax())
+        assert found.draft_ids[0, 1, index] == token
+
+
 def check_signals(found: torch.Tensor, logits: torch.Tensor, before: torch.Tensor | None = None) -> None:
     """Against float64."""
     log_probs = logits.double().log_softmax(-1)
@@ -196,6 +222,11 @@ def test_damaged_and_foreign_files_are_one_line(nested: NestedCausalLM, recorded
         ({"depth": "3"}, "numbers are whole"),
         ({"decoder": "gpu"}, "decoder is lean or hf"),
         ({"draft_widths": [9]}, "bit_widths are not whole numbers"),
+        ({"draft_widths": [5, 3]}, "draft widths ascend|do not ascend"),
+        ({"draft_widths": [3, 3.5]}, "an allocation for each width that is not whole"),
+        ({"mixed": [[3, 4]]}, "an allocation for each width that is not whole"),
+        ({"draft_widths": [3.5], "mixed": [[3, 9]]}, "an allocation for each width that is not whole"),
+        ({"draft_widths": ["3"]}, "TypeError|draft widths"),
         ({"sequences": []}, "there is a sequence"),
         ({"surprise": 1}, "surprise"),
     ],
@@ -217,6 +248,8 @@ def test_a_plan_that_is_none_is_one_line(recorded: Path, change: dict[str, Any],
         ({"verify_width": 7}, "width 7 is not stored"),
         ({"draft_widths": (3, 8)}, "must be one or more below the verify width 8"),
         ({"draft_widths": ()}, "must be one or more below"),
+        ({"draft_widths": (3.5,), "mixed": ((3,),)}, "an allocation is not for"),
+        ({"draft_widths": (3.5,), "mixed": ((3, 7),)}, "width 7 is not stored"),
         ({"depth": 16}, "depth=16 must be 1 to 15"),
         ({"max_new_tokens": 1}, "leaves nothing to draft"),
     ],

@@ -48,14 +48,15 @@ def test_scaled_as_the_tracker_scales(tiny_model_dir: Path) -> None:
 def test_measured_costs_leave_the_cache_as_it_was(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(str(tiny_model_dir), QuantizationConfig())
     session = DecodeSession(model, max_length=20)
-    costs = measured_costs(session, (3, 5), verify_width=8, depth=3, num_rounds=2, context=10)
+    levels = torch.tensor([3, 5])[:, None].expand(-1, model.num_units)
+    costs = measured_costs(session, levels, verify_width=8, depth=3, num_rounds=2, context=10)
     costs.check(2, 3)
     assert costs.source == "measured"
     assert costs.plain_ms == costs.full_ms, "one step at the largest width has one time"
     timed: list[int] = []
     plain_ms = _TimedRounds.plain_ms
     monkeypatch.setattr(_TimedRounds, "plain_ms", lambda rounds, width: timed.append(width) or plain_ms(rounds, width))
-    measured_costs(session, (3,), verify_width=5, depth=1, num_rounds=2, context=10)
+    measured_costs(session, levels[:1], verify_width=5, depth=1, num_rounds=2, context=10)
     assert set(timed) == {5, 8}, "a plain step of the verify width, and one of the largest"
     assert min(costs.full_ms, *costs.draft_ms, *costs.verify_ms) > 0
     assert session.lengths.tolist() == [10]
