@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
-from flexquant_rl.agents.analysis.rows import PartRow, StrategyRow, TimeRow
+from flexquant_rl.agents.analysis.rows import PartRow, StrategyRow, TimeRow, times_by_row
+from flexquant_rl.agents.analysis.strategies import HQQ, LLAMA_CPP, is_peer
 from flexquant_rl.agents.analysis.token_loss import Origin, TokenTable, by_entropy, by_position
 from flexquant_rl.agents.evaluation.drawing import STYLE, caption_below, label_log_axis, save_figure, title_above
 from flexquant_rl.agents.evaluation.resampling import Array
@@ -33,17 +34,18 @@ def plot_strategies(
 
     Args:
         rows: Of all strategies; those without KL, the reference itself, are left out.
-        times: Of the formats of these strategies; without any there is no panel of times.
+        times: Of the formats of these strategies; without any there is no panel of times. Other libraries' formats
+            are hollow points with their names beside them.
         path: Path of the PNG, written atomically.
         title: One line.
         caption: The conditions, wrapped below.
     """
     drawn = [row for row in rows if row.output_kl_nats > 0]
-    ms = {(row.group_size, row.bit_width): row.measured_ms for row in times}
+    ms = {key: row.measured_ms for key, row in times_by_row(rows, times).items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12 if ms else 9, 5.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         panels = figure.subplots(1, 1 + bool(ms), sharey=True, squeeze=False)[0]
-        for index, name in enumerate(dict.fromkeys(row.strategy for row in rows)):
+        for index, name in enumerate(dict.fromkeys(row.strategy for row in rows if not is_peer(row.strategy))):
             own = [row for row in drawn if row.strategy == name]
             kl = [row.output_kl_nats for row in own]
             bars = np.array([[row.output_kl_low, row.output_kl_high] for row in own]).reshape(-1, 2).T
@@ -57,11 +59,12 @@ def plot_strategies(
             }
             below_above = np.clip([kl - bars[0], bars[1] - kl], 0, None)
             panels[0].errorbar([row.bytes_per_weight for row in own], kl, yerr=below_above, elinewidth=0.8, **style)
-            timed = [row for row in own if (row.group_size, row.bit_width) in ms]
+            timed = [row for row in own if (name, row.bit_width) in ms]
             if ms:
-                at = [ms[row.group_size, row.bit_width] for row in timed]
+                at = [ms[name, row.bit_width] for row in timed]
                 panels[1].plot(at, [row.output_kl_nats for row in timed], **style)
                 panels[1].set_xlabel("ms per token, measured")
+        _draw_peers(panels, [row for row in drawn if is_peer(row.strategy)], ms)
         panels[0].set_xlabel("bytes read per weight, scales and offsets included")
         panels[0].set_ylabel("output KL (nats, log scale)")
         for axes in panels:
@@ -71,6 +74,24 @@ def plot_strategies(
         caption_below(figure, caption)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
         save_figure(figure, path)
+
+
+def _draw_peers(panels: Sequence[Axes], peers: Sequence[StrategyRow], ms: dict[tuple[str, int], float]) -> None:
+    """Other libraries' formats, which are points of their own: a library has one look."""
+    for library, marker, colour in ((LLAMA_CPP, "s", "#000000"), (HQQ, "D", "#8a5a00")):
+        own = [row for row in peers if row.strategy.startswith(library)]
+        if not own:
+            continue
+        style: dict[str, Any] = {"marker": marker, "facecolors": "none", "edgecolors": colour, "s": 42, "zorder": 4}
+        places = [[row.bytes_per_weight for row in own], [ms.get((row.strategy, row.bit_width)) for row in own]]
+        for axes, at in zip(panels, places, strict=False):
+            known = [(x, row) for x, row in zip(at, own, strict=True) if x is not None]
+            axes.scatter([x for x, _ in known], [row.output_kl_nats for _, row in known], label=library, **style)
+            for x, row in known:
+                form = row.strategy.partition(":")[2]
+                text = form if library == LLAMA_CPP else f"{row.bit_width} bits {form}"
+                place = (x, row.output_kl_nats)
+                axes.annotate(text, place, (6, 5), textcoords="offset points", fontsize=7, color=colour)
 
 
 def plot_sensitivity(rows: Sequence[PartRow], path: Path, *, title: str, caption: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,16 @@ from flexquant_rl.engine.control.output_kl import reference_width
 from flexquant_rl.engine.control.past_kl import past_kl_nats
 from flexquant_rl.engine.control.reference_facts import reference_facts
 from flexquant_rl.engine.control.sensitivity import part_allocations, sensitivity
-from flexquant_rl.engine.control.step_timer import halfway, interleaved_step_ms
+from flexquant_rl.engine.control.step_timer import halfway, interleaved_ms, step_turn
 from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.matrix_units import kinds_of, matrix_units
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.prompts import spread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps a loop; the text says what it does."""
@@ -68,7 +71,7 @@ def window_rows(
             token_ids=tuple(window[first:-1].tolist()),
             token_entropy_nats=rounded(facts.token_entropy_nats[index].tolist()),
             top1_probability=rounded(facts.top1_probability[index].tolist()),
-            top1_tokens=_texts(model, facts.top1_ids[index]),
+            top1_tokens=_texts(model.tokenizer, facts.top1_ids[index]),
             token_nll_nats=rounded(facts.token_nll_nats[index].tolist()),
         )
         for index, window in enumerate(windows)
@@ -106,57 +109,87 @@ def strategy_rows(
         progress=lambda items: progress(items, f"{strategy}: text"),
     )
     session.close()
-    weights = document_weights([row.document for row in text])
     rows, tokens = [], []
     for bit_width, one in zip(plan.bit_widths, facts, strict=True):
-        resampled = weights[1:] @ one.output_kl_nats.double().mean(1).numpy()
-        low, high = percentile_interval(resampled)
-        rows.append(
-            StrategyRow(
-                strategy=strategy,
-                group_size=model.config.group_size,
-                bit_width=bit_width,
-                output_kl_nats=float(one.output_kl_nats.double().mean()),
-                output_kl_low=low,
-                output_kl_high=high,
-                output_kl_p99_nats=float(one.output_kl_nats.double().quantile(0.99)),
-                perplexity=float(one.token_nll_nats.double().mean().exp()),
-                reference_perplexity=float(
-                    torch.tensor([row.token_nll_nats for row in text], dtype=torch.float64).mean().exp()
-                ),
-                top1_agreement=float(one.top1_agreement.double().mean()),
-                bytes_per_weight=_bytes_per_weight(model, bit_width),
-                quantising_seconds=seconds,
-                num_tokens=one.output_kl_nats.numel(),
-            )
-        )
-        tokens += _tokens_rows(model, strategy, bit_width, one)
+        format_ = Format(strategy, model.config.group_size, bit_width, _bytes_per_weight(model, bit_width), seconds)
+        rows.append(summary_row(format_, one, text))
+        tokens += tokens_rows(model.tokenizer, strategy, bit_width, one)
     return rows, tokens
 
 
-def time_rows(models: Sequence[NestedCausalLM], plan: Plan, windows: Tensor) -> list[TimeRow]:
-    """What a step takes in the format of each model, all in turns; none where the lean decoder cannot run them.
+@dataclass(frozen=True)
+class Format:
+    """What a row says about how weights are stored, not about what that loses; fields as in `StrategyRow`."""
+
+    strategy: str
+    group_size: int
+    bit_width: int
+    bytes_per_weight: float
+    quantising_seconds: float
+
+
+def summary_row(stored: Format, facts: TextFacts, text: Sequence[WindowRow]) -> StrategyRow:
+    """What one format loses on all the text."""
+    kl = facts.output_kl_nats.double()
+    weights = document_weights([row.document for row in text])
+    low, high = percentile_interval(weights[1:] @ kl.mean(1).numpy())
+    reference = torch.tensor([row.token_nll_nats for row in text], dtype=torch.float64)
+    return StrategyRow(
+        **asdict(stored),
+        output_kl_nats=float(kl.mean()),
+        output_kl_low=low,
+        output_kl_high=high,
+        output_kl_p99_nats=float(kl.quantile(0.99)),
+        perplexity=float(facts.token_nll_nats.double().mean().exp()),
+        reference_perplexity=float(reference.mean().exp()),
+        top1_agreement=float(facts.top1_agreement.double().mean()),
+        num_tokens=kl.numel(),
+    )
+
+
+@dataclass(frozen=True)
+class PeerTurn:
+    """Steps of another library in one format.
+
+    Attributes:
+        strategy: As in its rows, and so are the next two.
+        group_size: Inputs that share a scale.
+        bit_width: Bits in its name.
+        turn: Makes a few steps halfway through a window and gives the milliseconds of the median one.
+    """
+
+    strategy: str
+    group_size: int
+    bit_width: int
+    turn: Callable[[], float]
+
+
+def time_rows(
+    models: Sequence[NestedCausalLM], plan: Plan, windows: Tensor, peers: Sequence[PeerTurn] = ()
+) -> list[TimeRow]:
+    """What a step takes in the format of each model and of each peer, all in turns; none without the lean decoder.
 
     Hugging Face's modules read decoded matrices, the same bytes at every width: their time says nothing of a format.
     """
     if any(default_decoder(model)[0] != "lean" for model in models):
         return []
     sessions = [halfway(model, windows, plan.threads)[0] for model in models]
-    times = interleaved_step_ms(sessions, windows[0, :1], plan.bit_widths)
+    forms = [(None, model.config.group_size, width) for model in models for width in plan.bit_widths]
+    turns = [step_turn(session, windows[0, :1], width) for session in sessions for width in plan.bit_widths]
+    named = [(peer.strategy, peer.group_size, peer.bit_width) for peer in peers]
+    times = interleaved_ms([*turns, *(peer.turn for peer in peers)])
     for session in sessions:
         session.close()
     return [
         TimeRow(
-            group_size=model.config.group_size,
-            bit_width=bit_width,
-            measured_ms=float(turns.median()),
-            measured_low=float(turns.quantile(0.25)),
-            measured_high=float(turns.quantile(0.75)),
-            num_threads=default_decoder(model, plan.threads)[1],
+            *form,
+            measured_ms=float(rounds.median()),
+            measured_low=float(rounds.quantile(0.25)),
+            measured_high=float(rounds.quantile(0.75)),
+            num_threads=default_decoder(models[0], plan.threads)[1],
             cpu=cpu_name(),
         )
-        for model, by_width in zip(models, times, strict=True)
-        for bit_width, turns in zip(plan.bit_widths, by_width, strict=True)
+        for form, rounds in zip([*forms, *named], times, strict=True)
     ]
 
 
@@ -241,9 +274,10 @@ def _bytes_per_weight(model: NestedCausalLM, bit_width: int) -> float:
     return read / int(model.unit_weights.sum())
 
 
-def _tokens_rows(model: NestedCausalLM, strategy: str, bit_width: int, facts: TextFacts) -> list[TokensRow]:
+def tokens_rows(tokenizer: PreTrainedTokenizerBase, strategy: str, bit_width: int, facts: TextFacts) -> list[TokensRow]:
+    """One strategy at one width, token by token, a row for each window."""
     return [
-        TokensRow(strategy, bit_width, window, rounded(kl.tolist()), rounded(nll.tolist()), _texts(model, top1))
+        TokensRow(strategy, bit_width, window, rounded(kl.tolist()), rounded(nll.tolist()), _texts(tokenizer, top1))
         for window, (kl, nll, top1) in enumerate(
             zip(facts.output_kl_nats, facts.token_nll_nats, facts.top1_ids, strict=True)
         )
@@ -256,6 +290,6 @@ def _streamed(model: NestedCausalLM, window: Tensor, first: int) -> tuple[str, .
     return tuple(stream.add(token) for token in window[first:-1].tolist())
 
 
-def _texts(model: NestedCausalLM, token_ids: Tensor) -> tuple[str, ...]:
+def _texts(tokenizer: PreTrainedTokenizerBase, token_ids: Tensor) -> tuple[str, ...]:
     """The text of each token on its own."""
-    return tuple(str(model.tokenizer.decode([token])) for token in token_ids.tolist())
+    return tuple(str(tokenizer.decode([token])) for token in token_ids.tolist())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexquant_rl.agents.analysis.figures import plot_sensitivity, plot_strategies, plot_tokens
+from flexquant_rl.agents.analysis.peer_report import line_at, ms_text, peer_findings, peer_method, peer_sections
 from flexquant_rl.agents.analysis.rows import (
     PartRow,
     PastRow,
@@ -18,8 +19,9 @@ from flexquant_rl.agents.analysis.rows import (
     TimeRow,
     TokensRow,
     WindowRow,
+    times_by_row,
 )
-from flexquant_rl.agents.analysis.strategies import recipe_text
+from flexquant_rl.agents.analysis.strategies import is_peer, recipe_text
 from flexquant_rl.agents.analysis.token_loss import Origin, TokenTable, origins, share_of_top
 from flexquant_rl.agents.analysis.token_report import TOKENS_PICTURE, focus_width, kl_text, token_sections
 from flexquant_rl.agents.evaluation.markdown import bullets, escape, facts_table, table_of, table_row
@@ -40,7 +42,8 @@ def write_analysis(store: RowStore) -> Path:
         InputError: If there is no analysis, none of its strategies is finished, or a file is damaged.
     """
     plan = store.read_plan()
-    rows = store.read(StrategyRow)
+    every = store.read(StrategyRow)
+    rows = [row for row in every if not is_peer(row.strategy)]
     if not rows:
         raise InputError(f"{store.directory}: no strategy is finished yet; run fq analyse until it ends")
     windows, parts, past = store.read(WindowRow), store.read(PartRow), store.read(PastRow)
@@ -51,19 +54,20 @@ def write_analysis(store: RowStore) -> Path:
     table = TokenTable.of(examined, windows, tokens)
     origin = origins(table, [row for row in past if row.strategy == examined])
     own_parts = [row for row in parts if row.strategy == examined]
-    _draw(store.directory, plan, rows, times, own_parts, table, origin, examined)
+    _draw(store.directory, plan, every, times, own_parts, table, origin, examined)
     sections = [
         f"# Quantisation of {_model(plan)}",
         "## In short",
-        bullets(_findings(plan, rows, own_parts, table, origin, examined)),
+        bullets([*_findings(plan, rows, own_parts, table, origin, examined), *peer_findings(every, times)]),
         *_strategy_sections(plan, rows, times),
+        *peer_sections(every, times),
         *_source_section(plan, windows, tokens),
         *_part_sections(own_parts, examined),
         *token_sections(plan, table, origin, examined),
         "## What was run",
         facts_table(_facts(plan, rows, times, windows)),
         "## How it was measured",
-        bullets(_method(plan, own_parts, len({row.document for row in windows}))),
+        bullets([*_method(plan, own_parts, len({row.document for row in windows})), *peer_method(every)]),
     ]
     path = store.directory / REPORT_FILE
     with replacing(path) as temporary:
@@ -172,19 +176,11 @@ def _equal_bytes(rows: Sequence[StrategyRow], names: Sequence[str]) -> list[str]
     base, *others = lines
     compared = []
     for name in others:
-        gaps = [log_kl - between for at, log_kl in lines[name] if (between := _between(lines[base], at)) is not None]
+        gaps = [log_kl - between for at, log_kl in lines[name] if (between := line_at(lines[base], at)) is not None]
         if gaps:
             ratio = math.exp(statistics.mean(gaps))
             compared.append(f"`{name}` {100 * (ratio - 1):+.0f}%")
     return [f"KL against `{base}` at equal bytes per weight: {', '.join(compared)}."] if compared else []
-
-
-def _between(line: Sequence[tuple[float, float]], at: float) -> float | None:
-    """The height of a line through points, ordered by their place; None outside."""
-    for (left, low), (right, high) in itertools.pairwise(line):
-        if left <= at <= right:
-            return low + (high - low) * (at - left) / (right - left)
-    return None
 
 
 def _part_findings(parts: Sequence[PartRow], width: int) -> list[str]:
@@ -214,9 +210,9 @@ def _strategy_sections(plan: Plan, rows: Sequence[StrategyRow], times: Sequence[
         "ms per token, measured",
     )
     lines = [table_row(header), table_row([":--", *["--:"] * (len(header) - 1)])]
-    clock = {(row.group_size, row.bit_width): row for row in times}
+    clock = times_by_row(rows, times)
     for row in rows:
-        timed = clock.get((row.group_size, row.bit_width))
+        timed = clock.get((row.strategy, row.bit_width))
         first = row.bit_width == plan.bit_widths[0]
         lines.append(
             table_row(
@@ -229,7 +225,7 @@ def _strategy_sections(plan: Plan, rows: Sequence[StrategyRow], times: Sequence[
                     f"{row.perplexity:#.4g}",
                     f"{100 * row.top1_agreement:.1f}",
                     f"{row.bytes_per_weight:.3f}",
-                    "not measured" if timed is None else _ms(timed),
+                    ms_text(timed),
                 ]
             )
         )
@@ -283,7 +279,7 @@ def _source_section(plan: Plan, windows: Sequence[WindowRow], tokens: Sequence[T
             [
                 (f"`{strategy}`", str(width), *(kl_text(statistics.fmean(by_source[name])) for name in names))
                 for (strategy, width), by_source in found.items()
-                if width in (plan.bit_widths[0], plan.part_width)
+                if width in (plan.bit_widths[0], plan.part_width) or is_peer(strategy)
             ],
         ),
     ]
@@ -292,10 +288,6 @@ def _source_section(plan: Plan, windows: Sequence[WindowRow], tokens: Sequence[T
 def _model(plan: Plan) -> str:
     """The name without the folder, which is another one on every machine."""
     return Path(plan.model).name
-
-
-def _ms(row: TimeRow) -> str:
-    return f"{row.measured_ms:#.3g} ({row.measured_low:#.3g} to {row.measured_high:#.3g})"
 
 
 def _facts(

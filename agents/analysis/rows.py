@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from flexquant_rl.agents.analysis.strategies import is_peer
 from flexquant_rl.agents.evaluation.rows import write_rows
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import check_field_types
 from flexquant_rl.engine.files import json_lines, read_json, write_json
 
 PLAN_FILE = "analysis.json"
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ class StrategyRow:
     """One strategy at one width on all the text.
 
     Attributes:
-        strategy: Its name.
-        group_size: Inputs that share a scale: with the width, all that the time of a step depends on.
-        bit_width: The width of every unit.
+        strategy: Its name; of another library's format the library, a colon and the format.
+        group_size: Inputs that share a scale: with the width, all that the time of a step of ours depends on.
+        bit_width: The width of every unit; of another library's format the bits in its name.
         output_kl_nats: Mean output KL over tokens.
         output_kl_low: Lower end of its bootstrap 95% interval over documents.
         output_kl_high: Upper end.
@@ -109,7 +110,8 @@ class StrategyRow:
         perplexity: `exp` of the mean negative log-likelihood in nats.
         reference_perplexity: That of the reference.
         top1_agreement: Share of tokens whose likeliest next token is the reference's.
-        bytes_per_weight: Bytes of planes, scales and offsets that a step reads for each nested weight.
+        bytes_per_weight: Bytes of planes, scales and offsets that a step reads for each nested weight; of another
+            library all that it stores of these matrices.
         quantising_seconds: Wall-clock seconds from the weights to the nested model, calibration and tuning with them.
         num_tokens: Tokens judged.
     """
@@ -134,15 +136,17 @@ class TimeRow:
     """The measured time of a decode step in one format. All formats take turns in one run.
 
     Attributes:
+        strategy: The format of another library; None: ours, of every strategy with this group size.
         group_size: Inputs that share a scale.
         bit_width: The width of every unit.
         measured_ms: Wall-clock milliseconds, the median over rounds.
         measured_low: Lower quartile over rounds.
         measured_high: Upper quartile.
-        num_threads: Threads of the lean decoder.
+        num_threads: Threads of the lean decoder, and of the other library.
         cpu: The machine's processor.
     """
 
+    strategy: str | None
     group_size: int
     bit_width: int
     measured_ms: float
@@ -229,6 +233,19 @@ _FILES: dict[type[Any], str] = {
 }
 _Row = TypeVar("_Row")
 _DIGITS = 5
+
+
+def times_by_row(rows: Iterable[StrategyRow], times: Iterable[TimeRow]) -> dict[tuple[str, int], TimeRow]:
+    """The measured time of strategies by their name and width, where there is one."""
+    known = {(row.strategy, row.group_size, row.bit_width): row for row in times}
+    found: dict[tuple[str, int], TimeRow] = {}
+    for row in rows:
+        form = row.group_size, row.bit_width
+        # The formats of other libraries have times of their own; a strategy of ours has its group size's.
+        timed = known.get((row.strategy, *form)) or (None if is_peer(row.strategy) else known.get((None, *form)))
+        if timed is not None:
+            found[row.strategy, row.bit_width] = timed
+    return found
 
 
 class RowStore:

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from flexquant_rl.agents.analysis.measure import part_rows, past_rows, strategy_rows, time_rows, window_rows
+from flexquant_rl.agents.analysis.peers import Peers
 from flexquant_rl.agents.analysis.rows import (
     PartRow,
     PastRow,
@@ -24,10 +25,11 @@ from flexquant_rl.agents.analysis.rows import (
     TokensRow,
     WindowRow,
 )
-from flexquant_rl.agents.analysis.strategies import STORED, Strategy, by_start, parse_strategy
+from flexquant_rl.agents.analysis.strategies import STORED, Strategy, by_start, is_peer, parse_strategy
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.context_length import max_context
+from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM, nest
@@ -63,6 +65,7 @@ class Analysis:
         path: Directory or name of the model.
         fitted_to: The text that strategies are fitted to.
         examined: The strategy whose parts and pasts are measured.
+        peers: Whether other libraries' formats are measured too.
     """
 
     store: RowStore
@@ -71,6 +74,7 @@ class Analysis:
     path: str
     fitted_to: CalibrationText
     examined: str
+    peers: bool = False
 
     def run(self, strategies: Sequence[str]) -> None:
         """Measures what is missing of some strategies, by name."""
@@ -87,19 +91,38 @@ class Analysis:
                 self._run_start(start, missing)
                 gc.collect()
                 return_freed_memory()
-        self._time()
+        peers = Peers(self.path, self.plan, self.text.windows) if self.peers else None
+        if peers is not None:
+            for name in peers.names():
+                if name not in self._names(StrategyRow):
+                    self._measure_peer(peers, name)
+        self._time(peers)
 
-    def _time(self) -> None:
-        """Times the formats of all strategies together, unless that was done; the cheapest recipe stands for all."""
-        sizes = sorted({row.group_size for row in self.store.read(StrategyRow)})
-        if {row.group_size for row in self.store.read(TimeRow)} >= set(sizes):
+    def _measure_peer(self, peers: Peers, name: str) -> None:
+        """Measures a format of another library; the text has been read with the reference before."""
+        found, tokens = peers.rows(name, self.store.read(WindowRow))
+        self.store.replace(tokens, TokensRow, [name])
+        self.store.add(found)
+        for row in found:
+            say(f"{name}: KL {row.output_kl_nats:.4f} nats at {row.bytes_per_weight:.3f} bytes per weight")
+        return_freed_memory()
+
+    def _time(self, peers: Peers | None) -> None:
+        """Times all formats together, unless that was done; the cheapest recipe stands for all of a group size."""
+        rows, times = self.store.read(StrategyRow), self.store.read(TimeRow)
+        sizes = sorted({row.group_size for row in rows if not is_peer(row.strategy)})
+        # What is timed anew takes the place of all, so that everything that stands side by side took turns.
+        names = [name for name in dict.fromkeys(row.strategy for row in rows) if is_peer(name)] if peers else []
+        if {row.group_size for row in times} >= set(sizes) and {row.strategy for row in times} >= set(names):
             return
-        say(f"timing steps in groups of {', '.join(map(str, sizes))}")
+        say(f"timing steps in groups of {', '.join(map(str, sizes))}" + "".join(f", {name}" for name in names))
         models = []
         for size in sizes:
             config = QuantizationConfig("rtn", size, self.plan.bit_widths)
             models.append(load_model(self.path, config, keep_reference=False))
-        self.store.replace(time_rows(models, self.plan, self.text.windows), TimeRow)
+        num_threads = default_decoder(models[0], self.plan.threads)[1]
+        with peers.turns(names, num_threads) if peers else nullcontext([]) as turns:
+            self.store.replace(time_rows(models, self.plan, self.text.windows, turns), TimeRow)
 
     def _run_start(self, start: Strategy, members: Sequence[Strategy]) -> None:
         """Quantises once and measures all strategies that begin with it."""

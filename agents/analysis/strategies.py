@@ -6,11 +6,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from flexquant_rl.engine.benches.gguf_types import QuantiserType
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.quantize import check_format
 
 STORED = "stored"
 """The only strategy of a nested checkpoint: what it holds, as it is."""
+
+PEER_TYPES: tuple[tuple[QuantiserType, int], ...] = (
+    ("Q4_0", 4),
+    ("IQ4_NL", 4),
+    ("Q4_K_M", 4),
+    ("Q5_0", 5),
+    ("Q8_0", 8),
+)
+"""Types of llama.cpp that are measured beside ours, and the bits in their names."""
+PEER_GROUPS = (64, 128)
+PEER_WIDTHS = (3, 4)
+"""Group sizes and bits of HQQ that are measured beside ours."""
+LLAMA_CPP, HQQ = "llama.cpp", "hqq"
+"""Libraries whose formats are measured beside ours; a row's strategy begins with one of them and a colon."""
 
 RECIPES: dict[str, tuple[Literal["rtn", "gptq"], bool, bool, bool]] = {
     "rtn": ("rtn", False, False, False),
@@ -60,6 +75,11 @@ class Strategy:
         return replace(self, tuned=False)
 
 
+def is_peer(name: str) -> bool:
+    """Whether a row's strategy is another library's."""
+    return name.partition(":")[0] in (LLAMA_CPP, HQQ)
+
+
 def parse_strategy(name: str) -> Strategy:
     """Reads `gptq`, `rtn-text:64` and so on.
 
@@ -98,6 +118,11 @@ def recipe_text(name: str) -> str:
     """A strategy in words, for reports."""
     if name == STORED:
         return "the checkpoint as it is stored"
+    library, _, form = name.partition(":")
+    if library == LLAMA_CPP:
+        return f"what llama.cpp's own quantiser makes of the model when it is asked for {form}, without text"
+    if library == HQQ:
+        return f"HQQ with its own settings, {form.replace('g', 'groups of ')}, without text; every matrix, the head too"
     strategy = parse_strategy(name)
     codes = {"rtn": "codes to nearest", "gptq": "codes fitted to the outputs (gptq)"}[strategy.method]
     scales = "scales of the weights" if not strategy.calibrated else "scales fitted to the outputs"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flexquant_rl.agents.analysis.peers import check_peers
 from flexquant_rl.agents.analysis.report import write_analysis
-from flexquant_rl.agents.analysis.rows import PLAN_FILE, Plan, RowStore, StrategyRow, TimeRow
+from flexquant_rl.agents.analysis.rows import PLAN_FILE, Plan, RowStore, StrategyRow, TimeRow, times_by_row
 from flexquant_rl.agents.analysis.run import AnalysedText, Analysis, goes_on
 from flexquant_rl.agents.analysis.strategies import STORED, default_strategies, parse_strategy
 from flexquant_rl.agents.commands.options import AnalyseOptions
@@ -74,7 +75,7 @@ def analyse(options: AnalyseOptions) -> None:
     store = RowStore(options.out or Path(f"analysis-{Path(source.name).name}"))
     _claim(store, plan)
     with goes_on(), locked_run(store.directory):
-        analysis = Analysis(store, plan, text, source.path, fitted_to, _examined(options, names))
+        analysis = Analysis(store, plan, text, source.path, fitted_to, _examined(options, names), options.peers)
         analysis.run(names)
         _finish(store, began)
 
@@ -107,6 +108,8 @@ def _check(options: AnalyseOptions) -> None:
         )
     if options.threads is not None:
         check_num_threads(options.threads)
+    if options.peers:
+        check_peers()
     QuantizationConfig(bit_widths=options.bit_widths).validate()
     for name in options.strategies:
         parse_strategy(name)
@@ -136,6 +139,11 @@ def _source(options: AnalyseOptions) -> _Source:
             raise InputError(
                 f"{options.model} is a nested checkpoint, which has one strategy, as it is stored; leave {what} out, "
                 "or give the model that it was made from"
+            )
+        if options.peers:
+            raise InputError(
+                f"{options.model} is a nested checkpoint, and --peers quantises unquantised weights; give the model "
+                "that it was made from"
             )
         model = load_checkpoint(Path(path))
         if len(model.bit_widths) == 1:
@@ -250,13 +258,14 @@ def _short(value: Any) -> str:
 
 def _finish(store: RowStore, began: float) -> None:
     written = write_analysis(store)
-    clock = {(row.group_size, row.bit_width): row.measured_ms for row in store.read(TimeRow)}
+    found = store.read(StrategyRow)
+    clock = {key: row.measured_ms for key, row in times_by_row(found, store.read(TimeRow)).items()}
     rows = [
         {
             **{name: getattr(row, name) for name in _PRINTED},
-            "measured_ms": clock.get((row.group_size, row.bit_width)),
+            "measured_ms": clock.get((row.strategy, row.bit_width)),
         }
-        for row in store.read(StrategyRow)
+        for row in found
     ]
     print_result(
         {

@@ -123,6 +123,9 @@ class AnalyseOptions:
     """Tokens of a window."""
     bit_widths: tuple[int, ...] = QuantizationConfig.bit_widths
     """Widths, ascending; the last is 8. A nested checkpoint has its own."""
+    peers: bool = False
+    """Measure formats of other libraries on the same text and beside ours in time: llama.cpp's Q4_0, IQ4_NL, Q4_K_M,
+    Q5_0 and Q8_0, and HQQ at 3 and 4 bits in groups of 64 and 128. Needs the extra `bench`."""
     threads: int | None = None
     """Threads of a timed step; default: 1 with the lean decoder, else torch's number."""
     from_rows: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

@@ -10,11 +10,11 @@ import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexquant_rl.engine.errors import InputError
@@ -59,11 +59,12 @@ def check_writable(hf_model: PreTrainedModel, gguf_type: GgufType = "F16") -> No
         raise InputError("use_sliding_window=true: llama.cpp attends to all tokens; use a model without a window")
     if gguf_type not in GGUF_BITS:
         return
-    for name, tensor in _gguf_tensors(hf_model):
-        if tensor.dim() == 2 and tensor.shape[1] % _BLOCK:
+    for tensor in gguf_tensors(hf_model):
+        length = tensor.parameter.shape[-1]
+        if tensor.parameter.dim() == 2 and length % _BLOCK:
             raise InputError(
-                f"{name} has rows of {tensor.shape[1]}, which {gguf_type} cannot hold: its blocks are of {_BLOCK}; use "
-                f"a model whose rows are multiples of {_BLOCK}"
+                f"{tensor.name} has rows of {length}, which {gguf_type} cannot hold: its blocks are of {_BLOCK}; use a "
+                f"model whose rows are multiples of {_BLOCK}"
             )
 
 
@@ -102,10 +103,10 @@ def write_gguf(hf_model: PreTrainedModel, path: Path, gguf_type: GgufType) -> No
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if gguf_type == "F32" else f"MOSTLY_{gguf_type}"])
-    for name, tensor in _gguf_tensors(hf_model):
-        array = tensor.detach().float().contiguous().numpy()
+    for tensor in gguf_tensors(hf_model):
+        array = tensor.stored().float().contiguous().numpy()
         stored = gguf.GGMLQuantizationType.F32 if array.ndim == 1 else kind
-        writer.add_tensor(name, gguf.quants.quantize(array, stored), raw_dtype=stored)
+        writer.add_tensor(tensor.name, gguf.quants.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -116,40 +117,66 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _gguf_tensors(hf_model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under llama.cpp's names; a tied head has none of its own, llama.cpp takes the embedding."""
+class GgufTensor(NamedTuple):
+    """A tensor of a model and its place in a file.
+
+    Attributes:
+        name: In the file.
+        module: Whose it is in the model; of an embedding that is the head too: the head.
+        parameter: The model's.
+        num_heads: Heads whose rows the file has interleaved; 0: the rows are as they are.
+    """
+
+    name: str
+    module: str
+    parameter: Tensor
+    num_heads: int = 0
+
+    def stored(self) -> Tensor:
+        """The values in the order of the file.
+
+        llama.cpp rotates neighbouring rows of a head together, Hugging Face row i and row i + head_dim / 2.
+        """
+        if not self.num_heads:
+            return self.parameter.detach()
+        rows = self.parameter.detach().view(self.num_heads, 2, -1, *self.parameter.shape[1:])
+        return rows.transpose(1, 2).reshape(self.parameter.shape)
+
+    def restored(self, values: Tensor) -> Tensor:
+        """Values in the order of a file in the order of the model."""
+        if not self.num_heads:
+            return values
+        rows = values.view(self.num_heads, -1, 2, *values.shape[1:])
+        return rows.transpose(1, 2).reshape(values.shape)
+
+
+def gguf_tensors(hf_model: PreTrainedModel) -> Iterator[GgufTensor]:
+    """All tensors of a file; a tied head has none of its own, llama.cpp takes the embedding."""
     config: Any = hf_model.config
     model: Any = hf_model.model
-    yield "token_embd.weight", model.embed_tokens.weight
-    yield "output_norm.weight", model.norm.weight
     head: Any = hf_model.get_output_embeddings()
-    if head.weight is not model.embed_tokens.weight:
-        yield "output.weight", head.weight
+    names: dict[Any, str] = {module: name for name, module in hf_model.named_modules()}
+    is_tied = head.weight is model.embed_tokens.weight
+    yield GgufTensor("token_embd.weight", names[head if is_tied else model.embed_tokens], model.embed_tokens.weight)
+    yield GgufTensor("output_norm.weight", names[model.norm], model.norm.weight)
+    if not is_tied:
+        yield GgufTensor("output.weight", names[head], head.weight)
     interleaved = _INTERLEAVED[config.model_type]
     for index, layer in enumerate(model.layers):
-        attention, mlp, block = layer.self_attn, layer.mlp, f"blk.{index}"
-        yield f"{block}.attn_norm.weight", layer.input_layernorm.weight
-        yield f"{block}.ffn_norm.weight", layer.post_attention_layernorm.weight
-        yield from _linear(f"{block}.attn_q", attention.q_proj, config.num_attention_heads * interleaved)
-        yield from _linear(f"{block}.attn_k", attention.k_proj, config.num_key_value_heads * interleaved)
-        yield from _linear(f"{block}.attn_v", attention.v_proj)
-        yield from _linear(f"{block}.attn_output", attention.o_proj)
-        yield from _linear(f"{block}.ffn_gate", mlp.gate_proj)
-        yield from _linear(f"{block}.ffn_up", mlp.up_proj)
-        yield from _linear(f"{block}.ffn_down", mlp.down_proj)
-
-
-def _linear(name: str, linear: nn.Linear, num_heads: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Weight and, where there is one, bias; the rows of `num_heads` heads interleaved, of 0 as they are."""
-    for part in ("weight", "bias"):
-        tensor = getattr(linear, part)
-        if tensor is not None:
-            yield f"{name}.{part}", _interleave_halves(tensor, num_heads) if num_heads else tensor
-
-
-def _interleave_halves(tensor: Tensor, num_heads: int) -> Tensor:
-    """llama.cpp rotates neighbouring rows of a head together, Hugging Face row i and row i + head_dim / 2."""
-    return tensor.view(num_heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        attention, mlp = layer.self_attn, layer.mlp
+        for place, module, num_heads in (
+            ("attn_norm", layer.input_layernorm, 0),
+            ("ffn_norm", layer.post_attention_layernorm, 0),
+            ("attn_q", attention.q_proj, config.num_attention_heads * interleaved),
+            ("attn_k", attention.k_proj, config.num_key_value_heads * interleaved),
+            ("attn_v", attention.v_proj, 0),
+            ("attn_output", attention.o_proj, 0),
+            ("ffn_gate", mlp.gate_proj, 0),
+            ("ffn_up", mlp.up_proj, 0),
+            ("ffn_down", mlp.down_proj, 0),
+        ):
+            for part, parameter in module.named_parameters():
+                yield GgufTensor(f"blk.{index}.{place}.{part}", names[module], parameter, num_heads)
 
 
 class LlamaCppSession:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,7 +30,8 @@ _VECTOR_MS = 25.0
 """Time that a width vector is worth: short steps are repeated more often."""
 _NUM_BASELINES = 9
 _CONTROLLER_ROUNDS = 9
-_ROUND_STEPS = 7
+ROUND_STEPS = 7
+"""Steps of a turn, of which the median counts."""
 
 
 def measured_table(
@@ -53,38 +54,42 @@ def measured_table(
     return replace(cost, controller_ms=measured_controller_ms(session, prompt, windows[0, :1]))
 
 
-def interleaved_step_ms(
-    sessions: Sequence[DecodeSession | LeanSession],
-    token_ids: Tensor,
-    bit_widths: Sequence[int],
-    *,
-    num_rounds: int = 15,
-    seed: int = 0,
-) -> Tensor:
-    """Milliseconds of whole steps of several models with every unit at the same width, in turns.
+def interleaved_ms(turns: Sequence[Callable[[], float]], *, num_rounds: int = 15, seed: int = 0) -> Tensor:
+    """Milliseconds of several ways to make a step, in turns.
 
-    In every round each model makes a few steps at each width, in random order: what slows the machine down for a while
-    slows them all down.
+    In every round each has a turn, in random order: what slows the machine down for a while slows them all down.
 
     Args:
-        sessions: Each of its own model, holding a prompt, with room for `MAX_PAIRS` more tokens; forked, not stepped.
-        token_ids: `[1]` int64, what every step reads.
-        bit_widths: W widths that all models store.
+        turns: Each makes a few steps and gives the milliseconds of the median one, as `step_turn`.
         num_rounds: Rounds.
         seed: Seed of the order.
 
     Returns:
-        `[S, W, rounds]` float64, the median of a round's steps.
+        `[n, rounds]` float64.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = torch.zeros(len(sessions), len(bit_widths), num_rounds, dtype=torch.float64)
-    for turn in range(num_rounds):
-        for place in torch.randperm(len(sessions) * len(bit_widths), generator=generator).tolist():
-            which, column = divmod(place, len(bit_widths))
-            widths = torch.full((sessions[which].model.num_units,), bit_widths[column])
-            runner = _timed_runner(sessions[which], token_ids, widths)
-            found[which, column, turn] = statistics.median(_pass_ms(runner) for _ in range(_ROUND_STEPS))
+    found = torch.zeros(len(turns), num_rounds, dtype=torch.float64)
+    for number in range(num_rounds):
+        for place in torch.randperm(len(turns), generator=generator).tolist():
+            found[place, number] = turns[place]()
     return found
+
+
+def step_turn(session: DecodeSession | LeanSession, token_ids: Tensor, bit_width: int) -> Callable[[], float]:
+    """A few steps with every unit at the same width, for `interleaved_ms`.
+
+    Args:
+        session: Holds a prompt, with room for `MAX_PAIRS` more tokens; it is forked, not stepped.
+        token_ids: `[1]` int64, what every step reads.
+        bit_width: The width.
+    """
+    widths = torch.full((session.model.num_units,), bit_width)
+
+    def turn() -> float:
+        runner = _timed_runner(session, token_ids, widths)
+        return statistics.median(_pass_ms(runner) for _ in range(ROUND_STEPS))
+
+    return turn
 
 
 def halfway(

@@ -212,7 +212,7 @@ class TestLlamaCpp:
         assert errors["Q8_0"] < errors["Q4_0"] < 0.6
 
     def test_rows_of_a_head_are_permuted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench_llama_cpp, "_interleave_halves", lambda weight, num_heads: weight)
+        monkeypatch.setitem(bench_llama_cpp._INTERLEAVED, "llama", False)
         assert self.relative_error(tmp_path, "Q8_0") > 0.1
 
     @needs_library

@@ -14,8 +14,9 @@ from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.control.step_timer import (
     MAX_PAIRS,
     StepTimer,
-    interleaved_step_ms,
+    interleaved_ms,
     measured_controller_ms,
+    step_turn,
 )
 from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.session import DecodeSession
@@ -121,8 +122,8 @@ def test_models_take_turns(clock: Clock, session: DecodeSession, half_unit_model
     other = DecodeSession(half_unit_model, max_length=PROMPT.shape[1] + MAX_PAIRS)
     other.prefill(PROMPT)
     clock.token_ids.clear()
-    times = interleaved_step_ms([session, other], torch.tensor([9]), (3, 8), num_rounds=5)
-    assert times.shape == (2, 2, 5)
-    assert times.tolist() == [[[3.0] * 5, [8.0] * 5]] * 2, "stalls are outvoted"
+    turns = [step_turn(one, torch.tensor([9]), width) for one in (session, other) for width in (3, 8)]
+    times = interleaved_ms([*turns, lambda: 2.5], num_rounds=5)
+    assert times.tolist() == [[3.0] * 5, [8.0] * 5, [3.0] * 5, [8.0] * 5, [2.5] * 5], "stalls are outvoted"
     assert set(clock.token_ids) == {9}
     assert session.lengths.tolist() == other.lengths.tolist() == [PROMPT.shape[1]]
