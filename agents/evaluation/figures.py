@@ -16,6 +16,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
@@ -40,7 +41,9 @@ from flexquant_rl.agents.evaluation.drawing import (
 )
 from flexquant_rl.agents.evaluation.resampling import Array
 from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.policies.drafts import Drafts
 from flexquant_rl.agents.policies.families import STATIC
+from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.unbound import Family
 
 _TOKEN_FONT = "DejaVu Sans Mono"
@@ -51,16 +54,22 @@ _KL_DECADES = 5
 _MAX_RATIO_PERCENT = 60.0
 _PAIRED = "; in the lower panels paired with static, from 5 training seeds on over seeds instead."
 _LOWEST_ZORDER = 3  # above the grid and the line at zero; each family is drawn above those before it
+_SPEEDS = ((0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8), tuple(tenth / 10 for tenth in range(5, 31)))
+"""Ticks, and finer ones where hardly any of them is in sight."""
+_ENOUGH_SPEEDS = 3
+_STATIC_FRONT: dict[str, Any] = {"color": STATIC.colour, "linewidth": 1.2, "linestyle": (0, (4, 2))}
 
 
 def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str, source: str = "roofline") -> None:
     """Draws output KL against the share of full-width time, modelled on the left and measured on the right, as a PNG.
 
-    One colour and marker for each family, its points at the time that it took on the text of the rows, bars for the 95%
-    intervals over documents. Where there are several training seeds, each has a thin line and their mean a bold one;
-    oracles are points. Lines that span decades hide the differences that matter, so panels below show each family's KL
-    relative to what static reaches in the same time. What was not timed has no panel on the right. A policy whose KL is
-    not positive (the reference itself) has no place on a logarithmic axis: the caption names it.
+    One colour and marker for each family, its points at the time that it took on the text of the rows, bars for the
+    95% intervals over documents. Fixed widths and drafts have their bits beside them, those of drafts are their
+    verify width. Where static has no rows, the front is drawn that the others are compared with. Where there are
+    several training seeds, each has a thin line and their mean a bold one; oracles are points. Lines that span
+    decades hide the differences that matter, so panels below show each family's KL relative to what static reaches
+    in the same time. What was not timed has no panel on the right. A policy whose KL is not positive (the reference
+    itself) has no place on a logarithmic axis: the caption names it.
 
     Args:
         rows: Rows of any families; those without a time are left out. Drafts have no modelled one.
@@ -75,15 +84,18 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
         caption = f"{caption.rstrip(' .')}. Not drawn, as the KL is 0: {', '.join(hidden)}."
     modelled = [row for row in drawable if row.time_share_modelled is not None]
     timed = [row for row in drawable if row.time_share_measured is not None]
-    columns: dict[Clock, list[EvalRow]] = {"modelled": modelled, **({"measured": timed} if timed else {})}
+    columns: dict[Clock, list[EvalRow]] = {"modelled": modelled} if modelled or not timed else {}
+    columns |= {"measured": timed} if timed else {}
     drawn = families(drawable)
+    if any(_is_of_drafts(name) for name in drawn):
+        caption = f"{caption.rstrip(' .')}. Drafts, at the bits that verify, are timed by the clock alone."
     has_ratios = any(len(_ratio_points(drawable, name, "modelled")) for name in drawn)
     caption = (
         f"{caption.rstrip(' .')}. Bars: 95% bootstrap intervals over test documents{_PAIRED if has_ratios else '.'}"
     )
     labels: dict[Clock, str] = {
         "modelled": f"share of full-width time, modelled ({source})",
-        "measured": "the same, by the clock",
+        "measured": "share of full-width time, by the clock",
     }
     with matplotlib.rc_context(STYLE):
         size = (8 if len(columns) == 1 else 13, 7.0 if has_ratios else 5.6)
@@ -97,8 +109,10 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
             height_ratios=(3, 1.35) if has_ratios else None,
         )
         for column, (clock, shown) in enumerate(columns.items()):
+            _draw_static_front(panels[0, column], shown, clock)
             for zorder, family in enumerate(families(shown).values(), start=_LOWEST_ZORDER):
                 _draw_family(panels[0, column], shown, family, clock, zorder)
+                _label_widths(panels[0, column], shown, family, clock)
             _dress_fronts(panels[0, column], shown)
             if has_ratios:
                 _draw_ratios(panels[1, column], shown, drawn, clock)
@@ -110,6 +124,8 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
         caption_below(figure, caption)
         figure.align_ylabels()
         handles = [_legend_handle(drawable, family) for family in drawn.values()]
+        if any(len(_static_front(shown, clock)) for clock, shown in columns.items()):
+            handles.insert(0, Line2D([], [], label="static (best in\nequal time)", **_STATIC_FRONT))
         figure.legend(handles=handles, loc="outside right upper", labelspacing=0.8, handlelength=2.6)
         save_figure(figure, path)
 
@@ -185,7 +201,7 @@ def _marker(family: Family) -> dict[str, Any]:
     is_cross = family.marker == "x"
     return {
         "marker": family.marker,
-        "markersize": 13 if family.marker == "*" else 6.5,
+        "markersize": {"*": 13, "P": 9}.get(family.marker, 6.5),
         "markeredgecolor": family.colour if is_cross else "white",
         "markeredgewidth": 1.6 if is_cross else 0.8,
     }
@@ -203,10 +219,60 @@ def _draw_family(axes: Axes, rows: Sequence[EvalRow], family: Family, clock: Clo
         own = seed_groups([row for row in rows if row.seed == seed], family.name)
         axes.plot(*_points(own, clock), color=family.colour, linewidth=0.8, alpha=0.45, zorder=zorder - 0.5)
     groups = seed_groups(rows, family.name)
-    x, kl = _points(groups, clock)
-    axes.plot(x, kl, zorder=zorder, **_front_line(rows, family))
-    bounds = np.array([group.kl_interval() for group in groups]).T
-    _draw_points(axes, family, x, kl, np.maximum([kl - bounds[0], bounds[1] - kl], 0), zorder)
+    axes.plot(*_points(groups, clock), zorder=zorder, **_front_line(rows, family))
+    found = [(_time_share(group, clock), group.mean("output_kl_nats"), *group.kl_interval()) for group in groups]
+    x, kl, low, high = np.array(found, dtype=np.float64).T
+    _draw_points(axes, family, x, kl, np.maximum([kl - low, high - kl], 0), zorder)
+
+
+def _is_of_drafts(family: str) -> bool:
+    return family.partition(":")[0] == Drafts.family.name
+
+
+def _label_widths(axes: Axes, rows: Sequence[EvalRow], family: Family, clock: Clock) -> None:
+    """Writes the bits beside what runs at one width, or verifies at one; of several at one width beside the fastest."""
+    fastest: dict[float, tuple[float, float]] = {}
+    for row in rows:
+        is_at_one = _is_of_drafts(family.name) or (family.name == Fixed.family.name and row.time_budget is None)
+        share = row.time_share_modelled if clock == "modelled" else row.time_share_measured
+        if row.family == family.name and is_at_one and share is not None:
+            fastest[row.mean_bit_width] = min(
+                fastest.get(row.mean_bit_width, (math.inf, 0)), (share, row.output_kl_nats)
+            )
+    for width, point in fastest.items():
+        axes.annotate(
+            f"{width:g}",
+            point,
+            xytext=(-7, -10) if _is_of_drafts(family.name) else (6, 4),  # the sides that fronts leave free
+            textcoords="offset points",
+            ha="right" if _is_of_drafts(family.name) else "left",
+            fontsize=9,
+            fontweight="bold",
+            color=family.colour,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            zorder=20,
+        )
+
+
+def _static_front(rows: Sequence[EvalRow], clock: Clock) -> Array:
+    """`[P, 2]` time share and KL of static where rows were compared with it; none where it has rows of its own."""
+    found: dict[float, float] = {}  # by KL: more time than its best allocation takes changes nothing
+    for row in rows:
+        share, side = (
+            (row.time_share_modelled, row.static_kl_nats)
+            if clock == "modelled"
+            else (row.time_share_measured, row.static_kl_nats_measured)
+        )
+        kl = 0.0 if side is None else float(np.mean(side))
+        if share is not None and kl > 0:
+            found[kl] = min(found.get(kl, math.inf), share)
+    is_drawn = len(found) > 1 and all(row.family != STATIC.name for row in rows)
+    front = sorted((share, kl) for kl, share in found.items())
+    return np.array(front if is_drawn else [], dtype=np.float64).reshape(-1, 2)
+
+
+def _draw_static_front(axes: Axes, rows: Sequence[EvalRow], clock: Clock) -> None:
+    axes.plot(*_static_front(rows, clock).T, zorder=_LOWEST_ZORDER - 0.5, **_STATIC_FRONT)
 
 
 def _draw_points(axes: Axes, family: Family, x: Array, y: Array, bars: Array, zorder: float) -> None:
@@ -242,6 +308,7 @@ def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], drawn: Mapping[str, Family
         points = _ratio_points(rows, name, clock)
         if not len(points):
             continue
+        points = points[points[:, 0].argsort()]
         x, percent, low, high = points.T
         if percent.min() > _MAX_RATIO_PERCENT:
             above.append(family.label)
@@ -253,8 +320,9 @@ def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], drawn: Mapping[str, Family
         axes.plot(x, percent, zorder=zorder, **_front_line(rows, family))
         _draw_points(axes, family, x, percent, np.maximum([percent - low, high - percent], 0), zorder)
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
+    highest = min(highest, _MAX_RATIO_PERCENT)
     margin = 0.08 * (highest - lowest)
-    axes.set_ylim(lowest - margin, min(highest, _MAX_RATIO_PERCENT) + margin)
+    axes.set_ylim(lowest - margin, highest + margin)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0"))
     axes.grid(which="major", linewidth=0.8)
@@ -268,10 +336,14 @@ def _time_share(group: SeedGroup, clock: Clock) -> float:
 
 
 def _points(groups: Sequence[SeedGroup], clock: Clock) -> tuple[Array, Array]:
-    """Time shares and KL of some groups, slowest first."""
-    points = sorted(((_time_share(group, clock), group.mean("output_kl_nats")) for group in groups), reverse=True)
-    x, kl = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    return x, kl
+    """Time shares and KL of some groups along their front, the fastest of those whose KL is the same."""
+    fastest: dict[float, float] = {}
+    for group in groups:
+        kl = group.mean("output_kl_nats")
+        assert kl is not None, "every row has one"
+        fastest[kl] = min(fastest.get(kl, math.inf), _time_share(group, clock))
+    along = sorted(fastest)
+    return np.array([fastest[kl] for kl in along], dtype=np.float64), np.array(along, dtype=np.float64)
 
 
 def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
@@ -279,9 +351,23 @@ def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
     axes.margins(x=0.04, y=0.06)
     label_log_axis(axes, [row.output_kl_nats for row in rows])
     axes.grid(which="major", linewidth=0.8)
+    speed = axes.secondary_xaxis("top", functions=(_inverse, _inverse))
+    left, right = axes.get_xlim()
+    coarse, fine = ([one for one in ticks if left < 1 / one < right] for ticks in _SPEEDS)
+    speed.set_xticks(coarse if len(coarse) >= _ENOUGH_SPEEDS else fine)
+    speed.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}\N{MULTIPLICATION SIGN}"))
+    speed.xaxis.set_minor_locator(NullLocator())
+    speed.tick_params(length=3, labelsize=9, colors=GREY)
+    speed.set_xlabel("speed over the largest width", fontsize=9, color=GREY)
+    speed.spines[:].set_visible(False)
     axes.text(
         0.015, 0.03, "better \N{SOUTH WEST ARROW}", transform=axes.transAxes, ha="left", fontsize=10, color="#8a8a8a"
     )
+
+
+def _inverse(values: Any) -> Any:
+    """Speed of a share of the time, and the other way round."""
+    return 1 / np.maximum(np.asarray(values, dtype=np.float64), 1e-9)
 
 
 def _draw_widths(axes: Axes, bar_axes: Axes, widths: NDArray[np.int64], stored: NDArray[np.int64]) -> None:

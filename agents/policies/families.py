@@ -45,6 +45,7 @@ _TABLES_ONLY = {
 # The colours above are Okabe and Ito's and darker relatives: told apart with any colour vision, and the marker says it
 # again. These are left for families that only the user knows.
 _SPARE_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100", "#999933", "#56B4E9")
+_LEGEND_CHARACTERS = 24
 _SPARE_MARKERS = ("<", ">", "1", "3", "8", "4", "2")
 
 
@@ -64,8 +65,15 @@ def family_facts(names: Iterable[str]) -> dict[str, Family]:
     present = set(names)
     spare = cycle(zip(_SPARE_COLOURS, _SPARE_MARKERS, strict=True))
     facts = [family for name, family in known.items() if name in present]
-    facts += [Family(name, name, *next(spare)) for name in sorted(present - known.keys())]
+    facts += [Family(name, _short(name), *next(spare)) for name in sorted(present - known.keys())]
     return {family.name: family for family in sorted(facts, key=lambda family: family.is_oracle)}
+
+
+def _short(name: str) -> str:
+    """A name for a legend: of `ppo:/a/long/path/to/run/policy` the kind and the last two folders."""
+    kind, _, path = name.partition(":")
+    folders = path.split("/")
+    return name if len(name) <= _LEGEND_CHARACTERS or len(folders) < 3 else f"{kind}:{'/'.join(folders[-2:])}"
 
 
 def family_name(policy: UnboundPolicy) -> str:

@@ -97,13 +97,16 @@ def record(
     check_plan(plan, model)
     start_recording(directory, plan)
     todo = [index for index in range(len(plan.sequences)) if not sequence_path(directory, index).is_file()]
-    if todo:
-        _record_sequences(plan, model, directory, todo, num_threads, progress)
-    sequences = tuple(read_sequence(directory, plan, index) for index in range(len(plan.sequences)))
-    token_ids = occurring_tokens(sequences)
-    num_dims = SignalSchema(model.num_units, model.bit_widths).num_embedding_dims
-    embedding = project_embedding(model.embedding_matrix(), num_dims).cpu()
-    write_embedding(directory, plan, token_ids, embedding[token_ids])
+    try:
+        if todo:
+            _record_sequences(plan, model, directory, todo, num_threads, progress)
+        sequences = tuple(read_sequence(directory, plan, index) for index in range(len(plan.sequences)))
+        token_ids = occurring_tokens(sequences)
+        num_dims = SignalSchema(model.num_units, model.bit_widths).num_embedding_dims
+        embedding = project_embedding(model.embedding_matrix(), num_dims).cpu()
+        write_embedding(directory, plan, token_ids, embedding[token_ids])
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt("the same command goes on from there") from interruption
     return len(todo)
 
 
@@ -140,11 +143,9 @@ def _record_sequences(
         try:
             for future in progress(as_completed(futures), "recording sequences", len(futures)):
                 future.result()
-        except BaseException as error:
+        except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt("the same command goes on from there") from error
             raise
     for session in sessions:
         session.close()

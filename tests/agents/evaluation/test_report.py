@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_rows import evaluation, row
+from evaluation_rows import evaluation, row, static_kl
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from flexquant_rl.agents.evaluation import figures
 from flexquant_rl.agents.evaluation.comparison import families, seed_groups, steps_unlike_static
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto, visible_token
 from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
 from flexquant_rl.agents.evaluation.report import console_table, markdown_table, write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, read_rows, write_rows
+from flexquant_rl.agents.policies.families import family_facts
 from flexquant_rl.engine.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph or a failed layout is only a warning
@@ -224,6 +228,78 @@ def test_pareto_picture_with_every_kind_of_family(tmp_path: Path) -> None:
 def test_pareto_picture_of_little(tmp_path: Path, rows: list[EvalRow]) -> None:
     plot_pareto(rows, tmp_path / "a.png", title="t", caption="c")
     picture(tmp_path / "a.png", 1200)
+
+
+def drafts_and_fixed() -> list[EvalRow]:
+    """Both modes; by the clock the drafts are faster at the width that comes first by name."""
+    rows = []
+    for width, kl, share in ((8, 2e-4, 0.6), (6, 3e-3, 0.5), (5, 1e-2, 0.55)):
+        rows.append(row("fixed", width / 8, kl, policy=f"fixed:{width}", time_budget=None, mean_bit_width=float(width)))
+        own = {
+            "static_kl_nats": None,
+            "time_budget": None,
+            "mean_bit_width": float(width),
+            "speedup_measured": 1 / share,
+        }
+        name = f"draft:3,verify={width}"
+        rows.append(row("draft", None, kl, policy=name, time_share_measured=share, **own))
+    return rows
+
+
+def test_both_modes_in_one_picture(tmp_path: Path) -> None:
+    rows = drafts_and_fixed()
+    timed = [replace(one, time_share_measured=one.time_share_measured or one.time_share_modelled) for one in rows]
+    plot_pareto(timed, tmp_path / "a.png", title="t", caption=LONG_CAPTION)
+    assert picture(tmp_path / "a.png", 1950).shape[0] == 1050
+    plot_pareto([one for one in rows if one.family == "draft"], tmp_path / "a.png", title="t", caption="c")
+    assert picture(tmp_path / "a.png", 1200).shape[0] == 840
+
+
+def test_bars_stand_at_their_points_whichever_clock_orders_them() -> None:
+    axes = Figure().subplots()
+    rows = drafts_and_fixed()
+    figures._draw_family(axes, rows, families(rows)["draft"], "measured", 3)
+    (bars,) = (one for one in axes.collections if isinstance(one, LineCollection))
+    found = {round(segment[0][0], 3): (segment[0][1], segment[1][1]) for segment in bars.get_segments()}
+    for one in rows:
+        if one.time_share_measured is not None:
+            assert found[one.time_share_measured] == pytest.approx((one.output_kl_low, one.output_kl_high))
+    (line,) = (one for one in axes.lines if one.get_linestyle() == "-")
+    assert line.get_xdata().tolist() == [0.6, 0.5, 0.55], "along the verify width, not the time"
+
+
+def test_bits_stand_beside_the_fastest_of_a_width() -> None:
+    axes = Figure().subplots()
+    rows = drafts_and_fixed()
+    rows.append(replace(rows[1], policy="draft:4", time_share_measured=0.4))
+    for name, family in families(rows).items():
+        figures._label_widths(axes, rows, family, "measured" if name == "draft" else "modelled")
+    found = [(text.get_text(), text.xy[0]) for text in axes.texts]
+    assert found == [("8", 1.0), ("6", 0.75), ("5", 0.625), ("8", 0.4), ("6", 0.5), ("5", 0.55)]
+    assert not figures._label_widths(axes, evaluation(), families(evaluation())["fixed"], "modelled")
+    assert len(axes.texts) == 6, "what shares its time between widths has none"
+
+
+def test_the_front_of_static_where_it_has_no_rows() -> None:
+    rows = [row("fixed", share, 0.1, time_budget=None) for share in (0.5, 0.7)]
+    rows.append(replace(rows[1], time_share_modelled=1.7))  # slower than its best allocation
+    want = [[0.5, static_kl(0.5)], [0.7, static_kl(0.7)]]
+    np.testing.assert_allclose(figures._static_front(rows, "modelled"), want)
+    assert len(figures._static_front(rows, "measured")) == 0
+    assert len(figures._static_front(evaluation(), "modelled")) == 0
+
+
+def test_legends_name_no_long_paths() -> None:
+    names = (
+        "ppo:/a/long/path/to/runs/monday/policy",
+        "ppo:run",
+        "my_policies:Mine",
+        "draft:/somewhere/quite/far/away/run",
+    )
+    labels = {name: family.label for name, family in family_facts(names).items()}
+    assert labels["ppo:/a/long/path/to/runs/monday/policy"] == "ppo:monday/policy"
+    assert labels["draft:/somewhere/quite/far/away/run"] == "draft:away/run"
+    assert (labels["ppo:run"], labels["my_policies:Mine"]) == ("ppo:run", "my_policies:Mine")
 
 
 def test_learning_curve_of_any_shape(tmp_path: Path) -> None:
