@@ -27,7 +27,7 @@ from flexquant_rl.engine.control.request import GeneratedToken, Request, Running
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
-from flexquant_rl.engine.decoding.choice import session_opener
+from flexquant_rl.engine.decoding.choice import default_decoder, session_opener
 from flexquant_rl.engine.decoding.decoder import Decoder, check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
 from flexquant_rl.engine.decoding.options import DecoderName, check_decoder_name
@@ -101,6 +101,7 @@ class Engine:
             # Likelihoods go step by step, which a graph's loop does not.
             name: DecoderName = decoder if graph is None else "hf"
             self._open = session_opener(model, max_length=max_length, decoder=name, num_threads=num_threads)
+        self._is_lean = self._graph is None and decoder != "hf" and default_decoder(model)[0] == "lean"
 
     @property
     def max_length(self) -> int:
@@ -191,7 +192,8 @@ class Engine:
         if not pairs:
             return []
         with self._lock:
-            runner = self._runner(min(num_rows, len(pairs)))
+            # The lean decoder reads rows one after the other: one row, which reads a context once, does less.
+            runner = self._runner(1 if self._is_lean else min(num_rows, len(pairs)))
         found: dict[int, Likelihood] = {}
         with closing(runner.decoder):
             for ended in self._in_turns(runner.likelihood_steps(pairs, kl_weight)):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.controller import Controller, DraftController
+from flexquant_rl.engine.control.controller import Controller, DraftController, StaticController
 from flexquant_rl.engine.control.cost import clock_ms
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.dial import check_kl_weight
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from flexquant_rl.engine.token_text import TokenText
+
+_PASS_TOKENS = 16  # no decoder's pass takes fewer
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,9 @@ class PolicyRunner:
         Yields:
             The likelihoods that are complete now, by the index of their pair; most often none.
         """
+        if len(self._upcoming) == 1:
+            yield from self._likelihoods_by_context(pairs, kl_weight)
+            return
         # Continuations of like length end together, so that few passes run with few rows.
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
         num_rows = len(self._upcoming)
@@ -347,6 +352,49 @@ class PolicyRunner:
             self._judge(step.output, text[rows, position], rows, nats, greedy)
             yield {}
         return [Likelihood(float(value), bool(is_greedy)) for value, is_greedy in zip(nats, greedy, strict=True)]
+
+    def _likelihoods_by_context(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], kl_weight: float
+    ) -> Iterator[dict[int, Likelihood]]:
+        """Likelihoods in one row, which reads a context once for all its continuations; pauses as `_likelihoods`."""
+        dial, row = torch.tensor([kl_weight], dtype=torch.float32), torch.tensor([0])
+        read: Sequence[int] | None = None
+        output, held = None, self.decoder.lengths
+        for index in sorted(range(len(pairs)), key=lambda index: tuple(pairs[index][0])):
+            context, text = pairs[index][0], torch.tensor([pairs[index][1]])
+            self.next_tokens = Replay(text)
+            if output is None or context != read:
+                output = self.start(torch.tensor([context]), dial)
+                read, held = context, self.decoder.lengths.clone()
+                yield {}
+            else:
+                self.decoder.truncate(held)
+                self.begin(output, dial)
+            nats, greedy = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool)
+            self._judge(output, text[:, 0], row, nats, greedy)
+            for outputs in self._read_text(text):
+                for token_id, found in outputs:
+                    self._judge(found, token_id, row, nats, greedy)
+                yield {}
+            yield {index: Likelihood(float(nats), bool(greedy))}
+
+    def _read_text(self, text: Tensor) -> Iterator[list[tuple[Tensor, StepOutput]]]:
+        """Reads all but the last of `[1, T]` tokens behind a context, in passes.
+
+        Where the widths depend on nothing that is read, a pass takes several tokens: the same function of the text.
+
+        Yields:
+            Each token `[1]` behind those of a pass, and what it follows from.
+        """
+        if isinstance(self.controller, (StaticController, DraftController)):
+            widths = self.controller.decide().bit_widths
+            for begin in range(1, text.shape[1], _PASS_TOKENS):
+                following = text[:, begin : begin + _PASS_TOKENS]
+                output = self.decoder.extend(text[:, begin - 1 : begin - 1 + following.shape[1]], widths)
+                yield [(following[:, place], output.at(place)) for place in range(following.shape[1])]
+            return
+        for place in range(1, text.shape[1]):
+            yield [(text[:, place], self.step().output)]
 
     @staticmethod
     def _judge(output: StepOutput, token_ids: Tensor, rows: Tensor, nats: Tensor, greedy: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocat
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.served_drafts import drafts_at
 from flexquant_rl.engine.control.streamed_text import StopStrings
-from flexquant_rl.engine.decoding.choice import session_opener
+from flexquant_rl.engine.decoding.choice import default_decoder, session_opener
+from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.next_token import Replay, nucleus
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
@@ -208,6 +211,41 @@ def test_likelihoods_equal_decoding_by_hand(nested_model: NestedCausalLM, profil
         assert likelihood.is_greedy == greedy
     assert found[-1].is_greedy, "what the model itself generates is greedy at every token"
     assert not found[0].is_greedy
+
+
+@pytest.mark.parametrize("decoder", ["lean", "hf"])
+@pytest.mark.parametrize("name", ["by signals", "static", "drafts"])
+def test_one_row_reads_a_context_once_for_all_its_continuations(
+    nested_model: NestedCausalLM, profile: Profile, name: str, decoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as several rows that each read it, to the last bit where a pass has the bits of single steps."""
+    if decoder == "lean" and default_decoder(nested_model)[0] != "lean":
+        pytest.skip("the native kernels could not be built")
+    widths = torch.tensor([4, 3, 6])
+    policy: Any = {
+        "by signals": Switching(),
+        "static": StaticAllocation("static", widths),
+        "drafts": drafts_at("drafts", torch.tensor([3, 3, 3]), torch.tensor([5, 4, 8]), length=3),
+    }[name]
+    contexts = [ids_of(text).tolist() for text in ("hello ", "hell", "hello ")]
+    texts = [[97 + place % 26 for place in range(count)] for count in (5, 1, 40, 16, 17)]
+    pairs = [(contexts[index % 3], text) for index, text in enumerate(texts * 2)]
+    opener = session_opener(nested_model, max_length=100, decoder=decoder)
+    prompts = list[int]()
+    session = opener(1)
+    prefill = session.prefill
+
+    def counted(ids: Tensor, **options: Any) -> StepOutput:
+        prompts.append(ids.shape[1])
+        return prefill(ids, **options)
+
+    monkeypatch.setattr(session, "prefill", counted)
+    found = PolicyRunner(session, make_controller(nested_model, policy, profile)).loglikelihood(pairs, 5.0)
+    assert len(prompts) == 2, "a context is read once"
+    rows = PolicyRunner(opener(3), make_controller(nested_model, policy, profile, num_rows=3)).loglikelihood(pairs, 5.0)
+    for one, several in zip(found, rows, strict=True):
+        assert one.is_greedy == several.is_greedy
+        assert one.log_prob_nats == pytest.approx(several.log_prob_nats, abs=1e-12 if decoder == "lean" else 1e-4)
 
 
 def test_likelihoods_at_fixed_widths_equal_a_score(nested_model: NestedCausalLM, profile: Profile) -> None:
