@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
@@ -20,6 +20,7 @@ from flexquant_rl.agents.server.errors import CLIENT_GONE, ApiError, add_handler
 from flexquant_rl.agents.server.guard import Guard
 from flexquant_rl.agents.server.job_queue import End, Event, Job
 from flexquant_rl.agents.server.metrics import CONTENT_TYPE
+from flexquant_rl.agents.server.openapi import describe_errors, generated, refusals, text_of
 from flexquant_rl.agents.server.page import page, page_headers
 from flexquant_rl.agents.server.schemas import Body, ChatBody, CompletionBody
 from flexquant_rl.agents.server.served import Served
@@ -37,14 +38,14 @@ def create_app(served: Served) -> FastAPI:
     async def index() -> Response:
         return HTMLResponse(page(), headers=page_headers())
 
-    @app.get("/health")
+    @app.get("/health", responses=refusals(421, 503))
     async def health() -> Response:
         """Whether requests are taken."""
         if served.queue.is_draining:
             return ApiError(503, "the server is stopping; ask again when it is back", "stopping").response()
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=text_of(CONTENT_TYPE))
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         return Response(served.queue.metrics.text(), media_type=CONTENT_TYPE)
@@ -53,19 +54,19 @@ def create_app(served: Served) -> FastAPI:
         entry = {"id": served.name, "object": "model", "created": created, "owned_by": "flexquant-rl"}
         return entry | {"flexquant": served.facts()}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=refusals(401, 421))
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [model_entry()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=refusals(401, 404, 421))
     async def model(name: str) -> dict[str, Any]:
         """The model by its name."""
         if name != served.name:
             raise ApiError(404, f"model {name!r} is not served here; {served.name!r} is", "model_not_found", "model")
         return model_entry()
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=generated())
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continues text."""
 
@@ -75,7 +76,7 @@ def create_app(served: Served) -> FastAPI:
 
         return await _answered(served, open_answers, request, body, prepared)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=generated())
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answers a chat."""
 
@@ -84,6 +85,7 @@ def create_app(served: Served) -> FastAPI:
 
         return await _answered(served, open_answers, request, body, prepared)
 
+    describe_errors(app)
     app.add_middleware(Guard, settings=served.settings, metrics=served.queue.metrics)
     return app
 

@@ -43,6 +43,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that would change the answer, and the values that would not; others are refused."""
 
 
+def _only_neutral(name: str) -> Any:
+    """A field of `_NEUTRAL`, with the values that are taken in the schema."""
+    taken = {"enum": [None, *_NEUTRAL[name]], "description": "Not supported: it may ask for nothing."}
+    return Field(None, json_schema_extra=taken)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -81,9 +87,9 @@ class Body(_Strict):
     verify_width: int | None = Field(None, ge=1, le=8, description="With drafts: the width that the output equals.")
     full_width: bool | None = Field(None, description="Every token at the largest width, whatever the policy.")
 
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
+    frequency_penalty: Any = _only_neutral("frequency_penalty")
+    logit_bias: Any = _only_neutral("logit_bias")
+    presence_penalty: Any = _only_neutral("presence_penalty")
 
     metadata: Any = None
     prompt_cache_key: Any = None
@@ -140,8 +146,8 @@ class CompletionBody(Body):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LIKELIEST)
 
-    best_of: Any = None
-    suffix: Any = None
+    best_of: Any = _only_neutral("best_of")
+    suffix: Any = _only_neutral("suffix")
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -200,18 +206,18 @@ class ChatBody(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELIEST)
 
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
+    audio: Any = _only_neutral("audio")
+    function_call: Any = _only_neutral("function_call")
+    functions: Any = _only_neutral("functions")
+    modalities: Any = _only_neutral("modalities")
     parallel_tool_calls: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
+    prediction: Any = _only_neutral("prediction")
+    reasoning_effort: Any = _only_neutral("reasoning_effort")
+    response_format: Any = _only_neutral("response_format")
+    tool_choice: Any = _only_neutral("tool_choice")
+    tools: Any = _only_neutral("tools")
+    verbosity: Any = _only_neutral("verbosity")
+    web_search_options: Any = _only_neutral("web_search_options")
 
     @model_validator(mode="after")
     def _consistent_chat(self) -> ChatBody:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -265,3 +266,25 @@ def test_many_clients_get_what_each_gets_alone(server: Running) -> None:
         texts = [found for each in pool.map(ask, range(16)) for found in each]
     assert len(texts) == 200
     assert all(text == expected[prompt] for prompt, text in texts)
+
+
+def test_the_schema_says_what_is_answered(server: Running) -> None:
+    with server.client() as client:
+        schema = client.get("/openapi.json").json()
+        assert client.get("/openapi.json").json() == schema
+        paths = schema["paths"]
+        refused = client.post("/v1/completions", json={"prompt": "x", "max_tokens": -1})
+        streamed = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "stream": True})
+        metrics = client.get("/metrics")
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answers = paths[path]["post"]["responses"]
+        assert set(answers) == {"200", "400", "401", "404", "408", "413", "415", "421", "429", "500", "503"}
+        assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
+        assert answers["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
+    assert str(refused.status_code) in paths["/v1/completions"]["post"]["responses"]
+    assert set(refused.json()["error"]) == set(schema["components"]["schemas"]["ErrorFacts"]["required"])
+    assert streamed.headers["content-type"].partition(";")[0] == "text/event-stream"
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert "422" not in json.dumps(paths)
+    assert "HTTPValidationError" not in json.dumps(schema)
