@@ -6,14 +6,14 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from flexquant_rl.agents.analysis.measure import part_rows, past_rows, strategy_rows, time_rows, window_rows
+from flexquant_rl.agents.analysis.measure import PeerTurn, part_rows, past_rows, strategy_rows, time_rows, window_rows
 from flexquant_rl.agents.analysis.peers import Peers
 from flexquant_rl.agents.analysis.rows import (
     PartRow,
@@ -121,7 +121,8 @@ class Analysis:
             config = QuantizationConfig("rtn", size, self.plan.bit_widths)
             models.append(load_model(self.path, config, keep_reference=False))
         num_threads = default_decoder(models[0], self.plan.threads)[1]
-        with peers.turns(names, num_threads) if peers else nullcontext([]) as turns:
+        opened: AbstractContextManager[list[PeerTurn]] = peers.turns(names, num_threads) if peers else nullcontext([])
+        with opened as turns:
             self.store.replace(time_rows(models, self.plan, self.text.windows, turns), TimeRow)
 
     def _run_start(self, start: Strategy, members: Sequence[Strategy]) -> None:
