@@ -112,16 +112,19 @@ class Analysis:
         rows, times = self.store.read(StrategyRow), self.store.read(TimeRow)
         sizes = sorted({row.group_size for row in rows if not is_peer(row.strategy)})
         # What is timed anew takes the place of all, so that everything that stands side by side took turns.
-        names = [name for name in dict.fromkeys(row.strategy for row in rows) if is_peer(name)] if peers else []
-        if {row.group_size for row in times} >= set(sizes) and {row.strategy for row in times} >= set(names):
+        names = [name for name in peers.names() if name in self._names(StrategyRow)] if peers else []
+        timed = {row.group_size for row in times if row.strategy is None}
+        if timed >= set(sizes) and {row.strategy for row in times} >= set(names):
             return
         say(f"timing steps in groups of {', '.join(map(str, sizes))}" + "".join(f", {name}" for name in names))
         models = []
         for size in sizes:
             config = QuantizationConfig("rtn", size, self.plan.bit_widths)
             models.append(load_model(self.path, config, keep_reference=False))
-        num_threads = default_decoder(models[0], self.plan.threads)[1]
-        opened: AbstractContextManager[list[PeerTurn]] = peers.turns(names, num_threads) if peers else nullcontext([])
+        decoder, num_threads = default_decoder(models[0], self.plan.threads)
+        opened: AbstractContextManager[list[PeerTurn]] = (
+            peers.turns(names, num_threads) if peers and decoder == "lean" else nullcontext([])
+        )
         with opened as turns:
             self.store.replace(time_rows(models, self.plan, self.text.windows, turns), TimeRow)
 
