@@ -83,7 +83,10 @@ def _draw_peers(panels: Sequence[Axes], peers: Sequence[StrategyRow], ms: dict[t
         if not own:
             continue
         style: dict[str, Any] = {"marker": marker, "facecolors": "none", "edgecolors": colour, "s": 42, "zorder": 4}
-        places = [[row.bytes_per_weight for row in own], [ms.get((row.strategy, row.bit_width)) for row in own]]
+        places: list[list[float | None]] = [
+            [row.bytes_per_weight for row in own],
+            [ms.get((row.strategy, row.bit_width)) for row in own],
+        ]
         for axes, at in zip(panels, places, strict=False):
             known = [(x, row) for x, row in zip(at, own, strict=True) if x is not None]
             axes.scatter([x for x, _ in known], [row.output_kl_nats for _, row in known], label=library, **style)

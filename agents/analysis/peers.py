@@ -39,6 +39,7 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 _BLOCK = 32
 """Weights that share a scale in llama.cpp's formats; in a k-quant it is 32 of 256."""
+_BITS: dict[str, int] = dict(PEER_TYPES)
 _CPU = torch.device("cpu")
 
 
@@ -128,7 +129,7 @@ class Peers:
                 model = copy.deepcopy(self._model)
                 num_bytes = read_values(file, model)
             total = sum(num_bytes[linear] for linear in self._linears)
-            yield Format(name, _BLOCK, dict(PEER_TYPES)[form], total / self._num_weights, seconds), model
+            yield Format(name, _BLOCK, _BITS[form], total / self._num_weights, seconds), model
             return
         for bit_width in PEER_WIDTHS:
             began = time.perf_counter()
@@ -161,7 +162,7 @@ class Peers:
                 stack.callback(session.close)
                 session.prefill(prompt)
                 turn = _llama_cpp_turn(session, num_held, token_id)
-                found.append(PeerTurn(f"{LLAMA_CPP}:{type_}", _BLOCK, dict(PEER_TYPES)[type_], turn))
+                found.append(PeerTurn(f"{LLAMA_CPP}:{type_}", _BLOCK, _BITS[type_], turn))
             for name in names:
                 if name.startswith(HQQ):
                     size = int(name.removeprefix(f"{HQQ}:g"))

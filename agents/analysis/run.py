@@ -6,14 +6,14 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from flexquant_rl.agents.analysis.measure import part_rows, past_rows, strategy_rows, time_rows, window_rows
+from flexquant_rl.agents.analysis.measure import PeerTurn, part_rows, past_rows, strategy_rows, time_rows, window_rows
 from flexquant_rl.agents.analysis.peers import Peers
 from flexquant_rl.agents.analysis.rows import (
     PartRow,
@@ -112,16 +112,20 @@ class Analysis:
         rows, times = self.store.read(StrategyRow), self.store.read(TimeRow)
         sizes = sorted({row.group_size for row in rows if not is_peer(row.strategy)})
         # What is timed anew takes the place of all, so that everything that stands side by side took turns.
-        names = [name for name in dict.fromkeys(row.strategy for row in rows) if is_peer(name)] if peers else []
-        if {row.group_size for row in times} >= set(sizes) and {row.strategy for row in times} >= set(names):
+        names = [name for name in peers.names() if name in self._names(StrategyRow)] if peers else []
+        timed = {row.group_size for row in times if row.strategy is None}
+        if timed >= set(sizes) and {row.strategy for row in times} >= set(names):
             return
         say(f"timing steps in groups of {', '.join(map(str, sizes))}" + "".join(f", {name}" for name in names))
         models = []
         for size in sizes:
             config = QuantizationConfig("rtn", size, self.plan.bit_widths)
             models.append(load_model(self.path, config, keep_reference=False))
-        num_threads = default_decoder(models[0], self.plan.threads)[1]
-        with peers.turns(names, num_threads) if peers else nullcontext([]) as turns:
+        decoder, num_threads = default_decoder(models[0], self.plan.threads)
+        opened: AbstractContextManager[list[PeerTurn]] = (
+            peers.turns(names, num_threads) if peers and decoder == "lean" else nullcontext([])
+        )
+        with opened as turns:
             self.store.replace(time_rows(models, self.plan, self.text.windows, turns), TimeRow)
 
     def _run_start(self, start: Strategy, members: Sequence[Strategy]) -> None:
