@@ -165,7 +165,7 @@ def _costs(
 ) -> tuple[VerifyCosts, str]:
     """The costs that a run has kept, those of a profile, or those timed now; and by whom they were timed."""
     if path.exists():
-        return _kept_costs(path, plan.digest())
+        return _kept_costs(path, plan)
     costs, timed_by = profiled, "fq profile"
     if costs is None:
         say("timing drafts, passes and decisions")
@@ -215,7 +215,7 @@ def _profiled_costs(config: TrainConfig, model: NestedCausalLM, run_dir: Path) -
     return costs
 
 
-def _kept_costs(path: Path, recording: str) -> tuple[VerifyCosts, str]:
+def _kept_costs(path: Path, plan: RecordingPlan) -> tuple[VerifyCosts, str]:
     fix = "delete it to have drafts and passes timed again"
     try:
         data = read_json(path)
@@ -229,8 +229,12 @@ def _kept_costs(path: Path, recording: str) -> tuple[VerifyCosts, str]:
             f"{path} has costs of version {version}, this is {_COSTS_VERSION}; start a new run, with --traces "
             f"{path.parent / TRACES_FOLDER} if the recording is there"
         )
-    if recorded != recording:
+    if recorded != plan.digest():
         raise InputError(f"{path} is of another recording than this run's; put that one back, or start a new run")
+    try:
+        costs.check(len(plan.draft_widths), plan.depth)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {fix}") from error
     return costs, timed_by
 
 
