@@ -105,7 +105,9 @@ def _draw_acceptance(axes: Axes, table: TraceTable, widths: Sequence[int]) -> No
     by_place = acceptance(table).by_place()
     for shares, width, shade in zip(by_place, widths, shades, strict=False):
         axes.plot(places, shares, color=shade, marker="o", markersize=4.5, label=f"{width} bits")
-    axes.set_ylim(max(0.0, np.floor(10 * by_place.min() - 1) / 10), 1.02)  # a tenth below the lowest, room to differ
+    lowest = max(0.0, np.floor(10 * by_place.min() - 1) / 10)  # a tenth below all of them: differences are seen
+    axes.set_ylim(lowest, 1 + 0.02 * (1 - lowest))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("place of the draft in its round")
     axes.set_ylabel("share that agrees, all before agreeing")
