@@ -165,7 +165,8 @@ def _pick(windows: PromptWindows, split: Split, count: int) -> tuple[Tensor, Ten
     per_document = math.ceil(count / len(names))
     first, places = 0, list[Tensor]()
     for size in sizes.tolist():
-        inner = torch.linspace(0, size - 1, per_document + 2, dtype=torch.float64)[1:-1]
+        # From four times as many as there are on, every place is among them.
+        inner = torch.linspace(0, size - 1, min(per_document, 4 * size) + 2, dtype=torch.float64)[1:-1]
         places.append(first + inner.round().long().unique())
         first += size
     chosen = spread(torch.cat(places), count)

@@ -8,7 +8,10 @@ import pytest
 from cli_runner import Finished, run, tree, write_text
 
 from flexquant_rl import cli
+from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.traces import read_traces
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.fq_env.recording_prompts import plan_sequences
 
 OPTIONS = ("--tokens", 40, "--prompt-tokens", 8, "--max-new-tokens", 8, "--depth", 2, "--widths", 3, 5)
 
@@ -77,6 +80,16 @@ def test_what_is_refused(
     options = (*OPTIONS[:2], "--prompt-tokens", 8)
     assert message in record(tiny_model_dir, out, "--text", text, *options, *arguments).error
     assert not out.exists()
+
+
+def test_more_prompts_than_there_are(tiny_model_dir: Path, text: Path) -> None:
+    """However many are asked for, each place of the text is a prompt at most once."""
+    model = load_model(str(tiny_model_dir), QuantizationConfig(), keep_reference=False)
+    every, more = (plan_sequences(model, [text], num_sequences=n, prompt_tokens=8) for n in (10**6, 10**12))
+    assert every == more
+    assert len({planned.prompt_ids for planned in every}) > 20
+    few = plan_sequences(model, [text], num_sequences=10, prompt_tokens=8)
+    assert {planned.prompt_ids for planned in few} <= {planned.prompt_ids for planned in every}
 
 
 def test_a_directory_of_something_else_is_left_alone(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:

@@ -138,6 +138,12 @@ class TestRun:
             refused = run(train.main, "--resume", folder / "run").error
             assert "start a new run, with --traces" in refused
             assert "delete it" not in refused
+            shorter = json.loads(whole)
+            shorter["costs"]["verify_ms"] = shorter["costs"]["verify_ms"][:1]
+            path.write_text(json.dumps(shorter))
+            short = run(train.main, "--resume", folder / "run").error
+            assert short.startswith(f"{path}: costs of 2 levels and passes over up to 1 tokens")
+            assert short.endswith("delete it to have drafts and passes timed again")
             path.write_text("{}")
             assert "no readable costs" in run(train.main, "--resume", folder / "run").error
         finally:

@@ -95,16 +95,19 @@ def _dress_speeds(axes: Axes, num_rows: int, label: str) -> None:
     axes.axvline(1, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.grid(axis="both", linewidth=0.6)
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
     axes.margins(x=0.08)
 
 
 def _draw_acceptance(axes: Axes, table: TraceTable, widths: Sequence[float]) -> None:
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 0.95, max(len(widths), 2)))
     places = np.arange(1, table.depth + 1)
-    for shares, width, shade in zip(acceptance(table).by_place(), widths, shades, strict=False):
+    by_place = acceptance(table).by_place()
+    for shares, width, shade in zip(by_place, widths, shades, strict=False):
         axes.plot(places, shares, color=shade, marker="o", markersize=4.5, label=f"{width} bits")
-    axes.set_ylim(0, 1.02)
+    lowest = max(0.0, np.floor(10 * by_place.min() - 1) / 10)  # a tenth below all of them: differences are seen
+    axes.set_ylim(lowest, 1 + 0.02 * (1 - lowest))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("place of the draft in its round")
     axes.set_ylabel("share that agrees, all before agreeing")

@@ -39,6 +39,7 @@ from flexquant_rl.fq_env.trace_table import TraceTable
 TRACES_FOLDER, COSTS_FILE = "traces", "costs.json"
 _COSTS_VERSION = 2
 _MOST_RECORDERS = 4
+_TIMED_AGAIN = "delete it to have drafts and passes timed again"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _costs(
 ) -> tuple[VerifyCosts, str]:
     """The costs that a run has kept, those of a profile, or those timed now; and by whom they were timed."""
     if path.exists():
-        return _kept_costs(path, plan.digest())
+        return _kept_costs(path, plan)
     costs, timed_by = profiled, "fq profile"
     if costs is None:
         say("timing drafts, passes and decisions")
@@ -228,10 +229,14 @@ def _profile_file(config: TrainConfig, run_dir: Path) -> Path | None:
     return _named_profile(config, run_dir) or (profile_beside(config.model) if config.latency is None else None)
 
 
-def _kept_costs(path: Path, recording: str) -> tuple[VerifyCosts, str]:
+def _kept_costs(path: Path, plan: RecordingPlan) -> tuple[VerifyCosts, str]:
     kept = read_costs(path)
-    if kept.recording != recording:
+    if kept.recording != plan.digest():
         raise InputError(f"{path} is of another recording than this run's; put that one back, or start a new run")
+    try:
+        kept.costs.check(len(plan.draft_widths), plan.depth)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {_TIMED_AGAIN}") from error
     return kept.costs, kept.timed_by
 
 
@@ -256,14 +261,13 @@ def read_costs(path: Path) -> KeptCosts:
     Raises:
         InputError: If the file cannot be read, or is of another version.
     """
-    fix = "delete it to have drafts and passes timed again"
     try:
         data = read_json(path)
         version = data["version"]
         costs = VerifyCosts.from_dict(data["costs"])
         kept = KeptCosts(costs, str(data["recording"]), str(data.get("timed_by", "this run")))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: no readable costs ({error}); {fix}") from error
+        raise InputError(f"{path}: no readable costs ({error}); {_TIMED_AGAIN}") from error
     if version != _COSTS_VERSION:
         # What the run has tuned and chosen by the old ones would not agree with new ones.
         raise InputError(

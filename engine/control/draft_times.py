@@ -60,12 +60,13 @@ class DraftTimes:
         """
         if verify_width != self.verify_width:
             raise InputError(
-                f"the profile times passes at {self.verify_width} bits, and those of this run are at {verify_width}"
+                f"the profile times passes at {self.verify_width} bits, and those of this run are at {verify_width}; "
+                f"verify at {self.verify_width} bits"
             )
         missing = [width for width in draft_widths if width not in self.draft_widths]
         if missing:
             timed = ", ".join(map(str, self.draft_widths))
-            raise InputError(f"the profile has no time of a draft at {missing[0]} bits, only at {timed}")
+            raise InputError(f"the profile has no time of a draft at {missing[0]} bits; draft at some of {timed}")
         if depth > self.depth:
             raise InputError(
                 f"the profile times rounds of up to {self.depth} drafts, and this run has up to {depth}; run "

@@ -74,7 +74,10 @@ class Profile:
         if self.drafts is None or self.cost.source != "measured":
             raise InputError("the profile has no times of drafts; run `fq profile` again, without --source roofline")
         if self.cost.decoder != decoder:
-            raise InputError(f"the profile is of the {self.cost.decoder} decoder, and this run is of the {decoder} one")
+            raise InputError(
+                f"the profile is of the {self.cost.decoder} decoder, and the recording of the {decoder} one; record "
+                f"with `fq record --decoder {self.cost.decoder}`"
+            )
         return self.drafts
 
     def save(self, path: Path) -> None:

@@ -77,10 +77,14 @@ def test_one_that_is_named_must_fit(model: NestedCausalLM, profile: Profile, tmp
     foreign = replace(profile, fingerprint="e" * 64, cost=replace(profile.cost, fingerprint="e" * 64))
     for own, given, said in (
         (WANTED, replace(profile, drafts=None), "no times of drafts; run `fq profile` again"),
-        (WANTED, replace(profile, drafts=wider), "no time of a draft at 3 bits, only at 4, 5, 6"),
+        (WANTED, replace(profile, drafts=wider), "no time of a draft at 3 bits; draft at some of 4, 5, 6"),
         (WANTED, two_threads, "give --threads 2"),
         (WANTED, foreign, f"of model {'e' * 12}"),
-        (replace(WANTED, verify_width=6), profile, "times passes at 8 bits, and those of this run are at 6"),
+        (
+            replace(WANTED, verify_width=6),
+            profile,
+            "times passes at 8 bits, and those of this run are at 6; verify at 8 bits",
+        ),
         (replace(WANTED, depth=4), profile, "up to 3 drafts, and this run has up to 4; run `fq profile --depth 4`"),
     ):
         given.save(path)
@@ -95,7 +99,7 @@ def test_the_decoder_that_was_recorded(model: NestedCausalLM, profile: Profile) 
     decoder, _ = default_decoder(model)
     other = {"lean": "hf", "hf": "lean"}[decoder]
     assert profile.draft_times(model, decoder) == TIMES
-    with pytest.raises(InputError, match=f"of the {decoder} decoder, and this run is of the {other} one"):
+    with pytest.raises(InputError, match=f"of the {decoder} decoder, and the recording of the {other} one"):
         profile.draft_times(model, other)
 
 
