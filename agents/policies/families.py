@@ -19,7 +19,7 @@ from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.policies.regressor import Regressor
 from flexquant_rl.agents.policies.relative_error import RelativeError, parse_in_flight
 from flexquant_rl.agents.policies.schedule import Schedule
-from flexquant_rl.agents.policies.unbound import Baseline, Family, PolicyContext, UnboundPolicy
+from flexquant_rl.agents.policies.unbound import Baseline, Family, PolicyContext, PolicyParameters, UnboundPolicy
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.errors import InputError
 
@@ -104,8 +104,9 @@ def parse_policy(name: str) -> UnboundPolicy:
 def _hint(name: str) -> str:
     """What may have been meant by a name that nothing has."""
     family, _, parameters = name.partition(":")
-    own, kinds = split_own_name(name), (*POLICIES, Drafts, RelativeError)
-    near = difflib.get_close_matches(family, [kind.family.name for kind in kinds], n=1, cutoff=0.5)
+    own = split_own_name(name)
+    kinds: tuple[type[PolicyParameters], ...] = (*POLICIES, Drafts, RelativeError)
+    near = difflib.get_close_matches(family, [prefix(kind) for kind in kinds], n=1, cutoff=0.5)
     if family in _TABLES_ONLY:
         return _TABLES_ONLY[family]
     if near and not (own is not None and own[1][0].isupper()):

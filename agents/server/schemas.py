@@ -45,7 +45,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def _only_neutral(name: str) -> Any:
     """A field of `_NEUTRAL`, with the values that are taken in the schema."""
-    taken = {"enum": [None, *_NEUTRAL[name]], "description": "Not supported: it may ask for nothing."}
+    taken: dict[str, Any] = {"enum": [None, *_NEUTRAL[name]], "description": "Not supported: it may ask for nothing."}
     return Field(None, json_schema_extra=taken)
 
 
