@@ -253,3 +253,15 @@ def test_a_choice_in_flight_is_compared_alone(nested: Path, profile: Path, text:
 def test_a_choice_in_flight_is_combined_with_nothing(nested: Path, tmp_path: Path) -> None:
     error = run(cli.main, "combine", nested, tmp_path / "out", "--policy", "fixed:4", "relative-error:0.5").error
     assert "no decoder does" in error
+
+
+@pytest.mark.parametrize("command", ["evaluate", "combine"])
+def test_mistakes_name_the_commands_own_options(nested: Path, tmp_path: Path, command: str) -> None:
+    arguments = (cli.main, command, nested, *((tmp_path / "out",) if command == "combine" else ()))
+    for options, said in (
+        (("--policy", "fixed:4", "--sequences", 0), "--sequences 0 must be at least 1"),
+        (("--policy", "fixed:4", "--dials", -1), "--dials -1 must be at least 1"),
+        (("--policy", "fixed:4", "fixed:5", "fixed:4"), "--policy names fixed:4 twice; name each once"),
+    ):
+        assert said in run(*arguments, *options).error
+    assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from flexquant_rl.agents.commands.contestants import AskedPolicies
+from flexquant_rl.agents.commands.contestants import AskedPolicies, check_counts
 from flexquant_rl.agents.commands.options import CombineOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import deployed_by_name
@@ -35,6 +35,7 @@ def combine(options: CombineOptions) -> None:
         validation_sequences=options.sequences,
         num_dials=options.dials,
     )
+    check_counts(options.sequences, options.dials)
     check_config(config)
     asked = AskedPolicies.read(options.policy)
     check_new_directory(options.out)

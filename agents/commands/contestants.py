@@ -49,10 +49,12 @@ class AskedPolicies:
             may_choose_in_flight: Whether what no decoder serves has a place here.
 
         Raises:
-            InputError: If there is none, or one of them cannot be read.
+            InputError: If there is none, one is named twice, or one of them cannot be read.
         """
         if not names:
             raise InputError("--policy names no policy; name one or more, e.g. fixed:4 knapsack:4.5")
+        if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
+            raise InputError(f"--policy names {twice} twice; name each once")
         directories = {name: Path(name) for name in names if Path(name).is_dir()}
         by_name = [name for name in names if name not in directories]
         found = {name: parse_in_flight(name) for name in by_name} if may_choose_in_flight else {}
@@ -96,6 +98,13 @@ class AskedPolicies:
             dials = _dials(prepared, policy, num_dials) if isinstance(policy, LearnedPolicy) else [None]
             found += [(name, Contestant(family, policy, dial)) for dial in dials]
         return found
+
+
+def check_counts(sequences: int, dials: int) -> None:
+    """Raises InputError unless the numbers of a command's `--sequences` and `--dials` are numbers to work with."""
+    for option, value in (("--sequences", sequences), ("--dials", dials)):
+        if value < 1:
+            raise InputError(f"{option} {value} must be at least 1; give 1 or more, or leave it out")
 
 
 def _by_name(asked: UnboundPolicy | Drafts, context: PolicyContext, deployed: DeployedPolicy | None) -> Contestant:

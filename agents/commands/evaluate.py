@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flexquant_rl.agents.commands.contestants import AskedPolicies
+from flexquant_rl.agents.commands.contestants import AskedPolicies, check_counts
 from flexquant_rl.agents.commands.options import EvaluateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import TrainConfig, check_config
@@ -37,6 +37,7 @@ def evaluate(options: EvaluateOptions) -> None:
         test_sequences=options.sequences,
         num_dials=options.dials,
     )
+    check_counts(options.sequences, options.dials)
     check_config(config)
     asked = AskedPolicies.read(options.policy, may_choose_in_flight=True)
     if options.out is not None:

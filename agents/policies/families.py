@@ -19,7 +19,7 @@ from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.policies.regressor import Regressor
 from flexquant_rl.agents.policies.relative_error import RelativeError, parse_in_flight
 from flexquant_rl.agents.policies.schedule import Schedule
-from flexquant_rl.agents.policies.unbound import Baseline, Family, PolicyContext, UnboundPolicy
+from flexquant_rl.agents.policies.unbound import Baseline, Family, PolicyContext, PolicyParameters, UnboundPolicy
 from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.errors import InputError
 
@@ -113,8 +113,8 @@ def _hint(name: str) -> str:
     """What may have been meant by a name that nothing has."""
     family, _, parameters = name.partition(":")
     own = split_own_name(name)
-    families = [*(kind.family for kind in POLICIES), Drafts.family, RelativeError.family]
-    near = difflib.get_close_matches(family, [one.name for one in families], n=1, cutoff=0.5)
+    kinds: tuple[type[PolicyParameters], ...] = (*POLICIES, Drafts, RelativeError)
+    near = difflib.get_close_matches(family, [prefix(kind) for kind in kinds], n=1, cutoff=0.5)
     if family in _TABLES_ONLY:
         return _TABLES_ONLY[family]
     if near and not (own is not None and own[1][0].isupper()):
@@ -122,7 +122,7 @@ def _hint(name: str) -> str:
         return f"did you mean {near[0]}:{parameters or example}?"
     if own is not None:
         return f"there is no module {own[0]} here; give its name without .py, e.g. my_policies:MyPolicy"
-    return f"known: {', '.join(map(usage, (*POLICIES, Drafts, RelativeError)))}, module:Class"
+    return f"known: {', '.join(map(usage, kinds))}, module:Class"
 
 
 def bind_policy(policy: UnboundPolicy, context: PolicyContext) -> Policy:

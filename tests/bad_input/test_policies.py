@@ -174,7 +174,7 @@ def no_policy(inputs: Inputs) -> Mistake:
 
 @case
 def evaluation_of_no_sequence(inputs: Inputs) -> Mistake:
-    return Mistake(cli.main, (*evaluation(inputs, "fixed:4"), "--sequences", 0), "test_sequences=0", "at least 1")
+    return Mistake(cli.main, (*evaluation(inputs, "fixed:4"), "--sequences", 0), "--sequences 0", "at least 1")
 
 
 # Generation

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import run
+from cli_runner import run, write_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexquant_rl import cli
 from flexquant_rl.engine import loading
 from flexquant_rl.engine.benches import llama_cpp
+from flexquant_rl.engine.benches.options import VerifyBench
+from flexquant_rl.engine.benches.verify import bench_verify
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.loading import load_causal_lm
@@ -111,6 +113,26 @@ def test_commands_take_the_file_for_a_model(tmp_path: Path) -> None:
     found = run(cli.main, "inspect", file, "--json").result
     assert (found["kind"], found["architecture"], found["layers"]) == ("gguf model", "llama", 2)
     assert found["weights"] == sum(parameter.numel() for parameter in tiny_model().parameters())
+
+
+@pytest.mark.timeout(600)
+def test_other_commands_take_one_too(tmp_path: Path) -> None:
+    packages()
+    file, text = write(tmp_path / "tiny.gguf", tiny_model()), write_text(tmp_path / "text.txt")
+    options = ("--text", text)
+    assert "give --out FILE" in run(cli.main, "profile", file, *options).error
+    profile = tmp_path / "profile.json"
+    result = run(cli.main, "profile", file, *options, "--source", "roofline", "--out", profile).result
+    assert result["profile"] == str(profile)
+    episodes = ("--env.prompt-tokens", 8, "--env.max-new-tokens", 4, "--sequences", 2, "--profile", profile)
+    (row,) = run(cli.main, "evaluate", file, "--policy", "fixed:4", *options, *episodes).result["rows"]
+    assert row["output_kl_nats"] > 0
+    recorded = ("--tokens", 40, "--prompt-tokens", 8, "--max-new-tokens", 12, "--widths", 3)
+    assert run(cli.main, "record", file, tmp_path / "traces", *options, *recorded).result["num_tokens"] >= 12
+    exported = run(cli.main, "export", "fixed:4", tmp_path / "policy", "--model", file).result
+    assert len(exported["units"]) == 3
+    timed = VerifyBench(model=str(file), rounds=1, prompt_tokens=8, num_tokens=(1, 2), new_tokens=1, bit_widths=(8,))
+    assert {row["model"] for row in bench_verify(timed)} == {"tiny.gguf"}
 
 
 @pytest.mark.parametrize("command", ["quantize", "inspect"])
