@@ -78,7 +78,8 @@ def plot_strategies(
 
 def _draw_peers(panels: Sequence[Axes], peers: Sequence[StrategyRow], ms: dict[tuple[str, int], float]) -> None:
     """Other libraries' formats, which are points of their own: a library has one look."""
-    for library, marker, colour in ((LLAMA_CPP, "s", "#000000"), (HQQ, "D", "#8a5a00")):
+    # Of one library above, of the other below their points: they are often near each other.
+    for library, marker, colour, above in ((LLAMA_CPP, "s", "#000000", 5), (HQQ, "D", "#8a5a00", -11)):
         own = [row for row in peers if row.strategy.startswith(library)]
         if not own:
             continue
@@ -94,7 +95,7 @@ def _draw_peers(panels: Sequence[Axes], peers: Sequence[StrategyRow], ms: dict[t
                 form = row.strategy.partition(":")[2]
                 text = form if library == LLAMA_CPP else f"{row.bit_width} bits {form}"
                 place = (x, row.output_kl_nats)
-                axes.annotate(text, place, (6, 5), textcoords="offset points", fontsize=7, color=colour)
+                axes.annotate(text, place, (6, above), textcoords="offset points", fontsize=7, color=colour)
 
 
 def plot_sensitivity(rows: Sequence[PartRow], path: Path, *, title: str, caption: str) -> None:
