@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from flexquant_rl.agents.analysis.rows import PartRow, StrategyRow, TimeRow, times_by_row
 from flexquant_rl.agents.analysis.strategies import HQQ, LLAMA_CPP, is_peer
@@ -25,6 +25,8 @@ _MARKERS = "osD^vPX*"
 _MOST_NUMBERS = 12
 """Columns of a heatmap that have room for numbers in their cells."""
 _MOST_LABELS = 40
+_MUCH_SLOWER = 20
+"""Times this far apart are drawn on a logarithmic scale."""
 
 
 def plot_strategies(
@@ -64,6 +66,9 @@ def plot_strategies(
                 at = [ms[name, row.bit_width] for row in timed]
                 panels[1].plot(at, [row.output_kl_nats for row in timed], **style)
                 panels[1].set_xlabel("ms per token, measured")
+        if ms and max(ms.values()) > _MUCH_SLOWER * min(ms.values()):
+            panels[1].set_xscale("log")
+            panels[1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         _draw_peers(panels, [row for row in drawn if is_peer(row.strategy)], ms)
         panels[0].set_xlabel("bytes read per weight, scales and offsets included")
         panels[0].set_ylabel("output KL (nats, log scale)")
