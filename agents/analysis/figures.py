@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from flexquant_rl.agents.analysis.rows import PartRow, StrategyRow, TimeRow, times_by_row
 from flexquant_rl.agents.analysis.strategies import HQQ, LLAMA_CPP, is_peer
@@ -25,6 +25,8 @@ _MARKERS = "osD^vPX*"
 _MOST_NUMBERS = 12
 """Columns of a heatmap that have room for numbers in their cells."""
 _MOST_LABELS = 40
+_MUCH_SLOWER = 20
+"""Times this far apart are drawn on a logarithmic scale."""
 
 
 def plot_strategies(
@@ -64,6 +66,9 @@ def plot_strategies(
                 at = [ms[name, row.bit_width] for row in timed]
                 panels[1].plot(at, [row.output_kl_nats for row in timed], **style)
                 panels[1].set_xlabel("ms per token, measured")
+        if ms and max(ms.values()) > _MUCH_SLOWER * min(ms.values()):
+            panels[1].set_xscale("log")
+            panels[1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         _draw_peers(panels, [row for row in drawn if is_peer(row.strategy)], ms)
         panels[0].set_xlabel("bytes read per weight, scales and offsets included")
         panels[0].set_ylabel("output KL (nats, log scale)")
@@ -78,7 +83,8 @@ def plot_strategies(
 
 def _draw_peers(panels: Sequence[Axes], peers: Sequence[StrategyRow], ms: dict[tuple[str, int], float]) -> None:
     """Other libraries' formats, which are points of their own: a library has one look."""
-    for library, marker, colour in ((LLAMA_CPP, "s", "#000000"), (HQQ, "D", "#8a5a00")):
+    # Of one library above, of the other below their points: they are often near each other.
+    for library, marker, colour, above in ((LLAMA_CPP, "s", "#000000", 5), (HQQ, "D", "#8a5a00", -11)):
         own = [row for row in peers if row.strategy.startswith(library)]
         if not own:
             continue
@@ -94,7 +100,7 @@ def _draw_peers(panels: Sequence[Axes], peers: Sequence[StrategyRow], ms: dict[t
                 form = row.strategy.partition(":")[2]
                 text = form if library == LLAMA_CPP else f"{row.bit_width} bits {form}"
                 place = (x, row.output_kl_nats)
-                axes.annotate(text, place, (6, 5), textcoords="offset points", fontsize=7, color=colour)
+                axes.annotate(text, place, (6, above), textcoords="offset points", fontsize=7, color=colour)
 
 
 def plot_sensitivity(rows: Sequence[PartRow], path: Path, *, title: str, caption: str) -> None:

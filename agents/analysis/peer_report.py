@@ -31,15 +31,16 @@ def line_at(line: Sequence[tuple[float, float]], at: float) -> float | None:
 
 
 def best_at(rows: Sequence[StrategyRow], place: _Place, at: float) -> tuple[float, str] | None:
-    """The least KL of our strategies at a place, between their widths, and whose it is; None where none of them is.
+    """The least KL of our strategies at a place, and whose it is; None where all of them are beyond it.
 
-    The logarithm of KL is taken from a straight line between neighbouring widths.
+    The logarithm of KL is taken from a straight line between neighbouring widths. Where even the largest one reads
+    less, or takes less time, it is that one's.
     """
     found = []
     for name in dict.fromkeys(row.strategy for row in rows if not is_peer(row.strategy)):
         own = [(place(row), row.output_kl_nats) for row in rows if row.strategy == name and row.output_kl_nats > 0]
         line = sorted((x, math.log(kl)) for x, kl in own if x is not None)
-        height = line_at(line, at)
+        height = line[-1][1] if line and at > line[-1][0] else line_at(line, at)
         if height is not None:
             found.append((math.exp(height), name))
     return min(found, default=None)
@@ -90,7 +91,7 @@ def peer_findings(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list
             best = None if at is None or not is_peer(row.strategy) else best_at(rows, place, at)
             if best is not None and row.output_kl_nats > 0:
                 label = f"`{row.strategy}` at {row.bit_width} bits"
-                compared.append(f"{label} {best[0] / row.output_kl_nats:.2f}")
+                compared.append(f"{label} {best[0] / row.output_kl_nats:.2g}")
                 beaten += [label] if best[0] <= row.output_kl_nats else []
         if compared:
             found.append(
@@ -113,7 +114,8 @@ def peer_method(rows: Sequence[StrategyRow]) -> list[str]:
         "Their times are of their own decoding (llama.cpp's library; HQQ's modules in Hugging Face's model, which "
         "decode a matrix at every step on a CPU), in turns with ours on as many threads.",
         "Ours at its bytes, or at its time: the least KL of our strategies there, its logarithm taken from a straight "
-        "line between neighbouring widths of one strategy; nothing where none of them has widths on both sides.",
+        "line between neighbouring widths of one strategy, or that of its largest width where even this one reads or "
+        "takes less; nothing where all of them need more.",
     ]
 
 

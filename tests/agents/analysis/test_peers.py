@@ -183,14 +183,16 @@ def test_the_best_of_ours_at_equal_bytes() -> None:
     found = best_at(ROWS, lambda one: one.bytes_per_weight, 0.62)
     assert found is not None
     assert found[1] == "gptq:64"
-    assert best_at(ROWS, lambda one: one.bytes_per_weight, 1.1) is None
+    found = best_at(ROWS, lambda one: one.bytes_per_weight, 1.1)
+    assert found == (pytest.approx(0.005), "gptq:64"), "all of ours read less"
+    assert best_at(ROWS, lambda one: one.bytes_per_weight, 0.3) is None, "all of ours read more"
 
 
 def test_words_and_table() -> None:
     by_bytes, by_time = peer_findings(ROWS, TIMES)
-    assert "equal bytes per weight: `llama.cpp:Q4_0` at 4 bits 0.50, `hqq:g64` at 4 bits" in by_bytes
-    assert "Ours loses no more in 1 of 2." in by_bytes
-    assert "equal measured time: `llama.cpp:Q4_0` at 4 bits 0.50. Ours loses no more in 1 of 1." in by_time
+    assert "equal bytes per weight: `llama.cpp:Q4_0` at 4 bits 0.5, `hqq:g64` at 4 bits" in by_bytes
+    assert "Ours loses no more in 1 of 3." in by_bytes
+    assert "equal measured time: `llama.cpp:Q4_0` at 4 bits 0.5. Ours loses no more in 1 of 1." in by_time
     table = "\n".join(peer_sections(ROWS, TIMES))
     assert "| `llama.cpp:Q8_0` |" in table
     assert "not measured" in table
