@@ -176,6 +176,11 @@ def is_nested_checkpoint(path: Path) -> bool:
     return _read_json(path / MANIFEST_FILE).get("format") == QUANT_METHOD
 
 
+def is_nested_model(path: str) -> bool:
+    """Whether a directory or hub name, as `resolve_model` gives it, is that of a nested checkpoint."""
+    return is_nested_checkpoint(Path(path)) or (is_hub_name(path) and is_nested_checkpoint(snapshot_config(path)))
+
+
 def load_model(
     path: str | None = None,
     config: QuantizationConfig | None = None,
@@ -198,7 +203,7 @@ def load_model(
     path = resolve_model(path)
     if is_nested_checkpoint(Path(path)):
         return load_checkpoint(Path(path))
-    if is_hub_name(path) and is_nested_checkpoint(snapshot_config(path)):
+    if is_nested_model(path):
         return load_checkpoint(local_model(path))
     config = config or QuantizationConfig()
     loaded, tokenizer = load_causal_lm(path) if keep_reference else load_for_serving(path)

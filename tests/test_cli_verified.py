@@ -67,7 +67,7 @@ class TestRun:
         result = finished.result
         assert result["run_dir"] == str(folder / "run")
         assert result["policy_dir"] == str(folder / "run" / "policy")
-        assert (result["env_steps"], result["verify_width"], result["latency_source"]) == (128, 8, "measured")
+        assert (result["env_steps"], result["verify_width"], result["latency_source"]) == (256, 8, "measured")
         families = [row["family"] for row in result["rows"]]
         assert families == ["plain", *(kind.family for kind in RULES), "ppo", "ppo", "hindsight", "clairvoyant"]
         assert [row["seed"] for row in result["rows"] if row["family"] == "ppo"] == [0, 1]
@@ -82,7 +82,7 @@ class TestRun:
         assert "the best fixed rounds, fixed:width=" in said
         assert "the best tuned rule, " in said
         assert "exported is " in said
-        assert "knows of each draft whether it is right once it is drafted" in said
+        assert "rounds that end behind the first wrong draft" in said
         assert "by what they see, means over seeds" in said
         card = load_policy(folder / "run" / "seeds" / "1" / "policy").card
         assert set(card.config["scores"]["curves"]) == {"confidences", "signals"}

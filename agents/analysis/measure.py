@@ -182,14 +182,16 @@ def time_rows(
         session.close()
     return [
         TimeRow(
-            *form,
+            group_size=group_size,
+            bit_width=bit_width,
             measured_ms=float(rounds.median()),
             measured_low=float(rounds.quantile(0.25)),
             measured_high=float(rounds.quantile(0.75)),
             num_threads=default_decoder(models[0], plan.threads)[1],
             cpu=cpu_name(),
+            strategy=strategy,
         )
-        for form, rounds in zip([*forms, *named], times, strict=True)
+        for (strategy, group_size, bit_width), rounds in zip([*forms, *named], times, strict=True)
     ]
 
 

@@ -33,13 +33,16 @@ def line_at(line: Sequence[tuple[float, float]], at: float) -> float | None:
 def best_at(rows: Sequence[StrategyRow], place: _Place, at: float) -> tuple[float, str] | None:
     """The least KL of our strategies at a place, and whose it is; None where all of them are beyond it.
 
-    The logarithm of KL is taken from a straight line between neighbouring widths. Where even the largest one reads
-    less, or takes less time, it is that one's.
+    The logarithm of KL is taken from a straight line between neighbours of those that no cheaper one beats. Where even
+    the last of them is cheaper, it is that one's.
     """
     found = []
     for name in dict.fromkeys(row.strategy for row in rows if not is_peer(row.strategy)):
         own = [(place(row), row.output_kl_nats) for row in rows if row.strategy == name and row.output_kl_nats > 0]
-        line = sorted((x, math.log(kl)) for x, kl in own if x is not None)
+        line: list[tuple[float, float]] = []
+        for x, kl in sorted((x, math.log(kl)) for x, kl in own if x is not None):
+            if not line or kl < line[-1][1]:  # what is dearer and loses more is nobody's choice
+                line.append((x, kl))
         height = line[-1][1] if line and at > line[-1][0] else line_at(line, at)
         if height is not None:
             found.append((math.exp(height), name))

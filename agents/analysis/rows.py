@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -21,6 +21,7 @@ from flexquant_rl.engine.files import json_lines, read_json, write_json
 
 PLAN_FILE = "analysis.json"
 PLAN_VERSION = 3
+_WITHOUT_PEERS = 2  # whose rows of times have no strategy
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,6 @@ class TimeRow:
     """The measured time of a decode step in one format. All formats take turns in one run.
 
     Attributes:
-        strategy: The format of another library; None: ours, of every strategy with this group size.
         group_size: Inputs that share a scale.
         bit_width: The width of every unit.
         measured_ms: Wall-clock milliseconds, the median over rounds.
@@ -144,9 +144,9 @@ class TimeRow:
         measured_high: Upper quartile.
         num_threads: Threads of the lean decoder, and of the other library.
         cpu: The machine's processor.
+        strategy: The format of another library; None: ours, of every strategy with this group size.
     """
 
-    strategy: str | None
     group_size: int
     bit_width: int
     measured_ms: float
@@ -154,6 +154,7 @@ class TimeRow:
     measured_high: float
     num_threads: int
     cpu: str
+    strategy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ class RowStore:
         try:
             data = read_json(path)
             version = data.pop("version")
-            if version == PLAN_VERSION:
+            if version in (PLAN_VERSION, _WITHOUT_PEERS):
                 return _checked(Plan, data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
@@ -331,7 +332,8 @@ def _parsed(line: str, kind: type[_Row], where: str) -> _Row:
 def _checked(kind: type[_Row], data: dict[str, Any]) -> _Row:
     """Rebuilds a dataclass from JSON: lists become tuples, null becomes NaN where a number must be."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if data.keys() != names:
+    known = {field.name for field in fields(kind) if field.default is not MISSING}  # type: ignore[arg-type]
+    if not names - known <= data.keys() <= names:
         raise ValueError(f"missing or unknown: {', '.join(sorted(names ^ data.keys()))}")
     hints = get_type_hints(kind)
     number: Callable[[Any], Any] = lambda value: math.nan if value is None else value  # noqa: E731

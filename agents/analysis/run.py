@@ -116,6 +116,10 @@ class Analysis:
         timed = {row.group_size for row in times if row.strategy is None}
         if timed >= set(sizes) and {row.strategy for row in times} >= set(names):
             return
+        if not peers and any(row.strategy for row in times):
+            say(
+                "the times of other libraries' formats are dropped, as all formats take turns; --peers takes them again"
+            )
         say(f"timing steps in groups of {', '.join(map(str, sizes))}" + "".join(f", {name}" for name in names))
         models = []
         for size in sizes:

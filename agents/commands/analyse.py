@@ -21,7 +21,7 @@ from flexquant_rl.agents.commands.options import AnalyseOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.run import locked_run
-from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_checkpoint
+from flexquant_rl.engine.checkpoint import is_nested_model, load_model
 from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
@@ -133,7 +133,7 @@ def _source(options: AnalyseOptions) -> _Source:
     assert options.model is not None, "checked"
     path = resolve_model(options.model)
     name = "tiny-code-llama" if options.model == DEFAULT_MODEL else options.model
-    if is_nested_checkpoint(Path(path)):
+    if is_nested_model(path):
         if options.strategies or options.examine not in (None, STORED):
             what = "--strategies" if options.strategies else "--examine"
             raise InputError(
@@ -145,7 +145,7 @@ def _source(options: AnalyseOptions) -> _Source:
                 f"{options.model} is a nested checkpoint, and --peers quantises unquantised weights; give the model "
                 "that it was made from"
             )
-        model = load_checkpoint(Path(path))
+        model = load_model(path)
         if len(model.bit_widths) == 1:
             raise InputError(
                 f"{options.model} stores width {model.bit_widths[0]} alone, so there is nothing to compare; "

@@ -13,7 +13,7 @@ from flexquant_rl.agents.commands.options import QuantizeOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.run import locked_run
-from flexquant_rl.engine.checkpoint import is_nested_checkpoint, save_checkpoint
+from flexquant_rl.engine.checkpoint import is_nested_model, save_checkpoint
 from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
@@ -51,7 +51,7 @@ def quantize(options: QuantizeOptions) -> None:
     if options.text_field is not None and not any(map(is_jsonl, (*calibration, *text))):
         raise InputError(f"--text-field {options.text_field}: no file is a .jsonl file; leave --text-field out")
     path = resolve_model(options.source)
-    if is_nested_checkpoint(Path(path)):
+    if is_nested_model(path):
         raise InputError(f"{options.source} is a nested checkpoint already; give the model that it was made from")
     steps = options.tune_steps
     if steps is not None and steps < 0:

@@ -17,7 +17,7 @@ from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context, prepare, profile_beside
 from flexquant_rl.agents.progress import track
-from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model
+from flexquant_rl.engine.checkpoint import is_nested_model, load_model
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
@@ -159,14 +159,14 @@ def load_servable(
             "name a static allocation, e.g. fixed:4"
         )
     unbound = parse_drafts(policy) or parse_policy(policy)
-    profile = profile or profile_beside(model)
+    # Whatever lies beside the model: what weighs nothing is bound without it, and may run with any number of threads.
     if profile is None and (isinstance(unbound, Fixed) or (isinstance(unbound, Drafts) and unbound.is_one_width)):
         if text:
             raise InputError(f"--text {text[0]} is to profile on, and {policy} needs no profile; leave it out")
         return _one_width(_load(model, QuantizationConfig(), loaded), unbound)
     config = TrainConfig(
         model=model,
-        profile=None if profile is None else str(profile),
+        profile=None if profile is None else str(profile),  # else the one beside the model
         text=tuple(map(str, text)),
         threads=threads,
         device=device,
@@ -176,7 +176,7 @@ def load_servable(
 
 def _load(model: str, quantization: QuantizationConfig, loaded: NestedCausalLM | None) -> NestedCausalLM:
     path = resolve_model(model)
-    if loaded is not None and (is_nested_checkpoint(Path(path)) or loaded.config == quantization):
+    if loaded is not None and (is_nested_model(path) or loaded.config == quantization):
         return loaded
     return load_model(path, quantization, keep_reference=False, progress=lambda items: track(items, "quantising"))
 

@@ -28,7 +28,7 @@ from flexquant_rl.agents.tasks.reference import FULL_PRECISION, ReferenceEngine
 from flexquant_rl.agents.tasks.report import console_table, write_report
 from flexquant_rl.agents.tasks.rows import PLAN_FILE, Kind, TaskPlan, TaskRow, TaskTimeRow, claim, read_rows, save_rows
 from flexquant_rl.engine.benches.machine import cpu_name
-from flexquant_rl.engine.checkpoint import is_nested_checkpoint, load_model
+from flexquant_rl.engine.checkpoint import is_nested_model, load_model
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
@@ -110,7 +110,7 @@ def _check(options: TasksOptions) -> None:
     if options.include is not None and not options.include.is_dir():
         raise InputError(f"--include {options.include} is not a directory; name one with tasks as .yaml files")
     model = options.reference or options.model
-    if FULL_PRECISION in options.policy and is_nested_checkpoint(Path(resolve_model(model))):
+    if FULL_PRECISION in options.policy and is_nested_model(resolve_model(model)):
         raise InputError(
             f"policy {FULL_PRECISION!r} needs unquantised weights, and {model} is a nested checkpoint; name the model "
             "that it was made from with --reference DIR"

@@ -23,6 +23,7 @@ _COLOURS: dict[Kind, str] = {
     "plain": GREY,
     "rule": _RULE_COLOUR,
     "learned": PPO.colour,
+    "reference": ORACLE.colour,
     "bound": ORACLE.colour,
 }
 _FIXED_COLOUR = STATIC.colour
@@ -66,7 +67,7 @@ def plot_drafts(
 def _draw_modelled(axes: Axes, rows: Sequence[DraftRow], places: np.ndarray) -> None:
     for row, place in zip(rows, places, strict=True):
         bars = [[max(row.speedup_modelled - row.speedup_low, 0)], [max(row.speedup_high - row.speedup_modelled, 0)]]
-        marker = "*" if row.kind == "bound" else "o" if row.kind == "learned" else "s"
+        marker = "*" if row.kind in ("reference", "bound") else "o" if row.kind == "learned" else "s"
         axes.errorbar(
             [row.speedup_modelled],
             [place],

@@ -154,7 +154,7 @@ def _method(rows: Sequence[DraftRow]) -> list[str]:
         "largest width.",
         "Times are those of a cost table: a draft step by width, a pass by its number of tokens, "
         f"{times}. A policy pays for what it looks at: nothing for counting drafts, a little for how sure they are, "
-        "more for signals and a network. The bounds pay for nothing.",
+        "more for signals and a network. Hindsight and the bound pay for nothing.",
         "Rules are tuned over their whole grids on training and validation sequences. The learned policy begins as a "
         "clone of the best of them, learns on training sequences, and is the network that was fastest on validation "
         "sequences. What is exported was fastest on validation sequences. Test sequences choose nothing.",

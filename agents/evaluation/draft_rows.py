@@ -18,7 +18,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import json_lines
 from flexquant_rl.fq_env.trace_table import TraceTable
 
-Kind = Literal["plain", "rule", "learned", "bound"]
+Kind = Literal["plain", "rule", "learned", "reference", "bound"]
 FIXED_FAMILY = "fixed"
 HINDSIGHT, CLAIRVOYANT = "hindsight", "clairvoyant"
 _PRIVATE = ("sequence_time_steps", "sequence_tokens", "sequence_documents")
@@ -31,13 +31,13 @@ class DraftRow:
     Attributes:
         policy: Name, e.g. `confidence:width=3,threshold=0.4,length=8`, `ppo`, `clairvoyant`.
         family: The rule's, `plain`, `ppo`, `hindsight` or `clairvoyant`.
-        kind: What it is: plain decoding, a tuned rule, a learned policy, a bound.
+        kind: What it is: plain decoding, a tuned rule, a learned policy, `hindsight` for reference, the bound.
         seed: Training seed of a learned policy, else None.
         speedup_modelled: Tokens per second over those of plain decoding at the largest width, by the cost table.
         speedup_low: Lower end of its bootstrap 95% interval over documents.
         speedup_high: Upper end.
         speedup_measured: The same by the clock, on some of the test prompts; None where not measured.
-        speedup_validation: By the cost table on validation sequences; None for a bound.
+        speedup_validation: By the cost table on validation sequences; None for those that know drafts.
         tokens_per_pass: Settled tokens of a pass of verification.
         drafts_per_token: Draft steps for each settled token.
         accepted_share: Accepted drafts over drafts; None without drafts.
@@ -211,12 +211,12 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
     rule_over_fixed = gain([rule], fixed)
     if rule is not fixed:
         found.append(f"the best tuned rule {rule_over_fixed.verdict} the best fixed rounds: {rule_over_fixed.words()}")
-    hindsight, clairvoyant = (bound_of(rows, name).speedup_modelled for name in (HINDSIGHT, CLAIRVOYANT))
+    hindsight, clairvoyant = (known_by_name(rows, name).speedup_modelled for name in (HINDSIGHT, CLAIRVOYANT))
     found.append(
         f"speed over plain decoding at the largest width by the cost table: {fixed.speedup_modelled:.3f} fixed, "
         f"{rule.speedup_modelled:.3f} tuned rule, {', '.join(f'{row.speedup_modelled:.3f}' for row in learned)} "
-        f"learned, {hindsight:.3f} of a bound that knows of each draft whether it is right once it is drafted, "
-        f"{clairvoyant:.3f} of one that knows it before"
+        f"learned, {hindsight:.3f} of rounds that end behind the first wrong draft, as if that were known, "
+        f"{clairvoyant:.3f} of a bound that knows every draft before"
     )
     clocked = [row for row in rows if row.speedup_measured is not None and row.kind != "plain"]
     if clocked:
@@ -230,9 +230,9 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
     return [*found, f"exported is {chosen}"]
 
 
-def bound_of(rows: Sequence[DraftRow], name: str) -> DraftRow:
-    """The row of a bound."""
-    return next(row for row in rows if row.kind == "bound" and row.policy == name)
+def known_by_name(rows: Sequence[DraftRow], name: str) -> DraftRow:
+    """The row of what knows drafts, `hindsight` or `clairvoyant`."""
+    return next(row for row in rows if row.policy == name)
 
 
 def best_fixed(rows: Sequence[DraftRow]) -> DraftRow:

@@ -161,10 +161,10 @@ def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
 
 
 def hindsight(table: TraceTable, costs: VerifyCosts) -> Played:
-    """A bound for all that stops behind a draft: it knows of each draft whether it is right, once it is drafted.
+    """Rounds that end behind the first wrong draft, as if each were known once it is drafted: a reference, no bound.
 
-    It drafts at one level until a draft is wrong or the round is long enough. Level and length are those that are
-    fastest on the very sequences. Knowing costs nothing.
+    They are drafted at one level, up to a length; both are those that are fastest on the very sequences. Knowing costs
+    nothing. What foresees a wrong draft, or changes the level, may be faster.
     """
     settings = [(level, most) for level in range(table.num_levels) for most in range(1, table.depth + 1)]
     levels, most = np.repeat(np.array(settings), table.num_sequences, axis=0).T

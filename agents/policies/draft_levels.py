@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,10 +28,14 @@ def mixed_levels(model: NestedCausalLM, widths: Sequence[float], profile: Path |
     mixed = sorted({width for width in widths if not is_whole(width)})
     if not mixed:
         return ()
+    if not all(map(math.isfinite, mixed)):
+        raise InputError(
+            f"draft widths {' '.join(f'{width:g}' for width in widths)}: one is no number; give e.g. 3 3.5"
+        )
     if profile is None:
         raise InputError(
             f"draft width {mixed[0]:g} is an allocation between stored widths, and that needs a profile; make one with "
-            "`fq profile` and give --profile FILE, or choose stored widths"
+            "`fq profile` and give --profile FILE (without --latency), or choose stored widths"
         )
     known = Profile.load(profile)
     known.check(model)

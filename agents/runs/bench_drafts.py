@@ -23,7 +23,7 @@ from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, add_tokens_per_s, rows
 from flexquant_rl.engine.benches.llama_cpp import LlamaCppSession, check_writable, has_llama_cpp, write_gguf
 from flexquant_rl.engine.benches.llama_cpp_drafts import DraftRule, continue_greedily, continue_with_drafts
-from flexquant_rl.engine.checkpoint import is_nested_checkpoint
+from flexquant_rl.engine.checkpoint import is_nested_model
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.draft_counts import DraftCounts
@@ -235,7 +235,7 @@ def _gguf_files(
     source = config.reference
     if source is None:
         source = resolve_model(config.model)
-        if is_nested_checkpoint(Path(source)):
+        if is_nested_model(source):
             progress("llama.cpp: not measured (name the model that the checkpoint was made from with --reference)")
             return None
     hf_model, _ = load_causal_lm(resolve_model(source))

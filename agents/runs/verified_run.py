@@ -29,13 +29,14 @@ from flexquant_rl.agents.evaluation.draft_rows import (
     CLAIRVOYANT,
     HINDSIGHT,
     DraftRow,
+    Kind,
     best_fixed,
-    bound_of,
+    known_by_name,
     draft_row,
     findings,
     with_clock,
 )
-from flexquant_rl.agents.evaluation.drafting import clairvoyant, hindsight, play, play_rule, tuned
+from flexquant_rl.agents.evaluation.drafting import Played, clairvoyant, hindsight, play, play_rule, tuned
 from flexquant_rl.agents.evaluation.evaluate import measured_time_shares
 from flexquant_rl.agents.evaluation.rows import write_rows
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity
@@ -134,7 +135,7 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
     return tables, {
         "run_dir": str(run_dir),
         "policy_dir": str(policy_dir),
-        "env_steps": config.steps_per_seed * config.seeds,
+        "env_steps": config.steps_per_seed * len(config.verified.ppo.sees) * config.seeds,
         "env_steps_per_s": sum(rates) / len(rates) if rates else None,
         "chosen": chosen.name,
         "verify_width": prepared.traces.plan.verify_width,
@@ -233,7 +234,7 @@ def _card(config: TrainConfig, prepared: PreparedDrafts, scores: dict[str, Any] 
 
 
 def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[Candidate]) -> list[DraftRow]:
-    """Every policy on test sequences, plain decoding first and the bounds last."""
+    """Every policy on test sequences, plain decoding first, what knows drafts last."""
     table, costs, context = prepared.test, prepared.costs, prepared.context
     verify_width, source = prepared.traces.plan.verify_width, costs.source
     rows = []
@@ -257,14 +258,15 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
             )
         )
     shares = _clocked(config, prepared, [one.policy for one in candidates])
-    bounds = ((HINDSIGHT, hindsight(table, costs)), (CLAIRVOYANT, clairvoyant(table, costs)))
-    for name, bound in bounds:
+    knowing: tuple[tuple[str, Kind, Played], ...] = (
+        (HINDSIGHT, "reference", hindsight(table, costs)),
+        (CLAIRVOYANT, "bound", clairvoyant(table, costs)),
+    )
+    for name, kind, played in knowing:
         rows.append(
-            draft_row(
-                bound, table, policy=name, family=name, kind="bound", verify_width=verify_width, cost_source=source
-            )
+            draft_row(played, table, policy=name, family=name, kind=kind, verify_width=verify_width, cost_source=source)
         )
-    return with_clock(rows, [*shares, *[None] * len(bounds)])
+    return with_clock(rows, [*shares, *[None] * len(knowing)])
 
 
 def _clocked(
@@ -296,6 +298,8 @@ def _clocked(
 def _networks(seeds: Sequence[Candidate]) -> list[str]:
     """What networks gained from what they looked at, in words; nothing where each seed has one network."""
     scores = [one.policy.card.config["scores"] for one in seeds]
+    if not all("curves" in own for own in scores):  # seeds of a run that was begun when each had one network
+        return []
     best = {
         sees: [max(speedup for _, speedup in own["curves"][sees]) for own in scores] for sees in scores[0]["curves"]
     }
@@ -309,7 +313,7 @@ def _networks(seeds: Sequence[Candidate]) -> list[str]:
 def _headroom(rows: Sequence[DraftRow]) -> float | None:
     """Mean over seeds of (learned - best fixed) / (bound - best fixed), in speed; None where the bound is no faster."""
     learned = [row.speedup_modelled for row in rows if row.kind == "learned"]
-    fixed, bound = best_fixed(rows).speedup_modelled, bound_of(rows, CLAIRVOYANT).speedup_modelled
+    fixed, bound = best_fixed(rows).speedup_modelled, known_by_name(rows, CLAIRVOYANT).speedup_modelled
     return (sum(learned) / len(learned) - fixed) / (bound - fixed) if bound > fixed else None
 
 
@@ -322,7 +326,9 @@ def _publish(
     is_embedded = config.model is None or config.model == DEFAULT_MODEL
     name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
     texts = ", ".join(sorted(set(table.sources)))
-    seeds = f"{config.seeds} training seed{'s' if config.seeds > 1 else ''} of {config.steps_per_seed:,} env steps"
+    networks = len(config.verified.ppo.sees)
+    each = f"{config.steps_per_seed:,} env steps" + (f" for each of {networks} networks" if networks > 1 else "")
+    seeds = f"{config.seeds} training seed{'s' if config.seeds > 1 else ''} of {each}"
     plot_drafts(
         rows,
         table,
@@ -352,7 +358,8 @@ def _publish(
         "source of these costs": f"{costs.source} by {prepared.timed_by}",
         "decoder": plan.decoder,
         "training seeds": config.seeds,
-        "env steps per seed": config.steps_per_seed,
+        "networks of a seed, by what they see": ", ".join(config.verified.ppo.sees),
+        "env steps of a network": config.steps_per_seed,
         "machine": f"{platform.machine()}, {prepared.model.device.type}",
     }
     write_draft_report(run_dir, rows=rows, sentences=sentences, facts=facts, table=table, widths=plan.draft_widths)

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from flexquant_rl.engine.control.draft_counts import DraftCounts
 
+_LIKELIEST = 10
+"""Tokens whose probabilities sum to 1 where `p_min` is compared, as in llama.cpp's drafting."""
+
 
 class GreedySession(Protocol):
     """A sequence and what decodes it, as `LlamaCppSession`."""
@@ -87,6 +90,13 @@ def continue_with_drafts(
     return whole[len(text) :], counts
 
 
+def _confidence(logits: NDArray[np.float32]) -> float:
+    """Probability of the likeliest token among the `_LIKELIEST` ones, whose probabilities sum to 1."""
+    count = min(_LIKELIEST, len(logits))
+    likeliest = np.partition(logits, -count)[-count:]
+    return float(1 / np.exp(likeliest - likeliest.max()).sum())
+
+
 def _drafted(draft: GreedySession, unread: Sequence[int], room: int, p_min: float) -> tuple[list[int], int]:
     """At most `room` drafts behind a text whose last tokens are unread, and the passes that it took."""
     drafts: list[int] = []
@@ -95,7 +105,7 @@ def _drafted(draft: GreedySession, unread: Sequence[int], room: int, p_min: floa
         logits = draft.extend(unread)[-1] if len(unread) > 1 else draft.step(unread[0])
         steps += 1
         token_id = int(logits.argmax())
-        if p_min and 1 / np.exp(logits - logits[token_id]).sum() < p_min:
+        if p_min and _confidence(logits) < p_min:
             break
         drafts.append(token_id)
         unread = [token_id]

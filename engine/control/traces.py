@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -158,7 +159,7 @@ class Traces:
 
 def is_whole(width: float) -> bool:
     """Whether a mean width is one width for every unit."""
-    return width == int(width)
+    return float(width).is_integer()  # not so of nan and infinity
 
 
 def sequence_path(directory: Path, index: int) -> Path:
@@ -229,7 +230,7 @@ def _plan_of(data: dict[str, Any]) -> RecordingPlan:
         ),
         "decoder is lean or hf": plan.decoder in ("lean", "hf"),
         "splits are known": all(planned.split in get_args(SplitName) for planned in sequences),
-        "draft widths ascend": all(type(width) in (int, float) for width in numbers)
+        "draft widths ascend": all(type(width) in (int, float) and math.isfinite(width) for width in numbers)
         and sorted(set(numbers)) == [*numbers]
         and bool(numbers),
         "there is an allocation for each width that is not whole": len(mixed)

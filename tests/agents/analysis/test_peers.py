@@ -131,15 +131,12 @@ def test_facts_are_those_of_the_definition() -> None:
 
 
 def test_what_peers_are_refused_with(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nested = tmp_path / "nested"
     model = tmp_path / "model"
     model_of().save_pretrained(model)
     monkeypatch.setattr(module, "has_llama_cpp", lambda: False)
     monkeypatch.setattr(module, "has_hqq", lambda: False)
     error = analyse(model, text, tmp_path / "out", "--peers").error
     assert 'pip install "flexquant-rl[bench]"' in error
-    monkeypatch.setattr(module, "has_hqq", lambda: True)
-    nested.mkdir()
     assert not (tmp_path / "out").exists()
 
 
@@ -165,7 +162,7 @@ ROWS = [
 
 
 def timed(strategy: str | None, group_size: int, bit_width: int, ms: float) -> TimeRow:
-    return TimeRow(strategy, group_size, bit_width, ms, ms, ms, 2, "cpu")
+    return TimeRow(group_size, bit_width, ms, ms, ms, 2, "cpu", strategy)
 
 
 TIMES = [timed(None, 128, 3, 1.0), timed(None, 128, 4, 2.0), timed("llama.cpp:Q4_0", 32, 4, 1.5)]
