@@ -15,7 +15,7 @@ from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import UnboundPolicy
-from flexquant_rl.agents.preparation import Prepared, policy_context, prepare, profile_beside
+from flexquant_rl.agents.preparation import Prepared, policy_context, prepare
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import is_nested_model, load_model
 from flexquant_rl.engine.control.artefact import DeployedPolicy

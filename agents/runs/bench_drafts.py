@@ -21,7 +21,13 @@ from flexquant_rl.agents.commands.servable import Servable, load_servable
 from flexquant_rl.agents.config import DraftsBench
 from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, add_tokens_per_s, rows
-from flexquant_rl.engine.benches.llama_cpp import LlamaCppSession, check_writable, has_llama_cpp, write_gguf
+from flexquant_rl.engine.benches.llama_cpp import (
+    LlamaCppSession,
+    check_reference,
+    check_writable,
+    has_llama_cpp,
+    write_gguf,
+)
 from flexquant_rl.engine.benches.llama_cpp_drafts import DraftRule, continue_greedily, continue_with_drafts
 from flexquant_rl.engine.checkpoint import is_nested_model
 from flexquant_rl.engine.control.controller import make_controller
@@ -239,12 +245,7 @@ def _gguf_files(
             progress("llama.cpp: not measured (name the model that the checkpoint was made from with --reference)")
             return None
     hf_model, _ = load_causal_lm(resolve_model(source))
-    settings: Any = hf_model.config
-    if (settings.vocab_size, settings.num_hidden_layers) != (model.vocab_size, model.num_layers):
-        raise InputError(
-            f"--reference {source} has {settings.num_hidden_layers} layers and {settings.vocab_size} tokens, "
-            f"{config.model} has {model.num_layers} and {model.vocab_size}; name the model that it was made from"
-        )
+    check_reference(hf_model, model, source)
     try:
         check_writable(hf_model, "Q4_0")
     except InputError as error:

@@ -31,9 +31,9 @@ from flexquant_rl.agents.evaluation.draft_rows import (
     DraftRow,
     Kind,
     best_fixed,
-    known_by_name,
     draft_row,
     findings,
+    known_by_name,
     with_clock,
 )
 from flexquant_rl.agents.evaluation.drafting import Played, clairvoyant, hindsight, play, play_rule, tuned

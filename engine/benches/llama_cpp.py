@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
 
 GgufType = Literal["F32", "F16", "Q8_0", "Q4_0"]
 
@@ -66,6 +67,16 @@ def check_writable(hf_model: PreTrainedModel, gguf_type: GgufType = "F16") -> No
                 f"{tensor.name} has rows of {length}, which {gguf_type} cannot hold: its blocks are of {_BLOCK}; use a "
                 f"model whose rows are multiples of {_BLOCK}"
             )
+
+
+def check_reference(hf_model: PreTrainedModel, model: NestedCausalLM, name: str) -> None:
+    """Raises InputError unless a model has the sizes of the nested one that is said to be made from it."""
+    config: Any = hf_model.config
+    if (config.vocab_size, config.num_hidden_layers) != (model.vocab_size, model.num_layers):
+        raise InputError(
+            f"--reference {name} has {config.num_hidden_layers} layers and {config.vocab_size} tokens, the nested "
+            f"checkpoint {model.num_layers} and {model.vocab_size}; name the model that it was made from"
+        )
 
 
 def write_gguf(hf_model: PreTrainedModel, path: Path, gguf_type: GgufType) -> None:

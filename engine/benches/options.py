@@ -154,7 +154,9 @@ class VerifyBench(DecodeBench):
 
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Hugging Face directory, hub name, nested checkpoint or .gguf file to time instead of a random Llama; `default` is
-    the embedded model. It has no row of llama.cpp."""
+    the embedded model."""
+    reference: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """With a nested checkpoint: the model that it was made from, for llama.cpp."""
     num_tokens: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16)
     """Tokens of a pass, 1 to 16 and 1 among them: what a pass costs is given in steps."""
     new_tokens: int = 4

@@ -17,15 +17,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.decode import no_tokenizer, random_llama
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, Turn, interleave, rows
-from flexquant_rl.engine.benches.llama_cpp import GgufType, LlamaCppSession, has_llama_cpp, write_gguf
+from flexquant_rl.engine.benches.llama_cpp import (
+    GgufType,
+    LlamaCppSession,
+    check_reference,
+    check_writable,
+    has_llama_cpp,
+    write_gguf,
+)
 from flexquant_rl.engine.benches.options import VerifyBench
-from flexquant_rl.engine.checkpoint import load_model
+from flexquant_rl.engine.checkpoint import is_nested_model, load_model
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.embedded import resolve_model
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM, nest
 
 _LEAN = "lean"
@@ -67,11 +77,11 @@ def bench_verify(
             for num_threads in config.threads
             for provider in _lean_providers(config, clock, model, token_ids, num_threads)
         ]
-        if config.peers and random_model is not None and has_llama_cpp():
+        peer = _peer_model(config, model, random_model, progress) if config.peers else None
+        if peer is not None:
             progress("writing the same weights as GGUF")
-            providers += _llama_cpp_providers(config, clock, random_model, token_ids[0].tolist(), stack)
-        elif config.peers:
-            progress("llama.cpp: not measured (it is not installed, or a model is named)")
+            providers += _llama_cpp_providers(config, clock, peer, token_ids[0].tolist(), stack)
+            del peer
         interleave(providers, config.rounds, track)
     common = {
         "op": "verify",
@@ -84,6 +94,30 @@ def bench_verify(
     found = rows(providers, common)
     add_steps(found)
     return found
+
+
+def _peer_model(
+    config: VerifyBench, model: NestedCausalLM, random_model: PreTrainedModel | None, progress: Callable[[str], None]
+) -> PreTrainedModel | None:
+    """The unquantised weights, for llama.cpp; None, and a line why, where it is not measured."""
+    why = None if has_llama_cpp() else "it is not installed; pip install 'flexquant-rl[bench]' adds it"
+    source = config.reference or config.model
+    if why is None and random_model is None:
+        assert source is not None
+        path = resolve_model(source)
+        if is_nested_model(path):
+            why = "name the model that the checkpoint was made from with --reference"
+        else:
+            random_model, _ = load_causal_lm(path)
+            check_reference(random_model, model, source)
+            try:
+                check_writable(random_model, _LLAMA_CPP_TYPE)
+            except InputError as error:
+                why = str(error)
+    if why is not None:
+        progress(f"llama.cpp: not measured ({why})")
+        return None
+    return random_model
 
 
 def add_steps(found: Sequence[Row]) -> None:

@@ -19,8 +19,10 @@ from flexquant_rl.engine.benches.llama_cpp import GGUF_BITS, LlamaCppSession, ha
 from flexquant_rl.engine.benches.options import BenchConfig, DecodeBench, GemvBench, GptqBench, PolicyBench, VerifyBench
 from flexquant_rl.engine.benches.policy import bench_policy
 from flexquant_rl.engine.benches.verify import add_steps, bench_verify
+from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.decoding.lean import LeanSession
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.native import supported_isas
 
 needs_library = pytest.mark.skipif(not supported_isas(), reason="no C++ compiler here, so no native kernels")
@@ -160,6 +162,21 @@ class TestVerify:
         ]
         add_steps(found)
         assert [row["steps"] for row in found] == [1.5, 1, 1, 1, 1.5, 4, 1, 0.5]
+
+    def test_llama_cpp_takes_the_model_that_a_checkpoint_was_made_from(
+        self, tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
+        said: list[str] = []
+        nested = str(tmp_path / "nested")
+        save_checkpoint(load_model(str(tiny_model_dir), QuantizationConfig()), Path(nested))
+        config = replace(self.CONFIG, model=nested, peers=True, threads=(1,), bit_widths=(8,), num_tokens=(1, 2))
+        bench_verify(config, progress=said.append)
+        wanted = "name the model that the checkpoint was made from with --reference"
+        assert (wanted if has_llama_cpp() else "it is not installed") in said[-1]
+        if not has_llama_cpp():
+            pytest.skip("the extra `bench` is not installed")
+        found = bench_verify(replace(config, reference=str(tiny_model_dir)), progress=said.append)
+        assert [row["num_tokens"] for row in found if row["provider"] == "llama_cpp_q8_0"] == [1, 2]
 
     def test_a_pass_with_other_logits_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = LeanSession.extend
