@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -226,7 +227,8 @@ def test_damaged_and_foreign_files_are_one_line(nested: NestedCausalLM, recorded
         ({"draft_widths": [3, 3.5]}, "an allocation for each width that is not whole"),
         ({"mixed": [[3, 4]]}, "an allocation for each width that is not whole"),
         ({"draft_widths": [3.5], "mixed": [[3, 9]]}, "an allocation for each width that is not whole"),
-        ({"draft_widths": ["3"]}, "TypeError|draft widths"),
+        ({"draft_widths": ["3"]}, "bit_widths are not whole numbers"),
+        ({"draft_widths": [math.inf]}, "draft widths ascend|not whole numbers|an allocation"),
         ({"sequences": []}, "there is a sequence"),
         ({"surprise": 1}, "surprise"),
     ],
