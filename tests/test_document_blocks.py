@@ -52,6 +52,7 @@ ONLY_PARSED = {
     "fq serve": "ends with a signal; tests/test_four_commands.py starts one, and asks it",
     "fq sweep": "needs the extra `ray`; tests/test_sweep_ray.py runs it",
     "fq tasks": "needs the extra `eval`; tests/test_cli_tasks.py runs it",
+    "--peers": "needs the extra `bench`; tests/agents/analysis/test_peers.py runs it",
     "--device cuda": "needs a GPU",
     "--baselines random entropy schedule": "tunes six families, for a minute; tests/test_train_cli.py trains",
 }

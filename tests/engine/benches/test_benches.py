@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from flexquant_rl.engine.benches import gemv as bench_gemv
 from flexquant_rl.engine.benches import llama_cpp as bench_llama_cpp
@@ -87,7 +88,9 @@ def test_gptq_rows() -> None:
 def test_policy_rows() -> None:
     found = bench_policy(PolicyBench(units=3, vocab=11, rounds=1))
     served = ["native_policy", "native_signals_and_policy"] if supported_isas() else []
-    assert [row["provider"] for row in found] == [*served, "policy", "signals", "signals_and_policy"]
+    sure = ["native_confidence"] if supported_isas() else []
+    names = [*served, *sure, "policy", "signals", "signals_and_policy", "confidence"]
+    assert [row["provider"] for row in found] == names
     assert all(row["p50_us"] > 0 and row["units"] == 3 and "bytes" not in row for row in found)
 
 
@@ -164,18 +167,20 @@ class TestVerify:
         assert [row["steps"] for row in found] == [1.5, 1, 1, 1, 1.5, 4, 1, 0.5]
 
     def test_llama_cpp_takes_the_model_that_a_checkpoint_was_made_from(
-        self, tiny_model_dir: Path, tmp_path: Path
+        self, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         said: list[str] = []
-        nested = str(tmp_path / "nested")
-        save_checkpoint(load_model(str(tiny_model_dir), QuantizationConfig()), Path(nested))
+        plain, nested = str(tmp_path / "plain"), str(tmp_path / "nested")
+        random_llama(replace(self.CONFIG, vocab=128)).save_pretrained(plain)
+        tiny_tokenizer.save_pretrained(plain)
+        save_checkpoint(load_model(plain, QuantizationConfig()), Path(nested))
         config = replace(self.CONFIG, model=nested, peers=True, threads=(1,), bit_widths=(8,), num_tokens=(1, 2))
         bench_verify(config, progress=said.append)
         wanted = "name the model that the checkpoint was made from with --reference"
         assert (wanted if has_llama_cpp() else "it is not installed") in said[-1]
         if not has_llama_cpp():
             pytest.skip("the extra `bench` is not installed")
-        found = bench_verify(replace(config, reference=str(tiny_model_dir)), progress=said.append)
+        found = bench_verify(replace(config, reference=plain), progress=said.append)
         assert [row["num_tokens"] for row in found if row["provider"] == "llama_cpp_q8_0"] == [1, 2]
 
     def test_a_pass_with_other_logits_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
