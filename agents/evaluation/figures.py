@@ -57,6 +57,7 @@ _LOWEST_ZORDER = 3  # above the grid and the line at zero; each family is drawn 
 _SPEEDS = ((0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8), tuple(tenth / 10 for tenth in range(5, 31)))
 """Ticks, and finer ones where hardly any of them is in sight."""
 _ENOUGH_SPEEDS = 3
+_LABEL_SHARE = 0.07  # of the axis, that a label of a speed takes
 _STATIC_FRONT: dict[str, Any] = {"color": STATIC.colour, "linewidth": 1.2, "linestyle": (0, (4, 2))}
 
 
@@ -346,6 +347,15 @@ def _points(groups: Sequence[SeedGroup], clock: Clock) -> tuple[Array, Array]:
     return np.array([fastest[kl] for kl in along], dtype=np.float64), np.array(along, dtype=np.float64)
 
 
+def _apart(speeds: Sequence[float], span: float) -> list[float]:
+    """Speeds from the slowest on whose time shares are far enough apart for their labels, on an axis of such a span."""
+    kept: list[float] = []
+    for speed in sorted(speeds):
+        if not kept or 1 / kept[-1] - 1 / speed >= _LABEL_SHARE * span:
+            kept.append(speed)
+    return kept
+
+
 def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
     axes.set_yscale("log")
     axes.margins(x=0.04, y=0.06)
@@ -354,7 +364,7 @@ def _dress_fronts(axes: Axes, rows: Sequence[EvalRow]) -> None:
     speed = axes.secondary_xaxis("top", functions=(_inverse, _inverse))
     left, right = axes.get_xlim()
     coarse, fine = ([one for one in ticks if left < 1 / one < right] for ticks in _SPEEDS)
-    speed.set_xticks(coarse if len(coarse) >= _ENOUGH_SPEEDS else fine)
+    speed.set_xticks(_apart(coarse if len(coarse) >= _ENOUGH_SPEEDS else fine, right - left))
     speed.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}\N{MULTIPLICATION SIGN}"))
     speed.xaxis.set_minor_locator(NullLocator())
     speed.tick_params(length=3, labelsize=9, colors=GREY)
