@@ -15,7 +15,6 @@ from torch import Tensor
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.kernels.native_control import top_probability
 
 MOST_PENDING = 15
 """Drafts of a round at most: with the upcoming token they are the 16 tokens that one native pass reads."""
@@ -44,7 +43,12 @@ class Draft:
         """Probability of the likeliest token where this one was chosen, at temperature 1; None without logits."""
         if self.top1_probability is not None:
             return self.top1_probability
-        return None if self.logits is None else top_probability(self.logits)
+        if self.logits is None:
+            return None
+        # Here, because who only loads a policy needs no native library.
+        from flexquant_rl.kernels.native_control import top_probability
+
+        return top_probability(self.logits)
 
 
 @dataclass(frozen=True)
