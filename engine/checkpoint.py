@@ -201,8 +201,6 @@ def load_model(
         InputError: If it is missing, damaged, not a causal LM or not supported.
     """
     path = resolve_model(path)
-    if is_nested_checkpoint(Path(path)):
-        return load_checkpoint(Path(path))
     if is_nested_model(path):
         return load_checkpoint(local_model(path))
     config = config or QuantizationConfig()

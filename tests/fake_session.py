@@ -210,6 +210,20 @@ class FakeSession:
             raise RuntimeError("this FakeSession is closed")
 
 
+class MarkovSession(FakeSession):
+    """Three tokens, of which each follows the one before with probabilities that the width decides."""
+
+    def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
+        self._lengths = self._lengths + token_ids.shape[1]
+        statistics = torch.ones(*token_ids.shape, self.model.num_units)
+        return ExtendOutput(transitions(int(bit_widths[0]))[token_ids], statistics, statistics)
+
+
+def transitions(bit_width: int) -> Tensor:
+    """`[3, 3]` logits."""
+    return torch.randn(3, 3, generator=torch.Generator().manual_seed(bit_width)) * 1.5
+
+
 def fake_profile(model: FakeModel) -> Profile:
     """The true profile: sensitivities are means over classes, latency is bytes and a fixed tenth of a full step."""
     widths = torch.tensor(model.bit_widths, dtype=torch.float64)

@@ -23,13 +23,10 @@ from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, add_tokens_per_s, rows
 from flexquant_rl.engine.benches.llama_cpp import (
     LlamaCppSession,
-    check_reference,
-    check_writable,
-    has_llama_cpp,
+    named_peer,
     write_gguf,
 )
 from flexquant_rl.engine.benches.llama_cpp_drafts import DraftRule, continue_greedily, continue_with_drafts
-from flexquant_rl.engine.checkpoint import is_nested_model
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.draft_counts import DraftCounts
@@ -40,7 +37,6 @@ from flexquant_rl.engine.decoding.choice import SessionOpener, default_decoder, 
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.freed_memory import return_freed_memory
-from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.recording_prompts import held_out_prompts
 
@@ -233,23 +229,8 @@ def _gguf_files(
     config: DraftsBench, model: NestedCausalLM, stack: ExitStack, progress: Callable[[str], None]
 ) -> _GgufFiles | None:
     """The unquantised weights as GGUF, deleted with the stack; None where llama.cpp is not measured."""
-    if not config.peers:
-        return None
-    if not has_llama_cpp():
-        progress("llama.cpp: not measured (it is not installed; pip install 'flexquant-rl[bench]' adds it)")
-        return None
-    source = config.reference
-    if source is None:
-        source = resolve_model(config.model)
-        if is_nested_model(source):
-            progress("llama.cpp: not measured (name the model that the checkpoint was made from with --reference)")
-            return None
-    hf_model, _ = load_causal_lm(resolve_model(source))
-    check_reference(hf_model, model, source)
-    try:
-        check_writable(hf_model, "Q4_0")
-    except InputError as error:
-        progress(f"llama.cpp: not measured ({error})")
+    hf_model = named_peer(config.model, config.reference, model, "Q4_0", progress) if config.peers else None
+    if hf_model is None:
         return None
     progress("writing the unquantised weights as GGUF, at Q8_0 and Q4_0")
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))

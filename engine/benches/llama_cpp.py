@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,13 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flexquant_rl.engine.checkpoint import is_nested_model
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM
 
 GgufType = Literal["F32", "F16", "Q8_0", "Q4_0"]
 
 GGUF_BITS: dict[GgufType, float] = {"Q4_0": 4.5, "Q8_0": 8.5}
 """Bits per weight of the quantised types: codes and one fp16 scale per 32."""
+NOT_INSTALLED = "llama.cpp: not measured (it is not installed; pip install 'flexquant-rl[bench]' adds it)"
 _BLOCK = 32
 _INTERLEAVED = {"llama": True, "qwen2": False}
 """Architectures that are written: whether llama.cpp rotates neighbouring rows of a head, where Hugging Face rotates the
@@ -77,6 +81,42 @@ def check_reference(hf_model: PreTrainedModel, model: NestedCausalLM, name: str)
             f"--reference {name} has {config.num_hidden_layers} layers and {config.vocab_size} tokens, the nested "
             f"checkpoint {model.num_layers} and {model.vocab_size}; name the model that it was made from"
         )
+
+
+def named_peer(
+    name: str,
+    reference: str | None,
+    model: NestedCausalLM,
+    gguf_type: GgufType,
+    progress: Callable[[str], None],
+) -> PreTrainedModel | None:
+    """The unquantised weights of a model that is named; None, and a line why, where llama.cpp is not measured.
+
+    Args:
+        name: The model that is timed, as commands name it.
+        reference: The model that it was made from, where it is a nested checkpoint.
+        model: The nested weights.
+        gguf_type: A type that they will be written at.
+        progress: Takes the line.
+
+    Raises:
+        InputError: If a model cannot be read, or is of other sizes than the nested one.
+    """
+    if not has_llama_cpp():
+        progress(NOT_INSTALLED)
+        return None
+    source = resolve_model(reference or name)
+    if reference is None and is_nested_model(source):
+        progress("llama.cpp: not measured (name the model that the checkpoint was made from with --reference)")
+        return None
+    hf_model, _ = load_causal_lm(source)
+    check_reference(hf_model, model, source)
+    try:
+        check_writable(hf_model, gguf_type)
+    except InputError as error:
+        progress(f"llama.cpp: not measured ({error})")
+        return None
+    return hf_model
 
 
 def write_gguf(hf_model: PreTrainedModel, path: Path, gguf_type: GgufType) -> None:

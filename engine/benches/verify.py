@@ -23,19 +23,17 @@ from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.decode import no_tokenizer, random_llama
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, Turn, interleave, rows
 from flexquant_rl.engine.benches.llama_cpp import (
+    NOT_INSTALLED,
     GgufType,
     LlamaCppSession,
-    check_reference,
-    check_writable,
     has_llama_cpp,
+    named_peer,
     write_gguf,
 )
 from flexquant_rl.engine.benches.options import VerifyBench
-from flexquant_rl.engine.checkpoint import is_nested_model, load_model
+from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.embedded import resolve_model
-from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM, nest
 
 _LEAN = "lean"
@@ -100,24 +98,12 @@ def _peer_model(
     config: VerifyBench, model: NestedCausalLM, random_model: PreTrainedModel | None, progress: Callable[[str], None]
 ) -> PreTrainedModel | None:
     """The unquantised weights, for llama.cpp; None, and a line why, where it is not measured."""
-    why = None if has_llama_cpp() else "it is not installed; pip install 'flexquant-rl[bench]' adds it"
-    source = config.reference or config.model
-    if why is None and random_model is None:
-        assert source is not None
-        path = resolve_model(source)
-        if is_nested_model(path):
-            why = "name the model that the checkpoint was made from with --reference"
-        else:
-            random_model, _ = load_causal_lm(path)
-            check_reference(random_model, model, source)
-            try:
-                check_writable(random_model, _LLAMA_CPP_TYPE)
-            except InputError as error:
-                why = str(error)
-    if why is not None:
-        progress(f"llama.cpp: not measured ({why})")
-        return None
-    return random_model
+    if config.model is not None:
+        return named_peer(config.model, config.reference, model, _LLAMA_CPP_TYPE, progress)
+    if has_llama_cpp():
+        return random_model
+    progress(NOT_INSTALLED)
+    return None
 
 
 def add_steps(found: Sequence[Row]) -> None:

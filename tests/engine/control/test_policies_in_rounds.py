@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_session import FakeSession, fake_profile
-from torch import Tensor
+from fake_session import MarkovSession, fake_profile, transitions
 
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import DraftController, TorchController, make_controller
@@ -29,7 +28,7 @@ from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.control.verified_signals import VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import modelled_costs
 from flexquant_rl.engine.decoding.choice import default_decoder, session_opener
-from flexquant_rl.engine.decoding.decoder import ExtendOutput, StepOutput
+from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.model import NestedCausalLM
@@ -113,20 +112,6 @@ def test_the_text_and_its_end_are_those_of_the_verify_width(
     assert 0 < sum(sum(one.accepted) for one in counts) < sum(sum(one.drafted) for one in counts)
 
 
-class ThreeTokens(FakeSession):
-    """Three tokens, of which each follows the one before with probabilities that the width decides."""
-
-    def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
-        self._lengths = self._lengths + token_ids.shape[1]
-        statistics = torch.ones(*token_ids.shape, self.model.num_units)
-        return ExtendOutput(transitions(int(bit_widths[0]))[token_ids], statistics, statistics)
-
-
-def transitions(bit_width: int) -> Tensor:
-    """`[3, 3]` logits."""
-    return torch.randn(3, 3, generator=torch.Generator().manual_seed(bit_width)) * 1.5
-
-
 @pytest.mark.parametrize(("kind", "ngram_drafts"), [("confidence", 0), ("bandit", 0), ("bandit", 2), ("net", 2)])
 def test_sampled_text_has_the_distribution_of_the_verify_width(kind: str, ngram_drafts: int) -> None:
     """Three tokens after a prompt against exact enumeration, by chi-square.
@@ -134,7 +119,7 @@ def test_sampled_text_has_the_distribution_of_the_verify_width(kind: str, ngram_
     What these policies decide follows from the drafts that were drawn, and a bandit's from how earlier ones fared.
     """
     num_trials, num_tokens, prompt = 600, 3, [0, 1, 2, 0, 1]
-    session = ThreeTokens()
+    session = MarkovSession()
     model = session.model
     policy = policy_of(kind, model.num_units)
     signals = TorchController(model, None, fake_profile(model)) if policy.uses_signals else None

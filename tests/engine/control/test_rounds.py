@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from fake_session import FakeSession
+from fake_session import MarkovSession, transitions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,7 +34,6 @@ from flexquant_rl.engine.control.rounds import Rounds
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.control.served_drafts import drafts_at
 from flexquant_rl.engine.decoding.choice import session_opener
-from flexquant_rl.engine.decoding.decoder import ExtendOutput
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
@@ -325,20 +324,6 @@ def test_sampled_rows_together_equal_each_alone(
         alone = list(runner_of(nested_model, profile, policy, ngram_drafts=ngram_drafts).generate([request]))
         assert said(alone) == [said(together, len(requests))[index]]
         assert len(alone) == request.max_new_tokens
-
-
-class MarkovSession(FakeSession):
-    """Three tokens, of which each follows the one before with probabilities that the width decides."""
-
-    def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
-        self._lengths = self._lengths + token_ids.shape[1]
-        statistics = torch.ones(*token_ids.shape, self.model.num_units)
-        return ExtendOutput(transitions(int(bit_widths[0]))[token_ids], statistics, statistics)
-
-
-def transitions(bit_width: int) -> Tensor:
-    """`[3, 3]` logits."""
-    return torch.randn(3, 3, generator=torch.Generator().manual_seed(bit_width)) * 1.5
 
 
 def wanted_distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
