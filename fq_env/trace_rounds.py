@@ -151,7 +151,7 @@ class TraceRounds:
         return self._pending.copy()
 
     def all_right(self) -> Flags:
-        """`[R]`: whether every pending draft agrees. No policy can know; a bound may."""
+        """`[R]`: whether every pending draft agrees. No policy can know."""
         right: Flags = self._num_right == self._pending
         return right
 

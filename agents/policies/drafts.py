@@ -13,6 +13,7 @@ from flexquant_rl.engine.control.drafting_rules import DraftingRule
 from flexquant_rl.engine.control.drafts import check_drafts
 from flexquant_rl.engine.control.served_drafts import ServedDrafts, drafts_at, rule_at
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.control.traces import is_whole
 from flexquant_rl.engine.errors import InputError
 
 
@@ -46,7 +47,7 @@ class Drafts:
     @property
     def is_one_width(self) -> bool:
         """Whether all units draft at the same width, so that no profile is needed."""
-        return self.width == int(self.width)
+        return is_whole(self.width)
 
     @property
     def rule(self) -> DraftingRule:

@@ -17,6 +17,7 @@ from flexquant_rl.agents.policies.static_front import StaticFront
 from flexquant_rl.engine.control.decision import Decision, Policy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.control.traces import is_whole
 from flexquant_rl.engine.errors import InputError
 
 _LARGEST_WIDTH = 8
@@ -99,7 +100,7 @@ class PolicyContext:
         Raises:
             InputError: If a whole mean is not a stored width, or another one is outside the stored widths.
         """
-        if mean_bit_width == int(mean_bit_width):
+        if is_whole(mean_bit_width):
             check_stored(int(mean_bit_width), self.profile.bit_widths, policy)
             return torch.full((self.schema.num_units,), int(mean_bit_width))
         self.check_mean(mean_bit_width, policy)
