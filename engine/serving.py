@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +30,8 @@ from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.decoding.choice import default_decoder, session_opener
 from flexquant_rl.engine.decoding.decoder import Decoder, check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
+from flexquant_rl.engine.decoding.idle_sessions import IdleSessions
+from flexquant_rl.engine.decoding.lean import LeanSession
 from flexquant_rl.engine.decoding.options import DecoderName, check_decoder_name
 from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.model import NestedCausalLM
@@ -101,7 +103,8 @@ class Engine:
             # Likelihoods go step by step, which a graph's loop does not.
             name: DecoderName = decoder if graph is None else "hf"
             self._open = session_opener(model, max_length=max_length, decoder=name, num_threads=num_threads)
-        self._is_lean = self._graph is None and decoder != "hf" and default_decoder(model)[0] == "lean"
+        is_lean = self._graph is None and decoder != "hf" and default_decoder(model)[0] == "lean"
+        self._idle = IdleSessions(self._open_lean) if is_lean else None
 
     @property
     def max_length(self) -> int:
@@ -139,11 +142,9 @@ class Engine:
             return
         if policy is not None:
             check_policy(policy, self.model)
-        with self._lock:
-            runner = self._runner(1, policy)
-        with closing(runner.decoder):
+        request.check(self._max_length, self.model.vocab_size)
+        with self._runner(1, request.prompt_ids, policy) as runner:
             if self._drafts_on_graph:
-                request.check(self._max_length, self.model.vocab_size)
                 with self._lock:
                     _prepare(runner.decoder, request)
             yield from self._in_turns(runner.generate([request], self.model.token_text, self._closed))
@@ -169,9 +170,7 @@ class Engine:
         self._check_open()
         if policy is not None:
             check_policy(policy, self.model)
-        with self._lock:
-            runner = self._runner(1, policy)
-        with closing(runner.decoder):
+        with self._runner(1, token_ids[:1], policy) as runner:
             for found in self._in_turns(runner.judge_text(token_ids, kl_weight, num_likeliest)):
                 yield found
                 self._check_open()
@@ -191,11 +190,10 @@ class Engine:
         check_pairs(pairs, kl_weight, self._max_length, self.model.vocab_size)
         if not pairs:
             return []
-        with self._lock:
-            # The lean decoder reads rows one after the other: one row, which reads a context once, does less.
-            runner = self._runner(1 if self._is_lean else min(num_rows, len(pairs)))
+        # The lean decoder reads rows one after the other: one row, which reads a context once, does less.
+        num_rows = 1 if self._idle is not None else min(num_rows, len(pairs))
         found: dict[int, Likelihood] = {}
-        with closing(runner.decoder):
+        with self._runner(num_rows, torch.tensor(min(pairs)[0])) as runner:
             for ended in self._in_turns(runner.likelihood_steps(pairs, kl_weight)):
                 found |= ended
                 self._check_open()
@@ -206,17 +204,39 @@ class Engine:
         self._closed.set()
         with self._lock:
             self._open = self._graph = None
+            if self._idle is not None:
+                self._idle.close()
 
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise RuntimeError(CLOSED)
 
-    def _runner(self, num_rows: int, policy: Policy | DraftPolicy | None = None) -> PolicyRunner:
-        """Opens rows of a request's own."""
-        if self._open is None:
-            raise RuntimeError(CLOSED)
-        controller = make_controller(self.model, policy or self.policy, self.profile, num_rows=num_rows)
-        return PolicyRunner(self._open(num_rows), controller, ngram_drafts=self._ngram_drafts)
+    @contextmanager
+    def _runner(
+        self, num_rows: int, prompt_ids: Tensor, policy: Policy | DraftPolicy | None = None
+    ) -> Iterator[PolicyRunner]:
+        """Rows of a request's own; a single one may have read the beginning of its prompt already."""
+        with self._lock:
+            if self._open is None:
+                raise RuntimeError(CLOSED)
+            controller = make_controller(self.model, policy or self.policy, self.profile, num_rows=num_rows)
+            idle = self._idle if num_rows == 1 else None
+            decoder = self._open(num_rows) if idle is None else idle.take(prompt_ids)
+        try:
+            yield PolicyRunner(decoder, controller, ngram_drafts=self._ngram_drafts)
+        finally:
+            # Without the lock: this runs wherever an abandoned iterator is collected.
+            if idle is None:
+                decoder.close()
+            else:
+                assert isinstance(decoder, LeanSession)
+                idle.give_back(decoder)
+
+    def _open_lean(self) -> LeanSession:
+        assert self._open is not None
+        session = self._open(1)
+        assert isinstance(session, LeanSession)
+        return session
 
     def _in_turns(self, results: Iterator[T]) -> Iterator[T]:
         """Holds the lock while a result is made, and not while the caller looks at it."""

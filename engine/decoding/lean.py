@@ -7,7 +7,7 @@ a step. In mode "float32" it gives that model's numbers to 1e-4; the default, "i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,23 @@ class _Row:
 
     cache: LayerCache
     length: int = 0
+    prompt_ids: Tensor | None = None
+    """`[T]` the tokens that its first places hold, and `[U]` the widths at which they were read, while they stand."""
+    prompt_widths: Tensor | None = None
+
+    def num_shared(self, prompt_ids: Tensor, bit_widths: Tensor) -> int:
+        """How many tokens of a prompt the row has read already, but for the last, whose output is asked for."""
+        if self.prompt_ids is None or self.prompt_widths is None or not torch.equal(self.prompt_widths, bit_widths):
+            return 0
+        count = min(len(self.prompt_ids), len(prompt_ids) - 1)
+        differs = (self.prompt_ids[:count] != prompt_ids[:count]).nonzero()
+        return int(differs[0]) if len(differs) else count
+
+    def cut(self, length: int) -> None:
+        """Forgets what is behind the first `length` tokens."""
+        self.length = length
+        if self.prompt_ids is not None:
+            self.prompt_ids = self.prompt_ids[:length]
 
 
 class LeanSession:
@@ -128,21 +145,25 @@ class LeanSession:
     def prefill(
         self, prompt_ids: Tensor, *, rows: Tensor | None = None, bit_widths: Tensor | None = None
     ) -> StepOutput:
-        """See `Decoder.prefill`; a prompt is read 16 tokens at a time."""
+        """See `Decoder.prefill`; a prompt is read 16 tokens at a time.
+
+        What a row has read of it already, as the beginning of its last prompt and at the same widths, is not read
+        again: a token's keys and values are the same bits in a pass of any size.
+        """
         if bit_widths is None:
-            bit_widths = torch.full((self.model.num_units,), max(self.model.bit_widths))
+            bit_widths = self._largest_widths()
         check_tokens(self, prompt_ids, rows, is_prompt=True)
         check_width_shape(bit_widths, 1)
         chosen = self._choose(rows)
         check_bit_widths(bit_widths, self.model.bit_widths, self.model.num_units)
-        for row in chosen:
-            row.length = 0
+        widths = bit_widths.flatten()
         try:
-            parts = zip(chosen, prompt_ids, strict=True)
-            return _stacked([self._read(row, ids, bit_widths.flatten(), 1) for row, ids in parts]).at(0)
+            return _stacked(
+                [self._read_prompt(row, ids, widths) for row, ids in zip(chosen, prompt_ids, strict=True)]
+            ).at(0)
         except BaseException:
             for row in chosen:
-                row.length = 0  # not half a prompt
+                row.cut(0)  # not half a prompt
             raise
 
     def extend(self, token_ids: Tensor, bit_widths: Tensor, *, rows: Tensor | None = None) -> ExtendOutput:
@@ -174,7 +195,18 @@ class LeanSession:
         """See `Decoder.truncate`."""
         check_truncation(lengths, self.lengths)
         for row, length in zip(self._open(), lengths.tolist(), strict=True):
-            row.length = length
+            row.cut(length)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the only row's prompt that it still holds."""
+        (row,) = self._open()
+        return 0 if row.prompt_ids is None else len(row.prompt_ids)
+
+    def num_shared(self, prompt_ids: Tensor) -> int:
+        """How many tokens of a prompt `[T]` `prefill` would find read in the only row."""
+        (row,) = self._open()
+        return row.num_shared(prompt_ids, self._largest_widths())
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Teacher-forced logits of whole sequences: `DecodeSession.score`, in parallel over dense matrices."""
@@ -184,7 +216,7 @@ class LeanSession:
     def fork(self) -> LeanSession:
         """An independent copy of the session, keys and values included."""
         twin = LeanSession(self._decoder, num_rows=0)
-        twin._rows = [_Row(row.cache.copy(row.length), row.length) for row in self._open()]
+        twin._rows = [replace(row, cache=row.cache.copy(row.length)) for row in self._open()]
         return twin
 
     def close(self) -> None:
@@ -199,6 +231,16 @@ class LeanSession:
     def _choose(self, rows: Tensor | None) -> list[_Row]:
         held = self._open()
         return held if rows is None else [held[index] for index in rows.tolist()]
+
+    def _largest_widths(self) -> Tensor:
+        return torch.full((self.model.num_units,), max(self.model.bit_widths))
+
+    def _read_prompt(self, row: _Row, prompt_ids: Tensor, bit_widths: Tensor) -> ExtendOutput:
+        """Restarts a row with a prompt `[T]`; the output at its last token."""
+        row.cut(row.num_shared(prompt_ids, bit_widths))
+        output = self._read(row, prompt_ids[row.length :], bit_widths, 1)
+        row.prompt_ids, row.prompt_widths = prompt_ids.clone(), bit_widths.clone()
+        return output
 
     def _read(self, row: _Row, token_ids: Tensor, bit_widths: Tensor, keep: int) -> ExtendOutput:
         """Appends tokens `[T]` to a row at `[U]` widths; the output at the last `keep` of them, `[1, keep, ...]`."""

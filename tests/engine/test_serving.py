@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.serving import Engine, encode, generate
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.kernels.native_decoder import LayerCache, NativeDecoder
 
 PROMPT = torch.tensor([1, 104, 101, 108, 108, 111])
 WIDTHS = torch.tensor([4, 3, 6])
@@ -119,7 +121,7 @@ def test_session_is_closed_however_it_ends(
     )
     monkeypatch.setattr(DecodeSession, "close", lambda self: closed.append(self))
     policy = Broken() if end == "failed" else StaticAllocation("static", WIDTHS)
-    stream = generate(nested_model, policy, profile, PROMPT, max_new_tokens=2, kl_weight=1.0)
+    stream = generate(nested_model, policy, profile, PROMPT, max_new_tokens=2, kl_weight=1.0, decoder="hf")
     next(stream)
     assert not closed
     if end == "abandoned":
@@ -267,6 +269,70 @@ def test_four_threads_equal_one(
         assert list(pool.map(run, requests)) == serial
     assert len({tuple(widths) for _, steps in serial for widths in steps}) > 3, "the policy hardly switches"
     engine.close()
+
+
+class TestSharedPrompts:
+    @pytest.fixture
+    def read(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How many tokens each native pass has read."""
+        counts: list[int] = []
+        call = NativeDecoder.__call__
+
+        def counted(native: NativeDecoder, cache: LayerCache, token_ids: Tensor, *rest: Any, **options: Any) -> Any:
+            counts.append(len(token_ids))
+            return call(native, cache, token_ids, *rest, **options)
+
+        monkeypatch.setattr(NativeDecoder, "__call__", counted)
+        return counts
+
+    def test_the_next_turn_of_a_chat_reads_what_is_new(
+        self, nested_model: NestedCausalLM, profile: Profile, generator: torch.Generator, read: list[int]
+    ) -> None:
+        first = torch.randint(97, 123, (40,), generator=generator)
+        policy = learned(nested_model)
+        with closing(Engine(nested_model, policy, profile)) as engine:
+            answer = ids(list(engine.generate(Request(first, 4, kl_weight=3.0))))
+            turn = Request(torch.cat([first, torch.tensor(answer), torch.tensor([101, 102])]), 4, kl_weight=3.0)
+            read.clear()
+            found = list(engine.generate(turn))
+        assert sum(read) == len(answer) + 2 + 3, "the answer, what came after it, three steps"
+        with closing(Engine(nested_model, policy, profile)) as engine:
+            alone = list(engine.generate(turn))
+        assert ids(found) == ids(alone)
+        for one, other in zip(found, alone, strict=True):
+            assert torch.equal(one.bit_widths, other.bit_widths)
+
+    @pytest.mark.parametrize("end", ["abandoned", "finished"])
+    def test_two_chats_keep_their_sessions(
+        self, nested_model: NestedCausalLM, profile: Profile, read: list[int], end: str
+    ) -> None:
+        chats = [Request(torch.full((30,), token), 2) for token in (97, 98)]
+        with closing(Engine(nested_model, StaticAllocation("static", WIDTHS), profile)) as engine:
+
+            def ask(chat: Request) -> None:
+                stream = engine.generate(chat)
+                next(stream)
+                if end == "finished":
+                    list(stream)
+                else:
+                    stream.close()  # type: ignore[attr-defined]  # an Iterator in its signature
+
+            for chat in chats:
+                ask(chat)
+            read.clear()
+            for chat in chats:
+                ask(chat)
+        steps = len(chats) if end == "finished" else 0
+        assert sum(read) == len(chats) + steps, "a prompt's last token, whose output is asked for, and a step"
+
+    def test_contexts_that_begin_alike_are_read_once(
+        self, nested_model: NestedCausalLM, profile: Profile, read: list[int]
+    ) -> None:
+        examples = [97] * 30
+        pairs = [([*examples, 98], [101, 102]), ([*examples, 99], [101, 102])]
+        with closing(Engine(nested_model, StaticAllocation("static", WIDTHS), profile)) as engine:
+            engine.loglikelihood(pairs, kl_weight=1.0)
+            assert sum(read) == 31 + 1 + 1 + 1, "a context, a token of its text, the next one's last token, its text's"
 
 
 def test_likelihoods_wait_for_their_turn(nested_model: NestedCausalLM, profile: Profile) -> None:

@@ -191,6 +191,32 @@ class TestSession:
         again = session.prefill(torch.arange(5, 15)[None], rows=torch.tensor([0]))
         assert torch.equal(first.logits, again.logits)
 
+    def test_what_a_row_has_read_is_not_read_again(self, decoder: LeanDecoder, generator: torch.Generator) -> None:
+        """Whatever came between, a prompt that begins like the last one gives the bits of a fresh session."""
+        held, stored = LeanSession(decoder), torch.tensor(decoder.model.bit_widths)
+        prompt, widths, shared_before = torch.randint(5, 100, (30,), generator=generator), None, 0
+        for _ in range(40):
+            kept = int(torch.randint(0, len(prompt) + 1, (), generator=generator))
+            rest = torch.randint(5, 100, (1 + (kept * 7) % (35 - kept),), generator=generator)
+            prompt = torch.cat([prompt[:kept], rest])
+            if torch.rand((), generator=generator) < 0.2:
+                widths = stored[torch.randint(0, len(stored), (3,), generator=generator)]
+            shared_before += held.num_shared(prompt)
+            fresh = LeanSession(decoder)
+            outputs = [session.prefill(prompt[None], bit_widths=widths) for session in (held, fresh)]
+            read_at = stored[torch.randint(0, len(stored), (3,), generator=generator)]
+            following = torch.randint(5, 100, (1, 3), generator=generator)
+            outputs += [session.extend(following, read_at).at(-1) for session in (held, fresh)]
+            for one, other in (outputs[:2], outputs[2:]):
+                assert torch.equal(one.logits, other.logits)
+                assert torch.equal(one.residual_update, other.residual_update)
+                assert torch.equal(one.crest, other.crest)
+            cut = torch.randint(0, len(prompt) + 3, (1,), generator=generator)
+            held.truncate(cut)
+            if cut < 36:
+                held.extend(following, read_at)  # other keys and values where the prompt's were
+        assert shared_before, "nothing was shared"
+
     def test_score_is_the_parallel_pass(self, decoder: LeanDecoder) -> None:
         ids = torch.arange(5, 25)[None]
         expected = DecodeSession(decoder.model).score(ids, first=3)
