@@ -20,7 +20,7 @@ from flexquant_rl.agents.evaluation.budgets import (
     TimedFamily,
 )
 from flexquant_rl.agents.evaluation.equal_time import (
-    ClockLine,
+    StaticClock,
     beside_static,
     missing_rungs,
     on_validation_text,
@@ -157,14 +157,14 @@ def compete_at_budgets(
     traces = dict(zip(members, traces_of(prepared, [*members.values()], windows), strict=True))
     for key, trace in traces.items():
         watch(members[key], trace)
-    shares, line = _clocked(prepared, [*members.values()], windows)
+    shares, clock = _clocked(prepared, [*members.values()], windows)
     rows = _rows(prepared, settings, traces, dict(zip(members, shares, strict=True)), documents)
     beside = references()
     # One look at validation text for all of them: it takes as long as one for a few.
     taken = _taken_without_budget(settings.entries, rows)
-    static = static_entries(prepared, sorted({*taken.values(), *missing_rungs([*rows, *beside], line)}))
+    static = static_entries(prepared, sorted({*taken.values(), *missing_rungs([*rows, *beside], clock)}))
     rows = _beside_own_static(settings, traces, rows, {at: static.get(share) for at, share in taken.items()})
-    return beside_static(prepared, [*rows, *beside], windows, prepared.env, line, static)
+    return beside_static(prepared, [*rows, *beside], windows, prepared.env, clock, static)
 
 
 def compete_long(
@@ -292,7 +292,7 @@ def test_windows(prepared: Prepared, num_sequences: int) -> tuple[Tensor, list[i
 
 def _clocked(
     prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor
-) -> tuple[list[float], ClockLine | None]:
+) -> tuple[list[float], StaticClock | None]:
     """Measured time share of each contestant, and how the clock's shares of static allocations follow the modelled."""
     context = policy_context(prepared)
     fixed = [contestant(Fixed(width), context) for width in prepared.model.bit_widths]
@@ -303,8 +303,8 @@ def _clocked(
         for one, share in zip(asked, measured, strict=True)
         if one.is_static and isinstance(one.policy, StaticAllocation)
     ]
-    line = ClockLine.fit([modelled for modelled, _ in static], [share for _, share in static])
-    return measured[: len(contestants)], line
+    clock = StaticClock.fit([modelled for modelled, _ in static], [share for _, share in static])
+    return measured[: len(contestants)], clock
 
 
 def clocked_shares(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> list[float]:

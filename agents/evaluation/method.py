@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
-from flexquant_rl.agents.evaluation.equal_time import ClockLine, rung_error
+from flexquant_rl.agents.evaluation.equal_time import StaticClock, rung_error
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
 from flexquant_rl.agents.policies.families import STATIC
@@ -45,8 +45,10 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
     if any(row.time_share_measured is not None for row in rows):
         lines.append(
             "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "
-            "over the same sum at the largest width. Static in equal measured time is found on the straight line "
-            "through the clocked shares of all static allocations over their modelled ones" + _missed(rows) + "."
+            "over the same sum at the largest width. Static in equal measured time is found on the line from point "
+            "to point through the clocked shares of all static allocations over their modelled ones"
+            + _missed(rows)
+            + "."
         )
     if any(row.family.partition(":")[0] == Drafts.family.name for row in rows):
         lines.append(
@@ -66,14 +68,14 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
 
 
 def _missed(rows: Sequence[EvalRow]) -> str:
-    """How far the clocked static rows are from a straight line: what the machine's noise is worth."""
+    """How far the clocked static rows are from a straight line: bends of the table and the machine's noise."""
     pairs = [
         (row.time_share_modelled, row.time_share_measured)
         for row in rows
         if row.family == STATIC.name and row.time_share_modelled is not None and row.time_share_measured is not None
     ]
-    line = ClockLine.fit([modelled for modelled, _ in pairs], [measured for _, measured in pairs])
-    return "" if line is None else f"; the static rows miss such a line by {line.residual:.3f} (root mean square)"
+    clock = StaticClock.fit([modelled for modelled, _ in pairs], [measured for _, measured in pairs])
+    return "" if clock is None else f"; the static rows miss a straight one by {clock.misfit:.3f} (root mean square)"
 
 
 def _between(rows: Sequence[EvalRow]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,8 @@ from flexquant_rl.agents.evaluation import equal_time
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.evaluation.comparison import compare, left_of_static
 from flexquant_rl.agents.evaluation.equal_time import (
-    ClockLine,
     Rung,
+    StaticClock,
     beside_static,
     missing_rungs,
     on_validation_text,
@@ -49,13 +50,36 @@ class Looking:
 
 def test_the_line_through_what_the_clock_says() -> None:
     modelled = [0.4, 0.6, 0.8, 1.0]
-    line = ClockLine.fit(modelled, [0.25 + 0.75 * share for share in modelled])
-    assert line is not None
-    assert (line.offset, line.slope, line.residual) == pytest.approx((0.25, 0.75, 0.0), abs=1e-12)
-    assert line.modelled(0.7) == pytest.approx(0.6)
-    noisy = ClockLine.fit(modelled, [0.5, 0.8, 0.8, 1.1])
+    clock = StaticClock.fit(modelled, [0.25 + 0.75 * share for share in modelled])
+    assert clock is not None
+    assert clock.modelled_share(0.7) == pytest.approx(0.6)
+    assert clock.misfit == pytest.approx(0, abs=1e-12)
+    assert clock.modelled_share(0.275) == pytest.approx(0.2), "half the fastest one's time is half its share"
+    noisy = StaticClock.fit(modelled, [0.5, 0.8, 0.8, 1.1])
     assert noisy is not None
-    assert noisy.residual == pytest.approx(math.sqrt(np.mean(np.square([-0.03, 0.09, -0.09, 0.03]))))
+    assert noisy.misfit == pytest.approx(math.sqrt(np.mean(np.square([-0.03, 0.09, -0.09, 0.03]))))
+    assert noisy.modelled_share(0.65) == pytest.approx(0.5)
+
+
+def test_what_was_clocked_is_found_at_its_own_time() -> None:
+    """However the clock bends: so an allocation of another family that static has too ties with it."""
+    generator = torch.Generator().manual_seed(int(time.time()))
+    modelled = torch.rand(9, generator=generator).sort().values.tolist()
+    measured = (0.2 + torch.rand(9, generator=generator).cumsum(0)).tolist()
+    clock = StaticClock.fit(modelled[::-1], measured[::-1])
+    assert clock is not None
+    for share, taken in zip(modelled, measured, strict=True):
+        assert clock.modelled_share(taken) == pytest.approx(share)
+
+
+def test_allocations_in_the_wrong_order_share_their_mean() -> None:
+    clock = StaticClock.fit([0.4, 0.6, 0.7, 0.7, 1.0], [0.5, 0.8, 0.7, 0.9, 1.0])
+    assert clock is not None
+    assert clock.modelled_share(0.8) == pytest.approx(0.7), "static's best of what takes 0.8"
+    assert clock.modelled_share(0.65) == pytest.approx(0.5), "half way to the fastest of these"
+    taken = torch.linspace(0.3, 1.2, 50).tolist()
+    found = [clock.modelled_share(share) for share in taken]
+    assert found == sorted(found)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +88,7 @@ def test_the_line_through_what_the_clock_says() -> None:
     ids=["two", "one time", "the wrong way"],
 )
 def test_no_line_where_the_clock_knows_nothing(modelled: list[float], measured: list[float]) -> None:
-    assert ClockLine.fit(modelled, measured) is None
+    assert StaticClock.fit(modelled, measured) is None
 
 
 def judged(prepared: Prepared, policy: StaticAllocation | Looking, family: str) -> EvalRow:
@@ -75,10 +99,10 @@ def judged(prepared: Prepared, policy: StaticAllocation | Looking, family: str) 
 
 
 def beside(
-    prepared: Prepared, rows: Sequence[EvalRow], windows: torch.Tensor, env: EnvConfig, line: ClockLine | None
+    prepared: Prepared, rows: Sequence[EvalRow], windows: torch.Tensor, env: EnvConfig, clock: StaticClock | None
 ) -> list[EvalRow]:
     """With the static allocations that are needed."""
-    return beside_static(prepared, rows, windows, env, line, static_entries(prepared, missing_rungs(rows, line)))
+    return beside_static(prepared, rows, windows, env, clock, static_entries(prepared, missing_rungs(rows, clock)))
 
 
 @pytest.mark.parametrize("time_share", [0.5, 0.6, 0.8])
@@ -144,11 +168,11 @@ def test_the_error_of_the_line_is_that_of_a_rung_left_out() -> None:
 def test_the_report_says_how_noisy_the_clock_was() -> None:
     shares = {0.5: 0.6, 0.6: 0.75, 0.7: 0.8, 0.8: 0.95}
     static = [row("static", share, 0.02, time_share_measured=measured) for share, measured in shares.items()]
-    line = ClockLine.fit([*shares], [*shares.values()])
-    assert line is not None
-    assert line.residual > 0
+    clock = StaticClock.fit([*shares], [*shares.values()])
+    assert clock is not None
+    assert clock.misfit > 0
     words = " ".join(method_sentences(static))
-    assert f"the static rows miss such a line by {line.residual:.3f} (root mean square)" in words
+    assert f"the static rows miss a straight one by {clock.misfit:.3f} (root mean square)" in words
     assert "root mean square" not in " ".join(method_sentences(static[:2]))
 
 
@@ -159,10 +183,10 @@ def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) ->
         time_budget=0.9,
         time_share_measured=0.85,
     )
-    line = ClockLine(0.25, 0.75, 0.0)
+    clock = StaticClock((0.25, 1.0), (0.001, 1.0), 0.0)
     windows, env = tiny_prepared.windows.test, tiny_prepared.env
-    (compared,) = beside(tiny_prepared, [found], windows, env, line)
-    shares = [found.time_share_modelled or 0, line.modelled(0.85)]
+    (compared,) = beside(tiny_prepared, [found], windows, env, clock)
+    shares = [found.time_share_modelled or 0, clock.modelled_share(0.85)]
     at = [round(share / 0.05, 6) for share in shares]
     steps = {index for exact in at for index in (math.floor(exact), math.ceil(exact), math.ceil(exact) + 1)}
     nominal = sorted(round(0.05 * index, 6) for index in steps if index <= 20)
@@ -180,8 +204,8 @@ def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) ->
 
 def test_static_rows_are_their_own_other_side(tiny_prepared: Prepared) -> None:
     own = row("static", 0.6, 0.02, time_share_measured=0.7)
-    line = ClockLine(0.0, 1.0, 0.0)
-    (compared,) = beside(tiny_prepared, [own], tiny_prepared.windows.test, tiny_prepared.env, line)
+    clock = StaticClock((0.001, 1.0), (0.001, 1.0), 0.0)
+    (compared,) = beside(tiny_prepared, [own], tiny_prepared.windows.test, tiny_prepared.env, clock)
     assert compared.static_kl_nats == compared.static_kl_nats_measured == own.sequence_kl_nats
 
 
