@@ -15,6 +15,7 @@ import tyro
 
 from flexquant_rl.engine.benches.options import BenchConfig
 from flexquant_rl.engine.decoding.options import check_num_threads
+from flexquant_rl.engine.decoding.sampling_bounds import check_temperature
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.field_types import check_field_types
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -242,7 +243,7 @@ class EnvBench(BenchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DraftsBench(BenchConfig):
-    """Greedy text with and without drafts, beside llama.cpp with and without."""
+    """Text with and without drafts, beside llama.cpp with and without."""
 
     name: ClassVar[str] = "drafts"
     tests: ClassVar[tuple[str, ...]] = (
@@ -271,6 +272,8 @@ class DraftsBench(BenchConfig):
     """Tokens of a prompt."""
     new_tokens: int = 96
     """Tokens of a continuation; nothing ends it earlier. The first comes from the prompt's pass and is not timed."""
+    temperature: float = 0.0
+    """0 continues greedily. Above it, texts are samples: they are not compared, and llama.cpp is not timed."""
     threads: tuple[int, ...] = (2,)
     """Threads of all; with several numbers each has rows of its own, all timed in the same run."""
     draft_lengths: tuple[int, ...] = (3, 5, 8)
@@ -282,7 +285,7 @@ class DraftsBench(BenchConfig):
     profile: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """With a policy's name: profile.json of the model; default: the one in its directory, else made where needed."""
     rounds: int = 3
-    """Turns of everybody on every prompt, after one that does not count."""
+    """Turns of everybody on every prompt, after one on the first prompt that does not count."""
 
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain."""
@@ -290,6 +293,7 @@ class DraftsBench(BenchConfig):
         self._check_positive("prompts", "prompt_tokens")
         if self.new_tokens < 2:
             raise InputError(f"new_tokens={self.new_tokens} leaves nothing to time; give --new-tokens 2 or more")
+        check_temperature(self.temperature)
         if not self.threads or len(set(self.threads)) < len(self.threads):
             raise InputError(f"threads={self.threads} must be one or more different numbers; give e.g. --threads 1 2")
         for num_threads in self.threads:

@@ -1,7 +1,7 @@
 """Tokens per second with drafts and without, ours beside llama.cpp's, on the same prompts in one run.
 
-All continue the same token ids greedily by the same number of tokens. A turn is one prompt; everybody takes a turn on a
-prompt before the next one, in every second round in reversed order. Texts are compared too: what verifies at the
+All continue the same token ids by the same number of tokens. A turn is one prompt; everybody takes a turn on a prompt
+before the next one, in every second round in reversed order. Greedy texts are compared too: what verifies at the
 largest width must give the text of plain decoding, or nothing is reported.
 """
 
@@ -126,14 +126,15 @@ def bench_drafts(
 def take_turns(
     contenders: Sequence[Contender], prompts: Sequence[PlannedSequence], rounds: int, track: Track = iter
 ) -> None:
-    """Everybody continues every prompt once, by which texts are compared, and then `rounds` times, which are timed.
+    """Everybody continues a prompt once, which does not count, and then every prompt `rounds` times.
 
     Raises:
         BenchRefusedError: If a text is another one than it must be.
     """
     for contender in contenders:
         contender.turns = [[] for _ in prompts]
-    for index in track(range(rounds + 1)):
+        contender.continue_prompt(prompts[0].prompt_ids)
+    for index in track(range(rounds)):
         for number, prompt in enumerate(prompts):
             for contender in contenders if (index + number) % 2 == 0 else reversed(contenders):
                 contender.turns[number].append(contender.continue_prompt(prompt.prompt_ids))
@@ -191,8 +192,9 @@ def _lean_contenders(
             Contender(
                 default_decoder(model)[0],
                 {"policy": name, "num_threads": num_threads},
-                _lean_turn(opener, servable, clock, config.new_tokens),
-                found[0] if found else None,
+                _lean_turn(opener, servable, clock, config),
+                # Drafts sample another text, of the same distribution.
+                found[0] if found and not config.temperature else None,
                 is_lossless,
             )
         )
@@ -200,14 +202,20 @@ def _lean_contenders(
 
 
 def _lean_turn(
-    opener: SessionOpener, servable: Servable, clock: HostClock, new_tokens: int
+    opener: SessionOpener, servable: Servable, clock: HostClock, config: DraftsBench
 ) -> Callable[[Sequence[int]], Turn]:
     setting = servable.setting()
     kl_weight = 1.0 if setting is None else setting.kl_weight
 
     def continue_prompt(prompt_ids: Sequence[int]) -> Turn:
         runner = PolicyRunner(opener(1), make_controller(servable.model, servable.policy, servable.profile))
-        request = Request(torch.tensor(prompt_ids), new_tokens, kl_weight=kl_weight, eos_token_ids=())
+        request = Request(
+            torch.tensor(prompt_ids),
+            config.new_tokens,
+            kl_weight=kl_weight,
+            temperature=config.temperature,
+            eos_token_ids=(),
+        )
         with closing(runner.decoder):
             stream = runner.generate([request])
             tokens: list[GeneratedToken] = [next(stream)]
@@ -229,6 +237,9 @@ def _gguf_files(
     config: DraftsBench, model: NestedCausalLM, stack: ExitStack, progress: Callable[[str], None]
 ) -> _GgufFiles | None:
     """The unquantised weights as GGUF, deleted with the stack; None where llama.cpp is not measured."""
+    if config.temperature and config.peers:
+        progress(f"llama.cpp is not timed: our loops over it are greedy, and the temperature is {config.temperature:g}")
+        return None
     hf_model = named_peer(config.model, config.reference, model, "Q4_0", progress) if config.peers else None
     if hf_model is None:
         return None
@@ -292,7 +303,7 @@ def _rows(
     num_timed = config.new_tokens - 1
     providers = []
     for contender in contenders:
-        timed = [[turn.seconds for turn in turns[1:]] for turns in contender.turns]
+        timed = [[turn.seconds for turn in turns] for turns in contender.turns]
         facts = contender.facts | _draft_facts(contender) | _same_facts(contender)
         facts["tokens_per_s_by_prompt"] = [round(num_timed / median(seconds), 1) for seconds in timed]
         totals = [sum(column) / (num_timed * len(timed)) for column in zip(*timed, strict=True)]
@@ -305,6 +316,7 @@ def _rows(
         "prompt_sources": [prompt.source for prompt in prompts],
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": config.new_tokens,
+        "temperature": config.temperature,
         "clock": clock.name,
     }
     found = rows(providers, common)

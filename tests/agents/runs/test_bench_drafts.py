@@ -99,6 +99,16 @@ def test_beside_llama_cpp(text: Path, tmp_path: Path, tiny_tokenizer: PreTrained
     assert "has 1 layers and 128 tokens" in bench(nested, text, "--reference", tmp_path / "other").error
 
 
+@needs_library
+def test_samples_are_not_compared(tiny_model_dir: Path, text: Path) -> None:
+    finished = bench(tiny_model_dir, text, "--temperature", 0.8)
+    assert "llama.cpp is not timed: our loops over it are greedy, and the temperature is 0.8" in finished.err
+    for row in finished.result["rows"]:
+        assert row["temperature"] == 0.8
+        assert not {"same_tokens", "same_prompts"} & row.keys()
+    assert finished.result["rows"][1]["tokens_per_pass"] >= 1
+
+
 PROMPTS = [PlannedSequence((1, 2), "test", 0, "a"), PlannedSequence((3,), "test", 1, "a")]
 
 
@@ -118,11 +128,11 @@ def scripted(name: str, texts: Sequence[list[int]], seconds: Sequence[float]) ->
 def test_medians_of_totals_and_of_prompts(
     tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The first round does not count. Of the others: times of both prompts together, and of each on its own."""
+    """The first turn does not count. Of the others: times of both prompts together, and of each on its own."""
     config = DraftsBench(prompts=2, new_tokens=3, rounds=3)
     same, other = [5, 6, 7], [5, 9, 7]
-    plain = scripted("plain", [same] * 8, [9, 9, 1, 2, 1, 2, 1, 2])
-    drafted = scripted("drafted", [same, same, same, other] * 2, [9, 9, 0.5, 1, 0.25, 2, 4, 4])
+    plain = scripted("plain", [same] * 7, [9, 1, 2, 1, 2, 1, 2])
+    drafted = scripted("drafted", [same, same, other, same, other, same, other], [9, 0.5, 1, 0.25, 2, 4, 4])
     drafted.plain = plain
     take_turns([plain, drafted], PROMPTS, config.rounds)
     model = nest(tiny_llama, tiny_tokenizer, QuantizationConfig(), keep_reference=False)
@@ -139,7 +149,7 @@ def test_medians_of_totals_and_of_prompts(
 
 def test_another_text_is_refused() -> None:
     plain = scripted("plain", [[5, 6, 7]] * 4, [1.0] * 4)
-    drafted = scripted("drafted", [[5, 6, 7], [5, 6, 8]] * 2, [1.0] * 4)
+    drafted = scripted("drafted", [[5, 6, 7], [5, 6, 7], [5, 6, 8]], [1.0] * 3)
     drafted.plain, drafted.must_equal = plain, True
     with pytest.raises(BenchRefusedError, match="drafted on prompt 1: token 2 of the continuation"):
         take_turns([plain, drafted], PROMPTS, 1)
@@ -151,6 +161,7 @@ def test_another_text_is_refused() -> None:
         ({"prompts": 0}, "--prompts 1 or more"),
         ({"new_tokens": 1}, "--new-tokens 2"),
         ({"threads": ()}, "--threads 1 2"),
+        ({"temperature": -1.0}, "temperature=-1"),
         ({"policy": ("draft:3", "draft:3")}, "names one policy twice"),
         ({"draft_lengths": (0,)}, "--draft-lengths 3 5 8"),
         ({"p_min": (1.0,)}, "--p-min 0 0.75"),
