@@ -21,6 +21,8 @@ from flexquant_rl.engine.model import NestedCausalLM
 _STATE_BYTES = 1 << 30
 """Hidden states held at once, those before and after a layer together."""
 _CALL_TOKENS = 2048
+_KEPT_MATRIX_BYTES = 1 << 30
+"""Decoded matrices of all widths that may stay; of a larger model those of a layer go when it has been walked."""
 _AFFORDABLE_FLOP = 7.5e12
 """Arithmetic that a mean over text is worth: a minute and a quarter on two cores without AVX-512."""
 _LEAST_WINDOWS = 3
@@ -213,7 +215,7 @@ def _walked(
     wanted: list[Widths] = [
         tuple((b if prompt_width is None else prompt_width, b) for b in row) for row in allocations.tolist()
     ]
-    walk = LayerWalk(model)
+    walk, forget = LayerWalk(model), _forgetting(model)
     begin = 0
     stages = iter(progress(range(len(batches) * (model.num_layers + 1))))
     for batch in batches:
@@ -221,8 +223,9 @@ def _walked(
         for layer_idx in range(model.num_layers):
             next(stages)
             states = _through_layer(walk, layer_idx, batch, states, {reference, *wanted}, first)
+            forget()
         next(stages)
-        _through_head(walk, batch, begin, states, reference, wanted, first, visit)
+        _through_head(walk, batch, begin, states, reference, wanted, first, visit, forget)
         begin += len(batch)
     next(stages, None)  # lets the progress end
 
@@ -256,6 +259,7 @@ def _through_head(
     wanted: list[Widths],
     first: int,
     visit: Visit,
+    forget: Callable[[], None],
 ) -> None:
     """Shows the logits of a batch that begins at a row: few windows at a time, the widths of the head outermost."""
     model, length = walk.model, tokens.shape[1]
@@ -276,6 +280,15 @@ def _through_head(
             of_text = slice(begin + rows.start, begin + rows.stop)
             for index in members:
                 visit(index, of_text, places, base, logits(wanted[index], rows, places))
+        forget()
+
+
+def _forgetting(model: NestedCausalLM) -> Callable[[], None]:
+    """What ends the work on some matrices: it drops them where all that a walk decodes would not fit."""
+    num_weights = sum(unit.num_weights for unit in model.units)
+    if 4 * num_weights * len(model.bit_widths) <= _KEPT_MATRIX_BYTES:
+        return lambda: None
+    return model.dense_cache.clear
 
 
 def _pieces(num_rows: int, first: int, length: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:

@@ -22,6 +22,7 @@ from flexquant_rl.engine.control.output_kl import ReferenceDistribution, kl_nats
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.layer_walk import LayerWalk, can_walk
+from flexquant_rl.engine.linear import DenseCache, NestedLinear
 from flexquant_rl.engine.model import NestedCausalLM, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -104,6 +105,35 @@ def check_facts(facts: list[TextFacts], model: NestedCausalLM, windows: Tensor, 
         agrees = reference.argmax(-1) == logits.argmax(-1)
         assert torch.equal(found.top1_agreement[is_sure], agrees[is_sure])
         assert torch.equal(found.top1_ids[is_sure], logits.argmax(-1)[is_sure])
+
+
+def test_a_large_model_keeps_the_matrices_of_one_layer(
+    nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    windows = torch.randint(3, 128, (3, 13), generator=generator)
+    allocations = torch.tensor([[width] * nested_model.num_units for width in (3, 4, 8)])
+    asked: list[tuple[int, int]] = []
+    most = 0
+    get = DenseCache.get
+
+    def counted(cache: DenseCache, linear: NestedLinear, bit_width: int) -> Tensor:
+        nonlocal most
+        matrix = get(cache, linear, bit_width)
+        asked.append((id(linear), bit_width))
+        most = max(most, len(cache._entries))
+        return matrix
+
+    def measured() -> Tensor:
+        nested_model.dense_cache.clear()
+        return allocation_kl_nats(DecodeSession(nested_model), windows, allocations, first=4)
+
+    kept = measured()
+    monkeypatch.setattr(DenseCache, "get", counted)
+    monkeypatch.setattr(allocation_kl, "_KEPT_MATRIX_BYTES", 0)
+    monkeypatch.setattr(allocation_kl, "can_walk", lambda *_: True)  # which reads all layers at one width
+    assert torch.equal(measured(), kept)
+    per_layer = len(nested_model.nested_linears()) // nested_model.num_layers
+    assert len(set(asked)) > most == per_layer * len(allocations)
 
 
 def leak(model: NestedCausalLM) -> None:
