@@ -104,7 +104,7 @@ class Engine:
             name: DecoderName = decoder if graph is None else "hf"
             self._open = session_opener(model, max_length=max_length, decoder=name, num_threads=num_threads)
         is_lean = self._graph is None and decoder != "hf" and default_decoder(model)[0] == "lean"
-        self._idle = IdleSessions(self._open_lean) if is_lean else None
+        self._idle = IdleSessions() if is_lean else None
 
     @property
     def max_length(self) -> int:
@@ -170,7 +170,7 @@ class Engine:
         self._check_open()
         if policy is not None:
             check_policy(policy, self.model)
-        with self._runner(1, token_ids[:1], policy) as runner:
+        with self._runner(1, policy=policy) as runner:
             for found in self._in_turns(runner.judge_text(token_ids, kl_weight, num_likeliest)):
                 yield found
                 self._check_open()
@@ -192,8 +192,9 @@ class Engine:
             return []
         # The lean decoder reads rows one after the other: one row, which reads a context once, does less.
         num_rows = 1 if self._idle is not None else min(num_rows, len(pairs))
+        first_read = min(tuple(context) for context, _ in pairs)
         found: dict[int, Likelihood] = {}
-        with self._runner(num_rows, torch.tensor(min(pairs)[0])) as runner:
+        with self._runner(num_rows, torch.tensor(first_read)) as runner:
             for ended in self._in_turns(runner.likelihood_steps(pairs, kl_weight)):
                 found |= ended
                 self._check_open()
@@ -213,15 +214,16 @@ class Engine:
 
     @contextmanager
     def _runner(
-        self, num_rows: int, prompt_ids: Tensor, policy: Policy | DraftPolicy | None = None
+        self, num_rows: int, prompt_ids: Tensor | None = None, policy: Policy | DraftPolicy | None = None
     ) -> Iterator[PolicyRunner]:
-        """Rows of a request's own; a single one may have read the beginning of its prompt already."""
+        """Rows of a request's own. Where there is a prompt, the row may have read the beginning of it already."""
+        idle = None if prompt_ids is None or num_rows > 1 else self._idle
         with self._lock:
             if self._open is None:
                 raise RuntimeError(CLOSED)
             controller = make_controller(self.model, policy or self.policy, self.profile, num_rows=num_rows)
-            idle = self._idle if num_rows == 1 else None
-            decoder = self._open(num_rows) if idle is None else idle.take(prompt_ids)
+            found = None if idle is None or prompt_ids is None else idle.take(prompt_ids)
+            decoder: Decoder = self._open(num_rows) if found is None else found
         try:
             yield PolicyRunner(decoder, controller, ngram_drafts=self._ngram_drafts)
         finally:
@@ -231,12 +233,6 @@ class Engine:
             else:
                 assert isinstance(decoder, LeanSession)
                 idle.give_back(decoder)
-
-    def _open_lean(self) -> LeanSession:
-        assert self._open is not None
-        session = self._open(1)
-        assert isinstance(session, LeanSession)
-        return session
 
     def _in_turns(self, results: Iterator[T]) -> Iterator[T]:
         """Holds the lock while a result is made, and not while the caller looks at it."""

@@ -142,7 +142,7 @@ class StaticClock:
     A line from point to point through the static allocations that were clocked. A straight one through all of them
     was a hundredth of the time beside the fixed widths of a 0.5 B model, which then seemed to be a tenth better than
     static, to which they belong. Where the clock calls a slower allocation the faster one, both get the mean of their
-    times (isotonic regression), so the line never falls.
+    times (isotonic regression), so the line never falls; the slower one, static's best of both, stands there.
 
     Attributes:
         measured: Measured shares, rising.
@@ -163,14 +163,10 @@ class StaticClock:
         if slope <= 0:
             return None
         missed = np.asarray(measured) - (offset + slope * np.asarray(modelled))
-        knots: list[tuple[float, float]] = []
-        for pool in _rising(sorted(zip(modelled, measured, strict=True))):
-            together = _mean_measured(pool)
-            # In one measured time the slowest by the table is static's best, and in the least less the fastest.
-            knots += [(math.nextafter(together, 0), pool[0][0]), (together, pool[-1][0])]
+        pools = _rising(modelled, measured)
         return StaticClock(
-            tuple(measured for measured, _ in knots),
-            tuple(modelled for _, modelled in knots),
+            tuple(float(np.mean(times)) for _, times in pools),
+            tuple(share for share, _ in pools),
             float(np.sqrt(np.mean(missed**2))),
         )
 
@@ -180,20 +176,18 @@ class StaticClock:
         return float(np.interp(nearest, self.measured, self.modelled)) * measured / nearest
 
 
-def _rising(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Sorted (modelled, measured) shares in pools whose mean measured share rises, each as small as it can be."""
-    pools: list[list[tuple[float, float]]] = []
-    for point in points:
-        pools.append([point])
-        while len(pools) > 1 and (
-            _mean_measured(pools[-2]) >= _mean_measured(pools[-1]) or pools[-2][-1][0] == pools[-1][0][0]
-        ):
-            pools[-2:] = [pools[-2] + pools[-1]]
+def _rising(modelled: Sequence[float], measured: Sequence[float]) -> list[tuple[float, list[float]]]:
+    """Measured shares in the fewest groups whose means rise, each with the largest modelled share of its group."""
+    by_share: dict[float, list[float]] = {}
+    for share, time in sorted(zip(modelled, measured, strict=True)):
+        by_share.setdefault(share, []).append(time)
+    pools: list[tuple[float, list[float]]] = []
+    for pool in by_share.items():
+        pools.append(pool)
+        while len(pools) > 1 and np.mean(pools[-2][1]) >= np.mean(pools[-1][1]):
+            (_, faster), (share, slower) = pools[-2:]
+            pools[-2:] = [(share, faster + slower)]
     return pools
-
-
-def _mean_measured(pool: Sequence[tuple[float, float]]) -> float:
-    return float(np.mean([measured for _, measured in pool]))
 
 
 @dataclass(frozen=True)

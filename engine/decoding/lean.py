@@ -102,7 +102,7 @@ class _Row:
         """How many tokens of a prompt the row has read already, but for the last, whose output is asked for."""
         if self.prompt_ids is None or self.prompt_widths is None or not torch.equal(self.prompt_widths, bit_widths):
             return 0
-        count = min(len(self.prompt_ids), len(prompt_ids) - 1)
+        count = max(0, min(len(self.prompt_ids), len(prompt_ids) - 1))
         differs = (self.prompt_ids[:count] != prompt_ids[:count]).nonzero()
         return int(differs[0]) if len(differs) else count
 
@@ -207,6 +207,19 @@ class LeanSession:
         """How many tokens of a prompt `[T]` `prefill` would find read in the only row."""
         (row,) = self._open()
         return row.num_shared(prompt_ids, self._largest_widths())
+
+    def beginning(self, num_tokens: int) -> LeanSession:
+        """A session with a copy of what the only row has read of its prompt, up to so many tokens."""
+        (row,) = self._open()
+        twin = LeanSession(self._decoder, num_rows=0)
+        twin._rows = [replace(row, cache=row.cache.copy(num_tokens))]
+        twin._rows[0].cut(num_tokens)
+        return twin
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are reserved for keys and values."""
+        return sum(row.cache.blocks.nbytes for row in self._open())
 
     def score(self, token_ids: Tensor, bit_widths: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Teacher-forced logits of whole sequences: `DecodeSession.score`, in parallel over dense matrices."""

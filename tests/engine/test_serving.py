@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocat
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
+from flexquant_rl.engine.control.served_drafts import drafts_at
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.streamed_text import StreamedText
 from flexquant_rl.engine.decoding.graph_decode import TokenBatch
@@ -325,11 +328,73 @@ class TestSharedPrompts:
         steps = len(chats) if end == "finished" else 0
         assert sum(read) == len(chats) + steps, "a prompt's last token, whose output is asked for, and a step"
 
+    def test_threads_drafts_and_failures_with_one_beginning(
+        self, nested_model: NestedCausalLM, profile: Profile, generator: torch.Generator
+    ) -> None:
+        """Whatever ran before or runs beside it, a request gets what it would get from an engine of its own."""
+
+        class Broken:
+            name = "broken"
+
+            def __call__(self, signals: Tensor) -> Decision:
+                raise RuntimeError("no widths")
+
+        low, full = (torch.full((nested_model.num_units,), width) for width in (3, 8))
+        drafting = drafts_at("draft", low, full, length=4, min_confidence=0.3)
+        policies: list[Any] = [learned(nested_model), StaticAllocation("static", WIDTHS), drafting, Broken()]
+        common = torch.randint(97, 123, (30,), generator=generator)
+        jobs = []
+        for index in range(48):
+            kept = int(torch.randint(5, 31, (), generator=generator))
+            rest = torch.randint(97, 123, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
+            prompt = torch.cat([common[:kept], rest])
+            jobs.append(
+                (Request(prompt, 2 + index % 6, kl_weight=2.0, seed=index), policies[index % 4], index % 5 == 0)
+            )
+
+        def run(engine: Engine, job: tuple[Request, Any, bool]) -> list[tuple[int, list[int]]]:
+            request, policy, is_abandoned = job
+            found = []
+            with suppress(RuntimeError):
+                for token in engine.generate(request, policy):
+                    found.append((token.token_id, token.bit_widths.tolist()))
+                    if is_abandoned:
+                        break
+            return found
+
+        def alone(job: tuple[Request, Any, bool]) -> list[tuple[int, list[int]]]:
+            with closing(Engine(nested_model, policies[1], profile)) as engine:
+                return run(engine, job)
+
+        expected = [alone(job) for job in jobs]
+        with closing(Engine(nested_model, policies[1], profile)) as engine, ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda job: run(engine, job), jobs)) == expected
+
+    def test_an_empty_text_is_refused_after_a_request_too(self, nested_model: NestedCausalLM, profile: Profile) -> None:
+        with closing(Engine(nested_model, StaticAllocation("static", WIDTHS), profile)) as engine:
+            list(engine.generate(Request(PROMPT, 2)))
+            nothing = torch.zeros(0, dtype=torch.int64)
+            with pytest.raises(InputError, match="empty"):
+                list(engine.judge_text(nothing, kl_weight=1.0))
+            with pytest.raises(InputError, match="empty"):
+                next(engine.generate(Request(nothing, 2)))
+
+    def test_an_engine_that_is_dropped_is_freed(self, nested_model: NestedCausalLM, profile: Profile) -> None:
+        engine = Engine(nested_model, StaticAllocation("static", WIDTHS), profile)
+        list(engine.generate(Request(PROMPT, 2)))
+        held = weakref.ref(engine)
+        gc.disable()
+        try:
+            del engine
+            assert held() is None, "no cycle keeps it"
+        finally:
+            gc.enable()
+
     def test_contexts_that_begin_alike_are_read_once(
         self, nested_model: NestedCausalLM, profile: Profile, read: list[int]
     ) -> None:
         examples = [97] * 30
-        pairs = [([*examples, 98], [101, 102]), ([*examples, 99], [101, 102])]
+        pairs = [((*examples, 98), [101, 102]), ([*examples, 99], [101, 102])]
         with closing(Engine(nested_model, StaticAllocation("static", WIDTHS), profile)) as engine:
             engine.loglikelihood(pairs, kl_weight=1.0)
             assert sum(read) == 31 + 1 + 1 + 1, "a context, a token of its text, the next one's last token, its text's"

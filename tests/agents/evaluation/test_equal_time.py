@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_rows import row, sequence_kl
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexquant_rl.agents.evaluation import equal_time
 from flexquant_rl.agents.evaluation.budgets import Contestant
@@ -58,14 +59,14 @@ def test_the_line_through_what_the_clock_says() -> None:
     noisy = StaticClock.fit(modelled, [0.5, 0.8, 0.8, 1.1])
     assert noisy is not None
     assert noisy.misfit == pytest.approx(math.sqrt(np.mean(np.square([-0.03, 0.09, -0.09, 0.03]))))
-    assert noisy.modelled_share(0.65) == pytest.approx(0.5)
+    assert noisy.modelled_share(0.8) == pytest.approx(0.8), "static's best of what takes 0.8"
 
 
-def test_what_was_clocked_is_found_at_its_own_time() -> None:
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 50)), min_size=3, max_size=9, unique_by=lambda p: p[0]))
+def test_what_was_clocked_is_found_at_its_own_time(steps: list[tuple[int, int]]) -> None:
     """However the clock bends: so an allocation of another family that static has too ties with it."""
-    generator = torch.Generator().manual_seed(int(time.time()))
-    modelled = torch.rand(9, generator=generator).sort().values.tolist()
-    measured = (0.2 + torch.rand(9, generator=generator).cumsum(0)).tolist()
+    modelled = [share / 100 for share, _ in sorted(steps)]
+    measured = np.cumsum([step / 100 for _, step in steps]).tolist()
     clock = StaticClock.fit(modelled[::-1], measured[::-1])
     assert clock is not None
     for share, taken in zip(modelled, measured, strict=True):
@@ -73,13 +74,20 @@ def test_what_was_clocked_is_found_at_its_own_time() -> None:
 
 
 def test_allocations_in_the_wrong_order_share_their_mean() -> None:
-    clock = StaticClock.fit([0.4, 0.6, 0.7, 0.7, 1.0], [0.5, 0.8, 0.7, 0.9, 1.0])
+    clock = StaticClock.fit([0.4, 0.6, 0.7, 0.7, 1.0], [0.5, 0.8, 0.65, 0.75, 1.0])
     assert clock is not None
-    assert clock.modelled_share(0.8) == pytest.approx(0.7), "static's best of what takes 0.8"
-    assert clock.modelled_share(0.65) == pytest.approx(0.5), "half way to the fastest of these"
+    assert clock.measured == pytest.approx((0.5, 2.2 / 3, 1.0))
+    assert clock.modelled == (0.4, 0.7, 1.0)
     taken = torch.linspace(0.3, 1.2, 50).tolist()
     found = [clock.modelled_share(share) for share in taken]
     assert found == sorted(found)
+
+
+def test_two_times_of_one_share_are_their_mean_and_nothing_else() -> None:
+    clock = StaticClock.fit([0.4, 0.6, 0.6, 1.0], [0.5, 0.45, 0.75, 1.0])
+    assert clock is not None
+    assert clock.measured == pytest.approx((0.5, 0.6, 1.0))
+    assert clock.modelled == (0.4, 0.6, 1.0)
 
 
 @pytest.mark.parametrize(
