@@ -221,15 +221,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvBench(BenchConfig):
-    """Steps per second of the batched environment with reference KL."""
+    """Steps per second of the batched environments: of widths with reference KL, or of drafts over a recording."""
 
     name: ClassVar[str] = "env"
-    tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py",)
+    tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py", "tests/fq_env/test_trace_rounds.py")
 
     model: str | None = None
     """Hugging Face directory, hub name, nested checkpoint or .gguf file; none or `default` is the embedded model."""
     text: tuple[str, ...] = ()
     """Text files; default: the held-out standard library."""
+    traces: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """A recording by `fq record`: times the environment of drafts over it, which needs no model."""
     num_envs: int = 128
     """Rows of the batch."""
     rounds: int = 5
@@ -239,6 +241,9 @@ class EnvBench(BenchConfig):
         """Raises InputError if an option is out of its domain."""
         super().validate()
         self._check_positive("num_envs")
+        for name in ("model", "text"):
+            if self.traces is not None and getattr(self, name):
+                raise InputError(f"--{name} is not for a recording, which needs none; leave it or --traces out")
 
 
 @dataclass(frozen=True, kw_only=True)

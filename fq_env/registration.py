@@ -10,8 +10,8 @@ from __future__ import annotations
 from flexquant_rl.engine.after_import import once_imported
 
 _REGISTRY_MODULE = "gymnasium.envs.registration"
-_MEASURED = {"FlexQuant/Decode-v1": False, "FlexQuant/MeasuredDecode-v1": True}
-_VERIFIED = "FlexQuant/VerifiedDecode-v0"
+DECODE, VERIFIED_DECODE = "FlexQuant/Decode-v1", "FlexQuant/VerifiedDecode-v0"
+_MEASURED = {DECODE: False, "FlexQuant/MeasuredDecode-v1": True}
 
 
 def register() -> None:
@@ -27,9 +27,9 @@ def register() -> None:
                 kwargs={"measured": measured},
                 nondeterministic=measured,
             )
-    if _VERIFIED not in registration.registry:
+    if VERIFIED_DECODE not in registration.registry:
         registration.register(
-            id=_VERIFIED,
+            id=VERIFIED_DECODE,
             entry_point="flexquant_rl.fq_env.verified_making:VerifiedEnvironment",
             vector_entry_point="flexquant_rl.fq_env.verified_making:VectorVerifiedEnvironment",
         )

@@ -318,10 +318,23 @@ def test_bench_env(nested: Path, text: Path, tmp_path: Path, monkeypatch: pytest
     result = run(cli.main, "bench", "env", "--model", nested, *options).result
     assert result["bench"] == "env"
     (row,) = result["rows"]
+    assert row["env"] == "FlexQuant/Decode-v1"
     assert row["env_steps_per_s"] > 0
     assert row["reference"] == "8-bit"
     assert row["tests"] == "not run"
     assert json.loads((tmp_path / "row.json").read_text()) == result
+
+
+def test_bench_env_over_a_recording(nested: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_tests(monkeypatch)
+    sizes = ("--tokens", 40, "--prompt-tokens", 4, "--max-new-tokens", 8, "--widths", 3, 4)
+    assert run(cli.main, "record", nested, tmp_path / "traces", "--text", text, *sizes).code == 0
+    bench = ("bench", "env", "--traces", tmp_path / "traces", "--num-envs", 3, "--rounds", 1)
+    (row,) = run(cli.main, *bench).result["rows"]
+    assert row["env"] == "FlexQuant/VerifiedDecode-v0"
+    assert row["env_steps_per_s"] > 0
+    assert (row["num_envs"], row["draft_widths"]) == (3, [3, 4])
+    assert "--model is not for a recording" in run(cli.main, *bench, "--model", nested).error
 
 
 def test_bench_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
