@@ -21,6 +21,8 @@ from flexquant_rl.agents.policies.unbound import Family
 
 Clock = Literal["modelled", "measured"]
 """Whose time is equal: that of the latency table, or that of a clock on the wall."""
+_TIMES = math.log(5)
+"""From here on a ratio is said as one: nobody sees what 15734% more is."""
 
 ENOUGH_SEEDS = 5
 """Training seeds from which on a comparison may be called significant."""
@@ -312,7 +314,9 @@ def _log_ratio(values: Array, num_seeds: int, num_documents: int) -> LogRatio:
 
 
 def _change(log_ratio: float) -> str:
-    """`7.1% less` or `2.3% more`."""
+    """`7.1% less`, `2.3% more` or `12.5 times as much`."""
+    if log_ratio >= _TIMES:
+        return f"{math.exp(log_ratio):.3g} times as much"
     if log_ratio == 0:
         return "0.0% more"
     return f"{_percent(log_ratio)}% {'more' if log_ratio > 0 else 'less'}"
@@ -320,7 +324,7 @@ def _change(log_ratio: float) -> str:
 
 def _changes(log_ratios: Sequence[float]) -> str:
     """`7.1, 6.4, 8.0% less` where all point the same way, else each with its own direction."""
-    if len({ratio > 0 for ratio in log_ratios}) == 1:
+    if len({ratio > 0 for ratio in log_ratios}) == 1 and max(log_ratios) < _TIMES:
         return ", ".join([*map(_percent, log_ratios[:-1]), _change(log_ratios[-1])])
     return ", ".join(map(_change, log_ratios))
 

@@ -67,6 +67,13 @@ def test_equal_policies_have_a_ratio_of_exactly_one() -> None:
     assert "0.0% more (95% interval 0.0% more to 0.0% more, includes zero)" in result.sentence()
 
 
+def test_a_large_ratio_is_said_as_one() -> None:
+    result = compared(evaluation(factor=12.0, noise=0.0))
+    assert ": 12 times as much (95% interval 12 times as much to 12 times as much, excludes zero)" in result.sentence()
+    assert "3 seeds: 12 times as much, 12 times as much, 12 times as much" in result.sentence()
+    assert ": 400% more " in compared(evaluation(factor=4.999, noise=0.0)).sentence()
+
+
 def test_pairing_removes_what_documents_share() -> None:
     # Documents differ by a factor of several, yet two families with one ratio everywhere leave nothing to doubt.
     overall = compared(evaluation(factor=0.97, noise=0.0)).overall
