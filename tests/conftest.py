@@ -145,6 +145,14 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 @pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token ends a text: random weights choose an end soon."""
+    from flexquant_rl.engine.model import NestedCausalLM  # here, not above: it takes seconds, and few tests need it
+
+    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
+
+
+@pytest.fixture
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills uninitialised tensors with NaN (integers: their maximum), so that an element nobody writes is seen.
 

@@ -34,14 +34,10 @@ from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.kernels.native_decoder import LayerCache, NativeDecoder
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 PROMPT = torch.tensor([1, 104, 101, 108, 108, 111])
 WIDTHS = torch.tensor([4, 3, 6])
-
-
-@pytest.fixture(autouse=True)
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights choose EOS soon; here it is a token like the others."""
-    end_at(monkeypatch)
 
 
 def end_at(monkeypatch: pytest.MonkeyPatch, *eos: int) -> None:

@@ -22,15 +22,10 @@ from cli_runner import ROOT
 from http_server import Running, completion, events, eventually, refusal, running
 
 from flexquant_rl.agents.commands.servable import Servable
-from flexquant_rl.engine.model import NestedCausalLM
+
+pytestmark = pytest.mark.usefixtures("endless")
 
 LONG = {"prompt": "def main():", "max_tokens": 400, "temperature": 0}
-
-
-@pytest.fixture(autouse=True)
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No token ends a text, so that long ones are long."""
-    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
 
 
 @contextmanager

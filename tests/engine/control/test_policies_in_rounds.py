@@ -34,16 +34,12 @@ from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 SCHEMA = VerifiedSchema(2, 4)
 CONTEXT = DraftingContext(SCHEMA, modelled_costs((0.3, 0.5), (1.0, 1.05), depth=4), torch.tensor([0.8, 0.9]).numpy())
 KINDS = (*(kind.family for kind in RULES), "net")
 ROOM = 40
-
-
-@pytest.fixture(autouse=True)
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights choose EOS soon; here it is a token like the others."""
-    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,8 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 PROMPTS = ("hello world", "a", "abc abc abc ab", "once", "zz top of the pops")
 
 
@@ -83,12 +85,6 @@ class Watching:
         if state.room == 0 or state.num_pending >= self.length:
             return Decision(self.verify_bit_widths[None])
         return Decision(self.draft_bit_widths[None], verify=False)
-
-
-@pytest.fixture(autouse=True)
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights choose EOS soon; here it is a token like the others."""
-    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 PROMPTS = ("hello world", "a", "what is this", "once", "zz top of the pops")
 
 
@@ -38,12 +40,6 @@ class Switching:
         wide = (signals[:, :12].sum(1) * 7).floor().remainder(3)[:, None]
         low, middle, high = torch.tensor([3, 4, 5]), torch.tensor([6, 3, 4]), torch.tensor([5, 8, 6])
         return Decision(torch.where(wide == 0, low, torch.where(wide == 1, middle, high)))
-
-
-@pytest.fixture(autouse=True)
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights choose EOS soon; here it is a token like the others."""
-    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
 
 
 @pytest.fixture(scope="module")

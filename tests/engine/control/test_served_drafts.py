@@ -33,15 +33,11 @@ from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.trace_rounds import TraceRounds
 from flexquant_rl.fq_env.trace_table import TraceTable
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 WIDTHS, DEPTH, TOKENS = (3, 5), 4, 24
 COSTS = modelled_costs((0.4, 0.6), (1.0, 1.1), depth=DEPTH)
 PROMPT = torch.tensor([1, *map(ord, "abc abe abc")])
-
-
-@pytest.fixture(autouse=True)
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights choose EOS soon; here it is a token like the others."""
-    monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
 
 
 @pytest.fixture(scope="module")
