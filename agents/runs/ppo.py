@@ -31,11 +31,12 @@ from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 def build_ppo(env: DecodeVecEnv, config: PPOConfig, *, seed: int, device: str = "cpu") -> PPO:
     """Builds PPO whose rollouts are whole episodes, so that every update starts at fresh prompts."""
+    num_steps = env.episodes.config.max_new_tokens
     return UnitPPO(
         UnitSharedPolicy,
         env,
         learning_rate=lambda remaining: config.learning_rate * remaining,
-        n_steps=env.episodes.config.max_new_tokens,
+        n_steps=num_steps,
         batch_size=config.batch_size,
         n_epochs=config.num_epochs,
         gamma=config.gamma,
