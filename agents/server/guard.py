@@ -78,7 +78,9 @@ class Guard:
             name = None
         if self._settings.is_loopback and name not in (*_LOCAL_NAMES, self._settings.host):
             raise ApiError(
-                421, f"the host {host!r} is not this machine's own; use 127.0.0.1, or serve another --host", "bad_host"
+                421,
+                f"the host {host!r} is not this machine's own; use 127.0.0.1, which a proxy must send as Host too",
+                "bad_host",
             )
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:

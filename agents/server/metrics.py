@@ -28,7 +28,12 @@ class Metrics:
         self.tokens = Counter("flexquant_tokens", "Tokens read and generated.", ["kind"], registry=registry)
         self.requests = Counter("flexquant_requests", "Requests that ended.", ["outcome"], registry=registry)
         self.refused = Counter("flexquant_refused", "Requests refused, by HTTP status.", ["status"], registry=registry)
-        self.drafts = Counter("flexquant_drafts", "Drafts proposed and accepted.", ["kind"], registry=registry)
+        self.drafts = Counter(
+            "flexquant_drafts",
+            "Drafts proposed and accepted, of whole requests.",
+            ["kind"],
+            registry=registry,
+        )
         self.first_token_s = Histogram(
             "flexquant_time_to_first_token_seconds",
             "From a request to its first token.",

@@ -191,6 +191,14 @@ class Message(_Strict):
     refusal: None = None
     tool_calls: None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _some_content(cls, value: Any) -> Any:
+        """Says what is wrong once, not once for each form that content may have."""
+        if not isinstance(value, str | list):
+            raise ValueError("give text, or a list of parts of type text")
+        return value
+
     def plain(self) -> dict[str, str]:
         """The message as chat templates take it."""
         content = self.content

@@ -121,7 +121,7 @@ class Served:
             "bit_widths": list(model.bit_widths),
             "dial": dial,
             "speeds_are": "modelled" if self.rungs is None else "measured",
-            "why_no_dial": None if dial else _why_no_dial(self.policy_name, isinstance(policy, LearnedPolicy)),
+            "why_no_dial": None if dial else _why_no_dial(self.policy_name, policy),
             "verify_width": policy.verify_width if isinstance(policy, DeployedDrafts) else None,
             "has_chat_template": self.has_chat,
             "max_length": self.max_length,
@@ -205,7 +205,7 @@ class Served:
     def _asks(
         self, body: Body, texts: Sequence[tuple[Tensor, str]], wanted: int, likeliest: int | None, judged: int | None
     ) -> list[Ask]:
-        limit = self.settings.max_new_tokens
+        limit = min(self.settings.max_new_tokens, self.max_length)
         if wanted > limit:
             raise invalid(
                 f"max_tokens={wanted}, and this server generates {limit} at most; ask for fewer", "max_tokens"
@@ -217,6 +217,7 @@ class Served:
         temperature = 1.0 if body.temperature is None else body.temperature
         asks = []
         for ids, text in texts:
+            self._check_room(len(ids), max(wanted, 1), "messages" if isinstance(body, ChatBody) else "prompt")
             for choice in range(body.n or 1):
                 request = Request(
                     ids,
@@ -236,6 +237,15 @@ class Served:
                 }
                 asks.append(Ask(Job(request, wanted, policy, judged), text, widths))
         return asks
+
+    def _check_room(self, num_prompt: int, num_new: int, param: str) -> None:
+        """Raises ApiError if a text is longer than a request may be; nobody reads its last token."""
+        if num_prompt + num_new - 1 > self.max_length:
+            raise invalid(
+                f"{num_prompt} tokens of prompt and {num_new} new ones are more than the {self.max_length} that this "
+                "server holds; shorten the prompt or ask for fewer",
+                param,
+            )
 
     @staticmethod
     def _check_graph(body: Body, likeliest: int | None) -> None:
@@ -262,20 +272,31 @@ class Served:
                 return None, self.found.rung.kl_weight
             rung = self.rungs.ladder.chosen(body.speed, body.verify_width)
             return self.rungs.policies[rung.folder], rung.kl_weight
+        self._check_dial(body)
         setting = dial_setting(policy, speed=body.speed, kl_weight=body.kl_weight)
         own = None if body.verify_width is None else self._verifying(body.verify_width)
         return own, None if setting is None else setting.kl_weight
+
+    def _check_dial(self, body: Body) -> None:
+        """Raises ApiError if a body sets a dial that there is not, without saying where the policy lies."""
+        if isinstance(self.found.policy, LearnedPolicy):
+            if body.speed is not None and not self.found.policy.card.dial:
+                raise invalid(f"{self.policy_name} has no table of its dial for a speed; give kl_weight", "speed")
+            return
+        for param, value in (("speed", body.speed), ("kl_weight", body.kl_weight)):
+            if value is not None:
+                raise invalid(f"{param}={value:g} sets a dial, and {self.policy_name} has none; leave it out", param)
 
     def _verifying(self, width: int) -> DraftPolicy | None:
         """The drafts verified at another width; None if it is their own."""
         policy, param = self.found.policy, "verify_width"
         if not isinstance(policy, DeployedDrafts):
-            raise invalid(f"verify_width={width} is for drafts, and {policy.name} makes none; leave it out", param)
+            raise invalid(f"verify_width={width} is for drafts, and {self.policy_name} makes none; leave it out", param)
         if width == policy.verify_width:
             return None
         if policy.facts.rule is None or policy.facts.costs is not None:
             raise invalid(
-                f"verify_width={width}, but {policy.name} was made for {policy.verify_width}; leave it out", param
+                f"verify_width={width}, but {self.policy_name} was made for {policy.verify_width}; leave it out", param
             )
         stored = self.found.model.bit_widths
         lowest = float(policy.level_bit_widths.double().mean(-1).max())
@@ -307,7 +328,9 @@ def _public(name: str) -> str:
     return Path(name).name
 
 
-def _why_no_dial(name: str, is_learned: bool) -> str:
-    if is_learned:
+def _why_no_dial(name: str, policy: object) -> str:
+    if isinstance(policy, LearnedPolicy):
         return f"The policy {name} has no table of its dial; requests may name kl_weight."
+    if isinstance(policy, DeployedDrafts):
+        return f"The policy {name} has no dial: it drafts, and its text is that of {policy.verify_width} bits."
     return f"The policy {name} has no dial: its widths are fixed. A trained policy has one."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.verify_costs import modelled_costs
 
 KNOWN = ("prompt", "max_tokens", "temperature", "n", "stop", "seed", "echo", "logprobs", "stream", "speed")
 
@@ -24,8 +27,9 @@ KNOWN = ("prompt", "max_tokens", "temperature", "n", "stop", "seed", "echo", "lo
         ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"max_tokens": 0}, "max_tokens", "set echo"),
         ({"max_tokens": 2.5}, "max_tokens", "valid integer"),
-        ({"max_tokens": 10**30}, "max_tokens", "generates 1024 at most"),
-        ({"max_tokens": 600}, None, "do not fit into a row of 512"),
+        ({"max_tokens": 10**30}, "max_tokens", "generates 512 at most"),
+        ({"max_tokens": 600}, "max_tokens", "generates 512 at most"),
+        ({"max_tokens": 510, "prompt": "x = 1\n" * 9}, "prompt", "and 510 new ones are more than the 512"),
         ({"temperature": -0.5}, "temperature", "greater than or equal to 0"),
         ({"temperature": 1e-9}, None, "no longer numbers"),
         ({"top_p": 0}, "top_p", "greater than 0"),
@@ -41,7 +45,7 @@ KNOWN = ("prompt", "max_tokens", "temperature", "n", "stop", "seed", "echo", "lo
         ({"prompt": [10**20]}, "prompt", "not 0 to 4095"),
         ({"prompt": None}, "prompt", "give text"),
         ({"prompt": "\ud800"}, None, "not UTF-8 text"),
-        ({"prompt": "x " * 2000}, None, "do not fit"),
+        ({"prompt": "x " * 2000}, "prompt", "are more than the 512 that this server holds"),
         ({"prompt": ["x"] * 100}, "n", "holds 68"),
         ({"model": "gpt-9"}, "model", "'tiny-code-llama' is"),
         ({"best_of": 3}, "best_of", "does not support"),
@@ -74,6 +78,8 @@ def test_a_field_that_cannot_be_served(server: Running, fields: dict[str, Any], 
         ({"messages": []}, "at least 1 item"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content: give text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": "x " * 2000}]}, "are more than the 512 that this server holds"),
         ({"tools": [{"type": "function"}]}, "tools: this server does not support"),
         ({"response_format": {"type": "json_object"}}, "response_format: this server does not support"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
@@ -87,6 +93,21 @@ def test_a_chat_that_cannot_be_served(dial_server: Running, fields: dict[str, An
     body = {"messages": [{"role": "user", "content": "x"}], **fields}
     with dial_server.client() as client:
         assert part in refusal(client.post("/v1/chat/completions", json=body), 400)["message"]
+
+
+def test_nobody_is_told_where_a_policy_lies(embedded_drafts: Servable) -> None:
+    policy = embedded_drafts.policy
+    assert isinstance(policy, DeployedDrafts)
+    costs = modelled_costs((0.5,), (1.0, 1.1), depth=policy.schema.depth)
+    trained = replace(policy, name="/home/somebody/drafts", facts=replace(policy.facts, costs=costs))
+    with running(replace(embedded_drafts, policy=trained)) as found, found.client() as client:
+        facts = client.get("/v1/models").json()["data"][0]["flexquant"]
+        said = [facts["policy"], facts["why_no_dial"]]
+        for param, value in (("speed", 1.5), ("kl_weight", 3.0), ("verify_width", 6)):
+            error = refusal(client.post("/v1/completions", json={"prompt": "x", param: value}), 400)
+            assert error["param"] == param
+            said.append(error["message"])
+    assert all("drafts" in text and "somebody" not in text for text in said)
 
 
 def test_harmless_fields_are_not_looked_at(dial_server: Running) -> None:
