@@ -221,7 +221,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvBench(BenchConfig):
-    """Steps per second of the batched environments: of widths with reference KL, or of drafts over a recording."""
+    """Steps per second of the batched environment, that of drafts included."""
 
     name: ClassVar[str] = "env"
     tests: ClassVar[tuple[str, ...]] = ("tests/fq_env/test_vec_env.py", "tests/fq_env/test_trace_rounds.py")

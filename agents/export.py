@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexquant_rl.agents.onnx_policy import ONNX_FILE, check_extra, check_onnx, write_onnx
-from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE, DeployedPolicy, load_policy
+from flexquant_rl.engine.control.artefact import (
+    CARD_FILE,
+    PROFILE_FILE,
+    WEIGHTS_FILE,
+    DeployedPolicy,
+    load_policy,
+    policy_directory,
+)
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard
 from flexquant_rl.engine.control.profile import Profile
@@ -163,12 +170,6 @@ class ExportedPolicy:
     def card(self) -> PolicyCard:
         """The policy's."""
         return self.policy.card
-
-
-def policy_directory(path: Path) -> Path:
-    """The directory of a policy's files: `path` itself, or `policy` in it where it is a run."""
-    is_run = not (path / CARD_FILE).exists() and (path / "policy" / CARD_FILE).exists()
-    return path / "policy" if is_run else path
 
 
 def exports_drafts(path: Path) -> bool:

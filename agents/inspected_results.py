@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexquant_rl.agents.evaluation.draft_rows import DraftRow, read_draft_rows
-from flexquant_rl.agents.evaluation.report import REPORT_FILE, ROWS_FILE
-from flexquant_rl.agents.evaluation.rows import read_rows
+from flexquant_rl.agents.evaluation.rows import REPORT_FILE, ROWS_FILE, read_rows
 from flexquant_rl.agents.runs.verified_preparation import read_costs
 from flexquant_rl.agents.tasks.report import REPORT_FILE as TASKS_REPORT_FILE
 from flexquant_rl.agents.tasks.rows import TaskRow, TaskTimeRow, read_plan

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from flexquant_rl.agents.analysis.rows import PLAN_FILE as ANALYSIS_FILE
 from flexquant_rl.agents.analysis.rows import RowStore, StrategyRow
-from flexquant_rl.agents.evaluation.report import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE
+from flexquant_rl.agents.evaluation.rows import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE
 from flexquant_rl.agents.export import load_exported
 from flexquant_rl.agents.inspected_results import (
     JSON_FILES,
@@ -51,8 +51,8 @@ CONFIG_FILE = "config.json"
 _DEMO_PARTS = ("nested", "verified", "lossy")
 _KINDS = (
     "a model (a directory or .gguf file), a nested checkpoint, a policy, a run, a sweep, a profile (profile.json), a "
-    "recording, an analysis, what `fq combine`, `fq evaluate`, `fq tasks` or `fq bench` wrote, costs of drafts "
-    "(costs.json) or evaluation rows (eval.jsonl)"
+    "recording, an analysis, what `fq combine`, `fq demo`, `fq evaluate`, `fq tasks` or `fq bench` wrote, an ONNX "
+    "policy (policy.onnx), costs of drafts (costs.json) or evaluation rows (eval.jsonl)"
 )
 
 

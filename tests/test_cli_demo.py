@@ -64,6 +64,20 @@ def test_both_modes_stand_in_one_table_and_nothing_is_done_twice(
         monkeypatch.setattr(command, name, again)
     repeated = run(cli.main, "demo", "--out", out, "--text", small)
     assert repeated.result["rows"] == done.result["rows"]
+    other = run(cli.main, "demo", "--out", out, "--text", small, "--model", tmp_path / "other").error
+    assert f"has what was made of smollm2-135m, not of {tmp_path / 'other'}; choose another --out" in other
+
+
+def test_a_model_by_name(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nested: list[str] = []
+
+    def stop(source: str, out: Path) -> Path:
+        nested.append(source)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(command, "_nested", stop)
+    assert "far enough" in run(cli.main, "demo", "--out", tmp_path / "demo", "--model", tiny_model_dir).error
+    assert nested == [str(tiny_model_dir)]
 
 
 def test_the_faster_stand_first() -> None:

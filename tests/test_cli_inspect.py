@@ -17,8 +17,7 @@ from toy_traces import random_traces
 
 from flexquant_rl import cli
 from flexquant_rl.agents.config import TrainConfig
-from flexquant_rl.agents.evaluation.report import REPORT_FILE, ROWS_FILE
-from flexquant_rl.agents.evaluation.rows import write_rows
+from flexquant_rl.agents.evaluation.rows import REPORT_FILE, ROWS_FILE, write_rows
 from flexquant_rl.agents.onnx_policy import ONNX_FILE, write_onnx
 from flexquant_rl.agents.runs.run import new_run
 from flexquant_rl.agents.tasks.rows import TaskPlan, TaskRow, claim, save_rows

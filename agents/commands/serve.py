@@ -25,7 +25,8 @@ def serve(options: ServeOptions) -> None:
     """Serves until SIGTERM or Ctrl-C, then prints one JSON line."""
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(
-            f"fq serve needs the extra `serve` ({', '.join(missing)} not found); pip install 'flexquant-rl[serve]'"
+            f"fq serve needs the extra `serve` ({', '.join(missing)} not found); pip install 'flexquant-rl[serve]', or "
+            "on a machine that only serves -r requirements-server.txt"
         )
     from flexquant_rl.agents.server.routes import create_app
     from flexquant_rl.agents.server.running import Stopping, address, bind

@@ -10,8 +10,8 @@ from typing import Any
 from flexquant_rl.agents.commands.options import TrainOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import TrainConfig
-from flexquant_rl.agents.evaluation.report import ROWS_FILE, console_table
-from flexquant_rl.agents.evaluation.rows import read_rows
+from flexquant_rl.agents.evaluation.report import console_table
+from flexquant_rl.agents.evaluation.rows import ROWS_FILE, read_rows
 from flexquant_rl.agents.runs.phases import evaluate_run, train_run
 from flexquant_rl.agents.runs.run import load_run, locked_run, new_run
 from flexquant_rl.agents.runs.verified_run import run_verified

@@ -10,10 +10,11 @@ import numpy as np
 from flexquant_rl.agents.evaluation.draft_rows import DraftRow
 from flexquant_rl.agents.evaluation.drafting import acceptance
 from flexquant_rl.agents.evaluation.markdown import bullets, escape, table_of
+from flexquant_rl.agents.evaluation.rows import REPORT_FILE, ROWS_FILE
 from flexquant_rl.engine.files import replacing
 from flexquant_rl.fq_env.trace_table import TraceTable
 
-DRAFTS_PICTURE, DRAFT_ROWS_FILE, DRAFT_REPORT_FILE = "drafts.png", "eval.jsonl", "report.md"
+DRAFTS_PICTURE = "drafts.png"
 _QUANTILES = (0.1, 0.5, 0.9)
 _CONSOLE = ((">", 9, "modelled"), (">", 16, "95% CI"), (">", 8, "clock"), (">", 11, "validation"))
 _NAME_COLUMNS = 46
@@ -112,10 +113,8 @@ def write_draft_report(
     ]
     parts += ["## How it was compared", _bullets(_method(rows))]
     parts += ["## Every policy", _markdown(_table(rows))]
-    parts.append(
-        f"One line for each policy and seed, with the time of each sequence: [{DRAFT_ROWS_FILE}]({DRAFT_ROWS_FILE})."
-    )
-    with replacing(run_dir / DRAFT_REPORT_FILE) as temporary:
+    parts.append(f"One line for each policy and seed, with the time of each sequence: [{ROWS_FILE}]({ROWS_FILE}).")
+    with replacing(run_dir / REPORT_FILE) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

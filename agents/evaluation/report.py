@@ -19,15 +19,12 @@ from flexquant_rl.agents.evaluation.comparison import (
 )
 from flexquant_rl.agents.evaluation.markdown import bullets, escape, facts_table, table_row
 from flexquant_rl.agents.evaluation.method import method_sentences
-from flexquant_rl.agents.evaluation.rows import EvalRow
+from flexquant_rl.agents.evaluation.rows import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE, EvalRow
 from flexquant_rl.engine.files import replacing
 
 PARETO_FILE = "pareto.png"
 BITS_FILE = "bits.png"
 LEARNING_FILE = "learning.png"
-ROWS_FILE = "eval.jsonl"
-LONG_ROWS_FILE = "eval_long.jsonl"
-REPORT_FILE = "report.md"
 
 _NOT_MEASURED = "not measured"
 _COLUMNS = (

@@ -16,6 +16,11 @@ from flexquant_rl.engine.files import json_lines, replacing
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+ROWS_FILE = "eval.jsonl"
+LONG_ROWS_FILE = "eval_long.jsonl"
+REPORT_FILE = "report.md"
+"""What an evaluation leaves in its directory, whatever was evaluated."""
+
 _PUBLIC = (
     "policy",
     "family",

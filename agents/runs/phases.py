@@ -40,12 +40,10 @@ from flexquant_rl.agents.evaluation.references import (
 from flexquant_rl.agents.evaluation.report import (
     BITS_FILE,
     LEARNING_FILE,
-    LONG_ROWS_FILE,
     PARETO_FILE,
-    ROWS_FILE,
     write_report,
 )
-from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, write_rows
+from flexquant_rl.agents.evaluation.rows import LONG_ROWS_FILE, ROWS_FILE, EvalRow, public_dict, write_rows
 from flexquant_rl.agents.evaluation.showcase import MostMoving, Showcase
 from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, UNTRAINED
 from flexquant_rl.agents.policies.relative_error import RelativeError

@@ -19,7 +19,6 @@ import torch
 from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.evaluation.draft_figures import plot_drafts
 from flexquant_rl.agents.evaluation.draft_report import (
-    DRAFT_ROWS_FILE,
     DRAFTS_PICTURE,
     console_drafts,
     console_spread,
@@ -38,7 +37,7 @@ from flexquant_rl.agents.evaluation.draft_rows import (
 )
 from flexquant_rl.agents.evaluation.drafting import Played, clairvoyant, hindsight, play, play_rule, tuned
 from flexquant_rl.agents.evaluation.evaluate import measured_time_shares
-from flexquant_rl.agents.evaluation.rows import write_rows
+from flexquant_rl.agents.evaluation.rows import ROWS_FILE, write_rows
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity
 from flexquant_rl.agents.policies.families import PPO
 from flexquant_rl.agents.progress import say, track
@@ -322,7 +321,7 @@ def _publish(
 ) -> None:
     """Writes rows, picture and report."""
     plan, costs, table = prepared.traces.plan, prepared.costs, prepared.test
-    write_rows(run_dir / DRAFT_ROWS_FILE, rows)
+    write_rows(run_dir / ROWS_FILE, rows)
     is_embedded = config.model is None or config.model == DEFAULT_MODEL
     name = Path(resolve_model(config.model)).name + (" (embedded)" if is_embedded else "")
     texts = ", ".join(sorted(set(table.sources)))

@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flexquant_rl.agents.commands.servable import Servable
-from flexquant_rl.agents.export import policy_directory
-from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE
+from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE, policy_directory
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafting_rules import rule_to_dict
 from flexquant_rl.engine.control.policy import LearnedPolicy

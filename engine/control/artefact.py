@@ -81,6 +81,12 @@ def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
         )
 
 
+def policy_directory(path: Path) -> Path:
+    """The directory of a policy's files: `path` itself, or `policy` in it where it is a run."""
+    is_run = not (path / CARD_FILE).exists() and (path / "policy" / CARD_FILE).exists()
+    return path / "policy" if is_run else path
+
+
 def load_policy(
     directory: Path | str,
     *,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.artefact import PROFILE_FILE, load_policy
+from flexquant_rl.engine.control.artefact import PROFILE_FILE, load_policy, policy_directory
 from flexquant_rl.engine.control.controller import Controller, make_controller
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.dial import check_kl_weight
@@ -206,7 +206,7 @@ def attach_policy(
 
     Args:
         model: A nested model that transformers loaded. A policy that it has already is replaced.
-        policy: The policy, or the directory of an exported one.
+        policy: The policy, or the directory of an exported one or of a finished run.
         profile: The profile that the policy was trained with; default: the one in its directory. A static allocation
             needs none.
         kl_weight: The dial; default: the middle setting of the policy's table, 1 for a policy without one.
@@ -222,7 +222,12 @@ def attach_policy(
     nested = nested_model(model)
     found: Policy | DraftPolicy
     if isinstance(policy, str | Path):
-        directory = Path(policy)
+        directory = policy_directory(Path(policy))
+        if not directory.is_dir():
+            raise InputError(
+                f"{policy} is no directory of a run or an exported policy; make one with `fq export`, or pass a "
+                "StaticAllocation"
+            )
         found = load_policy(directory, model_fingerprint=nested.fingerprint)
         profile = profile or Profile.load(directory / PROFILE_FILE)
     else:
@@ -251,6 +256,8 @@ def attach_policy(
 def _kl_weight(policy: Policy, kl_weight: float | None, speed: float | None) -> float:
     """The dial as given, for the speed asked for, or where nobody asks."""
     for name, value in (("speed", speed), ("kl_weight", kl_weight)):
+        if value is not None and not isinstance(value, int | float):
+            raise InputError(f"{name}={value!r} must be a number; give e.g. 1.5")
         has_one = not isinstance(policy, StaticAllocation) if name == "kl_weight" else isinstance(policy, LearnedPolicy)
         if value is not None and not has_one:
             raise InputError(f"{name}={value:g} sets a dial, and {policy.name} has none; leave it out")

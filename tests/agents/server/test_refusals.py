@@ -99,7 +99,7 @@ def test_nobody_is_told_where_a_policy_lies(embedded_drafts: Servable) -> None:
     policy = embedded_drafts.policy
     assert isinstance(policy, DeployedDrafts)
     costs = modelled_costs((0.5,), (1.0, 1.1), depth=policy.schema.depth)
-    trained = replace(policy, name="/home/somebody/drafts", facts=replace(policy.facts, costs=costs))
+    trained = replace(policy, name="/place/of/somebody/drafts", facts=replace(policy.facts, costs=costs))
     with running(replace(embedded_drafts, policy=trained)) as found, found.client() as client:
         facts = client.get("/v1/models").json()["data"][0]["flexquant"]
         said = [facts["policy"], facts["why_no_dial"]]

@@ -19,7 +19,10 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         command.importlib.util, "find_spec", lambda name: None if name in ("fastapi", "uvicorn") else find_spec(name)
     )
     error = run(cli.main, "serve", "default").error
-    assert error == ("fq serve needs the extra `serve` (fastapi, uvicorn not found); pip install 'flexquant-rl[serve]'")
+    assert error == (
+        "fq serve needs the extra `serve` (fastapi, uvicorn not found); pip install 'flexquant-rl[serve]', or on a "
+        "machine that only serves -r requirements-server.txt"
+    )
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,8 @@ def test_policy_and_profile_from_a_directory(
     attached = attach_policy(model, str(tmp_path / "policy"), speed=1.6)
     assert attached.kl_weight == 9.0
     assert continuation(model) == expected
+    attached = attach_policy(model, tmp_path, speed=1.6)  # as a run has it
+    assert continuation(model) == expected
     attached.kl_weight = 3.0
     chosen = list(attached.bit_widths)
     continuation(model)
@@ -315,7 +317,10 @@ def test_what_cannot_be_attached_is_one_line(
     low = torch.full((units,), 3)
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
         (tiny_llama, policy, {"profile": profile}, "is not a nested model"),
-        (model, tmp_path / "none", {}, "no readable policy"),
+        (model, tmp_path / "none", {}, "no directory of a run or an exported policy"),
+        (model, "fixed:4", {}, "fixed:4 is no directory of a run"),
+        (model, tmp_path, {}, "no readable policy"),
+        (model, policy, {"profile": profile, "speed": "fast"}, "speed='fast' must be a number"),
         (model, foreign, {"profile": profile}, "was trained for model 000000000000"),
         (model, policy, {}, "pass the one it was trained with"),
         (model, policy, {"profile": replace(profile, fingerprint="0" * 64)}, "the profile is of model 000000000000"),
