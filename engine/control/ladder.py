@@ -18,7 +18,7 @@ from flexquant_rl.engine.files import read_json, write_json
 LADDER_FILE = "ladder.json"
 LADDER_VERSION = 1
 Mode = Literal["lossless", "verified", "lossy"]
-"""Drafts verified at the largest width, drafts verified at another one, or what reads each token once."""
+"""The text of the largest width, drafts verified at another one, or what reads each token once at fewer bits."""
 _FIX = "make it again with `fq combine`"
 
 
@@ -46,7 +46,7 @@ class Rung:
 
     def words(self) -> str:
         """What to expect, in words."""
-        how = "lossy" if self.verify_width is None else f"verified at {self.verify_width} bits"
+        how = "lossy" if self.verify_width is None else f"the text of {self.verify_width} bits"
         return (
             f"{self.policy}, {how}: {self.speedup_measured:.2f}x measured, output KL {self.output_kl_nats:.2e} nats "
             "(validation text)"
