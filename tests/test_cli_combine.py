@@ -157,6 +157,8 @@ def test_bad_input_is_one_line(tiny_model_dir: Path, ladder: Path, text: Path, t
     combine = ("combine", tiny_model_dir)
     for arguments, words in (
         (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--speed", 3), "beyond 1.80"),
+        (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--speed=-1"), "speed -1 must be positive"),
+        (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--speed", "nan"), "speed nan must be"),
         (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--verify-width", 6), "choose one of 5, 8"),
         (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--kl-weight", 6), "give --speed instead"),
         (("generate", tiny_model_dir, "--policy", broken, "--prompt", "a", "--speed", 1.3), "no readable policy"),
