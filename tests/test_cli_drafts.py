@@ -8,6 +8,12 @@ import pytest
 from cli_runner import Finished, run
 
 from flexquant_rl import cli
+from flexquant_rl.agents.commands.servable import load_servable
+from flexquant_rl.engine.control.artefact import save_policy
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
+from flexquant_rl.engine.control.drafting_rules import Plain
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.serving import Engine
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +79,32 @@ def test_quiet_is_the_text_alone(nested: Path) -> None:
 )
 def test_mistakes(nested: Path, options: tuple[object, ...], said: str) -> None:
     assert said in generate(nested, *options).error
+
+
+@pytest.fixture(scope="module")
+def plain(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run exports where nothing that drafts is faster."""
+    out = tmp_path_factory.mktemp("plain") / "policy"
+    found = load_servable(str(nested), "draft:3")
+    assert isinstance(found.policy, DeployedDrafts)
+    own = found.policy
+    widths = own.level_bit_widths, own.verify_bit_widths
+    save_policy(deploy_rule("plain", own.schema, *widths, own.card, DraftsFacts(Plain())), found.profile, out)
+    return out
+
+
+def test_a_policy_that_never_drafts_says_so(nested: Path, plain: Path) -> None:
+    finished = generate(nested, "--policy", plain)
+    assert text(finished) == text(generate(nested, "--policy", "fixed:8"))
+    assert "this policy never drafts" in finished.err
+    assert "accepted" not in finished.err
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_a_policy_that_never_drafts_takes_no_ngram_drafts(nested: Path, plain: Path, command: str) -> None:
+    rest = ("--prompt", "abc") if command == "generate" else ("--port", 0)
+    refused = run(cli.main, command, nested, "--policy", plain, "--ngram-drafts", 2, *rest)
+    assert f"--ngram-drafts 2 is for drafts, and {plain} makes none" in refused.error
+    found = load_servable(str(nested), str(plain))
+    with pytest.raises(InputError, match=f"ngram_drafts=2, but policy '{plain}' does not draft"):
+        Engine(found.model, found.policy, found.profile, ngram_drafts=2)

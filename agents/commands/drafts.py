@@ -13,7 +13,7 @@ from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
 from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
@@ -42,7 +42,7 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
             return options.policy
         for option, value in (("verify-width", width), ("ngram-drafts", options.ngram_drafts or None)):
             if value is not None:
-                raise InputError(f"--{option} {value} is for drafts, and {options.policy} makes none; try draft:3")
+                raise _no_drafts(option, value, options.policy)
         return options.policy
     if width is None:
         return policy_name(drafts)
@@ -53,14 +53,20 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
     return policy_name(replace(drafts, verify=width))
 
 
-def check_verify_width(policy: DeployedPolicy, options: GenerateOptions | ServeOptions) -> None:
-    """Raises InputError if drafts from a directory are asked for another width than they were made for."""
+def check_draft_options(policy: DeployedPolicy, options: GenerateOptions | ServeOptions) -> None:
+    """Raises InputError if drafts from a directory are asked for another width than they were made for, or for none."""
     width = options.verify_width
+    if options.ngram_drafts and not may_draft(policy):
+        raise _no_drafts("ngram-drafts", options.ngram_drafts, policy.name)
     if isinstance(policy, DeployedDrafts) and width is not None and policy.verify_width != width:
         raise InputError(
             f"--verify-width {width}, but {policy.name} verifies at {policy.verify_width}; leave the option out, or "
             f"train for it with --task verified --verified.verify-width {width}"
         )
+
+
+def _no_drafts(option: str, value: int, policy: str) -> InputError:
+    return InputError(f"--{option} {value} is for drafts, and {policy} makes none; try draft:3")
 
 
 def draft_results(
@@ -78,6 +84,9 @@ def draft_results(
         generate: Continues the same prompt by a policy, so many tokens at most.
         is_greedy: Whether the same tokens must come.
     """
+    if policy.never_drafts:
+        say(f"this policy never drafts: its text is decoded at {policy.verify_width} bits, token by token")
+        return {}
     counts = tokens[-1].draft_counts
     if counts is None or counts.tokens_per_pass is None:  # the first token, which is of the prompt, was the last
         return {}
