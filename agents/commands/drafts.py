@@ -10,13 +10,16 @@ from flexquant_rl.agents.commands.options import GenerateOptions, ServeOptions
 from flexquant_rl.agents.export import exports_drafts
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.names import policy_name
+from flexquant_rl.agents.policies.unbound import ANY_WIDTH
 from flexquant_rl.agents.progress import say
+from flexquant_rl.engine.checkpoint import stored_widths
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
 from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 
 # Four drafts cost less than two steps of the largest width; Hugging Face's confidence.
@@ -31,6 +34,16 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
         InputError: If no policy is named, if options of drafts are given to another policy, or if the verify width is
             named twice or not above that of the drafts.
     """
+    try:
+        return _asked_policy(options)
+    except InputError as error:
+        widths = stored_widths(Path(resolve_model(options.model))) if ANY_WIDTH in str(error) else ()
+        if not widths:
+            raise
+        raise InputError(str(error).replace(ANY_WIDTH, f"choose one of {', '.join(map(str, widths))}")) from error
+
+
+def _asked_policy(options: GenerateOptions | ServeOptions) -> str:
     check_ngram_drafts(options.ngram_drafts)
     width = options.verify_width
     if options.policy is None and width is None:
