@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
-from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
 from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.log_probs import TokenLogProbs
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
@@ -390,7 +390,7 @@ def encode_chat(model: NestedCausalLM, messages: Sequence[Mapping[str, str]]) ->
 
 def _checked_ngram_drafts(ngram_drafts: int, policy: Policy | DraftPolicy) -> int:
     check_ngram_drafts(ngram_drafts)
-    if ngram_drafts and not isinstance(policy, DraftPolicy):
+    if ngram_drafts and not may_draft(policy):
         raise InputError(f"ngram_drafts={ngram_drafts}, but policy {policy.name!r} does not draft; name one that does")
     return ngram_drafts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from cli_runner import Finished, run, write_text
 
 from flexquant_rl import cli
+from flexquant_rl.agents.commands import combine
+from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.policies.knapsack import Knapsack
 from flexquant_rl.agents.policies.unbound import PolicyContext
 from flexquant_rl.engine.control.ladder import Ladder, Rung, read_ladder, write_ladder
@@ -40,11 +43,48 @@ def test_rungs_are_the_front_of_what_was_measured(combined: tuple[Path, Finished
     modes = {rung["policy"]: (rung["mode"], rung["verify_width"]) for rung in every}
     assert modes["draft:3,length=2"] == ("lossless", 8)
     assert modes["draft:3,verify=5"] == ("verified", 5)
-    assert modes["fixed:8"] == ("lossy", None)
+    assert modes["fixed:8"] == ("lossless", 8)
+    assert modes["fixed:3"] == ("lossy", None)
     ladder = read_ladder(out)
     assert {path.name for path in out.iterdir()} == {"ladder.json", *(rung.folder for rung in ladder.rungs)}
     inspected = run(cli.main, "inspect", out, "--json").result
     assert (inspected["kind"], len(inspected["rungs"])) == ("ladder of policies", len(ladder.rungs))
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Speeds of policies by name, in place of a clock; 1 of those that are not in it. Afterwards all asked are."""
+    speeds: dict[str, float] = {}
+
+    def shares(_prepared: object, contestants: Sequence[Contestant], _windows: object) -> list[float]:
+        return [1 / speeds.setdefault(one.name, 1.0) for one in contestants]
+
+    monkeypatch.setattr(combine, "clocked_shares", shares)
+    return speeds
+
+
+@pytest.mark.parametrize(("speed", "kept"), [(0.9, "fixed:8"), (1.1, "draft:3")])
+def test_plain_decoding_is_a_rung_unless_something_lossless_is_faster(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, clocked: dict[str, float], speed: float, kept: str
+) -> None:
+    """Nobody asked for it."""
+    clocked |= {"draft:3": speed, "fixed:4": 0.8}
+    asked = ("--policy", "draft:3", "fixed:4", "--text", text, *SMALL)
+    (rung,) = run(cli.main, "combine", tiny_model_dir, tmp_path / "out", *asked).result["rungs"]
+    assert (rung["policy"], rung["mode"], rung["verify_width"]) == (kept, "lossless", 8)
+    assert generate(tiny_model_dir, "--policy", tmp_path / "out", "--verify-width", 8).result["rung"] == rung
+
+
+def test_plain_decoding_that_is_given_is_not_measured_twice(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, clocked: dict[str, float]
+) -> None:
+    exported = tmp_path / "exported"
+    run(cli.main, "export", "fixed:8", exported, "--model", tiny_model_dir).result  # noqa: B018
+    for place, given in enumerate(("fixed:bit_width=8", exported)):
+        clocked.clear()
+        asked = ("--policy", given, "--text", text, *SMALL)
+        assert run(cli.main, "combine", tiny_model_dir, tmp_path / str(place), *asked).code == 0
+        assert len(clocked) == 1
 
 
 def test_what_is_bound_once_is_not_bound_again(
@@ -117,6 +157,8 @@ def test_bad_input_is_one_line(tiny_model_dir: Path, ladder: Path, text: Path, t
     combine = ("combine", tiny_model_dir)
     for arguments, words in (
         (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--speed", 3), "beyond 1.80"),
+        (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--speed=-1"), "speed -1 must be positive"),
+        (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--speed", "nan"), "speed nan must be"),
         (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--verify-width", 6), "choose one of 5, 8"),
         (("generate", tiny_model_dir, "--policy", ladder, "--prompt", "a", "--kl-weight", 6), "give --speed instead"),
         (("generate", tiny_model_dir, "--policy", broken, "--prompt", "a", "--speed", 1.3), "no readable policy"),

@@ -8,6 +8,12 @@ import pytest
 from cli_runner import Finished, run
 
 from flexquant_rl import cli
+from flexquant_rl.agents.commands.servable import load_servable
+from flexquant_rl.engine.control.artefact import save_policy
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
+from flexquant_rl.engine.control.drafting_rules import Plain
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.serving import Engine
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def test_the_text_is_that_of_the_verify_width(nested: Path, width: int, ngram_dr
     assert result["tokens_per_pass"] == (result["num_tokens"] - 1) / passes
     assert 1 <= len(result["acceptance_by_position"]) <= 4
     assert "tokens per verify pass" in drafted.err
-    assert f"measured over {width} bits without drafts" in drafted.err
+    assert f"measured over {width} bits without drafts (once, not in turns)" in drafted.err
 
 
 def test_sampled_text_is_that_of_its_seed(nested: Path) -> None:
@@ -65,6 +71,9 @@ def test_quiet_is_the_text_alone(nested: Path) -> None:
         (("--policy", "draft:6", "--verify-width", 5), "width=6 of the drafts is not below the verify width 5"),
         (("--policy", "draft:3,verify=6", "--verify-width", 8), "name two widths; give one of them"),
         (("--policy", "draft:7"), "width 7 is not stored"),
+        (("--policy", "draft:9"), "'draft:9': width=9 is no width; choose one of 3, 4, 5, 6, 8"),
+        (("--policy", "draft:3,verify=9"), "verify=9 is no width; choose one of 3, 4, 5, 6, 8"),
+        (("--verify-width", 9), "verify=9 is no width; choose one of 3, 4, 5, 6, 8"),
         (("--policy", "fixed:4", "--verify-width", 8), "--verify-width 8 is for drafts, and fixed:4 makes none"),
         (("--policy", "fixed:4", "--ngram-drafts", 2), "--ngram-drafts 2 is for drafts, and fixed:4 makes none"),
         (("--verify-width", 8, "--ngram-drafts", 16), "ngram_drafts=16 must be 0 to 15"),
@@ -73,3 +82,45 @@ def test_quiet_is_the_text_alone(nested: Path) -> None:
 )
 def test_mistakes(nested: Path, options: tuple[object, ...], said: str) -> None:
     assert said in generate(nested, *options).error
+
+
+def test_a_width_of_no_model_where_the_stored_ones_are_others_or_not_known(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    assert run(cli.main, "quantize", tiny_model_dir, out, "--bit-widths", 2, 4, 8).code == 0
+    assert "choose one of 2, 4, 8" in generate(out, "--policy", "draft:9").error
+    assert "choose one of 3, 4, 5, 6, 8" in generate(tiny_model_dir, "--policy", "draft:9").error
+    assert "choose one from 1 to 8" in generate(tmp_path / "nowhere", "--policy", "draft:9").error
+    config = out / "config.json"
+    config.write_text(config.read_text().replace('"method"', '"methods"'))
+    assert "choose one from 1 to 8" in generate(out, "--policy", "draft:9").error
+
+
+@pytest.fixture(scope="module")
+def plain(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run exports where nothing that drafts is faster."""
+    out = tmp_path_factory.mktemp("plain") / "policy"
+    found = load_servable(str(nested), "draft:3")
+    assert isinstance(found.policy, DeployedDrafts)
+    own = found.policy
+    widths = own.level_bit_widths, own.verify_bit_widths
+    save_policy(deploy_rule("plain", own.schema, *widths, own.card, DraftsFacts(Plain())), found.profile, out)
+    return out
+
+
+def test_a_policy_that_never_drafts_says_so(nested: Path, plain: Path) -> None:
+    finished = generate(nested, "--policy", plain)
+    assert text(finished) == text(generate(nested, "--policy", "fixed:8"))
+    assert "this policy never drafts" in finished.err
+    assert "accepted" not in finished.err
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_a_policy_that_never_drafts_takes_no_ngram_drafts(nested: Path, plain: Path, command: str) -> None:
+    rest = ("--prompt", "abc") if command == "generate" else ("--port", 0)
+    refused = run(cli.main, command, nested, "--policy", plain, "--ngram-drafts", 2, *rest)
+    assert f"--ngram-drafts 2 is for drafts, and {plain} makes none" in refused.error
+    found = load_servable(str(nested), str(plain))
+    with pytest.raises(InputError, match=f"ngram_drafts=2, but policy '{plain}' does not draft"):
+        Engine(found.model, found.policy, found.profile, ngram_drafts=2)

@@ -12,19 +12,22 @@ from flexquant_rl.agents.commands.servable import deployed_by_name
 from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.evaluation.contest import clocked_shares, traces_of
+from flexquant_rl.agents.policies.fixed import Fixed
+from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.control.artefact import DeployedPolicy, save_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.ladder import Ladder, Mode, Rung, front, write_ladder
 from flexquant_rl.engine.control.output_kl import reference_name
+from flexquant_rl.engine.control.policy import StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.files import check_new_directory, new_directory
 from flexquant_rl.fq_env.prompts import spread
 
 
 def combine(options: CombineOptions) -> None:
-    """Writes the ladder and prints its rungs."""
+    """Writes the ladder and prints its rungs; plain decoding at the largest width is always among what is measured."""
     config = TrainConfig(
         model=options.model,
         text=tuple(map(str, options.text)),
@@ -40,6 +43,7 @@ def combine(options: CombineOptions) -> None:
     asked = AskedPolicies.read(options.policy)
     check_new_directory(options.out)
     prepared = prepare(replace(config, quantization=asked.quantization or config.quantization), None, asked.carrying)
+    asked = _with_plain(asked, max(prepared.model.bit_widths))
     policies = _deployed(prepared, asked)
     bound = asked.bound(prepared, options.dials, {name: policy for name, (policy, _) in policies.items()})
     folders = {name: f"{place:02d}" for place, name in enumerate(policies)}
@@ -58,6 +62,22 @@ def combine(options: CombineOptions) -> None:
     if left_out:
         say(f"{len(left_out)} of {len(rungs)} settings are slower than another one and lose as much; left out")
     print_result({"out": str(options.out), **asdict(ladder), "left_out": left_out})
+
+
+def _with_plain(asked: AskedPolicies, full: int) -> AskedPolicies:
+    """With plain decoding at the largest width, unless it was given: what is slower and loses something is no rung."""
+    plain = Fixed(full)
+    if plain in asked.unbound.values() or any(_is_plain(one.policy, full) for one in asked.exported.values()):
+        return asked
+    name = policy_name(plain)
+    return replace(asked, names=(*asked.names, name), unbound={**asked.unbound, name: plain})
+
+
+def _is_plain(policy: DeployedPolicy, width: int) -> bool:
+    """Whether every token is read once, at this width."""
+    if isinstance(policy, DeployedDrafts):
+        return policy.never_drafts and bool((policy.verify_bit_widths == width).all())
+    return isinstance(policy, StaticPolicy) and bool((policy.bit_widths == width).all())
 
 
 def _deployed(prepared: Prepared, asked: AskedPolicies) -> dict[str, tuple[DeployedPolicy, Profile]]:
@@ -82,7 +102,9 @@ def _measured(
     full = max(prepared.model.bit_widths)
     rungs = []
     for (folder, policy, one), trace, share in zip(named, traces, shares, strict=True):
-        verify = policy.verify_width if isinstance(policy, DeployedDrafts) else None
+        verify = (
+            full if _is_plain(policy, full) else policy.verify_width if isinstance(policy, DeployedDrafts) else None
+        )
         mode: Mode = "lossy" if verify is None else "lossless" if verify == full else "verified"
         kl_nats = float(trace.output_kl_nats.double().mean())
         rungs.append(Rung(folder, policy.name, mode, verify, one.kl_weight, 1 / share, kl_nats))

@@ -10,13 +10,16 @@ from flexquant_rl.agents.commands.options import GenerateOptions, ServeOptions
 from flexquant_rl.agents.export import exports_drafts
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.names import policy_name
+from flexquant_rl.agents.policies.unbound import ANY_WIDTH
 from flexquant_rl.agents.progress import say
+from flexquant_rl.engine.checkpoint import stored_widths
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
 from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.control.rounds import check_ngram_drafts
+from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 
 # Four drafts cost less than two steps of the largest width; Hugging Face's confidence.
@@ -31,6 +34,16 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
         InputError: If no policy is named, if options of drafts are given to another policy, or if the verify width is
             named twice or not above that of the drafts.
     """
+    try:
+        return _asked_policy(options)
+    except InputError as error:
+        widths = stored_widths(Path(resolve_model(options.model))) if ANY_WIDTH in str(error) else ()
+        if not widths:
+            raise
+        raise InputError(str(error).replace(ANY_WIDTH, f"choose one of {', '.join(map(str, widths))}")) from error
+
+
+def _asked_policy(options: GenerateOptions | ServeOptions) -> str:
     check_ngram_drafts(options.ngram_drafts)
     width = options.verify_width
     if options.policy is None and width is None:
@@ -42,7 +55,7 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
             return options.policy
         for option, value in (("verify-width", width), ("ngram-drafts", options.ngram_drafts or None)):
             if value is not None:
-                raise InputError(f"--{option} {value} is for drafts, and {options.policy} makes none; try draft:3")
+                raise _no_drafts(option, value, options.policy)
         return options.policy
     if width is None:
         return policy_name(drafts)
@@ -53,14 +66,20 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
     return policy_name(replace(drafts, verify=width))
 
 
-def check_verify_width(policy: DeployedPolicy, options: GenerateOptions | ServeOptions) -> None:
-    """Raises InputError if drafts from a directory are asked for another width than they were made for."""
+def check_draft_options(policy: DeployedPolicy, options: GenerateOptions | ServeOptions) -> None:
+    """Raises InputError if drafts from a directory are asked for another width than they were made for, or for none."""
     width = options.verify_width
+    if options.ngram_drafts and not may_draft(policy):
+        raise _no_drafts("ngram-drafts", options.ngram_drafts, policy.name)
     if isinstance(policy, DeployedDrafts) and width is not None and policy.verify_width != width:
         raise InputError(
             f"--verify-width {width}, but {policy.name} verifies at {policy.verify_width}; leave the option out, or "
             f"train for it with --task verified --verified.verify-width {width}"
         )
+
+
+def _no_drafts(option: str, value: int, policy: str) -> InputError:
+    return InputError(f"--{option} {value} is for drafts, and {policy} makes none; try draft:3")
 
 
 def draft_results(
@@ -78,6 +97,9 @@ def draft_results(
         generate: Continues the same prompt by a policy, so many tokens at most.
         is_greedy: Whether the same tokens must come.
     """
+    if policy.never_drafts:
+        say(f"this policy never drafts: its text is decoded at {policy.verify_width} bits, token by token")
+        return {}
     counts = tokens[-1].draft_counts
     if counts is None or counts.tokens_per_pass is None:  # the first token, which is of the prompt, was the last
         return {}
@@ -89,7 +111,7 @@ def draft_results(
     accepted = " ".join(f"{share:.2f}" for share in counts.acceptance_by_position) or "none"
     say(
         f"drafts accepted by position: {accepted}; {counts.tokens_per_pass:.2f} tokens per verify pass; "
-        f"{plain_ms / draft_ms:.2f}x measured over {width} bits without drafts"
+        f"{plain_ms / draft_ms:.2f}x measured over {width} bits without drafts (once, not in turns)"
     )
     return {
         "verify_width": width,

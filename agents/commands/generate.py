@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.commands.drafts import asked_policy, check_verify_width, draft_results
+from flexquant_rl.agents.commands.drafts import asked_policy, check_draft_options, draft_results
 from flexquant_rl.agents.commands.options import GenerateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import Servable, load_servable
@@ -46,7 +46,7 @@ def generate(options: GenerateOptions) -> None:
         speed=options.speed,
         verify_width=options.verify_width,
     )
-    check_verify_width(found.policy, options)
+    check_draft_options(found.policy, options)
     setting = _setting(found, options)
     model = found.model.to(options.device)
     is_chat = not options.raw and bool(model.token_text.chat_template)
@@ -65,7 +65,7 @@ def generate(options: GenerateOptions) -> None:
             seed=options.seed,
             decoder=options.decoder,
             num_threads=options.threads,
-            ngram_drafts=options.ngram_drafts if isinstance(policy, DraftPolicy) else 0,
+            ngram_drafts=options.ngram_drafts if policy is found.policy else 0,
         )
 
     printed = _Printed(model)

@@ -310,6 +310,8 @@ class CombineOptions:
     """Puts several policies on one dial: lossless, verified at fewer bits, lossy.
 
     Each is measured on validation text; what another one beats is left out.
+
+    Plain decoding at the largest width is always measured with them.
     """
 
     model: Model

@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 from pathlib import Path
 
-from flexquant_rl.agents.commands.drafts import asked_policy, check_verify_width
+from flexquant_rl.agents.commands.drafts import asked_policy, check_draft_options
 from flexquant_rl.agents.commands.options import ServeOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import load_rungs, load_servable
@@ -52,7 +52,7 @@ def serve(options: ServeOptions) -> None:
             device=options.device,
             verify_width=options.verify_width,
         )
-        check_verify_width(found.policy, options)
+        check_draft_options(found.policy, options)
         rungs = load_rungs(policy, found.model.fingerprint, found)
         found.model.to(options.device)
         served = Served.start(

@@ -201,16 +201,23 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
     """
     learned = [row for row in rows if row.kind == "learned"]
     fixed, rule = best_fixed(rows), best_rule(rows)
+
+    def compared(own: Sequence[DraftRow], base: DraftRow) -> str:
+        plain = plain_decoding(rows)
+        beaten = all(gain(one, plain).value < 1 for one in (own, [base]))
+        return gain(own, base).words() + ("; plain decoding is faster than both" if beaten else "")
+
     seeds = f"{len(learned)} training seed{'s' if len(learned) > 1 else ''}"
     found = []
     for base, what in ((fixed, "the best fixed rounds"), (rule, "the best tuned rule")):
         against = gain(learned, base)
         found.append(
-            f"by the cost table the learned policy ({seeds}) {against.verdict} {what}, {base.policy}: {against.words()}"
+            f"by the cost table the learned policy ({seeds}) {against.verdict} {what}, {base.policy}: "
+            f"{compared(learned, base)}"
         )
     rule_over_fixed = gain([rule], fixed)
     if rule is not fixed:
-        found.append(f"the best tuned rule {rule_over_fixed.verdict} the best fixed rounds: {rule_over_fixed.words()}")
+        found.append(f"the best tuned rule {rule_over_fixed.verdict} the best fixed rounds: {compared([rule], fixed)}")
     hindsight, clairvoyant = (known_by_name(rows, name).speedup_modelled for name in (HINDSIGHT, CLAIRVOYANT))
     found.append(
         f"speed over plain decoding at the largest width by the cost table: {fixed.speedup_modelled:.3f} fixed, "
@@ -233,6 +240,23 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
 def known_by_name(rows: Sequence[DraftRow], name: str) -> DraftRow:
     """The row of what knows drafts, `hindsight` or `clairvoyant`."""
     return next(row for row in rows if row.policy == name)
+
+
+def plain_decoding(rows: Sequence[DraftRow]) -> DraftRow:
+    """The row of what never drafts."""
+    return next(row for row in rows if row.kind == "plain")
+
+
+def captured_headroom(rows: Sequence[DraftRow]) -> float | None:
+    """How far learned policies come from the faster of the best fixed rounds and plain decoding towards the bound.
+
+    Returns:
+        Mean over seeds, a share of the way in speed; None where the bound is no faster than that base.
+    """
+    learned = [row.speedup_modelled for row in rows if row.kind == "learned"]
+    base = max(best_fixed(rows).speedup_modelled, plain_decoding(rows).speedup_modelled)
+    bound = known_by_name(rows, CLAIRVOYANT).speedup_modelled
+    return (sum(learned) / len(learned) - base) / (bound - base) if bound > base else None
 
 
 def best_fixed(rows: Sequence[DraftRow]) -> DraftRow:

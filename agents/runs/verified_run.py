@@ -29,10 +29,9 @@ from flexquant_rl.agents.evaluation.draft_rows import (
     HINDSIGHT,
     DraftRow,
     Kind,
-    best_fixed,
+    captured_headroom,
     draft_row,
     findings,
-    known_by_name,
     with_clock,
 )
 from flexquant_rl.agents.evaluation.drafting import Played, clairvoyant, hindsight, play, play_rule, tuned
@@ -143,7 +142,7 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
         "reference": f"{prepared.traces.plan.verify_width}-bit",
         "findings": sentences,
         "rows": [row.public() for row in rows],
-        "captured_headroom": _headroom(rows),
+        "captured_headroom": captured_headroom(rows),
     }
 
 
@@ -307,13 +306,6 @@ def _networks(seeds: Sequence[Candidate]) -> list[str]:
     means = ", ".join(f"{sum(speeds) / len(speeds):.3f} {sees}" for sees, speeds in best.items())
     kept = ", ".join(f"{sum(own['sees'] == sees for own in scores)} of {len(seeds)} {sees}" for sees in best)
     return [f"Speed of networks on validation sequences by what they see, means over seeds: {means}; kept: {kept}."]
-
-
-def _headroom(rows: Sequence[DraftRow]) -> float | None:
-    """Mean over seeds of (learned - best fixed) / (bound - best fixed), in speed; None where the bound is no faster."""
-    learned = [row.speedup_modelled for row in rows if row.kind == "learned"]
-    fixed, bound = best_fixed(rows).speedup_modelled, known_by_name(rows, CLAIRVOYANT).speedup_modelled
-    return (sum(learned) / len(learned) - fixed) / (bound - fixed) if bound > fixed else None
 
 
 def _publish(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.control.decision import Policy
 from flexquant_rl.engine.control.drafting_net import DraftingNet, LearnedDrafting
 from flexquant_rl.engine.control.drafting_rules import (
     DraftingContext,
@@ -19,6 +20,7 @@ from flexquant_rl.engine.control.drafting_rules import (
     rule_from_dict,
     rule_to_dict,
 )
+from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.control.verified_signals import VERIFIED_SCHEMA_VERSION, VerifiedSchema
@@ -66,6 +68,11 @@ class DeployedDrafts(ServedDrafts):
     def verify_width(self) -> int:
         """The largest of the verify widths, which are one stored width in all recordings."""
         return int(self.verify_bit_widths.max())
+
+
+def may_draft(policy: Policy | DraftPolicy) -> bool:
+    """Whether a policy has rounds; the rule `plain` is a policy of drafts and has none."""
+    return isinstance(policy, DraftPolicy) and not (isinstance(policy, DeployedDrafts) and policy.never_drafts)
 
 
 def deploy_rule(

@@ -313,6 +313,8 @@ class ProfileGuided:
 class Bandit:
     """UCB over levels and lengths of rounds, plain decoding among them; all rows learn together, as a server would.
 
+    What it has learned goes on across the requests of an engine: when sampled, a seed may give another text then.
+
     Attributes:
         exploration: Weight of the confidence bound, in full-width steps saved per token.
     """

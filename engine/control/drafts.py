@@ -75,7 +75,8 @@ class RoundState:
 class DraftPolicy(Protocol):
     """Decides before each step of a row: verify now, or draft at these widths.
 
-    Like a `Policy` it keeps no state between calls.
+    Like a `Policy` it keeps no state between calls, so the same seed gives the same text. The rule `bandit` alone does:
+    it learns across the requests of an engine, and what it samples for a seed depends on those before.
     """
 
     @property

@@ -18,7 +18,7 @@ from flexquant_rl.engine.files import read_json, write_json
 LADDER_FILE = "ladder.json"
 LADDER_VERSION = 1
 Mode = Literal["lossless", "verified", "lossy"]
-"""Drafts verified at the largest width, drafts verified at another one, or what reads each token once."""
+"""The text of the largest width, drafts verified at another one, or what reads each token once at fewer bits."""
 _FIX = "make it again with `fq combine`"
 
 
@@ -46,7 +46,7 @@ class Rung:
 
     def words(self) -> str:
         """What to expect, in words."""
-        how = "lossy" if self.verify_width is None else f"verified at {self.verify_width} bits"
+        how = "lossy" if self.verify_width is None else f"the text of {self.verify_width} bits"
         return (
             f"{self.policy}, {how}: {self.speedup_measured:.2f}x measured, output KL {self.output_kl_nats:.2e} nats "
             "(validation text)"
@@ -77,8 +77,10 @@ class Ladder:
             verify_width: Its text equals this width; the fastest one of them where no speed is given.
 
         Raises:
-            InputError: If there is none.
+            InputError: If there is none, or the speed is none.
         """
+        if speed is not None and not (speed > 0 and math.isfinite(speed)):
+            raise InputError(f"speed {speed:g} must be positive and finite; ask for e.g. 1.5")
         rungs = [rung for rung in self.rungs if verify_width is None or rung.verify_width == verify_width]
         if not rungs:
             known = sorted({rung.verify_width for rung in self.rungs if rung.verify_width is not None})
@@ -88,7 +90,7 @@ class Ladder:
             )
         if speed is not None:
             fast = [rung for rung in rungs if rung.speedup_measured >= speed]
-            if not speed > 0 or not fast:
+            if not fast:
                 fastest = max(rung.speedup_measured for rung in rungs)
                 raise InputError(f"speed {speed:g} is beyond {fastest:.2f}, the fastest rung; ask for less")
             return min(fast, key=lambda rung: rung.output_kl_nats)

@@ -87,6 +87,7 @@ def test_what_is_on_no_rung_is_refused(ladder_server: Running) -> None:
     with ladder_server.client() as client:
         for fields, words in (
             ({"speed": 2.5}, "beyond 1.80"),
+            ({"speed": -1}, "greater than 0"),
             ({"verify_width": 6}, "choose one of 5, 8"),
             ({"kl_weight": 3.0}, "give speed"),
         ):

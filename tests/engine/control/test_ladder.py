@@ -20,6 +20,7 @@ def rung(speed: float, kl_nats: float, verify: int | None = None, folder: str = 
     return Rung(folder, f"p{speed:g}", mode, verify, None, speed, kl_nats)
 
 
+NO_SPEEDS = (0.0, -1.0, float("inf"), float("nan"))
 LADDER = Ladder(
     "f" * 64,
     "unquantised",
@@ -55,8 +56,8 @@ def test_the_rung_that_loses_least_is_taken() -> None:
     assert lossy.chosen() == lossy.rungs[0]
     for ladder, wrong, message in (
         (LADDER, {"speed": 2.0}, "speed 2 is beyond 1.90"),
-        (LADDER, {"speed": float("nan")}, "beyond"),
-        (LADDER, {"speed": -1.0}, "beyond"),
+        *((LADDER, {"speed": speed}, f"speed {speed:g} must be positive and finite") for speed in NO_SPEEDS),
+        (LADDER, {"speed": -1.0, "verify_width": 5}, "positive and finite"),
         (LADDER, {"speed": 1.6, "verify_width": 6}, "beyond 1.50"),
         (LADDER, {"verify_width": 5}, "choose one of 6, 8"),
         (lossy, {"verify_width": 5}, "no rung verifies"),
