@@ -14,7 +14,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from flexquant_rl import __version__
 from flexquant_rl.agents.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer
 from flexquant_rl.agents.server.errors import CLIENT_GONE, ApiError, add_handlers, internal_error
 from flexquant_rl.agents.server.guard import Guard
@@ -28,7 +27,7 @@ from flexquant_rl.agents.server.served import Served
 
 def create_app(served: Served) -> FastAPI:
     """The application that serves a model."""
-    app = FastAPI(title="flexquant-rl", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="flexquant-rl", version="1", docs_url=None, redoc_url=None)  # of the interface, /v1
     add_handlers(app)
     open_answers = OpenAnswers()
     app.state.open_answers = open_answers
