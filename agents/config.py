@@ -266,6 +266,9 @@ class DraftsBench(BenchConfig):
     )
     """What is timed beside plain decoding at the largest width: drafts and static allocations by name, directories of
     exported policies."""
+    ngram_drafts: int = 0
+    """For policies that draft: tokens of a round at most that are taken from the text so far, where its last ones stood
+    before."""
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")] = ()
     """Text files whose test split prompts are cut from, the same number from each; default: the held-out standard
     library."""
@@ -294,8 +297,12 @@ class DraftsBench(BenchConfig):
 
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain."""
+        # Here, not above: torch takes seconds, and a command's --help reads this file.
+        from flexquant_rl.engine.control.rounds import check_ngram_drafts
+
         super().validate()
         self._check_positive("prompts", "prompt_tokens")
+        check_ngram_drafts(self.ngram_drafts)
         if self.new_tokens < 2:
             raise InputError(f"new_tokens={self.new_tokens} leaves nothing to time; give --new-tokens 2 or more")
         check_temperature(self.temperature)

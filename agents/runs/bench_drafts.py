@@ -104,6 +104,11 @@ def bench_drafts(
     clock = host_clock(max(config.threads))
     policies = _policies(config)
     model = next(iter(policies.values())).model
+    if config.ngram_drafts and not any(isinstance(one.policy, DeployedDrafts) for one in policies.values()):
+        raise InputError(
+            f"--ngram-drafts {config.ngram_drafts} is for drafts, and none of {', '.join(policies)} makes any; try "
+            "--policy draft:3"
+        )
     prompts = held_out_prompts(
         model,
         config.text,
@@ -187,11 +192,12 @@ def _lean_contenders(
     found: list[Contender] = []
     for name, servable in policies.items():
         policy = servable.policy
+        drafts = {"ngram_drafts": config.ngram_drafts} if isinstance(policy, DeployedDrafts) else {}
         is_lossless = isinstance(policy, DeployedDrafts) and policy.verify_width == max(model.bit_widths)
         found.append(
             Contender(
                 default_decoder(model)[0],
-                {"policy": name, "num_threads": num_threads},
+                {"policy": name, "num_threads": num_threads, **drafts},
                 _lean_turn(opener, servable, clock, config),
                 # Drafts sample another text, of the same distribution.
                 found[0] if found and not config.temperature else None,
@@ -208,7 +214,8 @@ def _lean_turn(
     kl_weight = 1.0 if setting is None else setting.kl_weight
 
     def continue_prompt(prompt_ids: Sequence[int]) -> Turn:
-        runner = PolicyRunner(opener(1), make_controller(servable.model, servable.policy, servable.profile))
+        controller = make_controller(servable.model, servable.policy, servable.profile)
+        runner = PolicyRunner(opener(1), controller, ngram_drafts=config.ngram_drafts)
         request = Request(
             torch.tensor(prompt_ids),
             config.new_tokens,

@@ -61,8 +61,24 @@ def test_rows_of_ours(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
         assert row["same_prompts"] == 3
         assert row["tokens_per_pass"] >= 1
         assert row["times_faster_than"].keys() == {"fixed:8"}
+        assert row["ngram_drafts"] == 0
     assert low["all_tokens"] == 3 * 14, "a lossy policy may give another text, and says how far it goes along"
     assert finished.out.startswith("provider")
+
+
+@needs_library
+def test_ngram_drafts(tiny_model_dir: Path, text: Path) -> None:
+    """What drafts from the text so far has other rounds and the same text; what does not draft has none."""
+    ours = bench(tiny_model_dir, text, "--no-peers").result["rows"]
+    plain, *drafts, low = bench(tiny_model_dir, text, "--no-peers", "--ngram-drafts", 4).result["rows"]
+    assert not {"ngram_drafts"} & (plain.keys() | low.keys())
+    for row, without in zip(drafts, ours[1:], strict=False):
+        assert row["ngram_drafts"] == 4
+        assert row["same_tokens"] == row["all_tokens"] == 3 * 14
+        assert (row["tokens_per_pass"], row["acceptance"]) != (without["tokens_per_pass"], without["acceptance"])
+    refused = run(cli.main, "bench", "drafts", "--model", tiny_model_dir, "--policy", "fixed:3", "--ngram-drafts", 4)
+    assert refused.code == 2
+    assert "--ngram-drafts 4 is for drafts, and none of fixed:8, fixed:3 makes any" in refused.error
 
 
 @needs_library
@@ -163,6 +179,7 @@ def test_another_text_is_refused() -> None:
         ({"threads": ()}, "--threads 1 2"),
         ({"temperature": -1.0}, "temperature=-1"),
         ({"policy": ("draft:3", "draft:3")}, "names one policy twice"),
+        ({"ngram_drafts": 16}, "ngram_drafts=16 must be 0 to 15"),
         ({"draft_lengths": (0,)}, "--draft-lengths 3 5 8"),
         ({"p_min": (1.0,)}, "--p-min 0 0.75"),
     ],
