@@ -265,7 +265,10 @@ class DraftsBench(BenchConfig):
         "draft:3,length=6,confidence=0.4",
     )
     """What is timed beside plain decoding at the largest width: drafts and static allocations by name, directories of
-    exported policies."""
+    exported policies; none leaves plain decoding alone."""
+    ngram_drafts: int = 0
+    """For policies that draft: tokens of a round at most that are taken from the text so far, where its last ones stood
+    before."""
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")] = ()
     """Text files whose test split prompts are cut from, the same number from each; default: the held-out standard
     library."""
@@ -281,8 +284,8 @@ class DraftsBench(BenchConfig):
     """0 continues greedily. Above it, texts are samples: they are not compared, and llama.cpp is not timed."""
     threads: tuple[int, ...] = (2,)
     """Threads of all; with several numbers each has rows of its own, all timed in the same run."""
-    draft_lengths: tuple[int, ...] = (3, 5, 8)
-    """Drafts of a round at most for llama.cpp's draft model; every one is timed."""
+    draft_lengths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="[INT ...]")] = (3, 5, 8)
+    """Drafts of a round at most for llama.cpp's draft model; every one is timed. None leaves it out."""
     p_min: tuple[float, ...] = (0.0, 0.75)
     """Its stop rule: the least probability of a draft, 0 for none; every one is timed with every length."""
     peers: bool = True
@@ -294,8 +297,12 @@ class DraftsBench(BenchConfig):
 
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain."""
+        # Here, not above: torch takes seconds, and a command's --help reads this file.
+        from flexquant_rl.engine.control.rounds import check_ngram_drafts
+
         super().validate()
         self._check_positive("prompts", "prompt_tokens")
+        check_ngram_drafts(self.ngram_drafts)
         if self.new_tokens < 2:
             raise InputError(f"new_tokens={self.new_tokens} leaves nothing to time; give --new-tokens 2 or more")
         check_temperature(self.temperature)
@@ -305,7 +312,7 @@ class DraftsBench(BenchConfig):
             check_num_threads(num_threads)
         if len(set(self.policy)) < len(self.policy):
             raise InputError(f"--policy {' '.join(self.policy)} names one policy twice; name each once")
-        if not self.draft_lengths or not all(1 <= length <= _MOST_DRAFTS for length in self.draft_lengths):
+        if not all(1 <= length <= _MOST_DRAFTS for length in self.draft_lengths):
             raise InputError(
                 f"draft_lengths={self.draft_lengths} must be within 1..{_MOST_DRAFTS}; give e.g. --draft-lengths 3 5 8"
             )

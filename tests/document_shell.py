@@ -8,7 +8,7 @@ import subprocess
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def command_lines(block: str) -> list[list[str]]:
 
 
 def _without_variables(words: list[str]) -> list[str]:
-    return words[1:] if words and _VARIABLE.fullmatch(words[0]) else words
+    return list(dropwhile(_VARIABLE.fullmatch, words))
 
 
 def options_of(words: Sequence[str]) -> tuple[str, Any] | None:
@@ -120,10 +120,13 @@ def _check_pip(arguments: list[str]) -> None:
 
 
 def _check_pytest(arguments: list[str]) -> None:
-    assert {word for word in arguments if word.startswith("-")} <= {"-s"}
-    files = [word for word in arguments if not word.startswith("-")]
+    assert {word for word in arguments if word.startswith("-")} <= {"-s", "-k"}
+    chosen = [word for option, word in pairwise(arguments) if option == "-k"]
+    files = [word for word in arguments if not word.startswith("-") and word not in chosen]
     assert files
     assert all((ROOT / name).is_file() for name in files), files
+    tests = "".join((ROOT / name).read_text(encoding="utf-8") for name in files)
+    assert all(re.search(rf"def test_\w*{word}", tests) for word in chosen), chosen
 
 
 def _check_script(arguments: list[str]) -> None:

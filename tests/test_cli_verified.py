@@ -96,6 +96,7 @@ class TestRun:
         assert parts[1] == "## Result"
         assert "](drafts.png)" in report
         assert "n-gram drafts are off" in report
+        assert "With 2 training seeds nothing is said about another training" in report
 
     def test_what_is_left(self, finished: Finished, folder: Path) -> None:
         assert finished.code == 0

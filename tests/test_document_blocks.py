@@ -279,6 +279,7 @@ def test_every_reason_to_parse_is_met() -> None:
         "pip install 'flexquant-rl[severe]'",
         "pip install -r requirements-none.txt",
         "pytest tests/test_none.py",
+        "pytest tests/test_docs.py -k no_such_test",
         "python benchmarks/none.py",
         "curl example.org",
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexquant_rl.agents.evaluation.draft_rows import DraftRow
+from flexquant_rl.agents.evaluation.draft_rows import DraftRow, interval_method
 from flexquant_rl.agents.evaluation.drafting import acceptance
 from flexquant_rl.agents.evaluation.markdown import bullets, escape, table_of
 from flexquant_rl.agents.evaluation.rows import REPORT_FILE, ROWS_FILE
@@ -144,7 +144,6 @@ def _table(rows: Sequence[DraftRow]) -> list[list[str]]:
 
 def _method(rows: Sequence[DraftRow]) -> list[str]:
     """How the rows came about, in words."""
-    documents = len(set(rows[0].sequence_documents))
     is_measured = rows[0].cost_source == "measured"
     times = "timed on this device as they are served" if is_measured else "given as shares of a step"
     lines = [
@@ -158,7 +157,7 @@ def _method(rows: Sequence[DraftRow]) -> list[str]:
         "clone of the best of them, learns on training sequences, and is the network that was fastest on validation "
         "sequences. What is exported was fastest on validation sequences. Test sequences choose nothing.",
         "No tokens are looked up in the text so far: n-gram drafts are off.",
-        f"Intervals resample the {documents} documents of the test sequences, the same ones for both policies.",
+        *interval_method(rows),
     ]
     if any(row.speedup_measured is not None for row in rows):
         lines.append(

@@ -13,7 +13,7 @@ import numpy as np
 
 from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.drafting import Played, speedup_interval
-from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, t_interval
+from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, seed_weights
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import json_lines
 from flexquant_rl.fq_env.trace_table import TraceTable
@@ -153,13 +153,13 @@ class Gain:
         value: Speed over speed, the geometric mean over seeds.
         low: Lower end of its 95% interval; None where one document gives none.
         high: Upper end.
-        num_seeds: Training seeds behind it.
+        by_seed: Speed over speed of each training seed, or of the one policy.
     """
 
     value: float
     low: float | None
     high: float | None
-    num_seeds: int
+    by_seed: tuple[float, ...]
 
     @property
     def verdict(self) -> str:
@@ -169,26 +169,50 @@ class Gain:
         return "beats" if self.low > 1 else "loses to" if self.high < 1 else "cannot be told apart from"
 
     def words(self) -> str:
-        """E.g. `4.2% faster (95% interval 1.0% faster to 7.3% faster)`."""
+        """E.g. `4.2% faster (95% interval over documents 1.0% faster to 7.3% faster)`."""
         if self.low is None or self.high is None:
             return f"{_faster(self.value)} (one document gives no interval)"
-        over = "training seeds" if self.num_seeds >= ENOUGH_SEEDS else "documents"
-        return f"{_faster(self.value)} (95% interval over {over} {_faster(self.low)} to {_faster(self.high)})"
+        is_two_way = len(self.by_seed) >= ENOUGH_SEEDS
+        over = "documents and training seeds" if is_two_way else "documents"
+        ends = f"95% interval over {over} {_faster(self.low)} to {_faster(self.high)}"
+        seeds = f"; the seeds {_faster(min(self.by_seed))} to {_faster(max(self.by_seed))}" if is_two_way else ""
+        return f"{_faster(self.value)} ({ends}{seeds})"
 
 
 def gain(rows: Sequence[DraftRow], base: DraftRow) -> Gain:
-    """Of one policy's seeds over another policy, paired by document; from five seeds on the interval is over seeds."""
+    """Of one policy's seeds over another policy, paired by document; `interval_method` says what the interval covers.
+
+    Seeds alone would say little: all begin as clones of one rule and are judged on one text.
+    """
     weights = document_weights(base.sequence_documents)
     base_time = weights @ np.array(base.sequence_time_steps)
+    # [S, 1 + R]: column 0 is the text itself.
     logs = np.stack([np.log(base_time / (weights @ np.array(row.sequence_time_steps))) for row in rows])
-    value = math.exp(float(logs[:, 0].mean()))
-    if len(rows) >= ENOUGH_SEEDS:
-        low, high = t_interval(logs[:, 0].tolist())
-    elif len(set(base.sequence_documents)) < 2:
-        return Gain(value, None, None, len(rows))
-    else:
-        low, high = percentile_interval(logs[:, 1:].mean(0))
-    return Gain(value, math.exp(low), math.exp(high), len(rows))
+    value, by_seed = math.exp(float(logs[:, 0].mean())), tuple(np.exp(logs[:, 0]).tolist())
+    if len(set(base.sequence_documents)) < 2:
+        return Gain(value, None, None, by_seed)
+    means = (seed_weights(len(rows)).T * logs).sum(0) if len(rows) >= ENOUGH_SEEDS else logs.mean(0)
+    low, high = percentile_interval(means[1:])
+    return Gain(value, math.exp(low), math.exp(high), by_seed)
+
+
+def interval_method(rows: Sequence[DraftRow]) -> list[str]:
+    """What the intervals of `gain` and of the rows cover, in whole sentences."""
+    documents = len(set(rows[0].sequence_documents))
+    seeds = sum(row.kind == "learned" for row in rows)
+    lines = [f"Intervals resample the {documents} documents of the test sequences, the same ones for both policies."]
+    if seeds >= ENOUGH_SEEDS:
+        lines.append(
+            f"Those of the learned policy against another draw the {seeds} training seeds too, with replacement and in "
+            "the same resample: they cover other documents of these texts and other seeds of this training. They do "
+            "not cover another recording, another rule to begin from, or the error of the cost table."
+        )
+    elif seeds:
+        lines.append(
+            f"With {seeds} training seed{'s' if seeds > 1 else ''} nothing is said about another training: intervals "
+            "of the learned policy are those of these very seeds on other documents."
+        )
+    return lines
 
 
 def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Intervals: the bootstrap over documents, paired between policies, and Student's t over training seeds."""
+"""Intervals: bootstraps over documents, paired between policies, and over seeds; Student's t over training seeds."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ def document_weights(documents: Sequence[int], *, num_resamples: int = NUM_RESAM
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=num_resamples)
     weights: Array = np.concatenate([np.ones((1, len(index))), draws[:, index].astype(np.float64)])
     return np.asarray(weights / weights.sum(1, keepdims=True), dtype=np.float64)
+
+
+def seed_weights(num_seeds: int, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Array:
+    """Weights of training seeds in each bootstrap resample, beside those of `document_weights` for the same resample.
+
+    They are drawn on their own: a seed was judged on every document, so seeds and documents are two ways of one table.
+
+    Args:
+        num_seeds: S.
+        num_resamples: R.
+        seed: Seed of the draws.
+
+    Returns:
+        `[1 + R, S]`, each row adding up to 1; row 0 takes every seed once.
+    """
+    # A stream of its own: with that of the documents, few seeds would be drawn as their documents are.
+    generator = np.random.default_rng((seed, 1))
+    draws = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_resamples)
+    return np.concatenate([np.ones((1, num_seeds)), draws.astype(np.float64)]) / num_seeds
 
 
 def percentile_interval(values: Array) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from flexquant_rl.agents.config import DraftsBench
 from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, add_tokens_per_s, rows
 from flexquant_rl.engine.benches.llama_cpp import (
+    GgufType,
     LlamaCppSession,
     named_peer,
     write_gguf,
@@ -95,15 +96,22 @@ def bench_drafts(
     Returns:
         One row per contender and number of threads. `p50_us` is of a token: the median over rounds of the time of all
         prompts. `tokens_per_s_by_prompt` has medians over rounds. `same_tokens` counts the tokens before the first one
-        that differs from plain decoding by the same library, in all prompts together.
+        that differs from plain decoding by the same library, in all prompts together; ours with any number of threads
+        are compared with plain decoding with the first of `threads`.
 
     Raises:
-        BenchRefusedError: If drafts that are verified at the largest width give another text than plain decoding.
+        BenchRefusedError: If drafts that are verified at the largest width, or plain decoding with another number of
+            threads, give another text than plain decoding.
         InputError: If model, policies or text cannot be used.
     """
     clock = host_clock(max(config.threads))
     policies = _policies(config)
     model = next(iter(policies.values())).model
+    if config.ngram_drafts and not any(isinstance(one.policy, DeployedDrafts) for one in policies.values()):
+        raise InputError(
+            f"--ngram-drafts {config.ngram_drafts} is for drafts, and none of {', '.join(policies)} makes any; try "
+            "--policy draft:3"
+        )
     prompts = held_out_prompts(
         model,
         config.text,
@@ -112,9 +120,9 @@ def bench_drafts(
         text_field=config.text_field,
     )
     with ExitStack() as stack, torch.inference_mode():
-        contenders = [
-            one for num_threads in config.threads for one in _lean_contenders(config, clock, policies, num_threads)
-        ]
+        contenders = list[Contender]()
+        for num_threads in config.threads:
+            contenders += _lean_contenders(config, clock, policies, num_threads, next(iter(contenders), None))
         files = _gguf_files(config, model, stack, progress)
         if files is not None:
             for num_threads in config.threads:
@@ -149,7 +157,7 @@ def _check_text(contender: Contender, number: int) -> None:
     if found != plain:
         raise BenchRefusedError(
             f"{contender.facts.get('policy', contender.name)} on prompt {number}: token {common_prefix(found, plain)} "
-            "of the continuation is another one than without drafts"
+            "of the continuation is another one than in plain decoding"
         )
 
 
@@ -180,24 +188,29 @@ def _policies(config: DraftsBench) -> dict[str, Servable]:
 
 
 def _lean_contenders(
-    config: DraftsBench, clock: HostClock, policies: dict[str, Servable], num_threads: int
+    config: DraftsBench, clock: HostClock, policies: dict[str, Servable], num_threads: int, plain: Contender | None
 ) -> list[Contender]:
+    """All policies with so many threads; `plain` is plain decoding with those that came first, if any did."""
     model = next(iter(policies.values())).model
     opener = session_opener(model, max_length=config.prompt_tokens + config.new_tokens - 1, num_threads=num_threads)
     found: list[Contender] = []
     for name, servable in policies.items():
         policy = servable.policy
-        is_lossless = isinstance(policy, DeployedDrafts) and policy.verify_width == max(model.bit_widths)
+        drafts = {"ngram_drafts": config.ngram_drafts} if isinstance(policy, DeployedDrafts) else {}
+        is_lossless = name == _PLAIN or (
+            isinstance(policy, DeployedDrafts) and policy.verify_width == max(model.bit_widths)
+        )
         found.append(
             Contender(
                 default_decoder(model)[0],
-                {"policy": name, "num_threads": num_threads},
+                {"policy": name, "num_threads": num_threads, **drafts},
                 _lean_turn(opener, servable, clock, config),
                 # Drafts sample another text, of the same distribution.
-                found[0] if found and not config.temperature else None,
+                None if config.temperature else plain,
                 is_lossless,
             )
         )
+        plain = plain or found[0]
     return found
 
 
@@ -208,7 +221,8 @@ def _lean_turn(
     kl_weight = 1.0 if setting is None else setting.kl_weight
 
     def continue_prompt(prompt_ids: Sequence[int]) -> Turn:
-        runner = PolicyRunner(opener(1), make_controller(servable.model, servable.policy, servable.profile))
+        controller = make_controller(servable.model, servable.policy, servable.profile)
+        runner = PolicyRunner(opener(1), controller, ngram_drafts=config.ngram_drafts)
         request = Request(
             torch.tensor(prompt_ids),
             config.new_tokens,
@@ -227,10 +241,10 @@ def _lean_turn(
 
 @dataclass(frozen=True)
 class _GgufFiles:
-    """The same weights twice."""
+    """The same weights twice; no `draft` where llama.cpp is timed without drafts alone."""
 
     target: Path
-    draft: Path
+    draft: Path | None
 
 
 def _gguf_files(
@@ -240,14 +254,16 @@ def _gguf_files(
     if config.temperature and config.peers:
         progress(f"llama.cpp is not timed: our loops over it are greedy, and the temperature is {config.temperature:g}")
         return None
-    hf_model = named_peer(config.model, config.reference, model, "Q4_0", progress) if config.peers else None
+    types: tuple[GgufType, ...] = ("Q8_0", "Q4_0") if config.draft_lengths else ("Q8_0",)
+    hf_model = named_peer(config.model, config.reference, model, types[-1], progress) if config.peers else None
     if hf_model is None:
         return None
-    progress("writing the unquantised weights as GGUF, at Q8_0 and Q4_0")
+    progress(f"writing the unquantised weights as GGUF, at {' and '.join(types)}")
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    files = _GgufFiles(directory / "q8_0.gguf", directory / "q4_0.gguf")
+    files = _GgufFiles(directory / "q8_0.gguf", directory / "q4_0.gguf" if config.draft_lengths else None)
     write_gguf(hf_model, files.target, "Q8_0")
-    write_gguf(hf_model, files.draft, "Q4_0")
+    if files.draft is not None:
+        write_gguf(hf_model, files.draft, "Q4_0")
     del hf_model
     return_freed_memory()
     return files
@@ -256,18 +272,25 @@ def _gguf_files(
 def _llama_cpp_contenders(
     config: DraftsBench, clock: HostClock, files: _GgufFiles, num_threads: int, stack: ExitStack
 ) -> list[Contender]:
-    max_length = config.prompt_tokens + config.new_tokens + max(config.draft_lengths)
-    target, draft = (
-        LlamaCppSession(path, max_length=max_length, num_threads=num_threads) for path in (files.target, files.draft)
-    )
-    for session in (target, draft):
+    max_length = config.prompt_tokens + config.new_tokens + max(config.draft_lengths, default=0)
+
+    def opened(path: Path) -> LlamaCppSession:
+        session = LlamaCppSession(path, max_length=max_length, num_threads=num_threads)
         stack.callback(session.close)
+        return session
+
+    target = opened(files.target)
     count = config.new_tokens - 1
 
     def plain(prompt_ids: Sequence[int]) -> Turn:
         tokens = [int(target.prefill(prompt_ids).argmax())]
         seconds = clock.seconds(lambda: tokens.extend(continue_greedily(target, tokens[0], count)))
         return Turn(tokens, seconds)
+
+    first = Contender(LLAMA_CPP, {"num_threads": num_threads}, plain)
+    if files.draft is None:
+        return [first]
+    draft = opened(files.draft)
 
     def drafted(rule: DraftRule) -> Callable[[Sequence[int]], Turn]:
         def continue_prompt(prompt_ids: Sequence[int]) -> Turn:
@@ -280,7 +303,6 @@ def _llama_cpp_contenders(
 
         return continue_prompt
 
-    first = Contender(LLAMA_CPP, {"num_threads": num_threads}, plain)
     rules = [DraftRule(length, p_min) for length in config.draft_lengths for p_min in config.p_min]
     return [first] + [
         Contender(

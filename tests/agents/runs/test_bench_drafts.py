@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_runner import Finished, run, write_text
@@ -61,8 +62,52 @@ def test_rows_of_ours(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
         assert row["same_prompts"] == 3
         assert row["tokens_per_pass"] >= 1
         assert row["times_faster_than"].keys() == {"fixed:8"}
+        assert row["ngram_drafts"] == 0
     assert low["all_tokens"] == 3 * 14, "a lossy policy may give another text, and says how far it goes along"
     assert finished.out.startswith("provider")
+
+
+@needs_library
+def test_all_threads_have_one_text(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain decoding with the first number of threads is what every other row is compared with."""
+    options = ("--no-peers", "--threads", 1, 2, "--rounds", 1)
+    rows = bench(tiny_model_dir, text, *options).result["rows"]
+    assert [row["num_threads"] for row in rows] == [1] * 4 + [2] * 4
+    assert "same_tokens" not in rows[0]
+    for row in (*rows[1:3], *rows[4:7]):
+        assert row["same_tokens"] == row["all_tokens"] == 3 * 14
+    alone = bench(tiny_model_dir, text, *options, "--policy").result["rows"]
+    assert [(row["policy"], row["num_threads"]) for row in alone] == [("fixed:8", 1), ("fixed:8", 2)]
+    lean = module._lean_contenders
+
+    def with_a_wrong_one(*options: Any) -> list[Contender]:
+        found = lean(*options)
+        if options[-1] is not None:
+            own = found[0].continue_prompt
+            found[0].continue_prompt = lambda prompt_ids: replace(own(prompt_ids), token_ids=[*range(14)])
+        return found
+
+    monkeypatch.setattr(module, "_lean_contenders", with_a_wrong_one)
+    refused = bench(tiny_model_dir, text, *options, "--policy")
+    assert refused.code == 1
+    assert "fixed:8 on prompt 0: token 0 of the continuation" in refused.err
+
+
+@needs_library
+def test_ngram_drafts(tiny_model_dir: Path, text: Path) -> None:
+    """What drafts from the text so far has other rounds and the same text; what does not draft has none."""
+    ours = bench(tiny_model_dir, text, "--no-peers").result["rows"]
+    plain, *drafts, low = bench(tiny_model_dir, text, "--no-peers", "--ngram-drafts", 4).result["rows"]
+    assert not {"ngram_drafts"} & (plain.keys() | low.keys())
+    for row, without in zip(drafts, ours[1:], strict=False):
+        assert row["ngram_drafts"] == 4
+        assert row["same_tokens"] == row["all_tokens"] == 3 * 14
+        assert (row["tokens_per_pass"], row["acceptance"]) != (without["tokens_per_pass"], without["acceptance"])
+    refused = run(cli.main, "bench", "drafts", "--model", tiny_model_dir, "--policy", "fixed:3", "--ngram-drafts", 4)
+    assert refused.code == 2
+    assert "--ngram-drafts 4 is for drafts, and none of fixed:8, fixed:3 makes any" in refused.error
 
 
 @needs_library
@@ -93,6 +138,9 @@ def test_beside_llama_cpp(text: Path, tmp_path: Path, tiny_tokenizer: PreTrained
     assert all(0 < row["same_tokens"] <= row["all_tokens"] == 3 * 14 for row in drafted)
     assert all(row["tokens_per_pass"] >= 1 for row in drafted)
     assert rows[1]["times_faster_than"].keys() == {"fixed:8", LLAMA_CPP, LLAMA_CPP_DRAFTS}
+    alone = bench(nested, text, "--reference", tmp_path / "model", "--draft-lengths", "--threads", 1, 2)
+    assert "as GGUF, at Q8_0\n" in alone.err
+    assert [row["provider"] for row in alone.result["rows"]] == ["lean"] * 8 + [LLAMA_CPP] * 2
     other = LlamaForCausalLM(LlamaConfig(**(sizes | {"num_hidden_layers": 1}), **heads))
     other.save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")
@@ -163,7 +211,8 @@ def test_another_text_is_refused() -> None:
         ({"threads": ()}, "--threads 1 2"),
         ({"temperature": -1.0}, "temperature=-1"),
         ({"policy": ("draft:3", "draft:3")}, "names one policy twice"),
-        ({"draft_lengths": (0,)}, "--draft-lengths 3 5 8"),
+        ({"ngram_drafts": 16}, "ngram_drafts=16 must be 0 to 15"),
+        ({"draft_lengths": (0, 3)}, "--draft-lengths 3 5 8"),
         ({"p_min": (1.0,)}, "--p-min 0 0.75"),
     ],
     ids=str,

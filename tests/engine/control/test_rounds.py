@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import (
     DraftController,
     NativeController,
@@ -38,7 +35,6 @@ from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 pytestmark = pytest.mark.usefixtures("endless")
 
@@ -436,28 +432,3 @@ def test_what_is_dropped_does_not_count() -> None:
     counts.add_round(3, 1)
     counts.drop(1)
     assert (counts.drafted, counts.accepted, counts.num_tokens) == ([3, 2], [3, 1], 5)
-
-
-@pytest.mark.skipif(not os.environ.get("FQ_REAL_MODELS"), reason="FQ_REAL_MODELS names no folder of real models")
-def test_drafts_of_a_real_model_change_nothing(tiny_profile: Callable[[NestedCausalLM], Profile]) -> None:
-    """Some hundred greedy tokens at 8 bits, over widths, lengths and threads of the drafts."""
-    model = load_model(str(Path(os.environ["FQ_REAL_MODELS"]) / "smollm2-135m"), QuantizationConfig())
-    profile = tiny_profile(model)
-    request = Request(torch.tensor(model.token_text.encode('def add(a, b):\n    """')), 64)
-    plain = StaticAllocation("plain", all_at(model, 8))
-    want = said(list(runner_of(model, profile, plain).generate([request])))
-    accepted = 0
-    for draft, length, num_threads, ngram_drafts in ((3, 1, 1, 0), (4, 3, 2, 0), (4, 7, 1, 4), (6, 5, 2, 0)):
-        policy = drafts_at("fixed", all_at(model, draft), all_at(model, 8), length=length)
-        runner = runner_of(
-            model,
-            profile,
-            policy,
-            num_threads=num_threads,
-            ngram_drafts=ngram_drafts,
-        )
-        tokens = list(runner.generate([request]))
-        assert said(tokens) == want, (draft, length, num_threads)
-        assert tokens[-1].draft_counts is not None
-        accepted += sum(tokens[-1].draft_counts.accepted)
-    assert accepted > 64
