@@ -103,7 +103,8 @@ class Engine:
             # Likelihoods go step by step, which a graph's loop does not.
             name: DecoderName = decoder if graph is None else "hf"
             self._open = session_opener(model, max_length=max_length, decoder=name, num_threads=num_threads)
-        is_lean = self._graph is None and decoder != "hf" and default_decoder(model)[0] == "lean"
+        takes_lean = not takes_graph and graph is None and decoder != "hf"
+        is_lean = takes_lean and default_decoder(model)[0] == "lean"
         self._idle = IdleSessions() if is_lean else None
 
     @property
