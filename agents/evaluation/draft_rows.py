@@ -224,12 +224,11 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
         pays: Whether it drafts.
     """
     learned = [row for row in rows if row.kind == "learned"]
-    fixed, rule = best_fixed(rows), best_rule(rows)
+    fixed, rule, plain = best_fixed(rows), best_rule(rows), plain_decoding(rows)
 
-    def compared(own: Sequence[DraftRow], base: DraftRow) -> str:
-        plain = plain_decoding(rows)
+    def compared(against: Gain, own: Sequence[DraftRow], base: DraftRow) -> str:
         beaten = all(gain(one, plain).value < 1 for one in (own, [base]))
-        return gain(own, base).words() + ("; plain decoding is faster than both" if beaten else "")
+        return against.words() + ("; plain decoding is faster than both" if beaten else "")
 
     seeds = f"{len(learned)} training seed{'s' if len(learned) > 1 else ''}"
     found = []
@@ -237,11 +236,12 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
         against = gain(learned, base)
         found.append(
             f"by the cost table the learned policy ({seeds}) {against.verdict} {what}, {base.policy}: "
-            f"{compared(learned, base)}"
+            f"{compared(against, learned, base)}"
         )
     rule_over_fixed = gain([rule], fixed)
     if rule is not fixed:
-        found.append(f"the best tuned rule {rule_over_fixed.verdict} the best fixed rounds: {compared([rule], fixed)}")
+        words = compared(rule_over_fixed, [rule], fixed)
+        found.append(f"the best tuned rule {rule_over_fixed.verdict} the best fixed rounds: {words}")
     hindsight, clairvoyant = (known_by_name(rows, name).speedup_modelled for name in (HINDSIGHT, CLAIRVOYANT))
     found.append(
         f"speed over plain decoding at the largest width by the cost table: {fixed.speedup_modelled:.3f} fixed, "

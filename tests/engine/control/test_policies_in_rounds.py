@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_VOCAB_SIZE, build_tiny_tokenizer
+from conftest import build_tiny_tokenizer
 from fake_session import MarkovSession, fake_profile, transitions
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_models import tiny_causal_lm, tiny_config
 
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import DraftController, TorchController, make_controller
@@ -169,19 +169,7 @@ def chi_square_p(counts: dict[tuple[int, ...], int], num_trials: int, num_tokens
 @pytest.fixture(scope="module")
 def long_nested() -> NestedCausalLM:
     """A smaller model whose context holds more than 2,000 tokens."""
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=TINY_VOCAB_SIZE,
-        max_position_embeddings=2304,
-        initializer_range=0.1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        llama = LlamaForCausalLM(config).eval()
+    llama = tiny_causal_lm(tiny_config("llama", max_position_embeddings=2304))
     return nest(llama, build_tiny_tokenizer(), QuantizationConfig(group_size=32), keep_reference=False)
 
 
