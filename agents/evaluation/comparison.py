@@ -14,7 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from flexquant_rl.agents.evaluation.resampling import Array, document_weights, percentile_interval, t_interval
+from flexquant_rl.agents.evaluation.resampling import (
+    ENOUGH_SEEDS,
+    Array,
+    document_weights,
+    mean_over_seeds,
+    percentile_interval,
+)
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.families import STATIC, family_facts
 from flexquant_rl.agents.policies.unbound import Family
@@ -24,8 +30,6 @@ Clock = Literal["modelled", "measured"]
 _TIMES = math.log(5)
 """From here on a ratio is said as one: nobody sees what 15734% more is."""
 
-ENOUGH_SEEDS = 5
-"""Training seeds from which on a comparison may be called significant."""
 Setting = float | str
 """A time budget; of rows without one the dial or the policy's name."""
 SMALLEST_KL_NATS = 1e-12
@@ -237,7 +241,7 @@ def compare(
     what each of them leaves of static's KL.
 
     Below `ENOUGH_SEEDS` training seeds the interval is that of the mean over these very seeds on other documents, from
-    that number on a t interval over seeds: what another training would give on this text.
+    that number on that of other seeds on other documents.
 
     Args:
         rows: Rows of any families; those of the two must be of the same sequences.
@@ -305,12 +309,9 @@ def left_of_static(row: EvalRow, clock: Clock = "modelled") -> float | None:
 
 def _log_ratio(values: Array, num_seeds: int, num_documents: int) -> LogRatio:
     """Of `[S, 1 + R]` log ratios: the mean over seeds, and the interval that the number of seeds allows."""
-    mean = float(values[:, 0].mean())
-    if num_seeds >= ENOUGH_SEEDS:
-        return LogRatio(mean, *t_interval(values[:, 0].tolist()), num_seeds)
-    if num_documents < 2:
-        return LogRatio(mean, None, None, num_seeds)
-    return LogRatio(mean, *percentile_interval(values[:, 1:].mean(0)), num_seeds)
+    means = mean_over_seeds(values)
+    low, high = percentile_interval(means[1:]) if num_documents > 1 else (None, None)
+    return LogRatio(float(means[0]), low, high, num_seeds)
 
 
 def _change(log_ratio: float) -> str:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from flexquant_rl.agents.config import BASELINES
-from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.equal_time import StaticClock, rung_error
+from flexquant_rl.agents.evaluation.resampling import interval_method
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
 from flexquant_rl.agents.policies.families import STATIC
@@ -56,15 +56,7 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
             "width on the same text. They have no say in a text that is given, so by the clock they continue the "
             "prompts of the same windows greedily, in turns with the other policies; no latency table has their time."
         )
-    lines.append(f"Intervals resample the {documents} documents of the test text, the same ones for both policies.")
-    if seeds >= ENOUGH_SEEDS:
-        lines.append(f"Comparisons of trained policies have a t interval over the {seeds} training seeds instead.")
-    elif seeds:
-        lines.append(
-            f"With {seeds} training seed{'s' if seeds > 1 else ''} nothing is said about another training: intervals "
-            "of trained policies are those of these very seeds on other documents."
-        )
-    return lines
+    return [*lines, *interval_method(documents, seeds)]
 
 
 def _missed(rows: Sequence[EvalRow]) -> str:

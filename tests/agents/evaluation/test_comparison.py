@@ -18,7 +18,7 @@ from flexquant_rl.agents.evaluation.comparison import (
     ratios_to_static,
 )
 from flexquant_rl.agents.evaluation.method import method_sentences
-from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, t_interval
+from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, seed_weights
 from flexquant_rl.agents.evaluation.rows import EvalRow
 
 
@@ -101,16 +101,33 @@ def test_few_seeds_are_not_called_significant() -> None:
     assert ", not significant)" in compared(rows).sentence()
 
 
-def test_five_seeds_have_a_t_interval() -> None:
+def test_from_five_seeds_on_they_are_drawn_as_well_as_documents() -> None:
+    """Seeds that differ widen the interval; seeds that agree leave it that of other documents."""
     rows = [r for r in evaluation() if r.family == "static"]
     factors = (0.7, 0.8, 0.9, 1.0, 1.1)
     for seed, factor in enumerate(factors):
         rows += [row("ppo", b, factor * static_kl(b), policy="ppo", seed=seed) for b in BUDGETS]
-    logs = np.log(factors)
-    half = 2.776445 * logs.std(ddof=1) / math.sqrt(5)  # Student's t with 4 degrees of freedom
     overall = compared(rows).overall
+    logs = np.log(factors)
     assert overall.value == pytest.approx(logs.mean())
-    assert [overall.low, overall.high] == pytest.approx([logs.mean() - half, logs.mean() + half], abs=1e-3)
+    wanted = percentile_interval(seed_weights(5)[1:] @ logs)
+    assert [overall.low, overall.high] == pytest.approx(list(wanted))
+    assert "draw the 5 training seeds too" in " ".join(method_sentences(rows))
+    agreeing = evaluation(noise=0.1, seeds=1)
+    clones = [replace(r, seed=seed) for r in agreeing if r.family == "ppo" for seed in range(5)]
+    one, five = (
+        compared(found).overall for found in (agreeing, [*clones, *(r for r in agreeing if r.family == "static")])
+    )
+    assert one.low is not None
+    assert [five.low, five.high] == pytest.approx([one.low, one.high])
+    assert one.high != one.low
+
+
+def test_the_mean_of_few_seeds_is_as_uncertain_as_they_let_one_expect() -> None:
+    """The variance of resampled means is that of a mean: the variance of the seeds (n - 1) over their number."""
+    values = np.random.default_rng(3).normal(0, 1, 5)
+    means = seed_weights(5, num_resamples=200_000)[1:] @ values
+    assert means.var() == pytest.approx(values.var(ddof=1) / 5, rel=0.02)
 
 
 def test_equal_seeds_are_paired() -> None:
@@ -190,16 +207,3 @@ def test_paired_document_bootstrap_covers() -> None:
             covered[unit] += low <= 0 <= high
     assert 0.88 <= covered["documents"] / 200 <= 0.99
     assert covered["sequences"] / 200 < 0.85
-
-
-@pytest.mark.parametrize(("count", "quantile"), [(5, 2.7764), (6, 2.5706), (11, 2.2281), (31, 2.0423)])
-def test_t_interval(count: int, quantile: float) -> None:
-    values = np.random.default_rng(count).normal(3, 2, count)
-    low, high = t_interval(values.tolist())
-    assert (low + high) / 2 == pytest.approx(values.mean())
-    assert (high - low) / 2 == pytest.approx(quantile * values.std(ddof=1) / math.sqrt(count), rel=0.004)
-
-
-def test_four_values_have_no_t_interval() -> None:
-    with pytest.raises(ValueError, match="4 values"):
-        t_interval([1.0, 2.0, 3.0, 4.0])
