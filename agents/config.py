@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 import tyro
 
 from flexquant_rl.engine.benches.options import BenchConfig
+from flexquant_rl.engine.control.draft_limits import NGRAM_DRAFTS, check_ngram_drafts
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.decoding.sampling_bounds import check_temperature
 from flexquant_rl.engine.errors import InputError
@@ -133,6 +134,9 @@ class VerifiedConfig:
     """Tokens of a prompt."""
     max_new_tokens: int = 96
     """Tokens of a continuation at most; end-of-text tokens end it earlier."""
+    ngram_drafts: int = NGRAM_DRAFTS
+    """Drafts at most that a round finds in the text so far, no more than its depth. Such rounds are verified at once;
+    where nothing is found the policy decides. 0 looks none up."""
     live_prompts: int = 2
     """Test prompts that every policy continues by the clock, beside plain decoding; 0 leaves the clock out."""
     ppo: VerifiedPPOConfig = field(default_factory=VerifiedPPOConfig)
@@ -144,6 +148,7 @@ class VerifiedConfig:
             if getattr(self, name) < least:
                 option = f"--verified.{name.replace('_', '-')}"
                 raise InputError(f"verified.{name}={getattr(self, name)} must be at least {least}; change {option}")
+        check_ngram_drafts(self.ngram_drafts, "verified.ngram_drafts")
         if self.live_prompts < 0:
             raise InputError(f"verified.live_prompts={self.live_prompts} must not be negative; 0 leaves the clock out")
         self.ppo.validate()
@@ -266,9 +271,6 @@ class DraftsBench(BenchConfig):
     )
     """What is timed beside plain decoding at the largest width: drafts and static allocations by name, directories of
     exported policies; none leaves plain decoding alone."""
-    ngram_drafts: int = 0
-    """For policies that draft: tokens of a round at most that are taken from the text so far, where its last ones stood
-    before."""
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")] = ()
     """Text files whose test split prompts are cut from, the same number from each; default: the held-out standard
     library."""
@@ -297,12 +299,8 @@ class DraftsBench(BenchConfig):
 
     def validate(self) -> None:
         """Raises InputError if an option is out of its domain."""
-        # Here, not above: torch takes seconds, and a command's --help reads this file.
-        from flexquant_rl.engine.control.rounds import check_ngram_drafts
-
         super().validate()
         self._check_positive("prompts", "prompt_tokens")
-        check_ngram_drafts(self.ngram_drafts)
         if self.new_tokens < 2:
             raise InputError(f"new_tokens={self.new_tokens} leaves nothing to time; give --new-tokens 2 or more")
         check_temperature(self.temperature)

@@ -181,21 +181,6 @@ def is_nested_model(path: str) -> bool:
     return is_nested_checkpoint(Path(path)) or (is_hub_name(path) and is_nested_checkpoint(snapshot_config(path)))
 
 
-def stored_widths(path: Path) -> tuple[int, ...]:
-    """The widths of a model, as far as they are known before it is loaded; none if it is in no directory or damaged.
-
-    A plain model is nested at the default ones.
-    """
-    if not path.is_dir():
-        return ()
-    if not is_nested_checkpoint(path):
-        return QuantizationConfig().bit_widths
-    try:
-        return _read_config(path)[1].bit_widths
-    except InputError:  # loading will say what is wrong
-        return ()
-
-
 def load_model(
     path: str | None = None,
     config: QuantizationConfig | None = None,

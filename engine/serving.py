@@ -19,12 +19,12 @@ from torch import Tensor
 from flexquant_rl.engine.control.controller import make_controller
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.log_probs import TokenLogProbs
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
-from flexquant_rl.engine.control.rounds import check_ngram_drafts
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
 from flexquant_rl.engine.decoding.choice import default_decoder, session_opener
@@ -55,7 +55,8 @@ class Engine:
             where it can run model and policy.
         num_threads: Threads of a step, as for `open_session`; not with the captured graphs, which have none.
         graph: A `GraphDecoder` of this model and policy that exists already; default: one is made where it is taken.
-        ngram_drafts: With a policy that drafts: drafts of a round at most that are taken from the text so far.
+        ngram_drafts: With a policy that drafts: drafts at most that are found in the text so far; default: what the
+            policy was made with.
 
     Raises:
         InputError: If `max_length` exceeds the context, if decoder or threads cannot be had, or if `ngram_drafts` are
@@ -73,7 +74,7 @@ class Engine:
         decoder: DecoderName = "auto",
         num_threads: int | None = None,
         graph: GraphDecoder | None = None,
-        ngram_drafts: int = 0,
+        ngram_drafts: int | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -285,7 +286,7 @@ def generate(
     decoder: DecoderName = "auto",
     num_threads: int | None = None,
     graph: GraphDecoder | None = None,
-    ngram_drafts: int = 0,
+    ngram_drafts: int | None = None,
 ) -> Iterator[GeneratedToken]:
     """Continues one prompt with an engine of its own; keep an `Engine` for several.
 
@@ -389,8 +390,8 @@ def encode_chat(model: NestedCausalLM, messages: Sequence[Mapping[str, str]]) ->
     return ids[0].long()
 
 
-def _checked_ngram_drafts(ngram_drafts: int, policy: Policy | DraftPolicy) -> int:
-    check_ngram_drafts(ngram_drafts)
+def _checked_ngram_drafts(ngram_drafts: int | None, policy: Policy | DraftPolicy) -> int | None:
+    check_ngram_drafts(ngram_drafts or 0)
     if ngram_drafts and not may_draft(policy):
         raise InputError(f"ngram_drafts={ngram_drafts}, but policy {policy.name!r} does not draft; name one that does")
     return ngram_drafts

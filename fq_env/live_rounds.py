@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.bits_display import coloured_text
 from flexquant_rl.engine.control.controller import DraftController, make_controller
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.drafting_rules import DraftingContext, FixedRounds
 from flexquant_rl.engine.control.drafts import RoundState
 from flexquant_rl.engine.control.profile import unmeasured_profile
@@ -42,16 +43,25 @@ class LiveRounds:
         split: Prompts to continue.
         costs: What steps cost.
         num_rows: R.
+        ngram_drafts: As for `TraceTable`.
 
     Raises:
-        InputError: If the recording is of another model, or the costs are not those of its levels and depth.
+        InputError: If the recording is of another model, the costs are not those of its levels and depth, or there is
+            no such number of drafts.
     """
 
     options: ClassVar[tuple[str, ...]] = ("window",)
 
     def __init__(
-        self, model: NestedCausalLM, plan: RecordingPlan, split: SplitName, costs: VerifyCosts, num_rows: int
+        self,
+        model: NestedCausalLM,
+        plan: RecordingPlan,
+        split: SplitName,
+        costs: VerifyCosts,
+        num_rows: int,
+        ngram_drafts: int = 0,
     ) -> None:
+        check_ngram_drafts(ngram_drafts)
         plan.check_model(model.fingerprint)
         costs.check(len(plan.draft_widths), plan.depth)
         self.costs = costs
@@ -78,7 +88,8 @@ class LiveRounds:
         assert isinstance(controller, DraftController)
         self._controller = controller
         self._runner = PolicyRunner(opener(num_rows), controller)
-        self._rounds = Rounds(self._runner.decoder, controller, Sampler(num_rows))
+        found = min(ngram_drafts, plan.depth)
+        self._rounds = Rounds(self._runner.decoder, controller, Sampler(num_rows), ngram_drafts=found)
         # Of each row: its prompt, and the tokens that are settled with the mean width that each was first read off at.
         self._prompt: list[Sequence[int]] = [()] * num_rows
         self._settled: list[list[int]] = [[] for _ in range(num_rows)]
@@ -99,6 +110,7 @@ class LiveRounds:
             self._prompt[row] = prompt
             self._settled[row] = [first]
             self._mean_widths[row] = [float(max(self._model.bit_widths))]
+            self._rounds.look_up(row, self._num_wanted(row))
 
     def step(self, actions: Tensor) -> RoundFacts:
         """Drafts or verifies in every row.
@@ -108,21 +120,24 @@ class LiveRounds:
                 action verifies.
         """
         drafts = (actions.numpy() > 0) & self.can_draft()
-        latency_ms = np.empty(self.num_rows)
+        latency_ms = np.full(self.num_rows, self.costs.controller_ms)
         counts = np.zeros((3, self.num_rows), dtype=np.int64)  # drafted, accepted, emitted
         for row, action in enumerate(actions.tolist()):
             if drafts[row]:
                 self._rounds.draft(row, self._levels[action - 1])
-                latency_ms[row] = self.costs.draft_ms[action - 1]
+                latency_ms[row] += self.costs.draft_ms[action - 1]
                 continue
             pending = self._state(row).pending
-            latency_ms[row] = self.costs.verify_ms[len(pending)]
+            if pending and pending[0].bit_widths is None:  # found in the text: nobody is asked
+                latency_ms[row] = 0
+            latency_ms[row] += self.costs.verify_ms[len(pending)]
             kept, _ = self._rounds.verify(row, self._verify_widths)
             settled = self._within_text(row, kept)
             counts[:, row] = len(pending), len(kept) - 1, len(settled)
             widths = [draft.bit_widths for draft in pending[: len(kept) - 1]]
             self._settled[row] += settled
-            self._mean_widths[row] += [self._mean_width(own) for own in [*widths, self._verify_widths]][: len(settled)]
+            self._mean_widths[row] += [self._mean_width(own) for own in [*widths, None]][: len(settled)]
+            self._rounds.look_up(row, self._num_wanted(row))
         has_eos = np.array(list(map(self._has_eos, range(self.num_rows))))
         is_full = np.array([len(tokens) > self._max_new_tokens for tokens in self._settled])
         drafted, accepted, emitted = map(torch.from_numpy, counts)
@@ -132,7 +147,7 @@ class LiveRounds:
             num_drafted=drafted,
             num_accepted=accepted,
             num_emitted=emitted,
-            latency_ms=torch.from_numpy(latency_ms + self.costs.controller_ms),
+            latency_ms=torch.from_numpy(latency_ms),
             full_latency_ms=self.costs.full_ms,
             terminated=torch.from_numpy(has_eos & ~drafts),
             truncated=torch.from_numpy(is_full & ~has_eos & ~drafts),
@@ -171,8 +186,10 @@ class LiveRounds:
 
     def _state(self, row: int) -> RoundState:
         """The round of a row; nothing fits behind the end of its text."""
-        wanted = 0 if self._has_eos(row) else self._max_new_tokens + 1 - len(self._settled[row])
-        return self._rounds.state(row, wanted)
+        return self._rounds.state(row, self._num_wanted(row))
+
+    def _num_wanted(self, row: int) -> int:
+        return 0 if self._has_eos(row) else self._max_new_tokens + 1 - len(self._settled[row])
 
     def _has_eos(self, row: int) -> bool:
         """Whether the text has ended; as in recordings, what the prompt alone gives does not end it."""
@@ -187,8 +204,8 @@ class LiveRounds:
         return most
 
     def _mean_width(self, bit_widths: Tensor | None) -> float:
-        assert bit_widths is not None, "no draft is looked up in the text here"
-        return float(self._model.mean_bit_width(bit_widths))
+        """Of the step that drafted a token, or of the pass that gained it or kept what was found."""
+        return float(self._model.mean_bit_width(self._verify_widths if bit_widths is None else bit_widths))
 
     def _at(self, width: int) -> Tensor:
         return torch.full((self._model.num_units,), width)

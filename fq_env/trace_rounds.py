@@ -86,6 +86,7 @@ class TraceRounds:
         self._level: Ints = np.full(num_rows, -1)
         self._newest: Floats = np.zeros((num_rows, len(OUTPUT_SIGNALS)), dtype=np.float32)
         self._newest_is_eos: Flags = np.zeros(num_rows, dtype=np.bool_)
+        self._is_found: Flags = np.zeros(num_rows, dtype=np.bool_)  # whether what waits was found in the text
         self._ema: Floats = np.zeros(num_rows, dtype=np.float32)
         self._embedding_row: Ints = np.zeros(num_rows, dtype=np.int64)
         self._confidences: Floats = np.zeros((num_rows, table.depth), dtype=np.float32)
@@ -113,6 +114,7 @@ class TraceRounds:
                 action verifies.
         """
         wanted = actions.numpy()
+        decision_ms = np.where(self._is_found, 0.0, self.costs.controller_ms)  # who is not asked takes no time
         drafts = (wanted > 0) & self.can_draft()
         latency_ms = np.empty(self.num_rows)
         counts: Ints = np.zeros((3, self.num_rows), dtype=np.int64)  # drafted, accepted, emitted
@@ -132,7 +134,7 @@ class TraceRounds:
             num_drafted=drafted,
             num_accepted=accepted,
             num_emitted=emitted,
-            latency_ms=torch.from_numpy(latency_ms + self.costs.controller_ms),
+            latency_ms=torch.from_numpy(latency_ms + decision_ms),
             full_latency_ms=self.costs.full_ms,
             terminated=torch.from_numpy(ended & has_eos & ~drafts),
             truncated=torch.from_numpy(ended & ~has_eos & ~drafts),
@@ -143,7 +145,7 @@ class TraceRounds:
         position = self._place - self.table.first[self._sequence]
         room = np.minimum(self.table.depth, self.table.max_new_tokens - 1 - position)
         has_ended = position >= self.table.num_tokens[self._sequence]
-        possible: Flags = (self._pending < room) & ~self._newest_is_eos & ~has_ended
+        possible: Flags = (self._pending < room) & ~self._newest_is_eos & ~self._is_found & ~has_ended
         return possible
 
     def num_pending(self) -> Ints:
@@ -167,7 +169,8 @@ class TraceRounds:
 
     def observations(self) -> Observations:
         """The same as an array."""
-        position = self._place - self.table.first[self._sequence] + self._pending
+        read = np.where(self._is_found, 0, self._pending)  # nobody has read what was found
+        position = self._place - self.table.first[self._sequence] + read
         return self.schema.assemble(
             scaled_outputs(self._newest, self._ema, position),
             can_draft=self.can_draft(),
@@ -210,7 +213,7 @@ class TraceRounds:
         drafted, accepted = self._pending[rows], self._num_right[rows]
         left = table.first[sequence] + table.num_tokens[sequence] - self._place[rows]
         emitted = np.minimum(accepted + 1, left)
-        had_any = drafted > 0
+        had_any = (drafted > 0) & ~self._is_found[rows]  # what no policy decided says nothing of its drafts
         tried = rows[had_any]
         share = (accepted[had_any] / drafted[had_any])[:, None]
         self._acceptance[tried] = next_acceptance(self._acceptance[tried], share)
@@ -221,8 +224,10 @@ class TraceRounds:
 
     def _begin_round(self, rows: Ints) -> None:
         place = self._place[rows]
-        self._pending[rows] = 0
-        self._num_right[rows] = 0
+        self._pending[rows] = found = self.table.num_found[place]
+        self._num_right[rows] = self.table.num_found_right[place]
+        self._is_found[rows] = found > 0
+        self._confidences[rows] = np.arange(self.table.depth) < found[:, None]
         self._level[rows] = -1
         self._newest[rows] = self.table.settled_signals[place]
         self._newest_is_eos[rows] = False

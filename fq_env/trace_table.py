@@ -11,13 +11,17 @@ from there on is the chain that disagreed, whichever level goes on drafting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS
-from flexquant_rl.engine.control.traces import NO_TOKEN, Traces
+from flexquant_rl.engine.control.traces import NO_TOKEN, RecordingPlan, Traces
 from flexquant_rl.engine.control.verified_signals import next_entropy_average
+from flexquant_rl.engine.decoding.ngram import NgramIndex
 from flexquant_rl.engine.errors import InputError
 
 Ints = NDArray[np.int64]
@@ -51,18 +55,24 @@ class TraceTable:
         token_row: `[F]` row of `embedding` of the token at a place.
         draft_row: `[F, L, D]` the same of drafts.
         draft_is_eos: `[F, L, D]`.
+        ngram_drafts: Drafts of a round at most that are found in the text before it.
+        num_found: `[F]` drafts that a round which begins there finds; 0 where nothing is looked up.
+        num_found_right: `[F]` those that agree with the continuation, up to the first that does not.
 
     Args:
         traces: The recording.
         sequences: Indices of the sequences to take.
+        ngram_drafts: Drafts of a round at most that are found in the text before it, which are verified at once; a
+            round is as deep as the recording all the same. 0 looks none up.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are no sequences, or no such number of drafts.
     """
 
-    def __init__(self, traces: Traces, sequences: Sequence[int]) -> None:
+    def __init__(self, traces: Traces, sequences: Sequence[int], ngram_drafts: int = 0) -> None:
         if not sequences:
             raise InputError("the traces hold no sequence of this split; record more with `fq record --tokens`")
+        check_ngram_drafts(ngram_drafts)
         plan = traces.plan
         chosen = [traces.sequences[index] for index in sequences]
         self.sequences = tuple(sequences)
@@ -89,11 +99,37 @@ class TraceTable:
         self.token_row: Ints = np.searchsorted(known, self.token_ids)
         self.draft_row: Ints = np.searchsorted(known, np.maximum(self.draft_ids, known[0]))
         self.draft_is_eos: Flags = np.isin(self.draft_ids, plan.eos_token_ids)
+        self.ngram_drafts = min(ngram_drafts, self.depth)
+        self.num_found: Ints = np.zeros(len(self.token_ids), dtype=np.int64)
+        self.num_found_right: Ints = np.zeros_like(self.num_found)
+        if self.ngram_drafts:
+            for index, begin in zip(sequences, self.first.tolist(), strict=True):
+                self._look_up(plan.sequences[index].prompt_ids, begin, plan)
+
+    def without_lookups(self) -> TraceTable:
+        """The same sequences where nothing is looked up, as for plain decoding."""
+        table = copy(self)
+        table.ngram_drafts = 0
+        table.num_found = table.num_found_right = np.zeros_like(self.num_found)
+        return table
 
     @property
     def num_sequences(self) -> int:
         """S."""
         return len(self.first)
+
+    def _look_up(self, prompt_ids: Sequence[int], begin: int, plan: RecordingPlan) -> None:
+        """Finds what followed the last tokens where they stood before, from each place of one sequence."""
+        text = NgramIndex(prompt_ids)
+        future = self.token_ids[begin : self._end[begin] + 1].tolist()
+        for position, token_id in enumerate(future[:-1]):
+            text.add(token_id)
+            found = text.continuation(min(self.ngram_drafts, plan.max_new_tokens - 1 - position))
+            ends = (place for place, found_id in enumerate(found, 1) if found_id in plan.eos_token_ids)
+            found = found[: next(ends, len(found))]
+            self.num_found[begin + position] = len(found)
+            pairs = zip(found, future[position + 1 :], strict=False)
+            self.num_found_right[begin + position] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _match(self) -> None:
         """Finds what agrees with the continuation, and which chain stands for which draft."""

@@ -32,6 +32,7 @@ def make_rounds(
     split: SplitName = "train",
     num_rows: int = 1,
     model: str | os.PathLike[str] | NestedCausalLM | None = None,
+    ngram_drafts: int = 0,
 ) -> tuple[TraceRounds | LiveRounds, VerifiedTask]:
     """Makes what every environment of drafts consists of.
 
@@ -41,6 +42,8 @@ def make_rounds(
         split: Sequences to play: `train`, `validation` or `test`.
         num_rows: Episodes in lockstep.
         model: The model that was recorded, or where it is; with it the rounds are decoded live.
+        ngram_drafts: Drafts of a round at most that are found in the text so far, as deep as the recording; such
+            rounds are verified at once. 0 looks none up.
 
     Raises:
         InputError: If an argument cannot be used.
@@ -57,9 +60,9 @@ def make_rounds(
         traces = read_traces(Path(traces))
     rounds: TraceRounds | LiveRounds
     if model is None:
-        rounds = TraceRounds(TraceTable(traces, traces.of_split(split)), costs, num_rows)
+        rounds = TraceRounds(TraceTable(traces, traces.of_split(split), ngram_drafts), costs, num_rows)
     else:
-        rounds = LiveRounds(_model_of(model), traces.plan, split, costs, num_rows)
+        rounds = LiveRounds(_model_of(model), traces.plan, split, costs, num_rows, ngram_drafts)
     return rounds, VerifiedTask(rounds.schema)
 
 
@@ -85,7 +88,8 @@ class VerifiedEnvironment(Environment, EzPickle):
     ## Action Space
     `Discrete(L + 1)`: 0 verifies now, 1 to L draft one token at level 0 to L - 1, the recorded draft widths, ascending.
     Where no draft is possible (the round is as deep as the recording, the continuation may not be that much longer, an
-    end-of-sequence token is drafted already) every action verifies; `info["action_mask"]` and `action_masks()` say so.
+    end-of-sequence token is drafted already, or drafts were found in the text) every action verifies;
+    `info["action_mask"]` and `action_masks()` say so.
 
     ## Observation Space
     `Box(-10, 10, (dim,), float32)`: `engine/control/verified_signals.py`, named by `feature_names`.
@@ -101,7 +105,8 @@ class VerifiedEnvironment(Environment, EzPickle):
     2. Truncation: the recording's `max_new_tokens` tokens are settled.
 
     ## Arguments
-    `traces`, `costs`, `split`, `model`: as for `make_rounds`. `render_mode`: `ansi` where there is a model, or none.
+    `traces`, `costs`, `split`, `model`, `ngram_drafts`: as for `make_rounds`. `render_mode`: `ansi` where there is a
+    model, or none.
 
     ## Version History
     * v0: first version.
@@ -114,11 +119,12 @@ class VerifiedEnvironment(Environment, EzPickle):
         split: SplitName = "train",
         render_mode: str | None = None,
         model: str | os.PathLike[str] | NestedCausalLM | None = None,
+        ngram_drafts: int = 0,
     ) -> None:
-        EzPickle.__init__(self, traces, costs, split, render_mode, model)
+        EzPickle.__init__(self, traces, costs, split, render_mode, model, ngram_drafts)
         if model is None:
             _refuse_rendering(render_mode)
-        self.rounds, task = make_rounds(traces, costs, split=split, model=model)
+        self.rounds, task = make_rounds(traces, costs, split=split, model=model, ngram_drafts=ngram_drafts)
         super().__init__(self.rounds, task, render_mode=render_mode)
 
     def action_masks(self) -> NDArray[np.bool_]:
@@ -154,11 +160,14 @@ class VectorVerifiedEnvironment(VectorEnvironment, EzPickle):
         costs: VerifyCosts,
         split: SplitName = "train",
         model: str | os.PathLike[str] | NestedCausalLM | None = None,
+        ngram_drafts: int = 0,
     ) -> None:
-        EzPickle.__init__(self, num_envs, render_mode, traces=traces, costs=costs, split=split, model=model)
+        arguments: dict[str, Any] = {"traces": traces, "costs": costs, "split": split, "model": model}
+        arguments["ngram_drafts"] = ngram_drafts
+        EzPickle.__init__(self, num_envs, render_mode, **arguments)
         if model is None:
             _refuse_rendering(render_mode)
-        self.rounds, task = make_rounds(traces, costs, split=split, num_rows=num_envs, model=model)
+        self.rounds, task = make_rounds(num_rows=num_envs, **arguments)
         super().__init__(self.rounds, task, render_mode=render_mode)
 
     def action_masks(self) -> NDArray[np.bool_]:

@@ -44,7 +44,7 @@ def test_rungs_are_the_front_of_what_was_measured(combined: tuple[Path, Finished
     assert modes["draft:3,length=2"] == ("lossless", 8)
     assert modes["draft:3,verify=5"] == ("verified", 5)
     assert modes["fixed:8"] == ("lossless", 8)
-    assert modes["fixed:3"] == ("lossy", None)
+    assert modes["fixed:3"] == ("lossy", 3)
     ladder = read_ladder(out)
     assert {path.name for path in out.iterdir()} == {"ladder.json", *(rung.folder for rung in ladder.rungs)}
     inspected = run(cli.main, "inspect", out, "--json").result

@@ -21,9 +21,11 @@ from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import load_policy
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.draft_limits import NGRAM_DRAFTS
 from flexquant_rl.engine.control.draft_times import DraftTimes
 from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, RULES, FixedRounds, Plain, ProductStop
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.served_drafts import own_ngram_drafts
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -69,13 +71,14 @@ class TestRun:
         assert result["policy_dir"] == str(folder / "run" / "policy")
         assert (result["env_steps"], result["verify_width"], result["latency_source"]) == (256, 8, "measured")
         families = [row["family"] for row in result["rows"]]
-        assert families == ["plain", *(kind.family for kind in RULES), "ppo", "ppo", "hindsight", "clairvoyant"]
+        references = ("hindsight", "clairvoyant")
+        assert families == ["plain", "lookups", *(kind.family for kind in RULES), "ppo", "ppo", *references]
         assert [row["seed"] for row in result["rows"] if row["family"] == "ppo"] == [0, 1]
         rows = {row["family"]: row for row in result["rows"]}
         for name, row in rows.items():
             assert row["speedup_low"] <= row["speedup_modelled"] * (1 + 1e-9)
             assert row["output_kl_nats"] == 0
-            assert (row["speedup_measured"] is None) == (name in ("hindsight", "clairvoyant"))
+            assert (row["speedup_measured"] is None) == (name in references)
             assert row["speedup_modelled"] <= rows["clairvoyant"]["speedup_modelled"] + 1e-9
         said = " ".join(result["findings"])
         assert "the learned policy (2 training seeds)" in said
@@ -87,6 +90,22 @@ class TestRun:
         card = load_policy(folder / "run" / "seeds" / "1" / "policy").card
         assert set(card.config["scores"]["curves"]) == {"confidences", "signals"}
 
+    def test_policies_carry_what_they_look_up(self, finished: Finished, folder: Path) -> None:
+        depth = finished.result["costs"]["verify_ms"][1:]
+        for name in ("rules/lookups", "rules/fixed", "seeds/0/policy"):
+            assert own_ngram_drafts(load_policy(folder / "run" / name)) == min(NGRAM_DRAFTS, len(depth)), name
+        assert own_ngram_drafts(load_policy(folder / "run" / "rules" / "plain")) == 0
+
+    def test_a_run_from_before_anything_was_looked_up(self, finished: Finished, folder: Path, tmp_path: Path) -> None:
+        """Its configuration does not say so, and none of its policies does; those of another number are refused."""
+        copy = tmp_path / "run"
+        shutil.copytree(folder / "run", copy)
+        config = json.loads((copy / "config.json").read_text())
+        assert config["config"]["verified"].pop("ngram_drafts") == NGRAM_DRAFTS
+        (copy / "config.json").write_text(json.dumps(config))
+        refused = run(train.main, "--resume", copy).error
+        assert "tokens, but the run 0 (verified.ngram_drafts); delete" in refused
+
     def test_acceptance_is_shown_first(self, finished: Finished, folder: Path) -> None:
         assert finished.out.startswith("acceptance of drafts. By place in the round")
         assert max(map(len, finished.out.splitlines()[: finished.out.splitlines().index("")])) <= 110
@@ -95,7 +114,7 @@ class TestRun:
         assert parts[0] == "## How acceptance is spread"
         assert parts[1] == "## Result"
         assert "](drafts.png)" in report
-        assert "n-gram drafts are off" in report
+        assert "are verified at once, under every policy but plain decoding" in report
         assert "With 2 training seeds nothing is said about another training" in report
 
     def test_what_is_left(self, finished: Finished, folder: Path) -> None:

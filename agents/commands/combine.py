@@ -67,17 +67,18 @@ def combine(options: CombineOptions) -> None:
 def _with_plain(asked: AskedPolicies, full: int) -> AskedPolicies:
     """With plain decoding at the largest width, unless it was given: what is slower and loses something is no rung."""
     plain = Fixed(full)
-    if plain in asked.unbound.values() or any(_is_plain(one.policy, full) for one in asked.exported.values()):
+    if plain in asked.unbound.values() or any(_plain_width(one.policy) == full for one in asked.exported.values()):
         return asked
     name = policy_name(plain)
     return replace(asked, names=(*asked.names, name), unbound={**asked.unbound, name: plain})
 
 
-def _is_plain(policy: DeployedPolicy, width: int) -> bool:
-    """Whether every token is read once, at this width."""
+def _plain_width(policy: DeployedPolicy) -> int | None:
+    """The width at which every token is read, once; None where there is no such."""
     if isinstance(policy, DeployedDrafts):
-        return policy.never_drafts and bool((policy.verify_bit_widths == width).all())
-    return isinstance(policy, StaticPolicy) and bool((policy.bit_widths == width).all())
+        return policy.verify_width if policy.never_drafts else None
+    widths = policy.bit_widths.unique().tolist() if isinstance(policy, StaticPolicy) else []
+    return int(widths[0]) if len(widths) == 1 else None
 
 
 def _deployed(prepared: Prepared, asked: AskedPolicies) -> dict[str, tuple[DeployedPolicy, Profile]]:
@@ -102,10 +103,8 @@ def _measured(
     full = max(prepared.model.bit_widths)
     rungs = []
     for (folder, policy, one), trace, share in zip(named, traces, shares, strict=True):
-        verify = (
-            full if _is_plain(policy, full) else policy.verify_width if isinstance(policy, DeployedDrafts) else None
-        )
-        mode: Mode = "lossy" if verify is None else "lossless" if verify == full else "verified"
+        verify = policy.verify_width if isinstance(policy, DeployedDrafts) else _plain_width(policy)
+        mode: Mode = "lossless" if verify == full else "verified" if isinstance(policy, DeployedDrafts) else "lossy"
         kl_nats = float(trace.output_kl_nats.double().mean())
         rungs.append(Rung(folder, policy.name, mode, verify, one.kl_weight, 1 / share, kl_nats))
     return rungs, traces[0].output_kl_nats.numel()

@@ -10,16 +10,13 @@ from flexquant_rl.agents.commands.options import GenerateOptions, ServeOptions
 from flexquant_rl.agents.export import exports_drafts
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.names import policy_name
-from flexquant_rl.agents.policies.unbound import ANY_WIDTH
 from flexquant_rl.agents.progress import say
-from flexquant_rl.engine.checkpoint import stored_widths
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
-from flexquant_rl.engine.control.rounds import check_ngram_drafts
-from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError
 
 # Four drafts cost less than two steps of the largest width; Hugging Face's confidence.
@@ -31,24 +28,19 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
     """The name or directory of the policy that the options ask for, the verify width filled in.
 
     Raises:
-        InputError: If no policy is named, if options of drafts are given to another policy, or if the verify width is
-            named twice or not above that of the drafts.
+        InputError: If no policy is named, if options of drafts are given to another policy, or if the verify width or
+            what is looked up is named twice, or the width is not above that of the drafts.
     """
-    try:
-        return _asked_policy(options)
-    except InputError as error:
-        widths = stored_widths(Path(resolve_model(options.model))) if ANY_WIDTH in str(error) else ()
-        if not widths:
-            raise
-        raise InputError(str(error).replace(ANY_WIDTH, f"choose one of {', '.join(map(str, widths))}")) from error
-
-
-def _asked_policy(options: GenerateOptions | ServeOptions) -> str:
-    check_ngram_drafts(options.ngram_drafts)
+    if options.ngram_drafts is not None:
+        check_ngram_drafts(options.ngram_drafts)
     width = options.verify_width
     if options.policy is None and width is None:
         raise InputError("no policy is named; give --policy DIR or NAME, or --verify-width 8 for drafts without loss")
     drafts = _DEFAULT if options.policy is None else parse_drafts(options.policy)
+    if drafts is not None and options.ngram_drafts is not None and "ngrams=" in str(options.policy):
+        raise InputError(
+            f"--ngram-drafts {options.ngram_drafts} and {options.policy} name two numbers; give one of them"
+        )
     if drafts is None:
         assert options.policy is not None
         if exports_drafts(Path(options.policy)) or is_ladder(Path(options.policy)):
@@ -108,14 +100,18 @@ def draft_results(
     plain_ms, draft_ms = (sum(token.latency_ms for token in run[1:]) for run in (plain, compared))
     same = [token.token_id for token in plain] == [token.token_id for token in compared]
     width = policy.verify_width
+    found = f"found in the text and accepted: {counts.num_found_accepted} of {counts.num_found}; "
+    found = found if counts.num_found else ""
     accepted = " ".join(f"{share:.2f}" for share in counts.acceptance_by_position) or "none"
     say(
-        f"drafts accepted by position: {accepted}; {counts.tokens_per_pass:.2f} tokens per verify pass; "
+        f"{found}drafts accepted by position: {accepted}; {counts.tokens_per_pass:.2f} tokens per verify pass; "
         f"{plain_ms / draft_ms:.2f}x measured over {width} bits without drafts (once, not in turns)"
     )
     return {
         "verify_width": width,
         "acceptance_by_position": counts.acceptance_by_position,
+        "num_found": counts.num_found,
+        "num_found_accepted": counts.num_found_accepted,
         "tokens_per_pass": counts.tokens_per_pass,
         "num_verify_passes": counts.num_verify_passes,
         "num_draft_steps": counts.num_draft_steps,

@@ -65,7 +65,7 @@ def generate(options: GenerateOptions) -> None:
             seed=options.seed,
             decoder=options.decoder,
             num_threads=options.threads,
-            ngram_drafts=options.ngram_drafts if policy is found.policy else 0,
+            ngram_drafts=options.ngram_drafts if policy is found.policy else None,
         )
 
     printed = _Printed(model)

@@ -384,8 +384,9 @@ class GenerateOptions:
     verify_width: int | None = None
     """With drafts: the width that the output equals; default: the largest stored one, which loses nothing. Without
     --policy the drafts are those of draft:3,length=4,confidence=0.4."""
-    ngram_drafts: int = 0
-    """With drafts: tokens of a round at most that are taken from the text so far, where its last ones stood before."""
+    ngram_drafts: int | None = None
+    """With drafts: tokens of a round at most that are found in the text so far, where its last ones stood before;
+    default: what the policy was made with, 7 for drafts by name. 0 looks none up."""
     prompt: str | None = None
     """Text to continue; - reads standard input. A model with a chat template gets it as the user's message."""
     prompt_file: File = None
@@ -441,8 +442,9 @@ class ServeOptions:
     verify_width: int | None = None
     """With drafts: the width that the output equals; default: the largest stored one. Without --policy the drafts are
     those of draft:3,length=4,confidence=0.4."""
-    ngram_drafts: int = 0
-    """With drafts: tokens of a round at most that are taken from the text so far, where its last ones stood before."""
+    ngram_drafts: int | None = None
+    """With drafts: tokens of a round at most that are found in the text so far, where its last ones stood before;
+    default: what the policy was made with, 7 for drafts by name. 0 looks none up."""
     host: str | None = None
     """Address to listen on; default: 127.0.0.1, which other machines do not reach."""
     port: int | None = None

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.dial_setting import dial_setting
@@ -153,14 +154,14 @@ def load_servable(
         nested = _load(model, exported.quantization, loaded)
         exported.card.check_model(nested.fingerprint, exported.directory)
         return Servable(nested, exported.policy, exported.profile, rung, exported)
-    if ":" not in policy or os.sep in policy:  # no name, so a directory was meant
+    if not _may_be_name(policy):  # so a directory was meant
         raise InputError(
             f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "
             "name a static allocation, e.g. fixed:4"
         )
     unbound = parse_drafts(policy) or parse_policy(policy)
     # Whatever lies beside the model: what weighs nothing is bound without it, and may run with any number of threads.
-    if profile is None and (isinstance(unbound, Fixed) or (isinstance(unbound, Drafts) and unbound.is_one_width)):
+    if profile is None and _is_one_width(unbound):
         if text:
             raise InputError(f"--text {text[0]} is to profile on, and {policy} needs no profile; leave it out")
         return _one_width(_load(model, QuantizationConfig(), loaded), unbound)
@@ -172,6 +173,25 @@ def load_servable(
         device=device,
     )
     return _by_name(config, unbound)
+
+
+def weighs_units(policy: str) -> bool:
+    """Whether the policy of a name chooses by a profile of the model; those of directories carry their own.
+
+    Raises:
+        InputError: If there is no policy of that name.
+    """
+    is_name = not Path(policy).is_dir() and _may_be_name(policy)
+    return is_name and not _is_one_width(parse_drafts(policy) or parse_policy(policy))
+
+
+def _may_be_name(policy: str) -> bool:
+    return ":" in policy and os.sep not in policy
+
+
+def _is_one_width(unbound: UnboundPolicy | Drafts) -> TypeGuard[Fixed | Drafts]:
+    """Whether it has one width for all units, or drafts at one."""
+    return isinstance(unbound, Fixed) or (isinstance(unbound, Drafts) and unbound.is_one_width)
 
 
 def _load(model: str, quantization: QuantizationConfig, loaded: NestedCausalLM | None) -> NestedCausalLM:
@@ -220,7 +240,7 @@ def _deployed_drafts(model: NestedCausalLM, unbound: Drafts, served: ServedDraft
     """Drafts by name with the card that ties them to a model."""
     card, facts = _card(model), DraftsFacts(unbound.rule)
     levels, verify = served.level_bit_widths, served.verify_bit_widths
-    return deploy_rule(served.name, served.schema, levels, verify, card, facts)
+    return deploy_rule(served.name, served.schema, levels, verify, card, facts, served.ngram_drafts)
 
 
 def _card(model: NestedCausalLM) -> PolicyCard:

@@ -39,7 +39,7 @@ def serve(options: ServeOptions) -> None:
         check_num_threads(options.threads)
     names = ("host", "port", "slots", "queue", "max_length", "max_new_tokens", "drain_s")
     settings = read_settings({name: getattr(options, name) for name in names})
-    is_named = options.policy is not None or options.verify_width is not None or options.ngram_drafts > 0
+    is_named = options.policy is not None or options.verify_width is not None or bool(options.ngram_drafts)
     policy = asked_policy(options) if is_named else _DEFAULT_POLICY
     listening = bind(settings.host, settings.port)  # before the model is loaded: an address that is taken shows at once
     with listening:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flexquant_rl.agents.evaluation.draft_rows import DraftRow, interval_method
+from flexquant_rl.agents.evaluation.draft_rows import DraftRow
 from flexquant_rl.agents.evaluation.drafting import acceptance
 from flexquant_rl.agents.evaluation.markdown import bullets, escape, table_of
+from flexquant_rl.agents.evaluation.resampling import interval_method
 from flexquant_rl.agents.evaluation.rows import REPORT_FILE, ROWS_FILE
+from flexquant_rl.engine.control.drafting_rules import Lookups
 from flexquant_rl.engine.files import replacing
 from flexquant_rl.fq_env.trace_table import TraceTable
 
@@ -111,7 +113,7 @@ def write_draft_report(
         "## What was run",
         _markdown([["what", "value"], *([name, _said(value)] for name, value in facts.items())]),
     ]
-    parts += ["## How it was compared", _bullets(_method(rows))]
+    parts += ["## How it was compared", _bullets(_method(rows, table))]
     parts += ["## Every policy", _markdown(_table(rows))]
     parts.append(f"One line for each policy and seed, with the time of each sequence: [{ROWS_FILE}]({ROWS_FILE}).")
     with replacing(run_dir / REPORT_FILE) as temporary:
@@ -142,8 +144,16 @@ def _table(rows: Sequence[DraftRow]) -> list[list[str]]:
     return found
 
 
-def _method(rows: Sequence[DraftRow]) -> list[str]:
+def _method(rows: Sequence[DraftRow], table: TraceTable) -> list[str]:
     """How the rows came about, in words."""
+    lookups = (
+        f"Where the last tokens stood in the text before, up to {table.ngram_drafts} tokens that followed them there "
+        "are verified at once, under every policy but plain decoding. Policies decide all other rounds, and "
+        f"`{Lookups.family}` drafts nothing there. The shares of acceptance above are those of drafts at few bits from "
+        "every position; in the table what was found is counted with them."
+        if table.ngram_drafts
+        else "No tokens are looked up in the text so far: n-gram drafts are off."
+    )
     is_measured = rows[0].cost_source == "measured"
     times = "timed on this device as they are served" if is_measured else "given as shares of a step"
     lines = [
@@ -156,8 +166,8 @@ def _method(rows: Sequence[DraftRow]) -> list[str]:
         "Rules are tuned over their whole grids on training and validation sequences. The learned policy begins as a "
         "clone of the best of them, learns on training sequences, and is the network that was fastest on validation "
         "sequences. What is exported was fastest on validation sequences. Test sequences choose nothing.",
-        "No tokens are looked up in the text so far: n-gram drafts are off.",
-        *interval_method(rows),
+        lookups,
+        *interval_method(len(set(rows[0].sequence_documents)), sum(row.kind == "learned" for row in rows)),
     ]
     if any(row.speedup_measured is not None for row in rows):
         lines.append(

@@ -11,9 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
 from flexquant_rl.agents.evaluation.drafting import Played, speedup_interval
-from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval, seed_weights
+from flexquant_rl.agents.evaluation.resampling import (
+    ENOUGH_SEEDS,
+    document_weights,
+    mean_over_seeds,
+    percentile_interval,
+)
+from flexquant_rl.engine.control.drafting_rules import Lookups
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import json_lines
 from flexquant_rl.fq_env.trace_table import TraceTable
@@ -30,7 +35,7 @@ class DraftRow:
 
     Attributes:
         policy: Name, e.g. `confidence:width=3,threshold=0.4,length=8`, `ppo`, `clairvoyant`.
-        family: The rule's, `plain`, `ppo`, `hindsight` or `clairvoyant`.
+        family: The rule's (`plain` and `lookups` among them), `ppo`, `hindsight` or `clairvoyant`.
         kind: What it is: plain decoding, a tuned rule, a learned policy, `hindsight` for reference, the bound.
         seed: Training seed of a learned policy, else None.
         speedup_modelled: Tokens per second over those of plain decoding at the largest width, by the cost table.
@@ -39,7 +44,7 @@ class DraftRow:
         speedup_measured: The same by the clock, on some of the test prompts; None where not measured.
         speedup_validation: By the cost table on validation sequences; None for those that know drafts.
         tokens_per_pass: Settled tokens of a pass of verification.
-        drafts_per_token: Draft steps for each settled token.
+        drafts_per_token: Drafts for each settled token, made at few bits or found in the text.
         accepted_share: Accepted drafts over drafts; None without drafts.
         verify_width: The width that the text equals.
         output_kl_nats: KL against plain decoding at the verify width: 0, whatever is drafted.
@@ -180,10 +185,7 @@ class Gain:
 
 
 def gain(rows: Sequence[DraftRow], base: DraftRow) -> Gain:
-    """Of one policy's seeds over another policy, paired by document; `interval_method` says what the interval covers.
-
-    Seeds alone would say little: all begin as clones of one rule and are judged on one text.
-    """
+    """Of one policy's seeds over another policy, paired by document; `interval_method` says what it covers."""
     weights = document_weights(base.sequence_documents)
     base_time = weights @ np.array(base.sequence_time_steps)
     # [S, 1 + R]: column 0 is the text itself.
@@ -191,28 +193,8 @@ def gain(rows: Sequence[DraftRow], base: DraftRow) -> Gain:
     value, by_seed = math.exp(float(logs[:, 0].mean())), tuple(np.exp(logs[:, 0]).tolist())
     if len(set(base.sequence_documents)) < 2:
         return Gain(value, None, None, by_seed)
-    means = (seed_weights(len(rows)).T * logs).sum(0) if len(rows) >= ENOUGH_SEEDS else logs.mean(0)
-    low, high = percentile_interval(means[1:])
+    low, high = percentile_interval(mean_over_seeds(logs)[1:])
     return Gain(value, math.exp(low), math.exp(high), by_seed)
-
-
-def interval_method(rows: Sequence[DraftRow]) -> list[str]:
-    """What the intervals of `gain` and of the rows cover, in whole sentences."""
-    documents = len(set(rows[0].sequence_documents))
-    seeds = sum(row.kind == "learned" for row in rows)
-    lines = [f"Intervals resample the {documents} documents of the test sequences, the same ones for both policies."]
-    if seeds >= ENOUGH_SEEDS:
-        lines.append(
-            f"Those of the learned policy against another draw the {seeds} training seeds too, with replacement and in "
-            "the same resample: they cover other documents of these texts and other seeds of this training. They do "
-            "not cover another recording, another rule to begin from, or the error of the cost table."
-        )
-    elif seeds:
-        lines.append(
-            f"With {seeds} training seed{'s' if seeds > 1 else ''} nothing is said about another training: intervals "
-            "of the learned policy are those of these very seeds on other documents."
-        )
-    return lines
 
 
 def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
@@ -243,10 +225,18 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
         words = compared(rule_over_fixed, [rule], fixed)
         found.append(f"the best tuned rule {rule_over_fixed.verdict} the best fixed rounds: {words}")
     hindsight, clairvoyant = (known_by_name(rows, name).speedup_modelled for name in (HINDSIGHT, CLAIRVOYANT))
+    alone = next((row for row in rows if row.family == Lookups.family), None)
+    lookups = "" if alone is None else f"{alone.speedup_modelled:.3f} of what is found in the text alone, "
+    if alone is not None:
+        against = gain(learned, alone)
+        found.append(
+            f"by the cost table the learned policy {against.verdict} what is found in the text alone: "
+            f"{compared(against, learned, alone)}"
+        )
     found.append(
         f"speed over plain decoding at the largest width by the cost table: {fixed.speedup_modelled:.3f} fixed, "
         f"{rule.speedup_modelled:.3f} tuned rule, {', '.join(f'{row.speedup_modelled:.3f}' for row in learned)} "
-        f"learned, {hindsight:.3f} of rounds that end behind the first wrong draft, as if that were known, "
+        f"learned, {lookups}{hindsight:.3f} of rounds that end behind the first wrong draft, as if that were known, "
         f"{clairvoyant:.3f} of a bound that knows every draft before"
     )
     clocked = [row for row in rows if row.speedup_measured is not None and row.kind != "plain"]
@@ -262,7 +252,7 @@ def findings(rows: Sequence[DraftRow], chosen: str, *, pays: bool) -> list[str]:
 
 
 def known_by_name(rows: Sequence[DraftRow], name: str) -> DraftRow:
-    """The row of what knows drafts, `hindsight` or `clairvoyant`."""
+    """The row of a reference or bound."""
     return next(row for row in rows if row.policy == name)
 
 

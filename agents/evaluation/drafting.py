@@ -100,9 +100,9 @@ def _played(
 
 
 def context_of(table: TraceTable, costs: VerifyCosts) -> DraftingContext:
-    """What rules may know: measured on training sequences."""
+    """What rules may know: measured on training sequences, where a policy is asked."""
     schema = VerifiedSchema(table.num_levels, table.depth, table.embedding.shape[1])
-    return DraftingContext(schema, costs, acceptance(table).mean_by_level())
+    return DraftingContext(schema, costs, acceptance(table, where_asked=True).mean_by_level())
 
 
 def tuned(rules: Iterable[DraftingRule], table: TraceTable, context: DraftingContext) -> DraftingRule:
@@ -118,7 +118,8 @@ def tuned(rules: Iterable[DraftingRule], table: TraceTable, context: DraftingCon
 
 
 def play_rule(table: TraceTable, context: DraftingContext, rule: DraftingRule) -> Played:
-    """`play` for a rule, which pays for what it looks at."""
+    """`play` for a rule, which pays for what it looks at. One that never drafts has no rounds and looks nothing up."""
+    table = table.without_lookups() if isinstance(rule, Plain) else table
     return play(table, _costs_of(rule, context), rule.bind(context), sees=rule.sees)
 
 
@@ -137,8 +138,8 @@ def speedup_interval(played: Played, documents: NDArray[np.int64]) -> tuple[floa
 def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
     """The fastest that any policy could be that knew every draft before: dynamic programming from the end.
 
-    It drafts each token at the cheapest level that is right, and no draft that is wrong. Deciding costs nothing,
-    and a token without drafts costs a plain step where that is cheaper than a round.
+    It drafts each token at the cheapest level that is right, and no draft that is wrong, or verifies what is found in
+    the text. Deciding costs nothing, and a token without drafts costs a plain step where that is cheaper than a round.
     """
     draft_ms, verify_ms = np.array(costs.draft_ms), np.array(costs.verify_ms)
     verify_ms[0] = min(verify_ms[0], costs.plain_ms)
@@ -153,8 +154,13 @@ def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
             gained = np.minimum(np.arange(room + 1) + 1, num_tokens - position)
             times = drafts + verify_ms[: room + 1] + rest[position + gained, 0]
             best = int(times.argmin())
-            own = np.array([times[best] - rest[position + gained[best], 0], gained[best], 1, best, best])
-            rest[position] = own + rest[position + gained[best]]
+            drafted, accepted, next_place, passed = best, best, position + gained[best], times[best]
+            found, right = table.num_found[first + position], table.num_found_right[first + position]
+            behind = position + min(right + 1, num_tokens - position)
+            if found and verify_ms[found] + rest[behind, 0] < passed:
+                drafted, accepted, next_place, passed = found, right, behind, verify_ms[found] + rest[behind, 0]
+            own = np.array([passed - rest[next_place, 0], next_place - position, 1, drafted, accepted])
+            rest[position] = own + rest[next_place]
         sums[:, index] = rest[0]
     sums[0] /= costs.full_ms
     return Played(*sums)
@@ -205,8 +211,8 @@ class Acceptance:
         return share
 
 
-def acceptance(table: TraceTable) -> Acceptance:
-    """Counts the drafts that agree, from every position."""
+def acceptance(table: TraceTable, *, where_asked: bool = False) -> Acceptance:
+    """Counts the drafts that agree, from every position, or from those alone where nothing is found in the text."""
     shape = (table.num_sequences, table.num_levels, table.depth)
     reached, kept = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     whole = list[NDArray[np.int64]]()
@@ -215,6 +221,8 @@ def acceptance(table: TraceTable) -> Acceptance:
         agreement = table.agreement[first : first + num_tokens]  # [N, L]
         room = np.minimum(table.depth, num_tokens - 1 - np.arange(num_tokens))
         is_reached = (agreement[..., None] >= places) & (places < room[:, None, None])
+        if where_asked:
+            is_reached &= (table.num_found[first : first + num_tokens] == 0)[:, None, None]
         reached[index] = is_reached.sum(0)
         kept[index] = (is_reached & (agreement[..., None] > places)).sum(0)
         whole.append(agreement[room == table.depth])

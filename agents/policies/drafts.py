@@ -9,6 +9,7 @@ import torch
 
 from flexquant_rl.agents.policies.names import policy_name, read_parameters
 from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_stored, check_width
+from flexquant_rl.engine.control.draft_limits import NGRAM_DRAFTS, check_ngram_drafts
 from flexquant_rl.engine.control.drafting_rules import DraftingRule
 from flexquant_rl.engine.control.drafts import check_drafts
 from flexquant_rl.engine.control.served_drafts import ServedDrafts, drafts_at, rule_at
@@ -28,6 +29,8 @@ class Drafts:
         length: Drafts of a round at most.
         confidence: Drafting ends with a draft less sure than this. 0 never ends it; Hugging Face's default is 0.4.
         verify: The width that the output equals; 0 is the largest stored one.
+        ngrams: Drafts of a round at most that are found in the text so far; such rounds are verified at once, and the
+            width drafts where nothing is found. 0 looks none up.
     """
 
     family: ClassVar[Family] = Family("draft", "drafts, verified", "#6A3D9A", "P")
@@ -36,10 +39,12 @@ class Drafts:
     length: int = 4
     confidence: float = 0.0
     verify: int = 0
+    ngrams: int = NGRAM_DRAFTS
 
     def __post_init__(self) -> None:
         check_width("width", self.width)
         check_drafts(self.length, self.confidence)
+        check_ngram_drafts(self.ngrams, "ngrams")
         if self.verify:
             check_width("verify", self.verify)
             self._check_below(self.verify)
@@ -74,7 +79,14 @@ class Drafts:
         check_stored(verify, schema.bit_widths, name)
         self._check_below(verify)
         widths = torch.full((schema.num_units,), verify)
-        return drafts_at(name, draft, widths, length=self.length, min_confidence=self.confidence)
+        return drafts_at(
+            name,
+            draft,
+            widths,
+            length=self.length,
+            min_confidence=self.confidence,
+            ngram_drafts=self.ngrams,
+        )
 
     def _check_below(self, verify: int) -> None:
         if self.width >= verify:

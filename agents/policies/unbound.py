@@ -21,8 +21,6 @@ from flexquant_rl.engine.control.traces import is_whole
 from flexquant_rl.engine.errors import InputError
 
 _LARGEST_WIDTH = 8
-ANY_WIDTH = f"choose one from 1 to {_LARGEST_WIDTH}"
-"""What to do about a width of no model, as long as nobody knows what the model stores."""
 
 
 @dataclass(frozen=True)
@@ -171,4 +169,7 @@ def check_stored(bit_width: int, bit_widths: tuple[int, ...], policy: str) -> No
 def check_width(name: str, bit_width: float) -> None:
     """Raises InputError if a parameter of that name is no bit-width of any model."""
     if not 1 <= bit_width <= _LARGEST_WIDTH:
-        raise InputError(f"{name}={bit_width:g} is no width; {ANY_WIDTH}")
+        raise InputError(
+            f"{name}={bit_width:g} is no width, which is from 1 to {_LARGEST_WIDTH}; choose one that the model stores "
+            "(`fq inspect MODEL` lists them)"
+        )

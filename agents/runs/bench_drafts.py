@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flexquant_rl.agents.commands.servable import Servable, load_servable
+from flexquant_rl.agents.commands.servable import Servable, load_servable, weighs_units
 from flexquant_rl.agents.config import DraftsBench
 from flexquant_rl.engine.benches.clocks import HostClock, host_clock
 from flexquant_rl.engine.benches.harness import BenchRefusedError, Provider, Row, Track, add_tokens_per_s, rows
@@ -29,10 +29,11 @@ from flexquant_rl.engine.benches.llama_cpp import (
 )
 from flexquant_rl.engine.benches.llama_cpp_drafts import DraftRule, continue_greedily, continue_with_drafts
 from flexquant_rl.engine.control.controller import make_controller
-from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
 from flexquant_rl.engine.control.draft_counts import DraftCounts
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.control.served_drafts import own_ngram_drafts
 from flexquant_rl.engine.control.traces import PlannedSequence
 from flexquant_rl.engine.decoding.choice import SessionOpener, default_decoder, session_opener
 from flexquant_rl.engine.embedded import resolve_model
@@ -107,11 +108,6 @@ def bench_drafts(
     clock = host_clock(max(config.threads))
     policies = _policies(config)
     model = next(iter(policies.values())).model
-    if config.ngram_drafts and not any(isinstance(one.policy, DeployedDrafts) for one in policies.values()):
-        raise InputError(
-            f"--ngram-drafts {config.ngram_drafts} is for drafts, and none of {', '.join(policies)} makes any; try "
-            "--policy draft:3"
-        )
     prompts = held_out_prompts(
         model,
         config.text,
@@ -175,7 +171,7 @@ def _policies(config: DraftsBench) -> dict[str, Servable]:
     model: NestedCausalLM | None = None
     # A policy that was trained says how a plain model is nested, so it comes before those that do not care.
     for name in sorted(asked, key=lambda name: not Path(name).is_dir()):
-        profile = None if Path(name).is_dir() else config.profile
+        profile = config.profile if weighs_units(name) else None
         servable = load_servable(path, name, profile=profile, threads=config.threads[0], loaded=model)
         model = model or servable.model
         if servable.model.fingerprint != model.fingerprint:
@@ -196,7 +192,9 @@ def _lean_contenders(
     found: list[Contender] = []
     for name, servable in policies.items():
         policy = servable.policy
-        drafts = {"ngram_drafts": config.ngram_drafts} if isinstance(policy, DeployedDrafts) else {}
+        drafts: dict[str, object] = {}
+        if may_draft(policy):
+            drafts["ngram_drafts"] = own_ngram_drafts(policy)
         is_lossless = name == _PLAIN or (
             isinstance(policy, DeployedDrafts) and policy.verify_width == max(model.bit_widths)
         )
@@ -222,7 +220,7 @@ def _lean_turn(
 
     def continue_prompt(prompt_ids: Sequence[int]) -> Turn:
         controller = make_controller(servable.model, servable.policy, servable.profile)
-        runner = PolicyRunner(opener(1), controller, ngram_drafts=config.ngram_drafts)
+        runner = PolicyRunner(opener(1), controller)
         request = Request(
             torch.tensor(prompt_ids),
             config.new_tokens,
@@ -354,10 +352,14 @@ def _draft_facts(contender: Contender) -> dict[str, Any]:
     passes = sum(one.num_verify_passes for one in known)
     if not passes:
         return {}
-    drafted = sum(sum(one.drafted) for one in known)
+    counted = {
+        "acceptance": [(sum(one.accepted), sum(one.drafted)) for one in known],
+        "acceptance_of_found": [(one.num_found_accepted, one.num_found) for one in known],
+    }
+    shares = {name: [sum(column) for column in zip(*pairs, strict=True)] for name, pairs in counted.items()}
     return {
         "tokens_per_pass": round(sum(one.num_tokens for one in known) / passes, 3),
-        "acceptance": round(sum(sum(one.accepted) for one in known) / drafted, 3) if drafted else None,
+        **{name: round(kept / made, 3) if made else None for name, (kept, made) in shares.items()},
     }
 
 

@@ -51,12 +51,14 @@ class PreparedDrafts:
         traces: The recording.
         costs: What drafts, passes and decisions cost on this device.
         timed_by: Who measured that: `this run` or `fq profile`.
+        ngram_drafts: Drafts of a round at most that are found in the text.
     """
 
     model: NestedCausalLM
     traces: Traces
     costs: VerifyCosts
     timed_by: str
+    ngram_drafts: int
 
     @cached_property
     def train(self) -> TraceTable:
@@ -95,7 +97,7 @@ class PreparedDrafts:
 
     def _table(self, *splits: SplitName) -> TraceTable:
         chosen = [index for split in splits for index in self.traces.of_split(split)]
-        return TraceTable(self.traces, sorted(chosen))
+        return TraceTable(self.traces, sorted(chosen), self.ngram_drafts)
 
 
 def prepare_drafts(config: TrainConfig, run_dir: Path) -> PreparedDrafts:
@@ -123,7 +125,8 @@ def prepare_drafts(config: TrainConfig, run_dir: Path) -> PreparedDrafts:
     for split in ("train", "validation", "test"):
         if not traces.of_split(split):
             raise InputError(f"the traces hold no {split} sequence; record more with `fq record --tokens`")
-    return PreparedDrafts(model, traces, *_costs(config, model, traces.plan, run_dir / COSTS_FILE, profiled))
+    costs, timed_by = _costs(config, model, traces.plan, run_dir / COSTS_FILE, profiled)
+    return PreparedDrafts(model, traces, costs, timed_by, min(config.verified.ngram_drafts, traces.plan.depth))
 
 
 def _check_recorded_alone(config: TrainConfig) -> None:

@@ -34,7 +34,14 @@ from flexquant_rl.agents.evaluation.draft_rows import (
     findings,
     with_clock,
 )
-from flexquant_rl.agents.evaluation.drafting import Played, clairvoyant, hindsight, play, play_rule, tuned
+from flexquant_rl.agents.evaluation.drafting import (
+    Played,
+    clairvoyant,
+    hindsight,
+    play,
+    play_rule,
+    tuned,
+)
 from flexquant_rl.agents.evaluation.evaluate import measured_time_shares
 from flexquant_rl.agents.evaluation.rows import ROWS_FILE, write_rows
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity
@@ -43,8 +50,8 @@ from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.verified_ppo import Seen, TrainedDrafts, seen_by, train_drafts
 from flexquant_rl.agents.runs.verified_preparation import PreparedDrafts, longest_first, prepare_drafts
 from flexquant_rl.engine.control.artefact import CARD_FILE, load_policy, save_policy
-from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_net, deploy_rule
-from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, DraftingRule, Plain, rule_name
+from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_net, deploy_rule, may_draft
+from flexquant_rl.engine.control.drafting_rules import EVERY_RULE, RULES, DraftingRule, Lookups, Plain, rule_name
 from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.profile import unmeasured_profile
 from flexquant_rl.engine.control.verified_signals import Sees
@@ -108,11 +115,12 @@ def run_verified(config: TrainConfig, run_dir: Path) -> tuple[str, dict[str, Any
     """
     check_config(config)
     prepared = prepare_drafts(config, run_dir)
+    kinds = EVERY_RULE if prepared.ngram_drafts else [kind for kind in EVERY_RULE if kind is not Lookups]
     rules = [
         _tuned_rule(config, prepared, kind, run_dir / RULES_FOLDER / kind.family)
-        for kind in track(EVERY_RULE, "tuning rules")
+        for kind in track(kinds, "tuning rules")
     ]
-    start = max(rules[1:], key=lambda one: one.speedup_validation)
+    start = max(rules[-len(RULES) :], key=lambda one: one.speedup_validation)  # a clone of what drafts
     seeds = [
         _trained_seed(config, prepared, config.seed + index, start, run_dir / "seeds" / str(config.seed + index))
         for index in range(config.seeds)
@@ -156,7 +164,8 @@ def _tuned_rule(config: TrainConfig, prepared: PreparedDrafts, kind: type[Drafti
     speedup = play_rule(prepared.validation, context, rule).speedup
     facts = DraftsFacts(rule, prepared.costs, tuple(context.known_acceptance().tolist()), speedup)
     levels, verify = prepared.levels, prepared.verify_bit_widths
-    policy = deploy_rule(rule_name(rule), context.schema, levels, verify, _card(config, prepared), facts)
+    ngram_drafts = 0 if isinstance(rule, Plain) else prepared.ngram_drafts
+    policy = deploy_rule(rule_name(rule), context.schema, levels, verify, _card(config, prepared), facts, ngram_drafts)
     save_policy(policy, unmeasured_profile(prepared.model), directory)
     return Candidate(policy, directory)
 
@@ -182,7 +191,8 @@ def _trained_seed(
     acceptance = tuple(prepared.context.known_acceptance().tolist())
     facts = DraftsFacts(None, prepared.costs, acceptance, best.best_speedup)
     card = _card(config, prepared, scores)
-    policy = deploy_net(f"ppo seed {seed}", best.net, prepared.levels, prepared.verify_bit_widths, card, facts)
+    widths = (prepared.levels, prepared.verify_bit_widths)
+    policy = deploy_net(f"ppo seed {seed}", best.net, *widths, card, facts, prepared.ngram_drafts)
     # A resume takes `policy` for finished, so it gets its name only when it has been checked.
     unchecked = directory / "policy.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
@@ -196,7 +206,9 @@ def _trained_seed(
 def _trained(config: TrainConfig, prepared: PreparedDrafts, seed: int, sees: Sees, start: Seen) -> TrainedDrafts:
     """A network that looks at so much and pays for it."""
     drafts = config.verified.ppo
-    rounds, task = make_rounds(prepared.traces, prepared.costs.charging(sees), num_rows=drafts.num_envs)
+    rounds, task = make_rounds(
+        prepared.traces, prepared.costs.charging(sees), num_rows=drafts.num_envs, ngram_drafts=prepared.ngram_drafts
+    )
     trained = train_drafts(
         VerifiedVecEnv(rounds, task, seed=seed),
         prepared.validation,
@@ -221,6 +233,11 @@ def _kept(prepared: PreparedDrafts, directory: Path, seed: int | None = None) ->
     policy = load_policy(directory, model_fingerprint=prepared.model.fingerprint, repair=repair)
     if not isinstance(policy, DeployedDrafts) or policy.facts.speedup_validation is None:
         raise InputError(f"{directory} holds no policy of drafts of this run; {repair}")
+    if may_draft(policy) and policy.ngram_drafts != prepared.ngram_drafts:
+        raise InputError(
+            f"{directory} looks up {policy.ngram_drafts} tokens, but the run {prepared.ngram_drafts} "
+            f"(verified.ngram_drafts); {repair}"
+        )
     scores = policy.card.config.get("scores")
     rate = scores.get("env_steps_per_s") if isinstance(scores, dict) else None
     return Candidate(policy, directory, seed, rate)
@@ -327,7 +344,8 @@ def _publish(
         run_dir / DRAFTS_PICTURE,
         title=f"Drafts, verified at {plan.verify_width} bits",
         caption=f"{name}, {texts}; {table.num_sequences} test sequences, {int(table.num_tokens.sum()):,} tokens, "
-        f"greedy; {seeds}. The text is that of {plan.verify_width} bits whatever is drafted",
+        f"greedy; {seeds}. The text is that of {plan.verify_width} bits whatever is drafted"
+        + (f". Up to {prepared.ngram_drafts} drafts of a round are found in the text" * bool(prepared.ngram_drafts)),
     )
     facts = {
         "model": name,
@@ -336,6 +354,7 @@ def _publish(
         "draft widths": " ".join(map(str, plan.draft_widths)),
         "verify width": plan.verify_width,
         "drafts of a round at most": plan.depth,
+        "drafts found in the text, of a round at most": prepared.ngram_drafts,
         "sequences (training, validation, test)": ", ".join(
             str(own.num_sequences) for own in (prepared.train, prepared.validation, table)
         ),

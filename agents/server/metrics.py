@@ -64,8 +64,8 @@ class Metrics:
 
     def count_drafts(self, counts: DraftCounts) -> None:
         """Adds what the drafts of a request came to."""
-        self.drafts.labels("proposed").inc(sum(counts.drafted))
-        self.drafts.labels("accepted").inc(sum(counts.accepted))
+        self.drafts.labels("proposed").inc(sum(counts.drafted) + counts.num_found)
+        self.drafts.labels("accepted").inc(sum(counts.accepted) + counts.num_found_accepted)
 
     def count_end(self, outcome: Outcome) -> None:
         """Counts a request that ended."""

@@ -77,7 +77,7 @@ class Served:
         *,
         decoder: DecoderName = "auto",
         num_threads: int | None = None,
-        ngram_drafts: int = 0,
+        ngram_drafts: int | None = None,
         rungs: Rungs | None = None,
     ) -> Served:
         """Starts an engine and its queue; arguments as for `Engine`.

@@ -18,7 +18,7 @@ from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafts import DraftPolicy, RoundState
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.control.served_drafts import ServedDrafts
+from flexquant_rl.engine.control.served_drafts import ServedDrafts, own_ngram_drafts
 from flexquant_rl.engine.control.signals import (
     SignalMark,
     SignalSchema,
@@ -292,6 +292,16 @@ class DraftController:
     def uses_signals(self) -> bool:
         """Whether `update` has to be told anything."""
         return self._signals is not None
+
+    @property
+    def verify_bit_widths(self) -> Tensor:
+        """`[U]` int64 that the text equals."""
+        return self._policy.verify_bit_widths
+
+    @property
+    def ngram_drafts(self) -> int:
+        """Drafts of a round at most that the policy was made to have looked up in the text."""
+        return own_ngram_drafts(self._policy)
 
     def decide_round(self, row: int, state: RoundState) -> Decision:
         """The decision for the next step of one row, `[1, U]`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.drafting_net import DraftingNet, LearnedDrafting
 from flexquant_rl.engine.control.drafting_rules import (
     DraftingContext,
@@ -76,7 +77,13 @@ def may_draft(policy: Policy | DraftPolicy) -> bool:
 
 
 def deploy_rule(
-    name: str, schema: VerifiedSchema, levels: Tensor, verify_bit_widths: Tensor, card: PolicyCard, facts: DraftsFacts
+    name: str,
+    schema: VerifiedSchema,
+    levels: Tensor,
+    verify_bit_widths: Tensor,
+    card: PolicyCard,
+    facts: DraftsFacts,
+    ngram_drafts: int = 0,
 ) -> DeployedDrafts:
     """A rule for one model.
 
@@ -87,6 +94,7 @@ def deploy_rule(
         verify_bit_widths: `[U]` int64.
         card: The model's.
         facts: Has the rule, and the costs and acceptance that it may weigh.
+        ngram_drafts: See `ServedDrafts`.
 
     Raises:
         ValueError: If the rule weighs costs or acceptance that are not known.
@@ -94,14 +102,24 @@ def deploy_rule(
     assert facts.rule is not None, "a network is deployed by deploy_net"
     acceptance = None if facts.acceptance is None else np.array(facts.acceptance)
     decide = facts.rule.bind(DraftingContext(schema, facts.costs, acceptance))
-    return DeployedDrafts(name, schema, levels, verify_bit_widths, decide, facts.rule.sees, card, facts)
+    sees = facts.rule.sees
+    return DeployedDrafts(name, schema, levels, verify_bit_widths, decide, sees, card, facts, ngram_drafts=ngram_drafts)
 
 
 def deploy_net(
-    name: str, net: DraftingNet, levels: Tensor, verify_bit_widths: Tensor, card: PolicyCard, facts: DraftsFacts
+    name: str,
+    net: DraftingNet,
+    levels: Tensor,
+    verify_bit_widths: Tensor,
+    card: PolicyCard,
+    facts: DraftsFacts,
+    ngram_drafts: int = 0,
 ) -> DeployedDrafts:
     """A copy of a network for one model; arguments as for `deploy_rule`."""
-    return DeployedDrafts(name, net.schema, levels, verify_bit_widths, net.policy(), net.sees, card, facts)
+    decide, sees = net.policy(), net.sees
+    return DeployedDrafts(
+        name, net.schema, levels, verify_bit_widths, decide, sees, card, facts, ngram_drafts=ngram_drafts
+    )
 
 
 def drafts_tensors(policy: DeployedDrafts) -> dict[str, Tensor]:
@@ -119,6 +137,7 @@ def drafts_to_dict(policy: DeployedDrafts) -> dict[str, Any]:
         "schema": policy.schema.to_dict(),
         "levels": [_said(widths) for widths in policy.level_bit_widths],
         "verify_width": policy.verify_width,
+        "ngram_drafts": policy.ngram_drafts,
         "rule": None if facts.rule is None else rule_to_dict(facts.rule),
         "costs": None if facts.costs is None else facts.costs.to_dict(),
         "acceptance": None if facts.acceptance is None else list(facts.acceptance),
@@ -154,16 +173,20 @@ def drafts_from(data: dict[str, Any], tensors: dict[str, Tensor], card: PolicyCa
         costs.check(schema.num_levels, schema.depth)
     rule = None if data["rule"] is None else rule_from_dict(data["rule"], schema)
     facts = DraftsFacts(rule, costs, _numbers(data["acceptance"], schema.num_levels), _speed(data))
+    ngram_drafts = data.get("ngram_drafts", 0)  # none in policies from before they were looked up
+    if type(ngram_drafts) is not int:
+        raise ValueError("ngram_drafts is no whole number")
+    check_ngram_drafts(ngram_drafts)
     if rule is not None:
         if tensors.keys() != shapes.keys():
             raise ValueError("a rule has no weights")
-        return deploy_rule(name, schema, levels, verify, card, facts)
+        return deploy_rule(name, schema, levels, verify, card, facts, ngram_drafts)
     weights = {key.removeprefix(_NET): tensor for key, tensor in tensors.items() if key not in shapes}
     if weights["mean"].shape != (schema.dim,):  # before a net of any size is made
         raise ValueError(f"the network is not for observations of {schema.dim} numbers")
     net = DraftingNet(schema)
     net.load_state_dict(weights)
-    return deploy_net(name, net, levels, verify, card, facts)
+    return deploy_net(name, net, levels, verify, card, facts, ngram_drafts)
 
 
 def _said(widths: Tensor) -> float:

@@ -13,8 +13,10 @@ class DraftCounts:
         num_tokens: Settled tokens.
         num_verify_passes: Rounds.
         num_draft_steps: Passes at draft widths.
-        drafted: How many rounds had a first draft, a second one, and so on.
+        drafted: How many rounds had a first draft at few bits, a second one, and so on.
         accepted: How many of those were accepted.
+        num_found: Drafts that were found in the text.
+        num_found_accepted: How many of those were accepted.
     """
 
     num_tokens: int = 0
@@ -22,13 +24,20 @@ class DraftCounts:
     num_draft_steps: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    num_found: int = 0
+    num_found_accepted: int = 0
     _last_round: tuple[int, int] = (0, 0)
+    _last_is_found: bool = False
 
-    def add_round(self, num_pending: int, num_accepted: int) -> None:
-        """Counts a verify step."""
-        self._last_round = (num_pending, num_accepted)
+    def add_round(self, num_pending: int, num_accepted: int, *, is_found: bool = False) -> None:
+        """Counts a verify step, of drafts that were found in the text or made at few bits."""
+        self._last_round, self._last_is_found = (num_pending, num_accepted), is_found
         self.num_verify_passes += 1
         self.num_tokens += num_accepted + 1
+        if is_found:
+            self.num_found += num_pending
+            self.num_found_accepted += num_accepted
+            return
         for counts, number in ((self.drafted, num_pending), (self.accepted, num_accepted)):
             counts.extend([0] * (num_pending - len(counts)))
             for place in range(number):
@@ -39,6 +48,10 @@ class DraftCounts:
         num_pending, num_accepted = self._last_round
         taken = num_accepted + 1 - num_tokens
         self.num_tokens -= num_tokens
+        if self._last_is_found:
+            self.num_found -= max(num_pending - taken, 0)
+            self.num_found_accepted -= max(num_accepted - taken, 0)
+            return
         for place in range(taken, num_pending):
             self.drafted[place] -= 1
             self.accepted[place] -= place < num_accepted
@@ -48,7 +61,7 @@ class DraftCounts:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Share of the drafts at each place in the round that were accepted, all drafts before them included."""
+        """Share of the drafts at few bits at each place in the round that were accepted with all before them."""
         return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True)]
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING
 from flexquant_rl.engine.control.draft_times import DraftTimes
-from flexquant_rl.engine.control.drafts import MOST_PENDING
 from flexquant_rl.engine.control.verified_signals import VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
 from flexquant_rl.engine.control.verify_timer import measured_costs, measured_decision_ms

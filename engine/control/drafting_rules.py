@@ -106,6 +106,23 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Lookups:
+    """Drafts nothing at few bits, and still has rounds: what is found in the text is verified (prompt lookup)."""
+
+    family: ClassVar[str] = "lookups"
+    sees: ClassVar[Sees] = "nothing"
+
+    @classmethod
+    def grid(cls, schema: VerifiedSchema) -> Iterator[Lookups]:
+        """The only setting."""
+        yield cls()
+
+    def bind(self, context: DraftingContext) -> DraftingPolicy:
+        """See `DraftingRule`."""
+        return lambda observations: np.zeros(len(observations), dtype=np.int64)
+
+
+@dataclass(frozen=True)
 class FixedRounds:
     """Rounds of one length at one level.
 
@@ -412,9 +429,9 @@ RULES: tuple[type[DraftingRule], ...] = (
     ProfileGuided,
     Bandit,
 )
-"""Every family that is tuned, in the order of tables."""
-EVERY_RULE: tuple[type[DraftingRule], ...] = (Plain, *RULES)
-"""Plain decoding before them."""
+"""Every family that drafts at few bits, in the order of tables."""
+EVERY_RULE: tuple[type[DraftingRule], ...] = (Plain, Lookups, *RULES)
+"""What does not, before them."""
 
 
 def rule_to_dict(rule: DraftingRule) -> dict[str, Any]:

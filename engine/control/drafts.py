@@ -13,11 +13,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING
 from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.errors import InputError
-
-MOST_PENDING = 15
-"""Drafts of a round at most: with the upcoming token they are the 16 tokens that one native pass reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +71,7 @@ class RoundState:
 
 @runtime_checkable
 class DraftPolicy(Protocol):
-    """Decides before each step of a row: verify now, or draft at these widths.
+    """Decides before each step of a row whose drafts were not found in the text: verify now, or draft at these widths.
 
     Like a `Policy` it keeps no state between calls, so the same seed gives the same text. The rule `bandit` alone does:
     it learns across the requests of an engine, and what it samples for a seed depends on those before.

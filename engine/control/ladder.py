@@ -30,7 +30,7 @@ class Rung:
         folder: Where the policy is, within the ladder.
         policy: Its name.
         mode: What its text is.
-        verify_width: The width that its text equals; None of a lossy one.
+        verify_width: The width that its text equals, of drafts and of plain decoding at one width; None of all others.
         kl_weight: Its dial; None where it has none.
         speedup_measured: Speed on validation text, by the clock, over the largest width everywhere.
         output_kl_nats: Mean output KL on validation text.

@@ -2,7 +2,8 @@
 
 Between rounds a row holds its settled tokens, with keys and values of the verify widths, and its upcoming token. Drafts
 are read behind them at their own widths; a verify step cuts them off again and reads all of them in one pass. With
-nothing pending it is an ordinary step. docs/verified.md describes a round in full.
+nothing pending it is an ordinary step. Where the last tokens stood in the text before, what followed them there is
+verified at once, and nobody decides. docs/verified.md describes a round in full.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.engine.control.controller import DraftController
+from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.draft_counts import DraftCounts
-from flexquant_rl.engine.control.drafts import MOST_PENDING, Draft, RoundState
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING, check_ngram_drafts
+from flexquant_rl.engine.control.drafts import Draft, RoundState
 from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.decoding.decoder import Decoder, ExtendOutput, greedy_tokens
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.ngram import NgramIndex
 from flexquant_rl.engine.decoding.verification import settled_tokens
-from flexquant_rl.engine.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class _Row:
     counts: DraftCounts = field(default_factory=DraftCounts)
     history: RoundHistory = field(default_factory=RoundHistory)
 
+    @property
+    def is_found(self) -> bool:
+        """Whether the pending drafts were found in the text."""
+        return bool(self.drafts) and self.drafts[0].bit_widths is None
+
 
 class Rounds:
     """Runs the rounds of a decoder's rows; each row is at a place of its own in its round.
@@ -66,15 +73,17 @@ class Rounds:
         decoder: Holds R rows.
         controller: Decides for R rows.
         sampler: Chooses the tokens of R rows.
-        ngram_drafts: Drafts of a round at most that are taken from the text so far, before any step; 0 is none.
+        ngram_drafts: Drafts of a round at most that are found in the text so far, 0 looks none up; default: what the
+            policy was made with.
 
     Raises:
         InputError: If `ngram_drafts` is negative or more than a round can hold.
     """
 
     def __init__(
-        self, decoder: Decoder, controller: DraftController, sampler: Sampler, *, ngram_drafts: int = 0
+        self, decoder: Decoder, controller: DraftController, sampler: Sampler, *, ngram_drafts: int | None = None
     ) -> None:
+        ngram_drafts = controller.ngram_drafts if ngram_drafts is None else ngram_drafts
         check_ngram_drafts(ngram_drafts)
         self._decoder = decoder
         self._controller = controller
@@ -105,7 +114,7 @@ class Rounds:
         return RoundState(tuple(state.drafts), self._room(row, num_wanted), state.history)
 
     def step(self, row: int, num_wanted: int) -> Settled | None:
-        """Drafts or verifies, as the controller decides.
+        """Drafts or verifies: what is found in the text at once, all else as the controller decides.
 
         Args:
             row: Index of the row.
@@ -119,13 +128,13 @@ class Rounds:
         """
         began = time.perf_counter()
         state = self._rows[row]
-        room = self._room(row, num_wanted)
-        if room and not state.drafts and state.text is not None:
-            for token_id in state.text.continuation(min(room, self._ngram_drafts)):
-                state.drafts.append(Draft(token_id))
-                if token_id in state.eos_token_ids:
-                    break
-        decision = self._controller.decide_round(row, self.state(row, num_wanted))
+        if not state.drafts:
+            self.look_up(row, num_wanted)
+        decision = (
+            Decision(self._controller.verify_bit_widths[None])
+            if state.is_found
+            else self._controller.decide_round(row, self.state(row, num_wanted))
+        )
         if decision.verify:
             token_ids, logits = self.verify(row, decision.bit_widths[0])
             round_ms = state.round_ms + (time.perf_counter() - began) * 1e3
@@ -138,16 +147,32 @@ class Rounds:
         state.round_ms += (time.perf_counter() - began) * 1e3
         return None
 
+    def look_up(self, row: int, num_wanted: int) -> None:
+        """Begins a round with what followed the last tokens where they stood before, if they did.
+
+        Args:
+            row: Index of the row.
+            num_wanted: As for `step`.
+        """
+        state = self._rows[row]
+        room = self._room(row, num_wanted)
+        if not room or state.text is None:
+            return
+        for token_id in state.text.continuation(min(room, self._ngram_drafts)):
+            state.drafts.append(Draft(token_id))
+            if token_id in state.eos_token_ids:
+                break
+
     def draft(self, row: int, bit_widths: Tensor) -> Draft:
-        """Reads what has not been read at `[U]` draft widths; the token that follows is pending from then on."""
+        """Reads the newest token at `[U]` draft widths; the one that follows is pending from then on."""
         state = self._rows[row]
         if state.mark is None:
             state.mark = self._controller.mark()
-        unread = [state.upcoming, *(draft.token_id for draft in state.drafts)][state.num_read :]
-        output = self._read(row, unread, bit_widths)
-        state.num_read += len(unread)
+        newest = state.drafts[-1].token_id if state.drafts else state.upcoming
+        output = self._read(row, [newest], bit_widths)
+        state.num_read += 1
         draft = self._choose(row, output.logits[0, -1], bit_widths)
-        self._observe(row, output, bit_widths, [*unread[1:], draft.token_id])
+        self._observe(row, output, bit_widths, [draft.token_id])
         draft = replace(draft, top1_probability=self._controller.top1_probability(row))
         state.drafts.append(draft)
         state.counts.num_draft_steps += 1
@@ -172,8 +197,9 @@ class Rounds:
         if state.mark is not None:
             self._controller.rollback(state.mark, torch.tensor([row]))
         self._observe(row, output, bit_widths, kept)
-        state.counts.add_round(len(draft_ids), len(kept) - 1)
-        state.history = state.history.after(len(draft_ids), len(kept) - 1)
+        state.counts.add_round(len(draft_ids), len(kept) - 1, is_found=state.is_found)
+        if not state.is_found:  # what a policy did not decide says nothing of its drafts
+            state.history = state.history.after(len(draft_ids), len(kept) - 1)
         state.upcoming, state.mark = kept[-1], None
         state.drafts.clear()
         if state.text is not None:
@@ -184,7 +210,7 @@ class Rounds:
     def _room(self, row: int, num_wanted: int) -> int:
         """Drafts that still fit: a verify pass settles one token more than there are drafts, and holds them all."""
         state = self._rows[row]
-        if state.drafts and state.drafts[-1].token_id in state.eos_token_ids:
+        if state.is_found or (state.drafts and state.drafts[-1].token_id in state.eos_token_ids):
             return 0
         most = min(num_wanted - 1, self._decoder.max_length - state.length - 1, MOST_PENDING)
         return max(0, most - len(state.drafts))
@@ -215,9 +241,3 @@ class Rounds:
             return
         for place, token_id in enumerate(next_ids):
             self._controller.update(output.at(place), bit_widths[None], torch.tensor([token_id]), torch.tensor([row]))
-
-
-def check_ngram_drafts(ngram_drafts: int) -> None:
-    """Raises InputError on a number of drafts that no round can hold."""
-    if not 0 <= ngram_drafts <= MOST_PENDING:
-        raise InputError(f"ngram_drafts={ngram_drafts} must be 0 to {MOST_PENDING}; 0 looks nothing up")

@@ -20,9 +20,10 @@ from flexquant_rl.engine.control.controller import Controller, DraftController, 
 from flexquant_rl.engine.control.cost import clock_ms
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.dial import check_kl_weight
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.log_probs import TokenLogProbs, check_num_likeliest, token_log_probs
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
-from flexquant_rl.engine.control.rounds import Rounds, check_ngram_drafts
+from flexquant_rl.engine.control.rounds import Rounds
 from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput, check_vocabulary
 from flexquant_rl.engine.decoding.next_token import Greedy, NextTokens, Replay, Sampler
 from flexquant_rl.engine.errors import InputError
@@ -117,9 +118,9 @@ class PolicyRunner:
         *,
         timed: bool = False,
         first_token_ids: Tensor | None = None,
-        ngram_drafts: int = 0,
+        ngram_drafts: int | None = None,
     ) -> None:
-        check_ngram_drafts(ngram_drafts)
+        check_ngram_drafts(ngram_drafts or 0)
         self.decoder = decoder
         self.controller = controller
         self.next_tokens: NextTokens = next_tokens or Greedy()

@@ -43,6 +43,8 @@ class ServedDrafts:
         verify_bit_widths: `[U]` int64.
         decide: The function.
         sees: What it looks at; nothing else is computed.
+        ngram_drafts: Drafts of a round at most that it was made to have looked up in the text so far; 0 is none. Such
+            rounds are verified at once, and it is not asked.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ServedDrafts:
     verify_bit_widths: Tensor
     decide: DraftingPolicy
     sees: Sees
+    ngram_drafts: int = field(default=0, kw_only=True)
     _decisions: tuple[Decision, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +123,13 @@ class ServedDrafts:
 
 
 def drafts_at(
-    name: str, draft_bit_widths: Tensor, verify_bit_widths: Tensor, *, length: int, min_confidence: float = 0.0
+    name: str,
+    draft_bit_widths: Tensor,
+    verify_bit_widths: Tensor,
+    *,
+    length: int,
+    min_confidence: float = 0.0,
+    ngram_drafts: int = 0,
 ) -> ServedDrafts:
     """Drafts up to a length at the same widths, or until a draft is unsure: the rules `fixed` and `confidence`.
 
@@ -130,6 +139,7 @@ def drafts_at(
         verify_bit_widths: `[U]` int64.
         length: Drafts of a round at most, at least 1.
         min_confidence: Drafting ends with a draft whose confidence is below it; 0 never ends it.
+        ngram_drafts: See `ServedDrafts`.
 
     Raises:
         InputError: If there are no such rounds or no such confidence.
@@ -137,7 +147,13 @@ def drafts_at(
     check_drafts(length, min_confidence)
     rule, schema = rule_at(length, min_confidence), VerifiedSchema(1, length)
     decide = rule.bind(DraftingContext(schema))
-    return ServedDrafts(name, schema, draft_bit_widths[None], verify_bit_widths, decide, rule.sees)
+    levels = draft_bit_widths[None]
+    return ServedDrafts(name, schema, levels, verify_bit_widths, decide, rule.sees, ngram_drafts=ngram_drafts)
+
+
+def own_ngram_drafts(policy: object) -> int:
+    """Drafts of a round at most that a policy was made to have looked up; 0 of one that is none of ours."""
+    return policy.ngram_drafts if isinstance(policy, ServedDrafts) else 0
 
 
 def rule_at(length: int, min_confidence: float) -> DraftingRule:

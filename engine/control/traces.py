@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.drafts import MOST_PENDING
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING
 from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS, check_widths
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import check_new_directory, read_json, read_tensors, write_json, write_tensors

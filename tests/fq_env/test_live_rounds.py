@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,15 +60,19 @@ def decoder(request: pytest.FixtureRequest, nested: NestedCausalLM) -> Any:
     return request.param
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rounds_of_one_level_are_those_of_the_recording(nested: NestedCausalLM, decoder: DecoderOf, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "ngram_drafts"), [(0, 0), (1, 0), (2, 0), (0, 2), (1, 7)])
+def test_rounds_of_one_level_are_those_of_the_recording(
+    nested: NestedCausalLM, decoder: DecoderOf, seed: int, ngram_drafts: int
+) -> None:
     rng = np.random.default_rng(seed)
     eos = tuple(rng.integers(2, 250, size=60).tolist()) if seed else ()  # some texts end early
     traces = recorded(nested, decoder, eos)
-    played, _ = make_rounds(traces, COSTS, split="test", num_rows=2)
-    live, _ = make_rounds(traces, COSTS, split="test", num_rows=2, model=nested)
+    costs = replace(COSTS, controller_ms=0.01)
+    played, _ = make_rounds(traces, costs, split="test", num_rows=2, ngram_drafts=ngram_drafts)
+    live, _ = make_rounds(traces, costs, split="test", num_rows=2, model=nested, ngram_drafts=ngram_drafts)
     assert isinstance(played, TraceRounds)
     ends = dict.fromkeys(("terminated", "truncated"), 0)
+    found = 0
     rows = torch.arange(2)
     for _ in range(4):
         windows = torch.from_numpy(rng.integers(len(played.windows), size=2))
@@ -79,23 +84,28 @@ def test_rounds_of_one_level_are_those_of_the_recording(nested: NestedCausalLM, 
             np.testing.assert_array_equal(live.action_masks(), played.action_masks())
             np.testing.assert_allclose(live.signals(), played.signals(), rtol=0, atol=2e-4)
             has_drafts = played._pending > 0
+            found += int(played._is_found.sum())
             levels = np.where(has_drafts, levels, rng.integers(2, size=2))
             actions = torch.from_numpy(np.where(rng.random(2) < 0.7, levels + 1, 0))
             expected, facts = played.step(actions), live.step(actions)
             for name, value in vars(expected).items():
-                found = getattr(facts, name)
-                assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, name
+                own = getattr(facts, name)
+                assert torch.equal(own, value) if isinstance(value, torch.Tensor) else own == value, name
             for name in ends:
                 ends[name] += int(getattr(facts, name).sum())
             running = ~(facts.terminated | facts.truncated).numpy()
     assert ends["truncated"] > 0 or eos
     assert ends["terminated"] > 0 or not eos
+    assert (found > 0) == (ngram_drafts > 0), "these texts repeat themselves"
     live.close()
 
 
-def test_whatever_drafts_the_text_is_that_of_the_verify_width(nested: NestedCausalLM, decoder: DecoderOf) -> None:
+@pytest.mark.parametrize("ngram_drafts", [0, 3])
+def test_whatever_drafts_the_text_is_that_of_the_verify_width(
+    nested: NestedCausalLM, decoder: DecoderOf, ngram_drafts: int
+) -> None:
     traces = recorded(nested, decoder)
-    env = VerifiedEnvironment(traces, COSTS, split="test", model=nested, render_mode="ansi")
+    env = VerifiedEnvironment(traces, COSTS, split="test", model=nested, render_mode="ansi", ngram_drafts=ngram_drafts)
     rng = np.random.default_rng(5)
     accepted = 0
     for window, index in enumerate(traces.of_split("test")):

@@ -68,6 +68,62 @@ def stands_for(trace: SequenceTrace, position: int, level: int, pending: int) ->
     return pending
 
 
+def found_in(text: list[int], most: int) -> list[int]:
+    """Slow: what followed the last four, three or two tokens where they stood before, the last time that they did."""
+    for size in (4, 3, 2):
+        for begin in range(len(text) - size - 1, -1, -1):
+            if text[begin : begin + size] == text[-size:]:
+                return text[begin + size :][:most]
+    return []
+
+
+@pytest.mark.parametrize(("seed", "ngram_drafts"), [(0, 1), (1, 3), (2, 9)])
+def test_what_a_round_finds_is_what_stood_there_before(seed: int, ngram_drafts: int) -> None:
+    traces = random_traces(np.random.default_rng(seed))
+    plan = traces.plan
+    table = TraceTable(traces, range(len(traces.sequences)), ngram_drafts)
+    assert table.ngram_drafts == min(ngram_drafts, plan.depth)
+    for planned, trace, first in zip(plan.sequences, traces.sequences, table.first.tolist(), strict=True):
+        text = trace.token_ids.tolist()
+        for position in range(trace.num_tokens):
+            most = min(ngram_drafts, plan.draft_depth(position))
+            found = found_in([*planned.prompt_ids, *text[: position + 1]], most)
+            found = found[: found.index(EOS) + 1] if EOS in found else found
+            rest = text[position + 1 :]
+            right = next((i for i, token in enumerate(found) if i >= len(rest) or token != rest[i]), len(found))
+            place = first + position
+            assert (table.num_found[place], table.num_found_right[place]) == (len(found), right)
+        assert table.num_found[first + trace.num_tokens] == 0
+    assert table.num_found.max() == table.ngram_drafts
+    without = table.without_lookups()
+    assert without.ngram_drafts == without.num_found.max() == 0
+    assert table.num_found.any(), "a copy"
+    for wrong in (-1, 16):
+        with pytest.raises(InputError, match=f"ngram_drafts={wrong} must be 0 to 15"):
+            TraceTable(traces, [0], wrong)
+
+
+def test_rounds_that_are_found_leave_no_trace_in_what_a_policy_sees() -> None:
+    """Nobody drafts in them, and the history is that of rounds that a policy decided."""
+    traces = random_traces(np.random.default_rng(1))
+    table = TraceTable(traces, range(len(traces.sequences)), 3)
+    rounds = TraceRounds(table, toy_costs(table.num_levels, table.depth), table.num_sequences)
+    start(rounds, list(range(table.num_sequences)))
+    seen = 0
+    for _ in range(40):
+        is_found, before = rounds._is_found.copy(), (rounds._acceptance.copy(), rounds._last_round.copy())
+        assert not rounds.action_masks()[is_found, 1:].any()
+        facts = rounds.step(torch.ones(table.num_sequences, dtype=torch.int64))
+        assert facts.is_verify.numpy()[is_found].all()
+        for kept, now in zip(before, (rounds._acceptance, rounds._last_round), strict=True):
+            np.testing.assert_array_equal(kept[is_found], now[is_found])
+        seen += int(is_found.sum())
+        over = (facts.terminated | facts.truncated).nonzero()[:, 0]
+        if len(over):
+            rounds.start(over, over, torch.ones(len(over)), torch.zeros_like(over))
+    assert seen > 5
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_mixed_round_takes_the_earliest_chain_that_fits(seed: int) -> None:
     traces = random_traces(np.random.default_rng(seed), accepted=0.85)

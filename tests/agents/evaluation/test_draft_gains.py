@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from flexquant_rl.agents.evaluation.comparison import ENOUGH_SEEDS
-from flexquant_rl.agents.evaluation.draft_rows import DraftRow, gain, interval_method
-from flexquant_rl.agents.evaluation.resampling import document_weights, seed_weights
+from flexquant_rl.agents.evaluation.draft_rows import DraftRow, gain
+from flexquant_rl.agents.evaluation.resampling import ENOUGH_SEEDS, document_weights, interval_method, seed_weights
 
 DOCUMENTS = (0, 0, 1, 2, 3, 4, 5, 5, 6, 7)
 
@@ -77,12 +76,11 @@ def test_few_seeds_are_these_very_seeds_on_other_documents(times: np.ndarray) ->
     found = gain(rows, row(base))
     assert "(95% interval over documents " in found.words()
     assert "the seeds" not in found.words()
-    text, about_seeds = interval_method([row(base), *rows])
+    text, about_seeds = interval_method(8, len(rows))
     assert "resample the 8 documents" in text
     assert "With 4 training seeds nothing is said about another training" in about_seeds
-    fifth = row(seeds[ENOUGH_SEEDS - 1], seed=ENOUGH_SEEDS)
-    assert "draw the 5 training seeds too" in interval_method([row(base), *rows, fifth])[1]
-    assert len(interval_method([row(base)])) == 1
+    assert "draw the 5 training seeds too" in interval_method(8, ENOUGH_SEEDS)[1]
+    assert len(interval_method(8, 0)) == 1
 
 
 def test_one_document_gives_no_interval_however_many_seeds(times: np.ndarray) -> None:
@@ -98,4 +96,5 @@ def test_seeds_are_not_drawn_as_documents_are() -> None:
     assert documents.shape == seeds.shape
     np.testing.assert_allclose(seeds.sum(1), 1)
     np.testing.assert_array_equal(seeds[0], np.full(5, 0.2))
-    assert abs(np.corrcoef(documents[1:, 0], seeds[1:, 0])[0, 1]) < 0.1
+    correlations = [np.corrcoef(documents[1:, index], seeds[1:, index])[0, 1] for index in range(5)]
+    assert abs(np.mean(correlations)) < 0.1

@@ -29,6 +29,7 @@ from flexquant_rl.engine.control.drafting_rules import (
     BanditPolicy,
     ConfidenceStop,
     FixedRounds,
+    Lookups,
     MovingAverage,
     Plain,
     ProductStop,
@@ -44,9 +45,9 @@ from flexquant_rl.fq_env.trace_table import TraceTable
 COSTS = toy_costs(3, 4)
 
 
-def table_of(seed: int, **options: float) -> TraceTable:
+def table_of(seed: int, ngram_drafts: int = 0, **options: float) -> TraceTable:
     traces = random_traces(np.random.default_rng(seed), **options)  # type: ignore[arg-type]
-    return TraceTable(traces, range(len(traces.sequences)))
+    return TraceTable(traces, range(len(traces.sequences)), ngram_drafts)
 
 
 def test_plain_decoding_is_one() -> None:
@@ -139,18 +140,49 @@ def fastest(table: TraceTable, costs: VerifyCosts, place: int, left: int) -> flo
             drafting += min(right)
         rest = fastest(table, costs, place + length + 1, left - length - 1)
         options.append(drafting + costs.verify_ms[length] + rest)
+    found = int(table.num_found[place])
+    if found:
+        gained = min(int(table.num_found_right[place]) + 1, left)
+        options.append(costs.verify_ms[found] + fastest(table, costs, place + gained, left - gained))
     return min(options)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_bound_is_the_fastest_there_is(seed: int) -> None:
-    table = table_of(seed, max_new_tokens=9)
+@pytest.mark.parametrize(("seed", "ngram_drafts"), [(0, 0), (1, 0), (2, 0), (1, 2), (2, 4)])
+def test_the_bound_is_the_fastest_there_is(seed: int, ngram_drafts: int) -> None:
+    table = table_of(seed, ngram_drafts, max_new_tokens=9)
     played = clairvoyant(table, COSTS)
     ends = zip(table.first.tolist(), table.num_tokens.tolist(), strict=True)
     expected = [fastest(table, COSTS, first, num_tokens) for first, num_tokens in ends]
     np.testing.assert_allclose(played.time_steps, expected)
     assert played.num_tokens.tolist() == table.num_tokens.tolist()
-    assert (played.num_rounds + played.num_accepted).tolist() == table.num_tokens.tolist()
+    assert ((played.num_rounds + played.num_accepted) >= table.num_tokens).all()  # a text may end within a round
+    if not ngram_drafts:
+        assert (played.num_rounds + played.num_accepted).tolist() == table.num_tokens.tolist()
+
+
+def test_rounds_that_find_their_drafts_are_played_by_all_but_plain_decoding() -> None:
+    """Found rounds cost their pass and no decision; what is not found is decided, or a plain round."""
+    table = table_of(2, 3, max_new_tokens=15)
+    costs = replace(COSTS, controller_ms=0.25)
+    assert table.num_found.any()
+    assert table.num_found_right.any()
+    expected, rounds, drafted = [], 0, 0
+    for first, num_tokens in zip(table.first.tolist(), table.num_tokens.tolist(), strict=True):
+        time, place = 0.0, first
+        while place < first + num_tokens:
+            found = int(table.num_found[place])
+            time += costs.verify_ms[found] + (0 if found else costs.controller_ms)
+            place, rounds, drafted = place + int(table.num_found_right[place]) + 1, rounds + 1, drafted + found
+        expected.append(time)
+    silent = play(table, costs, lambda seen: np.zeros(len(seen), dtype=np.int64))
+    np.testing.assert_allclose(silent.time_steps, expected)
+    assert (silent.num_rounds.sum(), silent.num_drafted.sum()) == (rounds, drafted)
+    alone = play_rule(table, context_of(table, costs), Lookups())
+    np.testing.assert_array_equal(alone.num_rounds, silent.num_rounds)
+    assert (alone.time_steps <= silent.time_steps).all(), "nobody decides there"
+    plain = play_rule(table, context_of(table, costs), Plain())
+    assert not plain.num_drafted.any()
+    assert plain.num_rounds.tolist() == table.num_tokens.tolist()
 
 
 @pytest.mark.parametrize("family", RULES, ids=lambda family: family.family)
@@ -228,6 +260,17 @@ def test_acceptance_counts_every_position() -> None:
     np.testing.assert_array_equal(counted.reached.sum(0), reached)
     np.testing.assert_array_equal(counted.kept.sum(0), kept)
     np.testing.assert_allclose(counted.mean_by_level(), kept.sum(1) / reached.sum(1))
+
+
+def test_rules_weigh_the_acceptance_of_places_where_they_are_asked() -> None:
+    table = table_of(2, 3, accepted=0.6)
+    agreement = table.agreement.copy()
+    table.agreement[table.num_found > 0] = 0  # wherever something is found, every draft is wrong
+    asked = acceptance(table, where_asked=True)
+    np.testing.assert_allclose(context_of(table, COSTS).acceptance, asked.mean_by_level())
+    assert (asked.mean_by_level() > acceptance(table).mean_by_level()).all()
+    table.agreement[table.num_found > 0] = agreement[table.num_found > 0]
+    np.testing.assert_array_equal(acceptance(table, where_asked=True).kept, asked.kept)
 
 
 def test_intervals_hold_the_value() -> None:

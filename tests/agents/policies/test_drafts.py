@@ -48,6 +48,15 @@ def test_a_whole_width_is_everywhere_and_needs_no_profile() -> None:
     )
 
 
+def test_drafts_by_name_look_up_seven_tokens_unless_they_say_otherwise() -> None:
+    schema = SignalSchema(3, (3, 8))
+    assert Drafts(3).at_one_width(schema).ngram_drafts == 7
+    named = parse_drafts("draft:3,ngrams=0")
+    assert named is not None
+    bound = named.at_one_width(schema)
+    assert (bound.name, bound.ngram_drafts) == ("draft:3,ngrams=0", 0)
+
+
 def test_a_mean_width_is_a_knapsack_and_the_largest_width_verifies() -> None:
     context = fake_context()
     bound = Drafts(4.5).bind(context)
@@ -65,6 +74,7 @@ def test_a_mean_width_is_a_knapsack_and_the_largest_width_verifies() -> None:
         ("draft:6,verify=6", "width=6 of the drafts is not below the verify width 6"),
         ("draft:3,verify=9", "verify=9 is no width"),
         ("draft:", "width is missing"),
+        ("draft:3,ngrams=16", "ngrams=16 must be 0 to 15"),
     ],
 )
 def test_names_that_make_no_drafts(name: str, message: str) -> None:

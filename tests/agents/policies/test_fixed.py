@@ -26,7 +26,7 @@ def test_the_width_is_everywhere() -> None:
 
 @pytest.mark.parametrize("width", [0, 9, -4])
 def test_no_width_of_any_model(width: int) -> None:
-    with pytest.raises(InputError, match=f"bit_width={width} is no width; choose one from 1 to 8"):
+    with pytest.raises(InputError, match=f"bit_width={width} is no width, which is from 1 to 8"):
         Fixed(width)
 
 

@@ -28,7 +28,7 @@ def test_it_is_the_nearest_point_of_the_front() -> None:
 
 @pytest.mark.parametrize("mean", [0.5, 8.1, math.nan])
 def test_no_mean_of_any_model(mean: float) -> None:
-    with pytest.raises(InputError, match="is no width; choose one from 1 to 8"):
+    with pytest.raises(InputError, match="is no width, which is from 1 to 8"):
         Knapsack(mean)
 
 

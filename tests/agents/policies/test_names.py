@@ -88,7 +88,7 @@ def test_other_ways_to_write_a_name(name: str, expected: UnboundPolicy) -> None:
         ("entropy:1.5,true", "'true' is not key=value; entropy has threshold_nats"),
         ("fixed:4,", "'' is not key=value; fixed has bit_width"),
         ("entropy:1.5,threshold_nats=2", "threshold_nats is given twice"),
-        ("fixed:0", "bit_width=0 is no width; choose one from 1 to 8"),
+        ("fixed:0", "bit_width=0 is no width, which is from 1 to 8"),
         ("random:9", "mean_bit_width=9 is no width"),
         ("random:4.5,seed=-1", "seed=-1 seeds nothing"),
         ("entropy:1.5,spread_nats=0", "spread_nats=0 is not a finite range"),

@@ -53,7 +53,7 @@ def test_the_draws_are_those_of_published_tables() -> None:
 
 @pytest.mark.parametrize("mean", [0.9, 8.1, math.nan])
 def test_no_mean_of_any_model(mean: float) -> None:
-    with pytest.raises(InputError, match="is no width; choose one from 1 to 8"):
+    with pytest.raises(InputError, match="is no width, which is from 1 to 8"):
         RandomWidths(mean)
 
 

@@ -13,13 +13,16 @@ from cli_runner import Finished, run, write_text
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexquant_rl import cli
-from flexquant_rl.agents.config import DraftsBench
+from flexquant_rl.agents.commands import servable
+from flexquant_rl.agents.config import DraftsBench, TrainConfig
+from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.runs import bench_drafts as module
 from flexquant_rl.agents.runs.bench_drafts import LLAMA_CPP, LLAMA_CPP_DRAFTS, Contender, Turn, bench_drafts, take_turns
 from flexquant_rl.engine.benches.clocks import WALL
 from flexquant_rl.engine.benches.harness import BenchRefusedError
 from flexquant_rl.engine.benches.llama_cpp import has_llama_cpp
 from flexquant_rl.engine.control.draft_counts import DraftCounts
+from flexquant_rl.engine.control.draft_limits import NGRAM_DRAFTS
 from flexquant_rl.engine.control.traces import PlannedSequence
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import nest
@@ -62,9 +65,30 @@ def test_rows_of_ours(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
         assert row["same_prompts"] == 3
         assert row["tokens_per_pass"] >= 1
         assert row["times_faster_than"].keys() == {"fixed:8"}
-        assert row["ngram_drafts"] == 0
+        assert row["ngram_drafts"] == NGRAM_DRAFTS
     assert low["all_tokens"] == 3 * 14, "a lossy policy may give another text, and says how far it goes along"
     assert finished.out.startswith("provider")
+
+
+@needs_library
+def test_only_what_weighs_units_is_bound_to_the_profile(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Binding measures the static front, which takes minutes of a real model."""
+    profile = tmp_path / "profile.json"
+    run(cli.main, "profile", tiny_model_dir, "--source", "roofline", "--text", text, "--out", profile)
+    prepared: list[object] = []
+
+    def counted(config: TrainConfig, *others: Any) -> Prepared:
+        prepared.append(config)
+        return prepare(config, *others)
+
+    monkeypatch.setattr(servable, "prepare", counted)
+    policies = ("draft:3,length=2", "draft:3.5,length=2", "fixed:3")
+    model = ("--model", tiny_model_dir, "--text", text, "--no-peers", "--profile", profile)
+    rows = run(cli.main, "bench", "drafts", *model, *SIZES, "--policy", *policies).result["rows"]
+    assert [row["policy"] for row in rows] == ["fixed:8", *policies]
+    assert len(prepared) == 1
 
 
 @needs_library
@@ -97,17 +121,16 @@ def test_all_threads_have_one_text(
 
 @needs_library
 def test_ngram_drafts(tiny_model_dir: Path, text: Path) -> None:
-    """What drafts from the text so far has other rounds and the same text; what does not draft has none."""
-    ours = bench(tiny_model_dir, text, "--no-peers").result["rows"]
-    plain, *drafts, low = bench(tiny_model_dir, text, "--no-peers", "--ngram-drafts", 4).result["rows"]
-    assert not {"ngram_drafts"} & (plain.keys() | low.keys())
-    for row, without in zip(drafts, ours[1:], strict=False):
-        assert row["ngram_drafts"] == 4
+    """What finds drafts in the text has other rounds and the same text, and they are counted apart."""
+    names = ("draft:3,length=2,ngrams=0", "draft:3,length=2,ngrams=4", "fixed:3")
+    model = ("--model", tiny_model_dir, "--text", text, "--no-peers")
+    plain, without, found, low = run(cli.main, "bench", "drafts", *model, *SIZES, "--policy", *names).result["rows"]
+    assert not {"ngram_drafts", "acceptance_of_found"} & (plain.keys() | low.keys())
+    assert (without["ngram_drafts"], found["ngram_drafts"]) == (0, 4)
+    assert without["acceptance_of_found"] is None
+    assert 0 < found["acceptance_of_found"] <= 1
+    for row in (without, found):
         assert row["same_tokens"] == row["all_tokens"] == 3 * 14
-        assert (row["tokens_per_pass"], row["acceptance"]) != (without["tokens_per_pass"], without["acceptance"])
-    refused = run(cli.main, "bench", "drafts", "--model", tiny_model_dir, "--policy", "fixed:3", "--ngram-drafts", 4)
-    assert refused.code == 2
-    assert "--ngram-drafts 4 is for drafts, and none of fixed:8, fixed:3 makes any" in refused.error
 
 
 @needs_library
@@ -211,7 +234,6 @@ def test_another_text_is_refused() -> None:
         ({"threads": ()}, "--threads 1 2"),
         ({"temperature": -1.0}, "temperature=-1"),
         ({"policy": ("draft:3", "draft:3")}, "names one policy twice"),
-        ({"ngram_drafts": 16}, "ngram_drafts=16 must be 0 to 15"),
         ({"draft_lengths": (0, 3)}, "--draft-lengths 3 5 8"),
         ({"p_min": (1.0,)}, "--p-min 0 0.75"),
     ],

@@ -21,7 +21,7 @@ import pytest
 from cli_runner import ROOT
 from http_server import Running, completion, events, eventually, refusal, running
 
-from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.agents.commands.servable import Servable, load_servable
 
 pytestmark = pytest.mark.usefixtures("endless")
 
@@ -39,8 +39,9 @@ def begun(client: httpx.Client, path: str = "/v1/completions", body: dict[str, A
 
 @pytest.fixture(scope="module")
 def small(embedded_drafts: Servable) -> Iterator[Running]:
-    """One slot, and one place to wait."""
-    with running(embedded_drafts, slots=1, queue=1) as found:
+    """One slot, and one place to wait. Nothing is looked up in the text, so that a long request takes its time."""
+    slow = load_servable("default", "draft:3,length=3,ngrams=0", loaded=embedded_drafts.model)
+    with running(slow, slots=1, queue=1) as found:
         yield found
 
 

@@ -30,6 +30,7 @@ from flexquant_rl.engine.control.drafting_rules import (
 )
 from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.served_drafts import own_ngram_drafts
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.verified_signals import Observations, VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts, modelled_costs
@@ -102,6 +103,15 @@ def test_what_is_loaded_decides_as_what_was_saved(policy: DeployedDrafts, tmp_pa
     assert data["drafts"]["levels"] == [3.333, 4.0]
 
 
+def test_what_is_looked_up_is_saved_with_the_policy(tmp_path: Path) -> None:
+    path = save(deploy_rule("rule", SCHEMA, LEVELS, VERIFY, CARD, DraftsFacts(FixedRounds(0, 2)), 5), tmp_path / "rule")
+    file = path / "policy.json"
+    data = json.loads(file.read_text())
+    assert own_ngram_drafts(load_policy(path)) == data["drafts"].pop("ngram_drafts") == 5
+    file.write_text(json.dumps(data))  # as policies were before anything was looked up
+    assert own_ngram_drafts(load_policy(path)) == 0
+
+
 def test_a_network_says_what_it_looks_at() -> None:
     frugal, seen = make_frugal_net(), observations()
     assert (frugal.sees, make_net().sees) == ("confidences", "signals")
@@ -126,6 +136,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         (lambda data: data["drafts"].pop("rule"), "KeyError"),
         (lambda data: data["drafts"].update(costs={}), "not a whole policy of drafts"),
         (lambda data: data["drafts"].update(acceptance=[1, None]), "acceptance is not 2 finite numbers"),
+        (lambda data: data["drafts"].update(ngram_drafts=2.5), "ngram_drafts is no whole number"),
+        (lambda data: data["drafts"].update(ngram_drafts=16), "ngram_drafts=16 must be 0 to 15"),
         (lambda data: data["drafts"].update(speedup_validation="fast"), "speedup_validation is no finite number"),
         (lambda data: data["drafts"].update(rule={"family": "none", "parameters": {}}), "KeyError"),
         (lambda data: data["drafts"].update(rule=rule_to_dict(FixedRounds(0, 1))), "a rule has no weights"),

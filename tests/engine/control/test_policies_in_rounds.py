@@ -23,9 +23,10 @@ from random_models import tiny_causal_lm, tiny_config
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import DraftController, TorchController, make_controller
 from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING
 from flexquant_rl.engine.control.drafting_net import DraftingNet
 from flexquant_rl.engine.control.drafting_rules import RULES, DraftingContext, EntropyBound
-from flexquant_rl.engine.control.drafts import MOST_PENDING, DraftPolicy
+from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.profile import unmeasured_profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.rounds import Rounds
@@ -147,8 +148,9 @@ def test_sampled_text_has_the_distribution_of_the_verify_width(kind: str, ngram_
             settled = rounds.step(0, num_tokens - len(text))
             text += [] if settled is None else settled.token_ids
         counts[tuple(text)] = counts.get(tuple(text), 0) + 1
-        drafted += sum(rounds.counts(0).drafted)
-        accepted += sum(rounds.counts(0).accepted)
+        known = rounds.counts(0)
+        drafted += sum(known.drafted) + known.num_found
+        accepted += sum(known.accepted) + known.num_found_accepted
     assert drafted > num_trials / 10
     assert 0.1 < accepted / drafted < 0.97, "all accepted or none, either proves little"
     assert chi_square_p(counts, num_trials, num_tokens) > 1e-3

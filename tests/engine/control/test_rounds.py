@@ -24,7 +24,8 @@ from flexquant_rl.engine.control.controller import (
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.draft_counts import DraftCounts
-from flexquant_rl.engine.control.drafts import MOST_PENDING, Draft, DraftPolicy, RoundState
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING
+from flexquant_rl.engine.control.drafts import Draft, DraftPolicy, RoundState
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request
 from flexquant_rl.engine.control.rounds import Rounds
@@ -32,9 +33,11 @@ from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.control.served_drafts import drafts_at
 from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.next_token import Sampler
+from flexquant_rl.engine.decoding.ngram import NgramIndex
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.serving import Engine
 
 pytestmark = pytest.mark.usefixtures("endless")
 
@@ -301,6 +304,64 @@ def test_a_policy_that_drafts_without_room_is_told(nested_model: NestedCausalLM,
         list(runner_of(nested_model, profile, policy).generate([Request(ids_of("hello"), 40)]))
 
 
+def test_what_is_found_in_the_text_is_verified_at_once(nested_model: NestedCausalLM, profile: Profile) -> None:
+    """Nobody is asked in such a round, nothing is drafted, and the history stays that of the policy's own rounds."""
+    policy = Watching("watching", all_at(nested_model, 3), all_at(nested_model, 8), 2)
+    runner = runner_of(nested_model, profile, policy)
+    prompt = ids_of("abc abx abc abx abc ab")
+    runner.start(prompt[None], torch.ones(1))
+    assert isinstance(runner.controller, DraftController)
+    rounds = Rounds(runner.decoder, runner.controller, Sampler(1), ngram_drafts=4)
+    text = [int(runner.upcoming_token_ids[0])]
+    rounds.begin(0, prompt.tolist(), text[0])
+    found = 0
+    while len(text) < 40:
+        asked, steps, history = len(policy.seen), rounds.counts(0).num_draft_steps, rounds.state(0, 40).history
+        before = rounds.counts(0).num_found, rounds.counts(0).num_found_accepted
+        wanted = NgramIndex([*prompt.tolist(), *text]).continuation(4)
+        settled = rounds.step(0, 40)
+        if wanted:
+            assert len(wanted) <= 4
+            assert settled is not None
+            assert settled.token_ids[:-1] == wanted[: len(settled.token_ids) - 1]
+            assert bool((settled.bit_widths == 8).all())
+            assert (asked, steps) == (len(policy.seen), rounds.counts(0).num_draft_steps)
+            assert rounds.state(0, 40).history is history
+            counts = rounds.counts(0)
+            new = counts.num_found - before[0], counts.num_found_accepted - before[1]
+            assert new == (len(wanted), len(settled.token_ids) - 1)
+            found += 1
+        while settled is None:
+            settled = rounds.step(0, 40)
+        text += settled.token_ids
+    assert found > 2
+    assert policy.seen, "where nothing is found the policy is asked"
+
+
+def test_a_policy_looks_up_what_it_was_made_to(nested_model: NestedCausalLM, profile: Profile) -> None:
+    """Unless the caller says otherwise; a policy of somebody else's looks nothing up."""
+    widths = (all_at(nested_model, 3), all_at(nested_model, 8))
+    ours = drafts_at("ours", *widths, length=2, ngram_drafts=5)
+    request = Request(ids_of("abc abx abc abx abc ab"), 30)
+
+    def counts(policy: DraftPolicy, ngram_drafts: int | None) -> DraftCounts:
+        controller = make_controller(nested_model, policy, profile)
+        runner = PolicyRunner(session_opener(nested_model)(1), controller, ngram_drafts=ngram_drafts)
+        *_, last = runner.generate([request])
+        assert last.draft_counts is not None
+        return last.draft_counts
+
+    assert counts(ours, None) == counts(ours, 5) != counts(ours, 0)
+    assert counts(ours, 5).num_found > 2
+    assert counts(ours, 0).num_found == 0
+    others = Watching("others", *widths, 2)
+    assert counts(others, None).num_found == 0
+    engine = Engine(nested_model, ours, profile)
+    *_, last = engine.generate(request)
+    assert last.draft_counts == counts(ours, 5)
+    engine.close()
+
+
 @pytest.mark.parametrize("ngram_drafts", [0, 5])
 def test_sampled_rows_together_equal_each_alone(
     nested_model: NestedCausalLM, profile: Profile, ngram_drafts: int
@@ -432,3 +493,8 @@ def test_what_is_dropped_does_not_count() -> None:
     counts.add_round(3, 1)
     counts.drop(1)
     assert (counts.drafted, counts.accepted, counts.num_tokens) == ([3, 2], [3, 1], 5)
+    counts.add_round(7, 5, is_found=True)
+    assert (counts.num_found, counts.num_found_accepted, counts.num_tokens) == (7, 5, 11)
+    counts.drop(3)  # of five accepted and the token gained, three were taken
+    assert (counts.num_found, counts.num_found_accepted, counts.num_tokens) == (3, 3, 8)
+    assert counts.drafted == [3, 2], "counted apart"

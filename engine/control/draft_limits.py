@@ -1,0 +1,17 @@
+"""How many drafts a round holds, and how many of them are looked up. Imports nothing that is slow."""
+
+from __future__ import annotations
+
+from flexquant_rl.engine.errors import InputError
+
+MOST_PENDING = 15
+"""Drafts of a round at most: with the upcoming token they are the 16 tokens that one native pass reads."""
+NGRAM_DRAFTS = 7
+"""Drafts that are looked up unless told otherwise: with the upcoming token they are eight, as many as the
+CPU kernels keep the sums of at once."""
+
+
+def check_ngram_drafts(ngram_drafts: int, name: str = "ngram_drafts") -> None:
+    """Raises InputError, which calls it by that name, on a number of drafts that no round can hold."""
+    if not 0 <= ngram_drafts <= MOST_PENDING:
+        raise InputError(f"{name}={ngram_drafts} must be 0 to {MOST_PENDING}; 0 looks nothing up")
