@@ -23,7 +23,7 @@ from random_models import tiny_causal_lm, tiny_config
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.controller import DraftController, TorchController, make_controller
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.draft_limits import MOST_PENDING
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING, NGRAM_DRAFTS
 from flexquant_rl.engine.control.drafting_net import DraftingNet
 from flexquant_rl.engine.control.drafting_rules import RULES, DraftingContext, EntropyBound
 from flexquant_rl.engine.control.drafts import DraftPolicy
@@ -210,11 +210,11 @@ def identity_policies(model: NestedCausalLM) -> dict[str, tuple[DraftPolicy, int
     full = torch.full((model.num_units,), max(model.bit_widths))
     for index, (width, length) in enumerate(((3, 1), (4, 7), (5, 2), (6, MOST_PENDING), (3, 4))):
         policy = drafts_at(f"draft:{width},length={length}", torch.full_like(full, width), full, length=length)
-        found[policy.name] = (policy, 1 + index % 2, 4 * (index == 4))
+        found[policy.name] = (policy, 1 + index % 2, NGRAM_DRAFTS * (index == 4))
     for index, kind in enumerate(KINDS):
         low, high = ((3, 4), (3, 6), (4, 5))[index % 3]
         policy = policy_of(kind, model.num_units, low=low, high=high)
-        found[f"{kind} at {low} and {high}"] = (policy, 2 - index % 2, 3 * (index % 4 == 2))
+        found[f"{kind} at {low} and {high}"] = (policy, 2 - index % 2, (0, 3, NGRAM_DRAFTS)[index % 3])
     return found
 
 
