@@ -128,7 +128,7 @@ class LiveRounds:
                 latency_ms[row] += self.costs.draft_ms[action - 1]
                 continue
             pending = self._state(row).pending
-            if pending and pending[0].bit_widths is None:  # found in the text: nobody is asked
+            if pending and pending[0].is_found:  # nobody is asked
                 latency_ms[row] = 0
             latency_ms[row] += self.costs.verify_ms[len(pending)]
             kept, _ = self._rounds.verify(row, self._verify_widths)

@@ -124,9 +124,8 @@ class TraceTable:
         future = self.token_ids[begin : self._end[begin] + 1].tolist()
         for position, token_id in enumerate(future[:-1]):
             text.add(token_id)
-            found = text.continuation(min(self.ngram_drafts, plan.max_new_tokens - 1 - position))
-            ends = (place for place, found_id in enumerate(found, 1) if found_id in plan.eos_token_ids)
-            found = found[: next(ends, len(found))]
+            most = min(self.ngram_drafts, plan.max_new_tokens - 1 - position)
+            found = text.continuation(most, plan.eos_token_ids)
             self.num_found[begin + position] = len(found)
             pairs = zip(found, future[position + 1 :], strict=False)
             self.num_found_right[begin + position] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

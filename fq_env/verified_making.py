@@ -162,8 +162,13 @@ class VectorVerifiedEnvironment(VectorEnvironment, EzPickle):
         model: str | os.PathLike[str] | NestedCausalLM | None = None,
         ngram_drafts: int = 0,
     ) -> None:
-        arguments: dict[str, Any] = {"traces": traces, "costs": costs, "split": split, "model": model}
-        arguments["ngram_drafts"] = ngram_drafts
+        arguments: dict[str, Any] = {
+            "traces": traces,
+            "costs": costs,
+            "split": split,
+            "model": model,
+            "ngram_drafts": ngram_drafts,
+        }
         EzPickle.__init__(self, num_envs, render_mode, **arguments)
         if model is None:
             _refuse_rendering(render_mode)

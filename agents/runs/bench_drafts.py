@@ -352,14 +352,14 @@ def _draft_facts(contender: Contender) -> dict[str, Any]:
     passes = sum(one.num_verify_passes for one in known)
     if not passes:
         return {}
-    counted = {
-        "acceptance": [(sum(one.accepted), sum(one.drafted)) for one in known],
-        "acceptance_of_found": [(one.num_found_accepted, one.num_found) for one in known],
-    }
-    shares = {name: [sum(column) for column in zip(*pairs, strict=True)] for name, pairs in counted.items()}
+
+    def share(kept: int, made: int) -> float | None:
+        return round(kept / made, 3) if made else None
+
     return {
         "tokens_per_pass": round(sum(one.num_tokens for one in known) / passes, 3),
-        **{name: round(kept / made, 3) if made else None for name, (kept, made) in shares.items()},
+        "acceptance": share(sum(sum(one.accepted) for one in known), sum(sum(one.drafted) for one in known)),
+        "acceptance_of_found": share(sum(one.num_found_accepted for one in known), sum(one.num_found for one in known)),
     }
 
 

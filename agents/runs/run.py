@@ -139,8 +139,7 @@ def _load(run_dir: Path) -> tuple[TrainConfig, Swept | None]:
         data = read_json(path)
         if data["version"] != RUN_VERSION:
             raise InputError(f"{path}: run version {data['version']}, this is {RUN_VERSION}; start a new run")
-        verified = data["config"]["verified"]
-        verified.setdefault("ngram_drafts", 0)  # runs from before anything was looked up
+        data["config"]["verified"].setdefault("ngram_drafts", 0)  # runs from before anything was looked up
         config: TrainConfig = _from_dict(TrainConfig, data["config"])
         swept = data.get("sweep")
         if swept is not None:

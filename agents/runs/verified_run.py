@@ -34,14 +34,7 @@ from flexquant_rl.agents.evaluation.draft_rows import (
     findings,
     with_clock,
 )
-from flexquant_rl.agents.evaluation.drafting import (
-    Played,
-    clairvoyant,
-    hindsight,
-    play,
-    play_rule,
-    tuned,
-)
+from flexquant_rl.agents.evaluation.drafting import Played, clairvoyant, hindsight, play, play_rule, tuned
 from flexquant_rl.agents.evaluation.evaluate import measured_time_shares
 from flexquant_rl.agents.evaluation.rows import ROWS_FILE, write_rows
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, get_type_hints
+from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,14 +89,13 @@ def rule_name(rule: DraftingRule) -> str:
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Never drafts: one pass per token."""
+class _DraftsNothing:
+    """Always verifies, at its only setting."""
 
-    family: ClassVar[str] = "plain"
     sees: ClassVar[Sees] = "nothing"
 
     @classmethod
-    def grid(cls, schema: VerifiedSchema) -> Iterator[Plain]:
+    def grid(cls, schema: VerifiedSchema) -> Iterator[Self]:
         """The only setting."""
         yield cls()
 
@@ -106,20 +105,17 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Lookups:
+class Plain(_DraftsNothing):
+    """Never drafts: one pass per token."""
+
+    family: ClassVar[str] = "plain"
+
+
+@dataclass(frozen=True)
+class Lookups(_DraftsNothing):
     """Drafts nothing at few bits, and still has rounds: what is found in the text is verified (prompt lookup)."""
 
     family: ClassVar[str] = "lookups"
-    sees: ClassVar[Sees] = "nothing"
-
-    @classmethod
-    def grid(cls, schema: VerifiedSchema) -> Iterator[Lookups]:
-        """The only setting."""
-        yield cls()
-
-    def bind(self, context: DraftingContext) -> DraftingPolicy:
-        """See `DraftingRule`."""
-        return lambda observations: np.zeros(len(observations), dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Draft:
     probs: Tensor | None = None
     top1_probability: float | None = None
 
+    @property
+    def is_found(self) -> bool:
+        """Whether it was found in the text so far."""
+        return self.bit_widths is None
+
     @cached_property
     def confidence(self) -> float | None:
         """Probability of the likeliest token where this one was chosen, at temperature 1; None without logits."""

@@ -47,14 +47,13 @@ class Settled:
 
 @dataclass
 class _Row:
-    """The round of one row. The cache holds `num_read` tokens behind the `length` settled ones."""
+    """The round of one row. The cache holds a token behind the `length` settled ones for every draft step."""
 
     upcoming: int
     length: int
     text: NgramIndex | None
     eos_token_ids: tuple[int, ...] = ()
     drafts: list[Draft] = field(default_factory=list)
-    num_read: int = 0
     mark: Any = None
     round_ms: float = 0.0
     counts: DraftCounts = field(default_factory=DraftCounts)
@@ -63,7 +62,7 @@ class _Row:
     @property
     def is_found(self) -> bool:
         """Whether the pending drafts were found in the text."""
-        return bool(self.drafts) and self.drafts[0].bit_widths is None
+        return bool(self.drafts) and self.drafts[0].is_found
 
 
 class Rounds:
@@ -158,10 +157,7 @@ class Rounds:
         room = self._room(row, num_wanted)
         if not room or state.text is None:
             return
-        for token_id in state.text.continuation(min(room, self._ngram_drafts)):
-            state.drafts.append(Draft(token_id))
-            if token_id in state.eos_token_ids:
-                break
+        state.drafts += map(Draft, state.text.continuation(min(room, self._ngram_drafts), state.eos_token_ids))
 
     def draft(self, row: int, bit_widths: Tensor) -> Draft:
         """Reads the newest token at `[U]` draft widths; the one that follows is pending from then on."""
@@ -170,7 +166,6 @@ class Rounds:
             state.mark = self._controller.mark()
         newest = state.drafts[-1].token_id if state.drafts else state.upcoming
         output = self._read(row, [newest], bit_widths)
-        state.num_read += 1
         draft = self._choose(row, output.logits[0, -1], bit_widths)
         self._observe(row, output, bit_widths, [draft.token_id])
         draft = replace(draft, top1_probability=self._controller.top1_probability(row))
@@ -185,9 +180,8 @@ class Rounds:
             The accepted drafts and the token gained, K in all, and the logits `[K, vocab]` that they follow from.
         """
         state = self._rows[row]
-        if state.num_read:
+        if state.drafts and not state.is_found:  # they were read as they were made
             self._cut(row)
-            state.num_read = 0
         draft_ids = [draft.token_id for draft in state.drafts]
         output = self._read(row, [state.upcoming, *draft_ids], bit_widths)
         kept = settled_tokens(output.logits[0], draft_ids, [draft.probs for draft in state.drafts], self._sampler, row)

@@ -5,7 +5,7 @@ This is prompt lookup decoding (Saxena 2023). It pays where a text repeats itsel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 # A pair of tokens is found often and continued wrongly often; longer runs are asked first.
 _SIZES = (4, 3, 2)
@@ -33,11 +33,18 @@ class NgramIndex:
                 self._ends[tuple(self._text[end - size :])] = end
         self._text.append(token_id)
 
-    def continuation(self, most: int) -> list[int]:
-        """What followed the longest run that ends the text where it stood last, at most `most` tokens, perhaps none."""
+    def continuation(self, most: int, ends: Container[int] = ()) -> list[int]:
+        """What followed the longest run that ends the text where it stood last, perhaps nothing.
+
+        Args:
+            most: Tokens at most.
+            ends: Nothing follows any of these.
+        """
         for size in _SIZES:
             if size <= len(self._text):
                 end = self._ends.get(tuple(self._text[-size:]))
                 if end is not None:
-                    return self._text[end : end + most]
+                    found = self._text[end : end + most]
+                    last = next((place for place, token_id in enumerate(found, 1) if token_id in ends), most)
+                    return found[:last]
         return []
