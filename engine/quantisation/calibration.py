@@ -8,7 +8,7 @@ The inputs are those of the unquantised model: moments gathered after quantised 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Tokens of one pass: bounds the memory of activations.
 _BATCH_TOKENS = 2048
+# Inputs of one block of second moments: only blocks on and above the diagonal are multiplied.
+_BLOCK_INPUTS = 512
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def input_hessians(
 ) -> Iterator[Tensor]:
     """Yields the mean of ``x xᵀ`` over the tokens of a text for the inputs x of each linear.
 
-    All inputs of a layer are gathered before its first result is yielded, and the head's before everything, so a
+    All inputs of a layer are gathered before its first result is yielded, and no layer runs again after that, so a
     linear may be replaced as soon as its result is there.
 
     Args:
@@ -85,17 +87,20 @@ def input_hessians(
     """
     check_windows(hf_model, windows)
     batches = windows.to(hf_model.device).split(max(1, _BATCH_TOKENS // windows.shape[1]))
-    head_names = [name for stage in stages[len(layers) :] for name in stage]
-    with _gathering(hf_model, head_names) as head_sums:
-        hidden, calls = _enter(hf_model, layers, batches)
+    returned = _what_layers_return(hf_model, layers, windows[:1, :1].to(hf_model.device))
+    hidden, calls = _enter(hf_model, layers, returned, batches)
     for layer_idx, names in enumerate(stages[: len(layers)]):
         with _gathering(hf_model, names) as sums:
             for index, states in enumerate(hidden):
                 hidden[index] = calls[len(states)][layer_idx](states)
         for name in names:
-            yield sums.pop(name) / windows.numel()
-    for name in head_names:
-        yield head_sums.pop(name) / windows.numel()
+            yield sums.pop(name).result() / windows.numel()
+    head_names = [name for stage in stages[len(layers) :] for name in stage]
+    if head_names:
+        with _gathering(hf_model, head_names) as sums:
+            _leave(hf_model, layers, returned, zip(batches, hidden, strict=True))
+        for name in head_names:
+            yield sums.pop(name).result() / windows.numel()
 
 
 def check_windows(hf_model: PreTrainedModel, windows: Tensor) -> None:
@@ -114,10 +119,31 @@ def check_windows(hf_model: PreTrainedModel, windows: Tensor) -> None:
         )
 
 
+def _what_layers_return(
+    hf_model: PreTrainedModel, layers: Sequence[nn.Module], token_ids: Tensor
+) -> list[tuple[Any, ...] | None]:
+    """What each layer returns behind its hidden states, in a run of one token; None where it returns them alone."""
+    returned: list[tuple[Any, ...] | None] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        returned.append(output[1:] if isinstance(output, tuple) else None)
+
+    handles = [layer.register_forward_hook(watch) for layer in layers]
+    try:
+        hf_model(input_ids=token_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return returned
+
+
 def _enter(
-    hf_model: PreTrainedModel, layers: Sequence[nn.Module], batches: Sequence[Tensor]
+    hf_model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    returned: Sequence[tuple[Any, ...] | None],
+    batches: Sequence[Tensor],
 ) -> tuple[list[Tensor], dict[int, list[_LayerCall]]]:
-    """Runs the whole model to see what reaches the first layer, and how each layer is called.
+    """Runs what is around the layers to see what reaches the first of them, and how each is called.
 
     Returns:
         The hidden states of each batch before the first layer; for each number of rows, the calls of the layers.
@@ -125,45 +151,114 @@ def _enter(
     hidden: list[Tensor] = []
     calls: dict[int, list[_LayerCall]] = {}
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        if module is layers[0]:
+    def watch(layer_idx: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if layer_idx == 0:
             hidden.append(states)
             calls[len(states)] = []
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls[len(states)].append(_LayerCall(module, args[1:], rest))
+        calls[len(states)].append(_LayerCall(layers[layer_idx], args, kwargs))
+        return states
 
-    handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
-    head = hf_model.get_output_embeddings()
-    if head is not None:
-        # Registered after the hook that gathers, so that what the head computes is next to nothing.
-        handles.append(head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:])))
-    try:
+    with _standing_in(layers, returned, watch), _one_token_of_the_head(hf_model):
         for token_ids in batches:
             hf_model(input_ids=token_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return hidden, calls
 
 
+def _leave(
+    hf_model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    returned: Sequence[tuple[Any, ...] | None],
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> None:
+    """Runs what is around the layers once more to feed the head: batches of token ids and what left the last layer."""
+    last = len(layers) - 1
+    for token_ids, left in batches:
+
+        def hand_on(layer_idx: int, states: Tensor, *_: Any, left: Tensor = left) -> Tensor:
+            return left if layer_idx == last else states
+
+        with _standing_in(layers, returned, hand_on), _one_token_of_the_head(hf_model):
+            hf_model(input_ids=token_ids, use_cache=False)
+
+
 @contextmanager
-def _gathering(hf_model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Sums ``x xᵀ`` over all inputs that the named linears get inside the block: `[K, K]` float64 by name."""
+def _standing_in(
+    layers: Sequence[nn.Module],
+    returned: Sequence[tuple[Any, ...] | None],
+    stand_in: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor],
+) -> Iterator[None]:
+    """Inside the block layers do not run: `stand_in` makes their hidden states of what they are given, index first."""
+
+    def forward_of(layer_idx: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            result, behind = stand_in(layer_idx, states, rest, kwargs), returned[layer_idx]
+            return result if behind is None else (result, *behind)
+
+        return forward
+
+    for layer_idx, layer in enumerate(layers):
+        layer.__dict__["forward"] = forward_of(layer_idx)  # what the instance has hides the method of its class
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _one_token_of_the_head(hf_model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the head multiplies the last token only, and hooks from before see all of its input."""
+    head = hf_model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _SecondMoments:
+    """The sum of ``x xᵀ``, `[K, K]` float64, of which the upper triangle is added up, block by block."""
+
+    def __init__(self, num_inputs: int, device: torch.device) -> None:
+        self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
+
+    def add(self, products: Sequence[Tensor]) -> None:
+        """Adds what `products_of` some inputs gives."""
+        for start, product in zip(range(0, len(self._sum), _BLOCK_INPUTS), products, strict=True):
+            self._sum[start : start + len(product), start:] += product
+
+    @staticmethod
+    def products_of(x: Tensor) -> list[Tensor]:
+        """Inputs `[..., K]` -> for each block of inputs its products with itself and all later inputs, float32."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        starts = range(0, flat.shape[1], _BLOCK_INPUTS)
+        return [flat[:, start : start + _BLOCK_INPUTS].T @ flat[:, start:] for start in starts]
+
+    def result(self) -> Tensor:
+        """The whole sum."""
+        return self._sum.triu_().add_(self._sum.triu(1).T)
+
+
+@contextmanager
+def _gathering(hf_model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, _SecondMoments]]:
+    """Sums ``x xᵀ`` over all inputs x that the named linears get inside the block, by name."""
     linears = {name: hf_model.get_submodule(name) for name in names}
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, _SecondMoments] = {}
     for name, linear in linears.items():
         assert is_dense(linear)
         num_inputs = linear.weight.shape[0 if is_conv1d(linear) else 1]
-        sums[name] = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=linear.weight.device)
-    latest: list[Tensor] = []  # the last input and its product: attention and MLP feed one input to several linears
+        sums[name] = _SecondMoments(num_inputs, linear.weight.device)
+    latest: list[Any] = []  # the last input and its products: attention and MLP feed one input to several linears
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not latest or latest[0] is not args[0]:
-                flat = args[0].reshape(-1, args[0].shape[-1]).float()
-                latest[:] = [args[0], (flat.T @ flat).double()]
-            sums[name] += latest[1]
+                latest[:] = [args[0], _SecondMoments.products_of(args[0])]
+            sums[name].add(latest[1])
 
         return gather
 

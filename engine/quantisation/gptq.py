@@ -89,8 +89,7 @@ def quantize_gptq(
         rows = slice(start, start + num_rows)
         chunk = _Chunk(work[rows], problem, bit_widths, group_size)
         chunk.feed_back()
-        for _ in range(num_sweeps):
-            chunk.descend()
+        chunk.descend(num_sweeps)
         codes[rows, :num_inputs] = chunk.codes.T.to(torch.uint8)
         num_groups = len(chunk.grids)
         scale[:, rows, :num_groups] = torch.stack([grid.scale for grid in chunk.grids], dim=-1).half()
@@ -106,7 +105,7 @@ def quantize_gptq(
         group_size=group_size,
     )
     nested = NestedWeight(pack_codes(codes), scale, offset, tuple(bit_widths), group_size, num_inputs)
-    check_range(weight, scale, offset, _energy(work, nested, damped, num_rows), name)
+    check_range(weight, scale, offset, _energy(work, nested, problem.hessian, num_rows), name)
     return nested
 
 
@@ -115,9 +114,9 @@ def _energy(weight: Tensor, nested: NestedWeight, hessian: Tensor, num_rows: int
     energy = torch.zeros(2, dtype=torch.float64, device=weight.device)
     decoded = dequantize(nested, bit_width=NUM_PLANES)
     for start in range(0, len(weight), num_rows):
-        rows = weight[start : start + num_rows].double()
-        for index, values in enumerate((rows - decoded[start : start + num_rows].double(), rows)):
-            energy[index] += ((values @ hessian) * values).sum()
+        rows = weight[start : start + num_rows].to(hessian.dtype)
+        for index, values in enumerate((rows - decoded[start : start + num_rows], rows)):
+            energy[index] += ((values @ hessian) * values).sum(dtype=torch.float64)
     return energy
 
 
@@ -131,9 +130,13 @@ def _importance(bit_widths: tuple[int, ...], width_weights: tuple[float, ...], l
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with ``inv(H) = Uᵀ U``, float64: row j tells how later inputs make up for an error in j."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    """Upper triangular U with ``inv(H) = Uᵀ U``, float64: row j tells how later inputs make up for an error in j.
+
+    With rows and columns in reverse order H is ``L Lᵀ``. U is the inverse of L, put back in order.
+    """
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
     return factor.contiguous()  # it comes by columns, and is walked by rows
 
 
@@ -174,7 +177,7 @@ class Grid:
             self._cells_per_cell = (self._cell / self._codes_per_cell[:-1])[..., None]
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Values of integral codes `[n]` at every width, `[V, n]`."""
+        """Values of integral codes `[..., 1, n]` or `[n]` at every width, `[..., V, n]`."""
         return (codes / self._codes_per_cell).floor_().mul_(self.scale).add_(self.offset)
 
     def nearest(self, targets: Tensor) -> Tensor:
@@ -286,16 +289,18 @@ class _Chunk:
             grid.feed_back(block, self.codes[group], factor[group, group])
             targets[group.stop :].flatten(1).addmm_(factor[group, group.stop :].T, block.flatten(1), alpha=-1)
 
-    def descend(self) -> None:
-        """Chooses every code once more, given all the others: the objective never rises."""
+    def descend(self, num_sweeps: int) -> None:
+        """Chooses every code so many times more, given all the others: the objective never rises."""
+        if not num_sweeps:
+            return
         hessian = self._problem.hessian
         errors = torch.empty(self._shape, dtype=self.codes.dtype, device=self.codes.device)
         for group, grid in zip(self._groups, self.grids, strict=True):
-            for j in range(group.start, group.stop):
-                errors[j] = self._weight[j] - grid.decode(self.codes[j])
-        for group, grid in zip(self._groups, self.grids, strict=True):
-            slopes = (hessian[group] @ errors.flatten(1)).view(-1, *self._shape[1:])
-            grid.descend(self._weight[group], errors[group], slopes, self.codes[group], hessian[group, group])
+            torch.sub(self._weight[group, None], grid.decode(self.codes[group, None]), out=errors[group])
+        for _ in range(num_sweeps):
+            for group, grid in zip(self._groups, self.grids, strict=True):
+                slopes = (hessian[group] @ errors.flatten(1)).view(-1, *self._shape[1:])
+                grid.descend(self._weight[group], errors[group], slopes, self.codes[group], hessian[group, group])
 
     def _fit_grid(self, targets: Tensor, importance: Tensor) -> Grid:
         """Rounds the mean target of a group to nearest and fits each width's pair to its own, `targets [g, V, n]`.

@@ -38,10 +38,12 @@ def damped_hessian(hessian: Tensor, num_inputs: int, name: str) -> Tensor:
             f"{name} gets NaN or infinite inputs from the calibration text, which must be finite; "
             "use other text or repair the checkpoint"
         )
-    symmetric = (hessian.double() + hessian.double().T) / 2
-    mean = symmetric.diagonal().mean()
-    identity = torch.eye(num_inputs, dtype=torch.float64, device=hessian.device)
-    return symmetric + _DAMPING * mean * identity if float(mean) > 0 else identity
+    damped = (hessian.double() + hessian.double().T).mul_(0.5)
+    mean = float(damped.diagonal().mean())
+    if mean <= 0:
+        return torch.eye(num_inputs, dtype=torch.float64, device=hessian.device)
+    damped.diagonal().add_(_DAMPING * mean)
+    return damped
 
 
 def refit_pairs(
@@ -129,10 +131,16 @@ class _RowPairs:
         self._offset_slope = (slope @ members).double()
         hessian_sums = hessian @ members  # [K, G]
         self._offset_offset = (members.T @ hessian_sums).double()  # [G, G]
-        of_group = [(members[:, index] > 0).nonzero()[:, 0] for index in range(members.shape[1])]
-        scale_scale = torch.stack([((codes[:, k] @ hessian[k]) * codes) @ members for k in of_group], dim=1)
-        self._scale_scale = scale_scale.double()  # [n, G, G], symmetric
-        self._scale_offset = torch.stack([codes[:, k] @ hessian_sums[k] for k in of_group], dim=1).double()
+        pairs_of_groups = (len(codes), members.shape[1], members.shape[1])
+        self._scale_scale = torch.empty(pairs_of_groups, dtype=torch.float64, device=codes.device)  # symmetric
+        self._scale_offset = torch.empty_like(self._scale_scale)
+        start = 0
+        for index, size in enumerate(members.sum(0).int().tolist()):
+            used = slice(start, start + size)
+            of_later = (codes[:, used] @ hessian[used, start:]).mul_(codes[:, start:]) @ members[start:, index:]
+            self._scale_scale[:, index, index:] = self._scale_scale[:, index:, index] = of_later.double()
+            self._scale_offset[:, index] = codes[:, used] @ hessian_sums[used]
+            start += size
         self.scale, self.offset = scale.double(), offset.double()
 
     def offer(self, scale: Tensor, offset: Tensor) -> None:

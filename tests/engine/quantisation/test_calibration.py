@@ -116,11 +116,18 @@ def stages_of(hf_model: PreTrainedModel, *, head: bool) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("head", [True, False])
-@pytest.mark.parametrize("batch_tokens", [1, 48, 10_000])  # five passes of a window; 2, 2 and 1 windows; one pass
+# Five passes of a window; 2, 2 and 1 windows; one pass. One block of inputs; a few, the last one short; many.
+@pytest.mark.parametrize(("batch_tokens", "block_inputs"), [(1, 512), (48, 20), (10_000, 3)])
 def test_layer_by_layer_is_a_whole_pass(
-    hf_model: PreTrainedModel, windows: Tensor, batch_tokens: int, head: bool, monkeypatch: pytest.MonkeyPatch
+    hf_model: PreTrainedModel,
+    windows: Tensor,
+    batch_tokens: int,
+    block_inputs: int,
+    head: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calibration, "_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(calibration, "_BLOCK_INPUTS", block_inputs)
     stages = stages_of(hf_model, head=head)
     names = [name for stage in stages for name in stage]
     expected = hessians_of_a_whole_pass(hf_model, names, windows)
@@ -128,7 +135,22 @@ def test_layer_by_layer_is_a_whole_pass(
     for name in names:
         scale = float(expected[name].diagonal().mean())
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
-    assert not any(module._forward_pre_hooks for module in hf_model.modules()), "a hook was left behind"
+    for module in hf_model.modules():
+        assert not {*module._forward_pre_hooks, *module._forward_hooks}, "a hook was left behind"
+        assert "forward" not in module.__dict__, "a layer is still stood in for"
+
+
+def test_layers_run_once_for_the_text_and_once_for_a_token(hf_model: PreTrainedModel, windows: Tensor) -> None:
+    tokens_of_layers: list[list[int]] = []
+    layers = list(decoder_layers(hf_model))
+    for layer in layers:
+        seen: list[int] = []
+        tokens_of_layers.append(seen)
+        module = next(layer.children())  # a norm or the attention, which run only where the layer does
+        module.register_forward_hook(lambda _, args, out, seen=seen: seen.append(1))
+    for _ in input_hessians(hf_model, layers, stages_of(hf_model, head=True), windows):
+        continue
+    assert tokens_of_layers == [[1, 1]] * len(layers)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

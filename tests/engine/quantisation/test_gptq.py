@@ -178,7 +178,7 @@ def test_no_sweep_raises_the_objective(bit_widths: tuple[int, ...]) -> None:
     damped = damped_hessian(correlated(172), 172, "")
     importance = gptq._importance(bit_widths, None, weight)
     problem = gptq._Problem(damped, gptq._inverse_factor(damped), importance)
-    chunk = gptq._Chunk(weight, problem, bit_widths, 64)
+    chunk, at_once = (gptq._Chunk(weight, problem, bit_widths, 64) for _ in range(2))
 
     def objective() -> float:
         decoded = torch.stack([chunk.grids[k // 64].decode(chunk.codes[k]) for k in range(172)], dim=-1)  # [V, n, K]
@@ -190,8 +190,11 @@ def test_no_sweep_raises_the_objective(bit_widths: tuple[int, ...]) -> None:
     chunk.feed_back()
     values = [objective()]
     for _ in range(4):
-        chunk.descend()
+        chunk.descend(1)
         values.append(objective())
+    at_once.feed_back()
+    at_once.descend(4)  # what is left over from a sweep serves the next
+    assert torch.equal(at_once.codes, chunk.codes)
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(values))
     assert values[-1] < 0.95 * values[0]
 
