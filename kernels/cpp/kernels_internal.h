@@ -104,19 +104,14 @@ struct Body {
 // more often.
 constexpr int64_t pass_tokens(int width) { return width == 5 || width == 6 || width == 8 ? 8 : 4; }
 
-// Computes rows for any number of tokens with kernels for 1 to pass_tokens(kWidth), kernels[tokens - 1]. Where they
-// must read the rows more than once, a few rows at a time, which are then still in the nearest caches.
+// Computes rows for any number of tokens with kernels for 1 to pass_tokens(kWidth), kernels[tokens - 1]. Rows that must
+// be read more than once, which are one thread's chunk, are still in its second cache then.
 template <int kWidth, int32_t kMode>
 FQ_INLINE void run_passes(const RowsKernel* kernels, const FqWeight& weight, const Activations& x, int64_t begin,
                           int64_t end, float* y, int64_t y_stride) {
-    constexpr int64_t kRowsPerPass = 16;
-    const int64_t rows = x.tokens <= pass_tokens(kWidth) ? end - begin : kRowsPerPass;
-    for (; begin < end; begin += rows) {
-        const int64_t last = std::min(end, begin + rows);
-        for (int64_t first = 0; first < x.tokens; first += pass_tokens(kWidth)) {
-            const int64_t tokens = std::min(pass_tokens(kWidth), x.tokens - first);
-            kernels[tokens - 1](weight, x.slice(first, tokens, kMode), begin, last, y + first * y_stride, y_stride);
-        }
+    for (int64_t first = 0; first < x.tokens; first += pass_tokens(kWidth)) {
+        const int64_t tokens = std::min(pass_tokens(kWidth), x.tokens - first);
+        kernels[tokens - 1](weight, x.slice(first, tokens, kMode), begin, end, y + first * y_stride, y_stride);
     }
 }
 
