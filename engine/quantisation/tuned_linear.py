@@ -24,10 +24,10 @@ from flexquant_rl.engine.linear import REFERENCE_WIDTH, NestedLinear, active_pla
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.kernels.bitplane import NUM_PLANES, unpack_codes
 
-# Weights of one block: what a CPU keeps in a core's cache, and enough work for a GPU.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 17, 1 << 25
+# Weights of one block: enough work for a product, on a CPU a little more than its caches hold.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 21, 1 << 25
 # Rounding to bfloat16 moves a weight by up to a 512th of itself: little at these widths, half a cell at 8 bits.
-_WIDEST_BFLOAT16 = 4
+_WIDEST_BFLOAT16 = 6
 
 
 def has_bfloat16(device: torch.device) -> bool:
