@@ -281,7 +281,7 @@ class DraftsBench(BenchConfig):
     prompt_tokens: int = 64
     """Tokens of a prompt."""
     new_tokens: int = 96
-    """Tokens of a continuation; nothing ends it earlier. The first comes from the prompt's pass and is not timed."""
+    """Tokens of a continuation at most. The first comes from the prompt's pass and is not timed."""
     temperature: float = 0.0
     """0 continues greedily. Above it, texts are samples: they are not compared, and llama.cpp is not timed."""
     threads: tuple[int, ...] = (2,)

@@ -122,6 +122,7 @@ def costs_facts(path: Path) -> Facts:
         "verify_ms": list(costs.verify_ms),
         "controller_ms": costs.controller_ms,
         "confidence_ms": costs.confidence_ms,
+        "settled_ms": costs.settled_ms,
     }
 
 

@@ -128,11 +128,12 @@ class LiveRounds:
                 latency_ms[row] += self.costs.draft_ms[action - 1]
                 continue
             pending = self._state(row).pending
-            if pending and pending[0].is_found:  # nobody is asked
-                latency_ms[row] = 0
-            latency_ms[row] += self.costs.verify_ms[len(pending)]
+            is_found = bool(pending) and pending[0].is_found
             kept, _ = self._rounds.verify(row, self._verify_widths)
             settled = self._within_text(row, kept)
+            if is_found:  # nobody is asked, but what is settled is seen
+                latency_ms[row] = self.costs.settled_ms * len(settled)
+            latency_ms[row] += self.costs.verify_ms[len(pending)]
             counts[:, row] = len(pending), len(kept) - 1, len(settled)
             widths = [draft.bit_widths for draft in pending[: len(kept) - 1]]
             self._settled[row] += settled

@@ -114,7 +114,7 @@ class TraceRounds:
                 action verifies.
         """
         wanted = actions.numpy()
-        decision_ms = np.where(self._is_found, 0.0, self.costs.controller_ms)  # who is not asked takes no time
+        was_found = self._is_found.copy()
         drafts = (wanted > 0) & self.can_draft()
         latency_ms = np.empty(self.num_rows)
         counts: Ints = np.zeros((3, self.num_rows), dtype=np.int64)  # drafted, accepted, emitted
@@ -125,6 +125,8 @@ class TraceRounds:
         rows = (~drafts).nonzero()[0]
         latency_ms[rows] = self._verify_ms[self._pending[rows]]
         counts[:, rows] = self._verify(rows)
+        # Who is not asked decides nothing, but sees what is settled.
+        looking_ms = np.where(was_found, self.costs.settled_ms * counts[2], self.costs.controller_ms)
         ended = self._place == self.table.first[self._sequence] + self.table.num_tokens[self._sequence]
         has_eos = self.table.has_eos[self._sequence]
         drafted, accepted, emitted = map(torch.from_numpy, counts)
@@ -134,7 +136,7 @@ class TraceRounds:
             num_drafted=drafted,
             num_accepted=accepted,
             num_emitted=emitted,
-            latency_ms=torch.from_numpy(latency_ms + decision_ms),
+            latency_ms=torch.from_numpy(latency_ms + looking_ms),
             full_latency_ms=self.costs.full_ms,
             terminated=torch.from_numpy(ended & has_eos & ~drafts),
             truncated=torch.from_numpy(ended & ~has_eos & ~drafts),

@@ -164,8 +164,9 @@ def _method(rows: Sequence[DraftRow], table: TraceTable) -> list[str]:
         f"{times}. A policy pays for what it looks at: nothing for counting drafts, a little for how sure they are, "
         "more for signals and a network. Hindsight and the bound pay for nothing.",
         "Rules are tuned over their whole grids on training and validation sequences. The learned policy begins as a "
-        "clone of the best of them, learns on training sequences, and is the network that was fastest on validation "
-        "sequences. What is exported was fastest on validation sequences. Test sequences choose nothing.",
+        "clone of the best of them that draft at few bits, learns on training sequences, and is the network that was "
+        "fastest on validation sequences. What is exported was fastest on validation sequences. Test sequences choose "
+        "nothing.",
         lookups,
         *interval_method(len(set(rows[0].sequence_documents)), sum(row.kind == "learned" for row in rows)),
     ]

@@ -169,10 +169,10 @@ def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
 def hindsight(table: TraceTable, costs: VerifyCosts) -> Played:
     """Rounds that end behind the first wrong draft, as if each were known once it is drafted: a reference, no bound.
 
-    They are drafted at one level, up to a length; both are those that are fastest on the very sequences. Knowing costs
-    nothing. What foresees a wrong draft, or changes the level, may be faster.
+    They are drafted at one level, up to a length, which may be 0; both are those that are fastest on the very
+    sequences. Knowing costs nothing. What foresees a wrong draft, or changes the level, may be faster.
     """
-    settings = [(level, most) for level in range(table.num_levels) for most in range(1, table.depth + 1)]
+    settings = [(level, most) for level in range(table.num_levels) for most in range(table.depth + 1)]
     levels, most = np.repeat(np.array(settings), table.num_sequences, axis=0).T
 
     def decide(rounds: TraceRounds) -> NDArray[np.int64]:

@@ -39,7 +39,7 @@ from flexquant_rl.agents.evaluation.drawing import (
     save_figure,
     title_above,
 )
-from flexquant_rl.agents.evaluation.resampling import Array
+from flexquant_rl.agents.evaluation.resampling import ENOUGH_SEEDS, Array
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
 from flexquant_rl.agents.policies.families import STATIC
@@ -52,7 +52,7 @@ _MAX_UNIT_LABELS = 26
 _MAX_TOKEN_CHARACTERS = 10
 _KL_DECADES = 5
 _MAX_RATIO_PERCENT = 60.0
-_PAIRED = "; in the lower panels paired with static, from 5 training seeds on over seeds instead."
+_PAIRED = f"; in the lower panels paired with static, from {ENOUGH_SEEDS} training seeds on over the seeds too."
 _LOWEST_ZORDER = 3  # above the grid and the line at zero; each family is drawn above those before it
 _SPEEDS = ((0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8), tuple(tenth / 10 for tenth in range(5, 31)))
 """Ticks, and finer ones where hardly any of them is in sight."""

@@ -1,8 +1,8 @@
 """Tokens per second with drafts and without, ours beside llama.cpp's, on the same prompts in one run.
 
-All continue the same token ids by the same number of tokens. A turn is one prompt; everybody takes a turn on a prompt
-before the next one, in every second round in reversed order. Greedy texts are compared too: what verifies at the
-largest width must give the text of plain decoding, or nothing is reported.
+All continue the same token ids by the same number of tokens, or to the end that the model gives its text. A turn is one
+prompt; everybody takes a turn on a prompt before the next one, in every second round in reversed order. Greedy texts
+are compared too: what verifies at the largest width must give the text of plain decoding, or nothing is reported.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.recording_prompts import held_out_prompts
 
 _PLAIN = "fixed:8"  # 8 is the largest width of every nested model
+# A text loops if its last tokens, so many, stand once more at most as many tokens before. Drafts then cost nothing.
+_LOOP_TOKENS = 32
 LLAMA_CPP = "llama_cpp_q8_0"
 LLAMA_CPP_DRAFTS = "llama_cpp_q8_0_drafts_q4_0"
 """A loop of ours over llama.cpp's library: llama-cpp-python has no draft models."""
@@ -96,9 +98,11 @@ def bench_drafts(
 
     Returns:
         One row per contender and number of threads. `p50_us` is of a token: the median over rounds of the time of all
-        prompts. `tokens_per_s_by_prompt` has medians over rounds. `same_tokens` counts the tokens before the first one
-        that differs from plain decoding by the same library, in all prompts together; ours with any number of threads
-        are compared with plain decoding with the first of `threads`.
+        prompts. `tokens_per_s_by_prompt` has medians over rounds. `ended_prompts` counts the texts that the model
+        ended, `looping_prompts` those that loop in plain decoding; `tokens_per_s_without_loops` is that of the others.
+        `same_tokens` counts the tokens before the first one that differs from plain decoding by the same library, in
+        all prompts together; ours with any number of threads are compared with plain decoding with the first of
+        `threads`.
 
     Raises:
         BenchRefusedError: If drafts that are verified at the largest width, or plain decoding with another number of
@@ -122,7 +126,7 @@ def bench_drafts(
         files = _gguf_files(config, model, stack, progress)
         if files is not None:
             for num_threads in config.threads:
-                contenders += _llama_cpp_contenders(config, clock, files, num_threads, stack)
+                contenders += _llama_cpp_contenders(config, clock, files, num_threads, model.eos_token_ids, stack)
         take_turns(contenders, prompts, config.rounds, track)
     return _rows(config, contenders, prompts, model, clock)
 
@@ -159,8 +163,15 @@ def _check_text(contender: Contender, number: int) -> None:
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts have in common before the first that differs."""
-    pairs = enumerate(zip(one, other, strict=True))
-    return next((place for place, (left, right) in pairs if left != right), len(one))
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def ends_in_loop(token_ids: Sequence[int]) -> bool:
+    """Whether a text ends by saying the same again and again."""
+    last = token_ids[-_LOOP_TOKENS:]
+    most = min(_LOOP_TOKENS, len(token_ids) - _LOOP_TOKENS)
+    return any(token_ids[-_LOOP_TOKENS - period : -period] == last for period in range(1, most + 1))
 
 
 def _policies(config: DraftsBench) -> dict[str, Servable]:
@@ -226,7 +237,6 @@ def _lean_turn(
             config.new_tokens,
             kl_weight=kl_weight,
             temperature=config.temperature,
-            eos_token_ids=(),
         )
         with closing(runner.decoder):
             stream = runner.generate([request])
@@ -268,7 +278,12 @@ def _gguf_files(
 
 
 def _llama_cpp_contenders(
-    config: DraftsBench, clock: HostClock, files: _GgufFiles, num_threads: int, stack: ExitStack
+    config: DraftsBench,
+    clock: HostClock,
+    files: _GgufFiles,
+    num_threads: int,
+    eos_token_ids: tuple[int, ...],
+    stack: ExitStack,
 ) -> list[Contender]:
     max_length = config.prompt_tokens + config.new_tokens + max(config.draft_lengths, default=0)
 
@@ -282,7 +297,7 @@ def _llama_cpp_contenders(
 
     def plain(prompt_ids: Sequence[int]) -> Turn:
         tokens = [int(target.prefill(prompt_ids).argmax())]
-        seconds = clock.seconds(lambda: tokens.extend(continue_greedily(target, tokens[0], count)))
+        seconds = clock.seconds(lambda: tokens.extend(continue_greedily(target, tokens[0], count, eos_token_ids)))
         return Turn(tokens, seconds)
 
     first = Contender(LLAMA_CPP, {"num_threads": num_threads}, plain)
@@ -296,7 +311,9 @@ def _llama_cpp_contenders(
             tokens = [int(target.prefill(prompt_ids).argmax())]
             made: list[tuple[list[int], DraftCounts]] = []
             text = [*prompt_ids, *tokens]
-            seconds = clock.seconds(lambda: made.append(continue_with_drafts(target, draft, text, count, rule)))
+            seconds = clock.seconds(
+                lambda: made.append(continue_with_drafts(target, draft, text, count, rule, eos_token_ids))
+            )
             return Turn(tokens + made[0][0], seconds, made[0][1])
 
         return continue_prompt
@@ -320,14 +337,12 @@ def _rows(
     model: NestedCausalLM,
     clock: HostClock,
 ) -> list[Row]:
-    num_timed = config.new_tokens - 1
+    loops = [ends_in_loop(turns[-1].token_ids) for turns in contenders[0].turns]
     providers = []
     for contender in contenders:
-        timed = [[turn.seconds for turn in turns] for turns in contender.turns]
-        facts = contender.facts | _draft_facts(contender) | _same_facts(contender)
-        facts["tokens_per_s_by_prompt"] = [round(num_timed / median(seconds), 1) for seconds in timed]
-        totals = [sum(column) / (num_timed * len(timed)) for column in zip(*timed, strict=True)]
-        providers.append(Provider(contender.name, list, None, facts, totals))
+        facts = contender.facts | _text_facts(contender, loops, model.eos_token_ids)
+        facts |= _draft_facts(contender) | _same_facts(contender)
+        providers.append(Provider(contender.name, list, None, facts, _seconds_of_a_token(contender.turns)))
     common = {
         "op": "drafts",
         "model": Path(config.model).name,
@@ -343,6 +358,39 @@ def _rows(
     add_tokens_per_s(found)
     _compare(found)
     return found
+
+
+def _seconds_of_a_token(prompts: Sequence[Sequence[Turn]]) -> list[float]:
+    """In each round, over all tokens that are timed: every text's but its first.
+
+    Raises:
+        InputError: If there are none.
+    """
+    found: list[float] = []
+    for turns in zip(*prompts, strict=True):
+        num_timed = sum(len(turn.token_ids) - 1 for turn in turns)
+        if not num_timed:
+            raise InputError("every text ends with its first token, which leaves nothing to time; give other --text")
+        found.append(sum(turn.seconds for turn in turns) / num_timed)
+    return found
+
+
+def _text_facts(contender: Contender, loops: Sequence[bool], eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    """How the texts end, and how fast they come. `loops`: by prompt, whether the text of plain decoding loops."""
+    last = [turns[-1].token_ids for turns in contender.turns]
+    speeds = [
+        round((len(turns[-1].token_ids) - 1) / median(turn.seconds for turn in turns), 1) for turns in contender.turns
+    ]
+    facts: dict[str, Any] = {
+        "tokens_per_s_by_prompt": speeds,
+        "timed_tokens": sum(len(token_ids) - 1 for token_ids in last),
+        "ended_prompts": sum(token_ids[-1] in eos_token_ids for token_ids in last),
+        "looping_prompts": sum(loops),
+    }
+    others = [turns for turns, is_loop in zip(contender.turns, loops, strict=True) if not is_loop]
+    if any(len(turns[-1].token_ids) > 1 for turns in others):
+        facts["tokens_per_s_without_loops"] = round(1 / median(_seconds_of_a_token(others)), 2)
+    return facts
 
 
 def _draft_facts(contender: Contender) -> dict[str, Any]:

@@ -6,7 +6,7 @@ drafts of a round are read by the target in one batch with the upcoming token, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,17 +45,24 @@ class DraftRule:
     p_min: float = 0.0
 
 
-def continue_greedily(session: GreedySession, token_id: int, count: int) -> list[int]:
-    """Reads a token and chooses `count` more, one step each."""
+def continue_greedily(
+    session: GreedySession, token_id: int, count: int, eos_token_ids: Collection[int] = ()
+) -> list[int]:
+    """Reads a token and chooses `count` more, one step each, or fewer where one of them ends the text."""
     found: list[int] = []
-    for _ in range(count):
+    while len(found) < count and token_id not in eos_token_ids:
         token_id = int(session.step(token_id).argmax())
         found.append(token_id)
     return found
 
 
 def continue_with_drafts(
-    target: GreedySession, draft: GreedySession, text: Sequence[int], count: int, rule: DraftRule
+    target: GreedySession,
+    draft: GreedySession,
+    text: Sequence[int],
+    count: int,
+    rule: DraftRule,
+    eos_token_ids: Collection[int] = (),
 ) -> tuple[list[int], DraftCounts]:
     """Chooses `count` tokens more, which would be those of `continue_greedily` if batches computed what steps do.
 
@@ -65,21 +72,24 @@ def continue_with_drafts(
         text: Prompt and first token.
         count: Tokens to choose.
         rule: When to stop drafting.
+        eos_token_ids: Each of these ends the text.
 
     Returns:
         The tokens, and what the drafts came to.
     """
     whole, end, counts = list(text), len(text) + count, DraftCounts()
     held = len(whole) - 1
-    while len(whole) < end:
+    while len(whole) < end and whole[-1] not in eos_token_ids:
         room = min(rule.length, end - len(whole) - 1)
-        drafts, steps = _drafted(draft, whole[held:], room, rule.p_min) if room else ([], 0)
+        drafts, steps = _drafted(draft, whole[held:], room, rule.p_min, eos_token_ids) if room else ([], 0)
         # The last draft is not read: nothing is drafted behind it.
         held = held if not steps else len(whole) + steps - 1
         logits = target.extend([whole[-1], *drafts]) if drafts else target.step(whole[-1])[None]
         chosen = logits.argmax(-1).tolist()
         agreeing = next((place for place, token_id in enumerate(drafts) if token_id != chosen[place]), len(drafts))
         whole += chosen[: agreeing + 1]
+        if agreeing and drafts[agreeing - 1] in eos_token_ids:  # what follows it is no part of the text
+            whole.pop()
         if agreeing < len(drafts):
             target.truncate(len(whole) - 1)
         if held > len(whole) - 1:
@@ -97,11 +107,13 @@ def _confidence(logits: NDArray[np.float32]) -> float:
     return float(1 / np.exp(likeliest - likeliest.max()).sum())
 
 
-def _drafted(draft: GreedySession, unread: Sequence[int], room: int, p_min: float) -> tuple[list[int], int]:
+def _drafted(
+    draft: GreedySession, unread: Sequence[int], room: int, p_min: float, eos_token_ids: Collection[int]
+) -> tuple[list[int], int]:
     """At most `room` drafts behind a text whose last tokens are unread, and the passes that it took."""
     drafts: list[int] = []
     steps = 0
-    while len(drafts) < room:
+    while len(drafts) < room and not (drafts and drafts[-1] in eos_token_ids):
         logits = draft.extend(unread)[-1] if len(unread) > 1 else draft.step(unread[0])
         steps += 1
         token_id = int(logits.argmax())

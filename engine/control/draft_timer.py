@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from flexquant_rl.engine.control.draft_limits import MOST_PENDING
 from flexquant_rl.engine.control.draft_times import DraftTimes
 from flexquant_rl.engine.control.verified_signals import VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
-from flexquant_rl.engine.control.verify_timer import measured_costs, measured_decision_ms
+from flexquant_rl.engine.control.verify_timer import measured_costs, measured_looking_ms
 from flexquant_rl.engine.decoding.choice import session_opener
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
@@ -40,21 +42,13 @@ def timed_drafts(
     Raises:
         InputError: As `session_opener`.
     """
-    controller_ms, confidence_ms = measured_decision_ms(model, VerifiedSchema(len(levels), depth))
+    looking = measured_looking_ms(model, VerifiedSchema(len(levels), depth))
     context = min(_CONTEXT_TOKENS, model.max_context - depth - 2)
     opener = session_opener(model, max_length=context + depth + 2, decoder=decoder, num_threads=num_threads)
     session = opener(1)
-    costs = measured_costs(
-        session,
-        levels,
-        verify_width=verify_width,
-        depth=depth,
-        context=context,
-        controller_ms=controller_ms,
-        confidence_ms=confidence_ms,
-    )
+    costs = measured_costs(session, levels, verify_width=verify_width, depth=depth, context=context)
     session.close()
-    return costs
+    return replace(costs, **looking._asdict())
 
 
 def profiled_drafts(model: NestedCausalLM, *, depth: int, num_threads: int | None = None) -> DraftTimes | None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from flexquant_rl.engine.control.verified_signals import Sees
 from flexquant_rl.engine.errors import InputError
 
+_LOOKING = ("controller_ms", "confidence_ms", "settled_ms")
+
 
 @dataclass(frozen=True)
 class VerifyCosts:
@@ -24,6 +26,8 @@ class VerifyCosts:
             With M = 1 the pass is a plain step, and the books make it dearer than `plain_ms`.
         controller_ms: What signals and policy add to a decision; fixed rounds and the bound do not pay it.
         confidence_ms: What a rule adds that looks at no more than how sure the drafts are.
+        settled_ms: What signals take of each token that a round settles which no policy decided; that of other rounds
+            is in `controller_ms`.
     """
 
     source: Literal["modelled", "measured"]
@@ -33,12 +37,13 @@ class VerifyCosts:
     verify_ms: tuple[float, ...]
     controller_ms: float = 0.0
     confidence_ms: float = 0.0
+    settled_ms: float = 0.0
 
     def __post_init__(self) -> None:
         times = (self.full_ms, self.plain_ms, *self.draft_ms, *self.verify_ms)
         if not self.draft_ms or not self.verify_ms or not all(0 < ms < float("inf") for ms in times):
             raise InputError(f"costs {times} ms: give a finite time above 0 for every level and number of tokens")
-        for name in ("controller_ms", "confidence_ms"):
+        for name in _LOOKING:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name):g} must not be negative")
 
@@ -69,7 +74,7 @@ class VerifyCosts:
         data = {"plain_ms": data.get("full_ms"), **data}
         lists = {name: tuple(data.get(name, ())) for name in ("draft_ms", "verify_ms")}
         numbers = [*lists["draft_ms"], *lists["verify_ms"]]
-        numbers += [data.get(name, 0.0) for name in ("full_ms", "plain_ms", "controller_ms", "confidence_ms")]
+        numbers += [data.get(name, 0.0) for name in ("full_ms", "plain_ms", *_LOOKING)]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("times of drafts and passes are not finite numbers")
         if data.get("source") not in ("modelled", "measured"):
@@ -79,7 +84,7 @@ class VerifyCosts:
     def charging(self, sees: Sees) -> VerifyCosts:
         """These costs where each decision takes the time of a policy that sees so much."""
         own_ms: float = {"nothing": 0.0, "confidences": self.confidence_ms, "signals": self.controller_ms}[sees]
-        return replace(self, controller_ms=own_ms)
+        return replace(self, controller_ms=own_ms, settled_ms=self.settled_ms if sees == "signals" else 0.0)
 
     def without_rounds(self) -> VerifyCosts:
         """These costs where nothing is ever drafted: each pass over one token is a plain step, as it is served."""

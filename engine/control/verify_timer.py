@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,6 @@ def measured_costs(
     depth: int,
     num_rounds: int = 15,
     context: int = 64,
-    controller_ms: float = 0.0,
-    confidence_ms: float = 0.0,
 ) -> VerifyCosts:
     """Times rounds of fixed length in random order, so that what slows the machine hits all of them; lower quartiles.
 
@@ -51,8 +50,6 @@ def measured_costs(
         depth: D, drafts of a round at most.
         num_rounds: Times that each is timed, after one that is not.
         context: Tokens in the cache.
-        controller_ms: As in `VerifyCosts`.
-        confidence_ms: As in `VerifyCosts`.
     """
     rounds = _TimedRounds(decoder, verify_width, context)
     length = min(depth, _LENGTH)
@@ -84,8 +81,6 @@ def measured_costs(
         _undisturbed(plain_ms[verify_width]),
         tuple(map(_undisturbed, draft_ms)),
         tuple(map(_undisturbed, verify_ms)),
-        controller_ms,
-        confidence_ms,
     )
 
 
@@ -134,10 +129,16 @@ class _TimedRounds:
         return torch.full((self._model.num_units,), width)
 
 
-def measured_decision_ms(
-    model: NestedCausalLM, schema: VerifiedSchema, *, num_decisions: int = 300
-) -> tuple[float, float]:
-    """Milliseconds that looking costs a decision, over one that counts drafts alone.
+class LookingTimes(NamedTuple):
+    """What looking costs, as in `VerifyCosts`."""
+
+    controller_ms: float
+    confidence_ms: float
+    settled_ms: float
+
+
+def measured_looking_ms(model: NestedCausalLM, schema: VerifiedSchema, *, num_decisions: int = 300) -> LookingTimes:
+    """Milliseconds that looking costs a decision, over one that counts drafts alone, and a token that is settled.
 
     Neither what a network has learned nor what a model says changes how long this takes: weights and outputs are
     random.
@@ -146,9 +147,6 @@ def measured_decision_ms(
         model: Has the vocabulary and the embedding.
         schema: What the policy observes.
         num_decisions: How many are timed of each kind; the lower quartile counts.
-
-    Returns:
-        `controller_ms` and `confidence_ms` of `VerifyCosts`.
     """
     context = DraftingContext(schema)
     levels = torch.full((schema.num_levels, model.num_units), min(model.bit_widths))
@@ -162,9 +160,10 @@ def measured_decision_ms(
     logits = torch.randn(1, model.vocab_size, generator=torch.Generator().manual_seed(0))
     output = StepOutput(logits, torch.ones(1, model.num_units), torch.ones(1, model.num_units))
     deciding = [_Deciding(model, policy, output) for policy in policies]
-    times = [[clock_ms(one, model.device) for one in deciding] for _ in range(num_decisions)]
-    counting, sure, looking = (_undisturbed(column) for column in zip(*times, strict=True))
-    return max(looking - counting, 0.0), max(sure - counting, 0.0)
+    timed = [*deciding, deciding[-1].see]
+    times = [[clock_ms(one, model.device) for one in timed] for _ in range(num_decisions)]
+    counting, sure, looking, settled = (_undisturbed(column) for column in zip(*times, strict=True))
+    return LookingTimes(max(looking - counting, 0.0), max(sure - counting, 0.0), settled)
 
 
 class _Deciding:
@@ -181,8 +180,12 @@ class _Deciding:
         assert isinstance(self._controller, DraftController)
         if self._controller.uses_signals:
             # Each token is seen twice: as a draft and, where it is accepted, in the pass that settles it.
-            for _ in range(2):
-                self._controller.update(self._output, self._widths[None], self._token, self._rows)
+            self.see()
+            self.see()
         top1 = self._controller.top1_probability(0)
         draft = Draft(0, self._widths, self._output.logits[0], top1_probability=top1)
         self._controller.decide_round(0, RoundState((draft,), 1))
+
+    def see(self) -> None:
+        """Takes what a pass put out at one token into the signals."""
+        self._controller.update(self._output, self._widths[None], self._token, self._rows)

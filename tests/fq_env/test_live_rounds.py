@@ -67,7 +67,7 @@ def test_rounds_of_one_level_are_those_of_the_recording(
     rng = np.random.default_rng(seed)
     eos = tuple(rng.integers(2, 250, size=60).tolist()) if seed else ()  # some texts end early
     traces = recorded(nested, decoder, eos)
-    costs = replace(COSTS, controller_ms=0.01)
+    costs = replace(COSTS, controller_ms=0.01, settled_ms=0.003)
     played, _ = make_rounds(traces, costs, split="test", num_rows=2, ngram_drafts=ngram_drafts)
     live, _ = make_rounds(traces, costs, split="test", num_rows=2, model=nested, ngram_drafts=ngram_drafts)
     assert isinstance(played, TraceRounds)

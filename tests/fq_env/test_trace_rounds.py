@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,10 +106,11 @@ def test_what_a_round_finds_is_what_stood_there_before(seed: int, ngram_drafts: 
 
 
 def test_rounds_that_are_found_leave_no_trace_in_what_a_policy_sees() -> None:
-    """Nobody drafts in them, and the history is that of rounds that a policy decided."""
+    """Nobody drafts in them, and the history is that of rounds that a policy decided. What they settle is looked at."""
     traces = random_traces(np.random.default_rng(1))
     table = TraceTable(traces, range(len(traces.sequences)), 3)
-    rounds = TraceRounds(table, toy_costs(table.num_levels, table.depth), table.num_sequences)
+    costs = replace(toy_costs(table.num_levels, table.depth), controller_ms=0.1, settled_ms=0.01)
+    rounds = TraceRounds(table, costs, table.num_sequences)
     start(rounds, list(range(table.num_sequences)))
     seen = 0
     for _ in range(40):
@@ -115,6 +118,8 @@ def test_rounds_that_are_found_leave_no_trace_in_what_a_policy_sees() -> None:
         assert not rounds.action_masks()[is_found, 1:].any()
         facts = rounds.step(torch.ones(table.num_sequences, dtype=torch.int64))
         assert facts.is_verify.numpy()[is_found].all()
+        verify_ms = np.array(costs.verify_ms)[facts.num_drafted.numpy()] + 0.01 * facts.num_emitted.numpy()
+        np.testing.assert_allclose(facts.latency_ms.numpy()[is_found], verify_ms[is_found])
         for kept, now in zip(before, (rounds._acceptance, rounds._last_round), strict=True):
             np.testing.assert_array_equal(kept[is_found], now[is_found])
         seen += int(is_found.sum())

@@ -125,6 +125,9 @@ def test_hindsight_ends_a_round_behind_a_wrong_draft(seed: int) -> None:
     played = hindsight(table, replace(COSTS, controller_ms=0.5))  # knowing costs nothing
     np.testing.assert_allclose(played.time_steps, min(times, key=sum))
     assert played.time_steps.sum() >= clairvoyant(table, COSTS).time_steps.sum()
+    dear = replace(COSTS, draft_ms=tuple(100 * ms for ms in COSTS.draft_ms))  # what never drafts is among the settings
+    lookups_alone = play(table, dear, FixedRounds(0, 0).bind(context_of(table, dear)))
+    np.testing.assert_allclose(hindsight(table, dear).time_steps, lookups_alone.time_steps)
 
 
 def fastest(table: TraceTable, costs: VerifyCosts, place: int, left: int) -> float:

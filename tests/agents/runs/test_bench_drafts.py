@@ -17,7 +17,15 @@ from flexquant_rl.agents.commands import servable
 from flexquant_rl.agents.config import DraftsBench, TrainConfig
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.agents.runs import bench_drafts as module
-from flexquant_rl.agents.runs.bench_drafts import LLAMA_CPP, LLAMA_CPP_DRAFTS, Contender, Turn, bench_drafts, take_turns
+from flexquant_rl.agents.runs.bench_drafts import (
+    LLAMA_CPP,
+    LLAMA_CPP_DRAFTS,
+    Contender,
+    Turn,
+    bench_drafts,
+    ends_in_loop,
+    take_turns,
+)
 from flexquant_rl.engine.benches.clocks import WALL
 from flexquant_rl.engine.benches.harness import BenchRefusedError
 from flexquant_rl.engine.benches.llama_cpp import has_llama_cpp
@@ -60,13 +68,15 @@ def test_rows_of_ours(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     assert all(row["prompt_sources"] == ["text.txt"] * 3 and row["clock"] == "thread_cpu" for row in rows)
     plain, *drafts, low = rows
     assert "same_tokens" not in plain
+    all_tokens = plain["timed_tokens"] + 3
+    assert (all_tokens < 3 * 14) == (plain["ended_prompts"] > 0)
     for row in drafts:
-        assert row["same_tokens"] == row["all_tokens"] == 3 * 14
+        assert row["same_tokens"] == row["all_tokens"] == all_tokens
         assert row["same_prompts"] == 3
         assert row["tokens_per_pass"] >= 1
         assert row["times_faster_than"].keys() == {"fixed:8"}
         assert row["ngram_drafts"] == NGRAM_DRAFTS
-    assert low["all_tokens"] == 3 * 14, "a lossy policy may give another text, and says how far it goes along"
+    assert low["all_tokens"] == low["timed_tokens"] + 3, "a lossy policy may give another text, and says how far it goes along"
     assert finished.out.startswith("provider")
 
 
@@ -101,7 +111,7 @@ def test_all_threads_have_one_text(
     assert [row["num_threads"] for row in rows] == [1] * 4 + [2] * 4
     assert "same_tokens" not in rows[0]
     for row in (*rows[1:3], *rows[4:7]):
-        assert row["same_tokens"] == row["all_tokens"] == 3 * 14
+        assert row["same_tokens"] == row["all_tokens"] == rows[0]["timed_tokens"] + 3
     alone = bench(tiny_model_dir, text, *options, "--policy").result["rows"]
     assert [(row["policy"], row["num_threads"]) for row in alone] == [("fixed:8", 1), ("fixed:8", 2)]
     lean = module._lean_contenders
@@ -130,7 +140,7 @@ def test_ngram_drafts(tiny_model_dir: Path, text: Path) -> None:
     assert without["acceptance_of_found"] is None
     assert 0 < found["acceptance_of_found"] <= 1
     for row in (without, found):
-        assert row["same_tokens"] == row["all_tokens"] == 3 * 14
+        assert row["same_tokens"] == row["all_tokens"] == plain["timed_tokens"] + 3
 
 
 @needs_library
@@ -158,7 +168,7 @@ def test_beside_llama_cpp(text: Path, tmp_path: Path, tiny_tokenizer: PreTrained
     drafted = rows[5:]
     assert [(row["draft_length"], row["p_min"]) for row in drafted] == [(1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5)]
     assert [row.get("best") for row in drafted].count(True) == 1
-    assert all(0 < row["same_tokens"] <= row["all_tokens"] == 3 * 14 for row in drafted)
+    assert all(0 < row["same_tokens"] <= row["all_tokens"] == row["timed_tokens"] + 3 for row in drafted)
     assert all(row["tokens_per_pass"] >= 1 for row in drafted)
     assert rows[1]["times_faster_than"].keys() == {"fixed:8", LLAMA_CPP, LLAMA_CPP_DRAFTS}
     alone = bench(nested, text, "--reference", tmp_path / "model", "--draft-lengths", "--threads", 1, 2)
@@ -216,6 +226,36 @@ def test_medians_of_totals_and_of_prompts(
     assert (second["same_tokens"], second["all_tokens"], second["same_prompts"]) == (4, 6, 1)
     assert (second["tokens_per_pass"], second["acceptance"]) == (2, pytest.approx(1 / 3, abs=1e-3))
     assert second["times_faster_than"] == {"plain": round(3 / 2.25, 3)}
+
+
+def test_texts_that_loop_or_end_are_told(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Time is that of tokens that were made; what loops in plain decoding is left out of a second speed."""
+    model = nest(tiny_llama, tiny_tokenizer, QuantizationConfig(), keep_reference=False)
+    eos = model.eos_token_ids[0]
+    looping, ended = [*range(10, 20), *[40, 41, 42] * 30], [5, 6, eos]
+    plain = scripted("plain", [looping, looping, ended], [9.0, 99.0, 1.0])
+    take_turns([plain], PROMPTS, 1)
+    [row] = module._rows(DraftsBench(prompts=2, new_tokens=100), [plain], PROMPTS, model, WALL)
+    assert (row["timed_tokens"], row["ended_prompts"], row["looping_prompts"]) == (101, 1, 1)
+    assert row["p50_us"] == pytest.approx(100 / 101 * 1e6)
+    assert row["tokens_per_s_without_loops"] == 2
+    assert row["tokens_per_s_by_prompt"] == [1, 2]
+    at_once = scripted("plain", [[eos]] * 3, [0.1] * 3)
+    take_turns([at_once], PROMPTS, 1)
+    with pytest.raises(InputError, match="every text ends with its first token"):
+        module._rows(DraftsBench(prompts=2), [at_once], PROMPTS, model, WALL)
+
+
+@pytest.mark.parametrize("period", [1, 7, 32])
+def test_what_a_loop_is(period: int) -> None:
+    loop = [*range(100, 100 + period)]
+    long = [1, 2, 3, *loop * 70]
+    assert ends_in_loop(long[: 32 + period + 3])
+    assert not ends_in_loop(long[: 32 + period - 1]), "not yet said again"
+    assert not ends_in_loop([*long, 4])
+    assert not ends_in_loop([*range(100)])
+    assert not ends_in_loop([*range(33)] * 9), "longer than what is looked at"
+    assert not ends_in_loop([])
 
 
 def test_another_text_is_refused() -> None:

@@ -69,6 +69,22 @@ def test_text_of_the_target(length: int, p_min: float, odd: bool, count: int) ->
     assert sum(counts.drafted) <= counts.num_draft_steps <= draft.num_passes
 
 
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_a_text_ends_where_the_model_ends_it(length: int, odd: bool) -> None:
+    """With each of its tokens as the one that ends it: gained, accepted as a draft, or not accepted."""
+    whole = continue_greedily(TextModel(PROMPT, odd=False), 9, 17)
+    for eos in {*whole} - {9}:
+        expected = whole[: whole.index(eos) + 1]
+        assert continue_greedily(TextModel(PROMPT, odd=False), 9, 17, {eos}) == expected
+        target, draft = TextModel(PROMPT, odd=False), TextModel(PROMPT, odd=odd)
+        found, _ = continue_with_drafts(target, draft, [*PROMPT, 9], 17, DraftRule(length), {eos})
+        assert found == expected
+    assert continue_greedily(TextModel(PROMPT, odd=False), 9, 17, {9}) == []
+    target, draft = TextModel(PROMPT, odd=False), TextModel(PROMPT, odd=odd)
+    assert continue_with_drafts(target, draft, [*PROMPT, 9], 17, DraftRule(length), {9})[0] == []
+
+
 def test_counts_of_a_draft_that_is_always_right() -> None:
     target, draft = TextModel(PROMPT, odd=False), TextModel(PROMPT, odd=False)
     _, counts = continue_with_drafts(target, draft, [*PROMPT, 9], 12, DraftRule(3))

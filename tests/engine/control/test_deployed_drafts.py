@@ -208,12 +208,15 @@ def test_rules_that_weigh_costs_need_them(rule: Any) -> None:
 
 
 def test_costs_go_through_json() -> None:
-    costs = replace(COSTS, controller_ms=0.1, confidence_ms=0.05)
+    costs = replace(COSTS, controller_ms=0.1, confidence_ms=0.05, settled_ms=0.02)
     older = {name: value for name, value in costs.to_dict().items() if name != "plain_ms"}
     assert VerifyCosts.from_dict(older) == costs, "of a policy that was exported before"
     assert VerifyCosts.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
-    for change in ({"source": "guessed"}, {"full_ms": None}, {"draft_ms": ["a"]}, {"controller_ms": -1.0}):
-        with pytest.raises(ValueError, match=r"times|controller_ms"):
+    assert costs.charging("signals").settled_ms == 0.02
+    assert costs.charging("confidences").settled_ms == costs.charging("nothing").settled_ms == 0
+    changes = ({"source": "guessed"}, {"full_ms": None}, {"draft_ms": ["a"]}, {"controller_ms": -1.0})
+    for change in (*changes, {"settled_ms": -1.0}):
+        with pytest.raises(ValueError, match=r"times|controller_ms|settled_ms"):
             VerifyCosts.from_dict(costs.to_dict() | change)
 
 
