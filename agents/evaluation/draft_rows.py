@@ -42,6 +42,8 @@ class DraftRow:
         speedup_low: Lower end of its bootstrap 95% interval over documents.
         speedup_high: Upper end.
         speedup_measured: The same by the clock, on some of the test prompts; None where not measured.
+        speedup_modelled_there: By the cost table on the sequences that the clock timed; None where it timed none, and
+            of what cannot be timed.
         speedup_validation: By the cost table on validation sequences; None for those that know drafts.
         tokens_per_pass: Settled tokens of a pass of verification.
         drafts_per_token: Drafts for each settled token, made at few bits or found in the text.
@@ -76,6 +78,7 @@ class DraftRow:
     sequence_time_steps: tuple[float, ...]
     sequence_tokens: tuple[int, ...]
     sequence_documents: tuple[int, ...]
+    speedup_modelled_there: float | None = None
 
     def public(self) -> dict[str, Any]:
         """What the JSON of a command says of it, with the fields that rows of the lossy mode have."""
@@ -123,10 +126,25 @@ def draft_row(
     )
 
 
-def with_clock(rows: Sequence[DraftRow], time_shares: Sequence[float | None]) -> list[DraftRow]:
-    """The rows with what the clock says, where it was asked."""
+def with_clock(
+    rows: Sequence[DraftRow], time_shares: Sequence[float | None], sequences: Sequence[int]
+) -> list[DraftRow]:
+    """The rows with what the clock says, where it was asked, and with what the cost table says of the same sequences.
+
+    Args:
+        rows: All rows.
+        time_shares: Time of each over that of plain decoding; None where it was not measured.
+        sequences: Places, among the test sequences, of those that the clock timed.
+    """
     return [
-        replace(row, speedup_measured=None if share is None else 1 / share)
+        row
+        if share is None
+        else replace(
+            row,
+            speedup_measured=1 / share,
+            speedup_modelled_there=sum(row.sequence_tokens[index] for index in sequences)
+            / sum(row.sequence_time_steps[index] for index in sequences),
+        )
         for row, share in zip(rows, time_shares, strict=True)
     ]
 
@@ -138,11 +156,12 @@ def read_draft_rows(path: Path) -> list[DraftRow]:
         InputError: If the file cannot be read, or a line is not such a row.
     """
     names = {field.name for field in fields(DraftRow)}
+    older = names - {"speedup_modelled_there"}
     rows = []
     try:
         for _, line in json_lines(path):
             data = json.loads(line)
-            if not isinstance(data, dict) or data.keys() != names:
+            if not isinstance(data, dict) or not older <= data.keys() <= names:
                 raise ValueError(f"a row has {', '.join(sorted(names))}")
             rows.append(DraftRow(**data))
     except (OSError, ValueError) as error:

@@ -54,8 +54,6 @@ from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.vec_env import VerifiedVecEnv
 from flexquant_rl.fq_env.verified_making import make_rounds
 
-_LIVE_TOKENS = 64
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -265,7 +263,7 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
                 speedup_validation=one.speedup_validation,
             )
         )
-    shares = _clocked(config, prepared, [one.policy for one in candidates])
+    shares, clocked = _clocked(config, prepared, [one.policy for one in candidates])
     knowing: tuple[tuple[str, Kind, Played], ...] = (
         (HINDSIGHT, "reference", hindsight(table, costs)),
         (CLAIRVOYANT, "bound", clairvoyant(table, costs)),
@@ -274,25 +272,26 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
         rows.append(
             draft_row(played, table, policy=name, family=name, kind=kind, verify_width=verify_width, cost_source=source)
         )
-    return with_clock(rows, [*shares, *[None] * len(knowing)])
+    return with_clock(rows, [*shares, *[None] * len(knowing)], clocked)
 
 
 def _clocked(
     config: TrainConfig, prepared: PreparedDrafts, policies: Sequence[DeployedDrafts]
-) -> list[float] | list[None]:
-    """Time of each policy by the clock over that of plain decoding, on the longest test sequences."""
+) -> tuple[list[float] | list[None], list[int]]:
+    """Time of each policy by the clock over that of plain decoding, and the test sequences that were timed: the longest."""
     if not config.verified.live_prompts:
-        return [None] * len(policies)
+        return [None] * len(policies), []
     say("timing whole continuations")
     table, sequences = prepared.test, prepared.traces
-    chosen = [table.sequences[index] for index in longest_first(table, config.verified.live_prompts)]
+    longest = longest_first(table, config.verified.live_prompts)
+    chosen = [table.sequences[index] for index in longest]
     prompts = [sequences.plan.sequences[index].prompt_ids for index in chosen]
     texts = [sequences.sequences[index].token_ids.tolist() for index in chosen]
-    prompt_tokens, new_tokens = min(map(len, prompts)), min(_LIVE_TOKENS, *(len(text) - 1 for text in texts))
+    prompt_tokens, new_tokens = min(map(len, prompts)), min(len(text) - 1 for text in texts)
     windows = torch.tensor(
         [[*prompt[-prompt_tokens:], *text[: new_tokens + 1]] for prompt, text in zip(prompts, texts, strict=True)]
     )
-    return measured_time_shares(
+    shares = measured_time_shares(
         prepared.model,
         unmeasured_profile(prepared.model),
         windows,
@@ -301,6 +300,7 @@ def _clocked(
         num_threads=config.threads,
         progress=lambda rounds: track(rounds, "timing"),
     )
+    return shares, list(longest)
 
 
 def _networks(seeds: Sequence[Candidate]) -> list[str]:

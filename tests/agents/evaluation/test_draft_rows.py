@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from flexquant_rl.agents.evaluation.draft_rows import DraftRow, Kind, captured_headroom, findings
+from flexquant_rl.agents.evaluation.draft_rows import DraftRow, Kind, captured_headroom, findings, with_clock
 
 KINDS: dict[str, Kind] = {
     "plain": "plain",
@@ -62,6 +62,16 @@ def test_headroom_begins_at_the_faster_of_fixed_rounds_and_plain_decoding(
 ) -> None:
     rows = rows_of(plain=plain, fixed=fixed, ppo=ppo, clairvoyant=bound)
     assert captured_headroom(rows) == (None if share is None else pytest.approx(share))
+
+
+def test_the_clock_stands_beside_the_cost_table_on_the_same_sequences() -> None:
+    ppo, bound = rows_of(ppo=1.5, clairvoyant=2.0)
+    ppo = replace(ppo, sequence_time_steps=(60.0, 20.0))
+    timed, known = with_clock([ppo, bound], [0.4, None], [1])
+    assert (timed.speedup_modelled, timed.speedup_modelled_there, timed.speedup_measured) == (1.5, 3.0, 2.5)
+    assert known == bound
+    both, _ = with_clock([ppo, bound], [0.4, None], [1, 0])
+    assert both.speedup_modelled_there == 1.5
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def test_rows_of_ours(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
         assert row["tokens_per_pass"] >= 1
         assert row["times_faster_than"].keys() == {"fixed:8"}
         assert row["ngram_drafts"] == NGRAM_DRAFTS
-    assert low["all_tokens"] == low["timed_tokens"] + 3, "a lossy policy may give another text, and says how far it goes along"
+    assert low["all_tokens"] == low["timed_tokens"] + 3, (
+        "a lossy policy may give another text, and says how far it goes along"
+    )
     assert finished.out.startswith("provider")
 
 
