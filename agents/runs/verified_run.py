@@ -278,7 +278,7 @@ def _judge(config: TrainConfig, prepared: PreparedDrafts, candidates: Sequence[C
 def _clocked(
     config: TrainConfig, prepared: PreparedDrafts, policies: Sequence[DeployedDrafts]
 ) -> tuple[list[float] | list[None], list[int]]:
-    """Time of each policy by the clock over that of plain decoding, and the test sequences that were timed: the longest."""
+    """Time of each policy by the clock over that of plain decoding, and the test sequences timed: the longest."""
     if not config.verified.live_prompts:
         return [None] * len(policies), []
     say("timing whole continuations")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ def measured_looking_ms(model: NestedCausalLM, schema: VerifiedSchema, *, num_de
     logits = torch.randn(1, model.vocab_size, generator=torch.Generator().manual_seed(0))
     output = StepOutput(logits, torch.ones(1, model.num_units), torch.ones(1, model.num_units))
     deciding = [_Deciding(model, policy, output) for policy in policies]
-    timed = [*deciding, deciding[-1].see]
+    timed: list[Callable[[], None]] = [*deciding, deciding[-1].see]
     times = [[clock_ms(one, model.device) for one in timed] for _ in range(num_decisions)]
     counting, sure, looking, settled = (_undisturbed(column) for column in zip(*times, strict=True))
     return LookingTimes(max(looking - counting, 0.0), max(sure - counting, 0.0), settled)
