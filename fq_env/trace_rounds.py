@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flexquant_rl.engine.control.draft_limits import next_ngram_drafts
 from flexquant_rl.engine.control.signals import OUTPUT_SIGNALS
 from flexquant_rl.engine.control.verified_signals import (
     ACCEPTANCE_AT_START,
@@ -86,6 +87,11 @@ class TraceRounds:
         self._level: Ints = np.full(num_rows, -1)
         self._newest: Floats = np.zeros((num_rows, len(OUTPUT_SIGNALS)), dtype=np.float32)
         self._newest_is_eos: Flags = np.zeros(num_rows, dtype=np.bool_)
+        self._ngram_drafts: Ints = np.zeros(num_rows, dtype=np.int64)  # that the next lookup finds at most
+        counts = range(table.ngram_drafts + 1)
+        self._next_ngram_drafts: Ints = np.array(
+            [[next_ngram_drafts(table.ngram_drafts, found, accepted) for accepted in counts] for found in counts]
+        )
         self._is_found: Flags = np.zeros(num_rows, dtype=np.bool_)  # whether what waits was found in the text
         self._ema: Floats = np.zeros(num_rows, dtype=np.float32)
         self._embedding_row: Ints = np.zeros(num_rows, dtype=np.int64)
@@ -104,6 +110,7 @@ class TraceRounds:
         self._place[chosen] = self.table.first[sequences]
         self._acceptance[chosen] = ACCEPTANCE_AT_START
         self._last_round[chosen] = 0
+        self._ngram_drafts[chosen] = self.table.ngram_drafts
         self._begin_round(chosen)
 
     def step(self, actions: Tensor) -> RoundFacts:
@@ -220,14 +227,16 @@ class TraceRounds:
         share = (accepted[had_any] / drafted[had_any])[:, None]
         self._acceptance[tried] = next_acceptance(self._acceptance[tried], share)
         self._last_round[tried] = np.stack([drafted, accepted], axis=1)[had_any]
+        were_found = self._is_found[rows]
+        self._ngram_drafts[rows[were_found]] = self._next_ngram_drafts[drafted[were_found], accepted[were_found]]
         self._place[rows] += emitted
         self._begin_round(rows)
         return np.stack([drafted, accepted, emitted])
 
     def _begin_round(self, rows: Ints) -> None:
         place = self._place[rows]
-        self._pending[rows] = found = self.table.num_found[place]
-        self._num_right[rows] = self.table.num_found_right[place]
+        self._pending[rows] = found = np.minimum(self.table.num_found[place], self._ngram_drafts[rows])
+        self._num_right[rows] = np.minimum(self.table.num_found_right[place], found)
         self._is_found[rows] = found > 0
         self._confidences[rows] = np.arange(self.table.depth) < found[:, None]
         self._level[rows] = -1

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
+from flexquant_rl.engine.control.draft_limits import DOUBTED_NGRAM_DRAFTS
 from flexquant_rl.engine.control.drafting_rules import DraftingContext, DraftingPolicy, DraftingRule, Plain
 from flexquant_rl.engine.control.verified_signals import Sees, VerifiedSchema
 from flexquant_rl.engine.control.verify_costs import VerifyCosts
@@ -139,7 +140,8 @@ def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
     """The fastest that any policy could be that knew every draft before: dynamic programming from the end.
 
     It drafts each token at the cheapest level that is right, and no draft that is wrong, or verifies what is found in
-    the text. Deciding costs nothing, and a token without drafts costs a plain step where that is cheaper than a round.
+    the text, as much of it as a lookup in doubt finds or one without. Deciding costs nothing, and a token without
+    drafts costs a plain step where that is cheaper than a round.
     """
     draft_ms, verify_ms = np.array(costs.draft_ms), np.array(costs.verify_ms)
     verify_ms[0] = min(verify_ms[0], costs.plain_ms)
@@ -155,10 +157,12 @@ def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
             times = drafts + verify_ms[: room + 1] + rest[position + gained, 0]
             best = int(times.argmin())
             drafted, accepted, next_place, passed = best, best, position + gained[best], times[best]
-            found, right = table.num_found[first + position], table.num_found_right[first + position]
-            behind = position + min(right + 1, num_tokens - position)
-            if found and verify_ms[found] + rest[behind, 0] < passed:
-                drafted, accepted, next_place, passed = found, right, behind, verify_ms[found] + rest[behind, 0]
+            for most in (table.num_found[first + position], DOUBTED_NGRAM_DRAFTS):
+                found = min(most, table.num_found[first + position])
+                right = min(table.num_found_right[first + position], found)
+                behind = position + min(right + 1, num_tokens - position)
+                if found and verify_ms[found] + rest[behind, 0] < passed:
+                    drafted, accepted, next_place, passed = found, right, behind, verify_ms[found] + rest[behind, 0]
             own = np.array([passed - rest[next_place, 0], next_place - position, 1, drafted, accepted])
             rest[position] = own + rest[next_place]
         sums[:, index] = rest[0]

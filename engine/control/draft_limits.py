@@ -10,6 +10,14 @@ NGRAM_DRAFTS = 7
 """Drafts that are looked up unless told otherwise: with the upcoming token they are eight, as many as the
 CPU kernels keep the sums of at once."""
 
+DOUBTED_NGRAM_DRAFTS = 2
+"""Those of a round behind a lookup that was mostly wrong: a wrong lookup of two costs a pass over three tokens."""
+
+
+def next_ngram_drafts(ngram_drafts: int, num_found: int, num_accepted: int) -> int:
+    """Drafts that the next round looks up at most, behind one that found so many and had so many accepted."""
+    return ngram_drafts if 2 * num_accepted >= num_found else min(ngram_drafts, DOUBTED_NGRAM_DRAFTS)
+
 
 def check_ngram_drafts(ngram_drafts: int, name: str = "ngram_drafts") -> None:
     """Raises InputError, which calls it by that name, on a number of drafts that no round can hold."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from flexquant_rl.engine.control.controller import DraftController
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.draft_counts import DraftCounts
-from flexquant_rl.engine.control.draft_limits import MOST_PENDING, check_ngram_drafts
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING, check_ngram_drafts, next_ngram_drafts
 from flexquant_rl.engine.control.drafts import Draft, RoundState
 from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.decoding.decoder import Decoder, ExtendOutput, greedy_tokens
@@ -52,6 +52,7 @@ class _Row:
     upcoming: int
     length: int
     text: NgramIndex | None
+    ngram_drafts: int
     eos_token_ids: tuple[int, ...] = ()
     drafts: list[Draft] = field(default_factory=list)
     mark: Any = None
@@ -72,8 +73,8 @@ class Rounds:
         decoder: Holds R rows.
         controller: Decides for R rows.
         sampler: Chooses the tokens of R rows.
-        ngram_drafts: Drafts of a round at most that are found in the text so far, 0 looks none up; default: what the
-            policy was made with.
+        ngram_drafts: Drafts of a round at most that are found in the text so far, fewer behind a lookup that was
+            mostly wrong; 0 looks none up; default: what the policy was made with.
 
     Raises:
         InputError: If `ngram_drafts` is negative or more than a round can hold.
@@ -101,7 +102,7 @@ class Rounds:
             eos_token_ids: Nothing is drafted behind any of these.
         """
         text = NgramIndex([*prompt_ids, upcoming]) if self._ngram_drafts else None
-        self._rows[row] = _Row(upcoming, int(self._decoder.lengths[row]), text, eos_token_ids)
+        self._rows[row] = _Row(upcoming, int(self._decoder.lengths[row]), text, self._ngram_drafts, eos_token_ids)
 
     def counts(self, row: int) -> DraftCounts:
         """What the rounds of a row have come to since it began."""
@@ -157,7 +158,7 @@ class Rounds:
         room = self._room(row, num_wanted)
         if not room or state.text is None:
             return
-        state.drafts += map(Draft, state.text.continuation(min(room, self._ngram_drafts), state.eos_token_ids))
+        state.drafts += map(Draft, state.text.continuation(min(room, state.ngram_drafts), state.eos_token_ids))
 
     def draft(self, row: int, bit_widths: Tensor) -> Draft:
         """Reads the newest token at `[U]` draft widths; the one that follows is pending from then on."""
@@ -192,7 +193,9 @@ class Rounds:
             self._controller.rollback(state.mark, torch.tensor([row]))
         self._observe(row, output, bit_widths, kept)
         state.counts.add_round(len(draft_ids), len(kept) - 1, is_found=state.is_found)
-        if not state.is_found:  # what a policy did not decide says nothing of its drafts
+        if state.is_found:
+            state.ngram_drafts = next_ngram_drafts(self._ngram_drafts, len(draft_ids), len(kept) - 1)
+        else:  # what a policy did not decide says nothing of its drafts
             state.history = state.history.after(len(draft_ids), len(kept) - 1)
         state.upcoming, state.mark = kept[-1], None
         state.drafts.clear()

@@ -143,9 +143,8 @@ def fastest(table: TraceTable, costs: VerifyCosts, place: int, left: int) -> flo
             drafting += min(right)
         rest = fastest(table, costs, place + length + 1, left - length - 1)
         options.append(drafting + costs.verify_ms[length] + rest)
-    found = int(table.num_found[place])
-    if found:
-        gained = min(int(table.num_found_right[place]) + 1, left)
+    for found in {int(table.num_found[place]), min(int(table.num_found[place]), 2)} - {0}:
+        gained = min(int(table.num_found_right[place]), found, left - 1) + 1
         options.append(costs.verify_ms[found] + fastest(table, costs, place + gained, left - gained))
     return min(options)
 
@@ -169,17 +168,22 @@ def test_rounds_that_find_their_drafts_are_played_by_all_but_plain_decoding() ->
     costs = replace(COSTS, controller_ms=0.25)
     assert table.num_found.any()
     assert table.num_found_right.any()
-    expected, rounds, drafted = [], 0, 0
+    expected, rounds, drafted, doubts = [], 0, 0, 0
     for first, num_tokens in zip(table.first.tolist(), table.num_tokens.tolist(), strict=True):
-        time, place = 0.0, first
+        time, place, most = 0.0, first, 3
         while place < first + num_tokens:
-            found = int(table.num_found[place])
+            found = min(int(table.num_found[place]), most)
+            right = min(int(table.num_found_right[place]), found)
             time += costs.verify_ms[found] + (0 if found else costs.controller_ms)
-            place, rounds, drafted = place + int(table.num_found_right[place]) + 1, rounds + 1, drafted + found
+            place, rounds, drafted = place + right + 1, rounds + 1, drafted + found
+            if found:
+                most = 3 if 2 * right >= found else 2
+                doubts += most == 2
         expected.append(time)
     silent = play(table, costs, lambda seen: np.zeros(len(seen), dtype=np.int64))
     np.testing.assert_allclose(silent.time_steps, expected)
     assert (silent.num_rounds.sum(), silent.num_drafted.sum()) == (rounds, drafted)
+    assert doubts
     alone = play_rule(table, context_of(table, costs), Lookups())
     np.testing.assert_array_equal(alone.num_rounds, silent.num_rounds)
     assert (alone.time_steps <= silent.time_steps).all(), "nobody decides there"

@@ -314,14 +314,14 @@ def test_what_is_found_in_the_text_is_verified_at_once(nested_model: NestedCausa
     rounds = Rounds(runner.decoder, runner.controller, Sampler(1), ngram_drafts=4)
     text = [int(runner.upcoming_token_ids[0])]
     rounds.begin(0, prompt.tolist(), text[0])
-    found = 0
+    most, found, doubts = 4, 0, 0
     while len(text) < 40:
         asked, steps, history = len(policy.seen), rounds.counts(0).num_draft_steps, rounds.state(0, 40).history
         before = rounds.counts(0).num_found, rounds.counts(0).num_found_accepted
-        wanted = NgramIndex([*prompt.tolist(), *text]).continuation(4)
+        wanted = NgramIndex([*prompt.tolist(), *text]).continuation(most)
         settled = rounds.step(0, 40)
         if wanted:
-            assert len(wanted) <= 4
+            assert len(wanted) <= most
             assert settled is not None
             assert settled.token_ids[:-1] == wanted[: len(settled.token_ids) - 1]
             assert bool((settled.bit_widths == 8).all())
@@ -331,10 +331,12 @@ def test_what_is_found_in_the_text_is_verified_at_once(nested_model: NestedCausa
             new = counts.num_found - before[0], counts.num_found_accepted - before[1]
             assert new == (len(wanted), len(settled.token_ids) - 1)
             found += 1
+            most = 4 if 2 * new[1] >= new[0] else 2  # a lookup that was mostly wrong makes the next one short
+            doubts += most == 2
         while settled is None:
             settled = rounds.step(0, 40)
         text += settled.token_ids
-    assert found > 2
+    assert found > doubts > 0
     assert policy.seen, "where nothing is found the policy is asked"
 
 
