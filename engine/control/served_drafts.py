@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.drafting_rules import (
     BanditPolicy,
     ConfidenceStop,
@@ -142,9 +143,10 @@ def drafts_at(
         ngram_drafts: See `ServedDrafts`.
 
     Raises:
-        InputError: If there are no such rounds or no such confidence.
+        InputError: If there are no such rounds, no such confidence or no such number of drafts that are looked up.
     """
     check_drafts(length, min_confidence)
+    check_ngram_drafts(ngram_drafts)
     rule, schema = rule_at(length, min_confidence), VerifiedSchema(1, length)
     decide = rule.bind(DraftingContext(schema))
     levels = draft_bit_widths[None]
