@@ -14,6 +14,7 @@ from http_server import PROMPTS, Running, alone, completion, events, refusal, ru
 from flexquant_rl.agents.commands.servable import Servable
 from flexquant_rl.agents.server.answers import Choice
 from flexquant_rl.engine.control.log_probs import TokenLogProbs
+from flexquant_rl.engine.control.request import Request
 from flexquant_rl.engine.serving import Engine, encode
 
 MESSAGES = [{"role": "user", "content": "def add(a, b):"}]
@@ -46,6 +47,24 @@ def test_a_completion_has_all_that_clients_read(server: Running) -> None:
     assert len(widths["accepted_drafts"]) == 12
     assert any(widths["accepted_drafts"])
     assert not widths["accepted_drafts"][0]
+
+
+def test_an_answer_says_what_was_found_in_the_text(server: Running, embedded_drafts: Servable) -> None:
+    prompt = "x = 1\nx = 1\nx = 1\nx = 1\n"
+    engine = Engine(embedded_drafts.model, embedded_drafts.policy, embedded_drafts.profile)
+    *_, last = engine.generate(Request(encode(embedded_drafts.model, prompt), 12))
+    counts = last.draft_counts
+    assert counts is not None
+    assert counts.num_found >= counts.num_found_accepted > 0
+    body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+    with server.client() as client:
+        whole = completion(client, **body)["choices"][0]["flexquant"]
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            *_, end = events(response)
+    for facts in (whole, end["choices"][0]["flexquant"]):
+        assert (facts["num_found"], facts["num_found_accepted"]) == (counts.num_found, counts.num_found_accepted)
+        assert facts["acceptance_by_position"] == counts.acceptance_by_position
+        assert facts["tokens_per_pass"] == counts.tokens_per_pass
 
 
 def test_a_stream_is_the_whole_answer_in_order(server: Running) -> None:
