@@ -48,6 +48,39 @@ def test_the_text_is_that_of_the_verify_width(nested: Path, width: int, ngram_dr
     assert f"measured over {width} bits without drafts (once, not in turns)" in drafted.err
 
 
+@pytest.mark.parametrize("decoder", ["lean", "hf"])
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        (("--policy", "lookups"), 8),
+        (("--policy", "lookups:verify=6,ngrams=4"), 6),
+        (("--policy", "lookups", "--verify-width", 3), 3),
+    ],
+)
+def test_lookups_alone_change_no_token(nested: Path, options: tuple[object, ...], width: int, decoder: str) -> None:
+    looked_up = generate(nested, *options, "--decoder", decoder)
+    assert text(looked_up) == text(generate(nested, "--policy", f"fixed:{width}", "--decoder", decoder))
+    result = looked_up.result
+    assert (result["verify_width"], result["same_as_plain"]) == (width, True)
+    assert (result["num_draft_steps"], result["acceptance_by_position"]) == (0, [])
+    assert result["num_found"] > 0
+
+
+def test_lookups_alone_are_exported(nested: Path, tmp_path: Path) -> None:
+    assert run(cli.main, "export", "lookups:ngrams=4", tmp_path / "out", "--model", nested).code == 0
+    exported = generate(nested, "--policy", tmp_path / "out")
+    assert exported.result["num_found"] == generate(nested, "--policy", "lookups:ngrams=4").result["num_found"] > 0
+
+
+def test_a_directory_of_the_name_of_a_policy_is_meant(
+    nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(cli.main, "export", "draft:3", tmp_path / "lookups", "--model", nested).code == 0
+    monkeypatch.chdir(tmp_path)
+    for options in ((), ("--verify-width", 8)):
+        assert generate(nested, "--policy", "lookups", *options).result["num_draft_steps"] > 0
+
+
 def test_sampled_text_is_that_of_its_seed(nested: Path) -> None:
     options = ("--policy", "draft:4,length=3", "--temperature", 1.2)
     first, again, other = (generate(nested, *options, "--seed", seed) for seed in (1, 1, 2))
@@ -78,6 +111,10 @@ def test_quiet_is_the_text_alone(nested: Path) -> None:
         (("--policy", "fixed:4", "--ngram-drafts", 2), "--ngram-drafts 2 is for drafts, and fixed:4 makes none"),
         (("--verify-width", 8, "--ngram-drafts", 16), "ngram_drafts=16 must be 0 to 15"),
         (("--policy", "draft:3,ngrams=2", "--ngram-drafts", 4), "name two numbers; give one of them"),
+        (("--policy", "lookups:ngrams=2", "--ngram-drafts", 4), "name two numbers; give one of them"),
+        (("--policy", "lookups:verify=6", "--verify-width", 8), "name two widths; give one of them"),
+        (("--policy", "lookups", "--verify-width", 7), "width 7 is not stored"),
+        (("--policy", "lookup:ngrams=4"), "did you mean lookups:ngrams=4?"),
         (("--policy", "draft:3", "--speed", 1.5), "--speed 1.5 sets a dial, and draft:3 has none"),
     ],
 )

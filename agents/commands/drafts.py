@@ -36,7 +36,7 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
     width = options.verify_width
     if options.policy is None and width is None:
         raise InputError("no policy is named; give --policy DIR or NAME, or --verify-width 8 for drafts without loss")
-    drafts = _DEFAULT if options.policy is None else parse_drafts(options.policy)
+    drafts = _DEFAULT if options.policy is None else _drafts_by_name(options.policy)
     if drafts is not None and options.ngram_drafts is not None and "ngrams=" in str(options.policy):
         raise InputError(
             f"--ngram-drafts {options.ngram_drafts} and {options.policy} name two numbers; give one of them"
@@ -56,6 +56,10 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
     if width < 1:
         raise InputError(f"--verify-width {width} is no width; choose a stored one, e.g. 8")
     return policy_name(replace(drafts, verify=width))
+
+
+def _drafts_by_name(policy: str) -> Drafts | None:
+    return None if Path(policy).is_dir() else parse_drafts(policy)
 
 
 def check_draft_options(policy: DeployedPolicy, options: GenerateOptions | ServeOptions) -> None:

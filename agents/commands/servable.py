@@ -11,7 +11,7 @@ from typing import TypeGuard
 from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.dial_setting import dial_setting
 from flexquant_rl.agents.export import ExportedPolicy, load_exported, load_exported_together
-from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
+from flexquant_rl.agents.policies.drafts import Drafts, LookupDrafts, parse_drafts
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.names import policy_name
@@ -154,7 +154,7 @@ def load_servable(
         nested = _load(model, exported.quantization, loaded)
         exported.card.check_model(nested.fingerprint, exported.directory)
         return Servable(nested, exported.policy, exported.profile, rung, exported)
-    if not _may_be_name(policy):  # so a directory was meant
+    if not may_be_name(policy):  # so a directory was meant
         raise InputError(
             f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "
             "name a static allocation, e.g. fixed:4"
@@ -181,12 +181,13 @@ def weighs_units(policy: str) -> bool:
     Raises:
         InputError: If there is no policy of that name.
     """
-    is_name = not Path(policy).is_dir() and _may_be_name(policy)
+    is_name = not Path(policy).is_dir() and may_be_name(policy)
     return is_name and not _is_one_width(parse_drafts(policy) or parse_policy(policy))
 
 
-def _may_be_name(policy: str) -> bool:
-    return ":" in policy and os.sep not in policy
+def may_be_name(policy: str) -> bool:
+    """Whether what is no directory can have been meant as a name; one name alone says nothing behind a colon."""
+    return policy == LookupDrafts.family.name or (":" in policy and os.sep not in policy)
 
 
 def _is_one_width(unbound: UnboundPolicy | Drafts) -> TypeGuard[Fixed | Drafts]:

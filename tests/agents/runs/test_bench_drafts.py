@@ -122,14 +122,19 @@ def test_all_threads_have_one_text(
 @needs_library
 def test_ngram_drafts(tiny_model_dir: Path, text: Path) -> None:
     """What finds drafts in the text has other rounds and the same text, and they are counted apart."""
-    names = ("draft:3,length=2,ngrams=0", "draft:3,length=2,ngrams=4", "fixed:3")
+    names = ("draft:3,length=2,ngrams=0", "draft:3,length=2,ngrams=4", "lookups:ngrams=4", "fixed:3")
     model = ("--model", tiny_model_dir, "--text", text, "--no-peers")
-    plain, without, found, low = run(cli.main, "bench", "drafts", *model, *SIZES, "--policy", *names).result["rows"]
+    plain, without, found, alone, low = run(cli.main, "bench", "drafts", *model, *SIZES, "--policy", *names).result[
+        "rows"
+    ]
     assert not {"ngram_drafts", "acceptance_of_found"} & (plain.keys() | low.keys())
     assert (without["ngram_drafts"], found["ngram_drafts"]) == (0, 4)
     assert without["acceptance_of_found"] is None
     assert 0 < found["acceptance_of_found"] <= 1
-    for row in (without, found):
+    assert alone["ngram_drafts"] == 4
+    assert alone["acceptance_of_found"] > 0
+    assert alone["acceptance"] is None, "no width drafts"
+    for row in (without, found, alone):
         assert row["same_tokens"] == row["all_tokens"] == 3 * 14
 
 

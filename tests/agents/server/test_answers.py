@@ -11,7 +11,7 @@ import pytest
 import torch
 from http_server import PROMPTS, Running, alone, completion, events, refusal, running
 
-from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.agents.commands.servable import Servable, load_servable
 from flexquant_rl.agents.server.answers import Choice
 from flexquant_rl.engine.control.log_probs import TokenLogProbs
 from flexquant_rl.engine.control.request import Request
@@ -203,6 +203,26 @@ def test_a_verify_width_of_a_requests_own(server: Running, embedded_drafts: Serv
             assert part in refusal(answer, 400)["message"]
         answer = client.post("/v1/completions", json={"prompt": "x", "speed": 1.5})
         assert "has none" in refusal(answer, 400)["message"]
+
+
+def test_lookups_alone_are_verified_at_any_stored_width(embedded_drafts: Servable) -> None:
+    repeated = "x = 1\n" * 4
+    found = load_servable("default", "lookups", loaded=embedded_drafts.model)
+    with running(found) as server, server.client() as client:
+        facts = client.get("/v1/models").json()["data"][0]["flexquant"]
+        assert (facts["policy"], facts["verify_width"]) == ("lookups", 8)
+        for width in (8, 3):
+            plain = load_servable("default", f"fixed:{width}", loaded=embedded_drafts.model)
+            engine = Engine(plain.model, plain.policy, plain.profile)
+            choice = completion(client, repeated, max_tokens=24, verify_width=width)["choices"][0]
+            assert choice["text"] == alone(engine, repeated, 24)
+            assert choice["flexquant"]["num_found"] > 0
+            assert choice["flexquant"]["acceptance_by_position"] == []
+            engine.close()
+        assert choice["flexquant"]["policy"] == "lookups:verify=3"
+        error = refusal(client.post("/v1/completions", json={"prompt": "x", "verify_width": 7}), 400)
+        assert "must be a stored width (3, 4, 5, 6, 8)" in error["message"]
+        assert "of the drafts" not in error["message"]
 
 
 def test_models_and_health(server: Running) -> None:
