@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_runner import Finished, run
 
 from flexquant_rl import cli
+from flexquant_rl.agents.commands.drafts import timed_threads
 from flexquant_rl.agents.commands.servable import load_servable
-from flexquant_rl.engine.control.artefact import save_policy
+from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
-from flexquant_rl.engine.control.drafting_rules import Plain
+from flexquant_rl.engine.control.drafting_rules import DraftingRule, FixedRounds, Lookups, Plain
+from flexquant_rl.engine.control.verify_costs import modelled_costs
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.serving import Engine
 
@@ -149,3 +153,63 @@ def test_a_policy_that_never_drafts_takes_no_ngram_drafts(nested: Path, plain: P
     found = load_servable(str(nested), str(plain))
     with pytest.raises(InputError, match=f"ngram_drafts=2, but policy '{plain}' does not draft"):
         Engine(found.model, found.policy, found.profile, ngram_drafts=2)
+
+
+def drafting_by_times(nested: Path, out: Path, config: dict[str, object], rule: DraftingRule, source: Any) -> Path:
+    """What a run exports, the options of the run beside it."""
+    found = load_servable(str(nested), "draft:3")
+    assert isinstance(found.policy, DeployedDrafts)
+    own = found.policy
+    card = replace(own.card, config={**own.card.config, **config})
+    costs = replace(modelled_costs((0.5,), (1.0, 1.1), depth=own.schema.depth), source=source)
+    widths = own.level_bit_widths, own.verify_bit_widths
+    save_policy(deploy_rule("tuned", own.schema, *widths, card, DraftsFacts(rule, costs), 2), found.profile, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("config", "rule", "source", "is_said"),
+    [
+        ({"device": "cpu", "threads": 2, "traces": "recording"}, FixedRounds(0, 2), "measured", True),
+        ({"device": "cpu", "threads": 1, "traces": None}, FixedRounds(0, 2), "measured", False),
+        ({"device": "cpu", "threads": None, "traces": None}, FixedRounds(0, 2), "measured", False),
+        ({}, FixedRounds(0, 2), "measured", False),
+        ({"device": "cpu", "threads": "2"}, FixedRounds(0, 2), "measured", False),
+        ({"device": "cuda", "threads": 2}, FixedRounds(0, 2), "measured", False),
+        ({"device": "cpu", "threads": 2}, FixedRounds(0, 2), "modelled", False),
+        ({"device": "cpu", "threads": 2}, Lookups(), "measured", False),
+        ({"device": "cpu", "threads": 2}, Plain(), "measured", False),
+    ],
+    ids=str,
+)
+def test_times_of_another_number_of_threads(
+    nested: Path, tmp_path: Path, config: dict[str, object], rule: DraftingRule, source: str, is_said: bool
+) -> None:
+    """What was timed with two threads drafts too long with one, and nothing else would say so."""
+    out = drafting_by_times(nested, tmp_path / "tuned", config, rule, source)
+    said = f"{out} drafts by the times of --threads 2 and runs with 1, where other rounds may be faster"
+    assert generate(nested, "--policy", out).err.count(said) == is_said
+    assert said not in generate(nested, "--policy", out, "--decoder", "hf").err
+
+
+def test_the_default_is_one_thread_where_the_run_recorded_itself(nested: Path, tmp_path: Path) -> None:
+    for traces, threads in ((None, 1), ("recording", None)):
+        config: dict[str, object] = {"device": "cpu", "threads": None, "traces": traces}
+        out = drafting_by_times(nested, tmp_path / str(threads), config, FixedRounds(0, 2), "measured")
+        policy = load_policy(out)
+        assert isinstance(policy, DeployedDrafts)
+        assert timed_threads(policy) == threads
+
+
+def test_a_server_says_it_once(nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: Any = pytest.importorskip("flexquant_rl.agents.server.running", reason="needs the extra `serve`")
+
+    async def stopped(app: object, served: Any, *others: object, **options: object) -> None:
+        served.queue.stop(5.0)
+
+    monkeypatch.setattr(running, "serve", stopped)
+    config: dict[str, object] = {"device": "cpu", "threads": 2}
+    out = drafting_by_times(nested, tmp_path / "tuned", config, FixedRounds(0, 2), "measured")
+    finished = run(cli.main, "serve", nested, "--policy", out, "--port", 0)
+    assert finished.code == 0, finished.err
+    assert finished.err.count("drafts by the times of --threads 2 and runs with 1") == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,13 @@ from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
-from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts, is_whole_number
+from flexquant_rl.engine.control.drafting_rules import Lookups
 from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
+from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
 
 # Four drafts cost less than two steps of the largest width; Hugging Face's confidence.
 _DEFAULT = Drafts(3, length=4, confidence=0.4)
@@ -72,6 +75,39 @@ def check_draft_options(policy: DeployedPolicy, options: GenerateOptions | Serve
             f"--verify-width {width}, but {policy.name} verifies at {policy.verify_width}; leave the option out, or "
             f"train for it with --task verified --verified.verify-width {width}"
         )
+
+
+def timed_threads(policy: DeployedDrafts) -> int | None:
+    """Threads of a step by whose times a policy was trained or tuned to draft; None where nobody knows, or none count.
+
+    Its card has the options of its run: no number is one thread, where the run recorded by the lean decoder itself.
+    """
+    config, costs = policy.card.config, policy.facts.costs
+    if costs is None or costs.source != "measured" or config.get("device") != "cpu":
+        return None
+    if not may_draft(policy) or isinstance(policy.facts.rule, Lookups):  # whatever steps cost, they do the same
+        return None
+    threads = config.get("threads", 0)
+    if threads is None and config.get("traces") is None:
+        return 1
+    return threads if is_whole_number(threads) and threads > 0 else None
+
+
+def warn_of_threads(
+    policies: Iterable[DeployedPolicy], model: NestedCausalLM, options: GenerateOptions | ServeOptions
+) -> None:
+    """Says, once, that a policy drafts by the times of another number of threads than it runs with, if one does."""
+    if model.device.type != "cpu" or options.decoder == "hf" or default_decoder(model)[0] != "lean":
+        return
+    here = options.threads or 1
+    for policy in policies:
+        timed = timed_threads(policy) if isinstance(policy, DeployedDrafts) else None
+        if timed not in (None, here):
+            say(
+                f"{policy.name} drafts by the times of --threads {timed} and runs with {here}, where other rounds may "
+                f"be faster; give --threads {timed}, or train one with --threads {here}"
+            )
+            return
 
 
 def _no_drafts(option: str, value: int, policy: str) -> InputError:
