@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flexquant_rl.agents.commands.options import GenerateOptions, ServeOptions
+from flexquant_rl.agents.commands.servable import check_exists
 from flexquant_rl.agents.export import exports_drafts
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.names import policy_name
@@ -35,7 +36,7 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
             what is looked up is named twice, or the width is not above that of the drafts.
     """
     if options.ngram_drafts is not None:
-        check_ngram_drafts(options.ngram_drafts)
+        check_ngram_drafts(options.ngram_drafts, "--ngram-drafts")
     width = options.verify_width
     if options.policy is None and width is None:
         raise InputError("no policy is named; give --policy DIR or NAME, or --verify-width 8 for drafts without loss")
@@ -50,6 +51,7 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
             return options.policy
         for option, value in (("verify-width", width), ("ngram-drafts", options.ngram_drafts or None)):
             if value is not None:
+                check_exists(options.policy)
                 raise _no_drafts(option, value, options.policy)
         return options.policy
     if width is None:
