@@ -249,6 +249,26 @@ def test_options_out_of_their_domain(changes: dict[str, object], message: str) -
         replace(DraftsBench(), **changes).validate()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policy", "fixed:4", "nowhere"), "nowhere is not the directory of an exported policy"),
+        (("--policy", "draft:9"), "width=9 is no width"),
+        (("--policy", "."), "no readable policy"),
+        (("--policy", "lookups", "--text", "nothing.txt"), "nothing.txt is not a file"),
+    ],
+)
+def test_the_tests_do_not_run_for_what_there_is_none_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+) -> None:
+    def too_late(files: object, progress: object) -> str:
+        raise AssertionError("the tests take minutes")
+
+    monkeypatch.setattr("flexquant_rl.agents.commands.bench.run_tests", too_late)
+    monkeypatch.chdir(tmp_path)
+    assert message in run(cli.main, "bench", "drafts", *options).error
+
+
 def test_more_files_than_prompts(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     other = write_text(tmp_path / "other.txt")
     config = DraftsBench(model=str(tiny_model_dir), text=(text, other), prompts=1, prompt_tokens=6, new_tokens=4)
