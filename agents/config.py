@@ -269,8 +269,8 @@ class DraftsBench(BenchConfig):
         *("draft:3,length=3", "draft:3,length=5"),
         "draft:3,length=6,confidence=0.4",
     )
-    """What is timed beside plain decoding at the largest width: drafts and static allocations by name, directories of
-    exported policies; none leaves plain decoding alone."""
+    """What is timed beside plain decoding at the largest width: drafts and static allocations by name, lookups (drafts
+    of the text so far alone), directories of exported policies; none leaves plain decoding alone."""
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")] = ()
     """Text files whose test split prompts are cut from, the same number from each; default: the held-out standard
     library."""

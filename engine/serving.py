@@ -391,7 +391,8 @@ def encode_chat(model: NestedCausalLM, messages: Sequence[Mapping[str, str]]) ->
 
 
 def _checked_ngram_drafts(ngram_drafts: int | None, policy: Policy | DraftPolicy) -> int | None:
-    check_ngram_drafts(ngram_drafts or 0)
+    if ngram_drafts is not None:
+        check_ngram_drafts(ngram_drafts)
     if ngram_drafts and not may_draft(policy):
         raise InputError(f"ngram_drafts={ngram_drafts}, but policy {policy.name!r} does not draft; name one that does")
     return ngram_drafts

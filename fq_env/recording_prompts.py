@@ -55,11 +55,14 @@ def plan_recording(
     Raises:
         InputError: If the model cannot be recorded like that, or as `plan_sequences`.
     """
+    if twice := [width for width in sorted(set(widths)) if list(widths).count(width) > 1]:
+        given = " ".join(f"{width:g}" for width in widths)
+        raise InputError(f"draft widths {given} name {twice[0]:g} twice; name each once")
     plan = RecordingPlan(
         fingerprint=model.fingerprint,
         decoder=default_decoder(model)[0] if decoder == "auto" else decoder,
         verify_width=verify_width,
-        draft_widths=tuple(int(width) if is_whole(width) else width for width in sorted(set(widths))),
+        draft_widths=tuple(int(width) if is_whole(width) else width for width in sorted(widths)),
         depth=depth,
         max_new_tokens=max_new_tokens,
         eos_token_ids=tuple(model.eos_token_ids),

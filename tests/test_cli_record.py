@@ -48,7 +48,7 @@ def test_levels_between_stored_widths_need_a_profile(tiny_model_dir: Path, text:
     out, options = tmp_path / "traces", (*OPTIONS[:-3], "--decoder", "hf", "--widths", 3, 3.5, 5)
     error = record(tiny_model_dir, out, "--text", text, *options).error
     assert "draft width 3.5 is an allocation between stored widths" in error
-    assert "--profile FILE" in error
+    assert "give --profile FILE, or choose stored widths" in error
     profile = tmp_path / "profile.json"
     run(cli.main, "profile", tiny_model_dir, "--source", "roofline", "--text", text, "--out", profile)
     result = record(tiny_model_dir, out, "--text", text, *options, "--profile", profile).result
@@ -67,6 +67,8 @@ def test_levels_between_stored_widths_need_a_profile(tiny_model_dir: Path, text:
         (("--prompt-tokens", 0), "--prompt-tokens 0 must be at least 1"),
         (("--depth", 0), "depth=0 must be 1 to 15"),
         (("--widths", 3, 7), "width 7 is not stored"),
+        (("--widths", 0.5), "draft width 0.5 is outside the stored widths 3 to 8"),
+        (("--widths", 4, 3, 3), "draft widths 4 3 3 name 3 twice; name each once"),
         (("--verify-width", 3), "must be one or more below the verify width 3"),
         (("--max-new-tokens", 1), "leaves nothing to draft"),
         (("--max-new-tokens", 500), "128"),

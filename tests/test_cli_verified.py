@@ -16,6 +16,7 @@ from PIL import Image
 from small_runs import TINY_DRAFTS, TINY_LEARNING, leave_out_the_clock, make_drafts_short
 
 from flexquant_rl import cli, train
+from flexquant_rl.agents.commands.drafts import timed_threads
 from flexquant_rl.agents.runs import verified_preparation, verified_run
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import load_policy
@@ -96,6 +97,12 @@ class TestRun:
         for name in ("rules/lookups", "rules/fixed", "seeds/0/policy"):
             assert own_ngram_drafts(load_policy(folder / "run" / name)) == min(NGRAM_DRAFTS, len(depth)), name
         assert own_ngram_drafts(load_policy(folder / "run" / "rules" / "plain")) == 0
+
+    def test_policies_carry_the_threads_of_their_times(self, finished: Finished, folder: Path) -> None:
+        policy = load_policy(folder / "run" / "seeds" / "0" / "policy")
+        assert isinstance(policy, DeployedDrafts)
+        assert {"device", "threads", "traces"} <= policy.card.config.keys()
+        assert timed_threads(policy) == 1, "the default of the lean decoder"
 
     def test_a_run_from_before_anything_was_looked_up(self, finished: Finished, folder: Path, tmp_path: Path) -> None:
         """Its configuration does not say so, and none of its policies does; those of another number are refused."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from flexquant_rl.agents.commands.options import BenchCommand
 from flexquant_rl.agents.commands.process import FAILURE, print_result
+from flexquant_rl.agents.commands.servable import check_exists
 from flexquant_rl.agents.config import DraftsBench
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.bench_drafts import bench_drafts
@@ -18,12 +19,23 @@ from flexquant_rl.engine.benches.harness import BenchRefusedError, Row, run_benc
 from flexquant_rl.engine.benches.options import DecodeBench, GemvBench, GptqBench, PolicyBench, VerifyBench
 from flexquant_rl.engine.benches.policy import bench_policy
 from flexquant_rl.engine.benches.verify import bench_verify
+from flexquant_rl.fq_env.text_files import documents_of
+
+
+def _check_drafts(what: DraftsBench) -> None:
+    """Raises InputError on policies and text that there are none of: the tests, which come first, take minutes."""
+    for policy in what.policy:
+        check_exists(policy)
+    for path in what.text:
+        next(documents_of(path, text_field=what.text_field))
 
 
 def bench(command: BenchCommand) -> None:
     """Times, and prints table and rows."""
     what = command.what
     what.validate()
+    if isinstance(what, DraftsBench):
+        _check_drafts(what)
 
     def rounds(items: Iterable[int]) -> Iterable[int]:
         return track(items, f"timing {what.name}")

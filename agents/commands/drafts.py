@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from flexquant_rl.agents.commands.options import GenerateOptions, ServeOptions
+from flexquant_rl.agents.commands.servable import check_exists
 from flexquant_rl.agents.export import exports_drafts
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
 from flexquant_rl.agents.policies.names import policy_name
@@ -14,10 +15,13 @@ from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
-from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts, is_whole_number
+from flexquant_rl.engine.control.drafting_rules import Lookups
 from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
+from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
 
 # Four drafts cost less than two steps of the largest width; Hugging Face's confidence.
 _DEFAULT = Drafts(3, length=4, confidence=0.4)
@@ -32,11 +36,11 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
             what is looked up is named twice, or the width is not above that of the drafts.
     """
     if options.ngram_drafts is not None:
-        check_ngram_drafts(options.ngram_drafts)
+        check_ngram_drafts(options.ngram_drafts, "--ngram-drafts")
     width = options.verify_width
     if options.policy is None and width is None:
         raise InputError("no policy is named; give --policy DIR or NAME, or --verify-width 8 for drafts without loss")
-    drafts = _DEFAULT if options.policy is None else parse_drafts(options.policy)
+    drafts = _DEFAULT if options.policy is None else _drafts_by_name(options.policy)
     if drafts is not None and options.ngram_drafts is not None and "ngrams=" in str(options.policy):
         raise InputError(
             f"--ngram-drafts {options.ngram_drafts} and {options.policy} name two numbers; give one of them"
@@ -47,6 +51,7 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
             return options.policy
         for option, value in (("verify-width", width), ("ngram-drafts", options.ngram_drafts or None)):
             if value is not None:
+                check_exists(options.policy)
                 raise _no_drafts(option, value, options.policy)
         return options.policy
     if width is None:
@@ -56,6 +61,10 @@ def asked_policy(options: GenerateOptions | ServeOptions) -> str:
     if width < 1:
         raise InputError(f"--verify-width {width} is no width; choose a stored one, e.g. 8")
     return policy_name(replace(drafts, verify=width))
+
+
+def _drafts_by_name(policy: str) -> Drafts | None:
+    return None if Path(policy).is_dir() else parse_drafts(policy)
 
 
 def check_draft_options(policy: DeployedPolicy, options: GenerateOptions | ServeOptions) -> None:
@@ -68,6 +77,39 @@ def check_draft_options(policy: DeployedPolicy, options: GenerateOptions | Serve
             f"--verify-width {width}, but {policy.name} verifies at {policy.verify_width}; leave the option out, or "
             f"train for it with --task verified --verified.verify-width {width}"
         )
+
+
+def timed_threads(policy: DeployedDrafts) -> int | None:
+    """Threads of a step by whose times a policy was trained or tuned to draft; None where nobody knows, or none count.
+
+    Its card has the options of its run: no number is one thread, where the run recorded by the lean decoder itself.
+    """
+    config, costs = policy.card.config, policy.facts.costs
+    if costs is None or costs.source != "measured" or config.get("device") != "cpu":
+        return None
+    if not may_draft(policy) or isinstance(policy.facts.rule, Lookups):  # whatever steps cost, they do the same
+        return None
+    threads = config.get("threads", 0)
+    if threads is None and config.get("traces") is None:
+        return 1
+    return threads if is_whole_number(threads) and threads > 0 else None
+
+
+def warn_of_threads(
+    policies: Iterable[DeployedPolicy], model: NestedCausalLM, options: GenerateOptions | ServeOptions
+) -> None:
+    """Says, once, that a policy drafts by the times of another number of threads than it runs with, if one does."""
+    if model.device.type != "cpu" or options.decoder == "hf" or default_decoder(model)[0] != "lean":
+        return
+    here = options.threads or 1
+    for policy in policies:
+        timed = timed_threads(policy) if isinstance(policy, DeployedDrafts) else None
+        if timed not in (None, here):
+            say(
+                f"{policy.name} drafts by the times of --threads {timed} and runs with {here}, where other rounds may "
+                f"be faster; give --threads {timed}, or train one with --threads {here}"
+            )
+            return
 
 
 def _no_drafts(option: str, value: int, policy: str) -> InputError:

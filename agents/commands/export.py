@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flexquant_rl.agents.commands.options import ExportOptions
 from flexquant_rl.agents.commands.process import print_result
-from flexquant_rl.agents.commands.servable import load_servable
+from flexquant_rl.agents.commands.servable import load_servable, may_be_name
 from flexquant_rl.agents.export import export_again, export_drafts_run, export_run
 from flexquant_rl.agents.policies.drafts import parse_drafts
 from flexquant_rl.agents.policies.families import parse_policy
@@ -33,7 +33,7 @@ def export(options: ExportOptions) -> None:
 
 def _is_run(options: ExportOptions) -> bool:
     """A directory, or what can only have been meant as one."""
-    return Path(options.policy).exists() or ":" not in options.policy
+    return Path(options.policy).exists() or not may_be_name(options.policy)
 
 
 def _from_run(options: ExportOptions) -> DeployedPolicy:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.commands.drafts import asked_policy, check_draft_options, draft_results
+from flexquant_rl.agents.commands.drafts import asked_policy, check_draft_options, draft_results, warn_of_threads
 from flexquant_rl.agents.commands.options import GenerateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import Servable, load_servable
@@ -49,6 +49,7 @@ def generate(options: GenerateOptions) -> None:
     check_draft_options(found.policy, options)
     setting = _setting(found, options)
     model = found.model.to(options.device)
+    warn_of_threads([found.policy], model, options)
     is_chat = not options.raw and bool(model.token_text.chat_template)
     prompt_ids = _chat_ids(model, prompt) if is_chat else encode(model, prompt)
 

@@ -214,10 +214,11 @@ class EvaluateOptions:
     model: Model
     """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[POLICY ...]")] = ("fixed:4", "fixed:8", "knapsack:4.5")
-    """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3, relative-error:0.5, draft:3),
-    with more parameters as key=value (entropy:1.5,one_way=true or draft:3,length=4,verify=6); runs of train.py;
-    directories of exported policies; classes of your own, as module:Class or module:Class:key=value,..., found from the
-    current directory (docs/extending.md). regressor is fitted to training text, relative-error to validation text."""
+    """Names (fixed:4, knapsack:4.5, random:4.5, schedule:16, entropy:1.5, regressor:0.3, relative-error:0.5, draft:3,
+    lookups), with more parameters as key=value (entropy:1.5,one_way=true or draft:3,length=4,verify=6); runs of
+    train.py; directories of exported policies; classes of your own, as module:Class or module:Class:key=value,...,
+    found from the current directory (docs/extending.md). regressor is fitted to training text, relative-error to
+    validation text."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
     """New directory for a report with the table, its rows and a picture; default: the table is printed alone."""
     text: Files = ()
@@ -258,7 +259,7 @@ class TasksOptions:
         "draft:3,length=4,confidence=0.4",
     )
     """Runs of train.py, directories of exported policies, static allocations or drafts by name (fixed:4,
-    knapsack:4.5, draft:3,length=4), and full: the unquantised weights."""
+    knapsack:4.5, draft:3,length=4, lookups), and full: the unquantised weights."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[TASK ...]")] = ("continuation", "line")
     """Of ours, made of files: continuation (which of four passages follows), line (the end of a line of code), gsm8k
     (needs --gsm8k). Of the harness, by its names, where their data are on this machine. None runs generated code."""
@@ -320,7 +321,7 @@ class CombineOptions:
     """New directory."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY ...")] = ()
     """Directories of exported policies or runs of either task, static allocations and drafts by name: e.g. RUN
-    draft:3,length=4 draft:3,verify=6 fixed:5."""
+    draft:3,length=4 draft:3,verify=6 lookups fixed:5."""
     text: Files = ()
     """Text files; their validation split is read; default: the held-out standard library."""
     text_field: str | None = None
@@ -344,7 +345,7 @@ class ExportOptions:
 
     policy: Positional[PolicyName]
     """Directory of a run of train.py or of a policy in it (RUN/rules/confidence), or a name (fixed:4, knapsack:4.5,
-    draft:3,length=4)."""
+    draft:3,length=4, lookups)."""
     out: Out
     """New directory."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
@@ -380,7 +381,7 @@ class GenerateOptions:
     policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
     """Directory of an exported policy, of a run or of what `fq combine` wrote, a static allocation by name (fixed:4,
     knapsack:4.5), or drafts (draft:3, with more parameters as draft:3,length=4,confidence=0.4): low widths propose
-    tokens, and a pass at the verify width settles several at once."""
+    tokens, and a pass at the verify width settles several at once. lookups has the text so far propose them alone."""
     verify_width: int | None = None
     """With drafts: the width that the output equals; default: the largest stored one, which loses nothing. Without
     --policy the drafts are those of draft:3,length=4,confidence=0.4."""
@@ -438,7 +439,8 @@ class ServeOptions:
     """Hugging Face directory, hub name, nested checkpoint or .gguf file; `default` is the embedded model."""
     policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY")] = None
     """Directory of an exported policy or of a run, a static allocation by name (fixed:4, knapsack:4.5), or drafts
-    (draft:3,length=4); default: the largest width, which loses nothing."""
+    (draft:3,length=4, or lookups for those of the text so far alone); default: the largest width, which loses
+    nothing."""
     verify_width: int | None = None
     """With drafts: the width that the output equals; default: the largest stored one. Without --policy the drafts are
     those of draft:3,length=4,confidence=0.4."""

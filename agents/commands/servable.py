@@ -11,7 +11,7 @@ from typing import TypeGuard
 from flexquant_rl.agents.config import Device, TrainConfig
 from flexquant_rl.agents.dial_setting import dial_setting
 from flexquant_rl.agents.export import ExportedPolicy, load_exported, load_exported_together
-from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
+from flexquant_rl.agents.policies.drafts import Drafts, LookupDrafts, parse_drafts
 from flexquant_rl.agents.policies.families import bind_policy, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.names import policy_name
@@ -19,7 +19,7 @@ from flexquant_rl.agents.policies.unbound import UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context, prepare
 from flexquant_rl.agents.progress import track
 from flexquant_rl.engine.checkpoint import is_nested_model, load_model
-from flexquant_rl.engine.control.artefact import DeployedPolicy
+from flexquant_rl.engine.control.artefact import DeployedPolicy, load_policy, policy_directory
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, DraftsFacts, deploy_rule
 from flexquant_rl.engine.control.ladder import Ladder, Rung, is_ladder, read_ladder
@@ -154,12 +154,7 @@ def load_servable(
         nested = _load(model, exported.quantization, loaded)
         exported.card.check_model(nested.fingerprint, exported.directory)
         return Servable(nested, exported.policy, exported.profile, rung, exported)
-    if not _may_be_name(policy):  # so a directory was meant
-        raise InputError(
-            f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "
-            "name a static allocation, e.g. fixed:4"
-        )
-    unbound = parse_drafts(policy) or parse_policy(policy)
+    unbound = parse_name(policy)
     # Whatever lies beside the model: what weighs nothing is bound without it, and may run with any number of threads.
     if profile is None and _is_one_width(unbound):
         if text:
@@ -175,18 +170,44 @@ def load_servable(
     return _by_name(config, unbound)
 
 
+def parse_name(policy: str) -> UnboundPolicy | Drafts:
+    """Reads the name of a policy, which is no directory.
+
+    Raises:
+        InputError: If there is no policy of that name.
+    """
+    if not may_be_name(policy):  # so a directory was meant
+        raise InputError(
+            f"{policy} is not the directory of an exported policy or of a run; export one with `fq export RUN OUT`, or "
+            "name a static allocation, e.g. fixed:4"
+        )
+    return parse_drafts(policy) or parse_policy(policy)
+
+
+def check_exists(policy: str) -> None:
+    """Raises InputError unless a policy has that name, or its directory holds one: no model is loaded to find out."""
+    path = Path(policy)
+    if not path.is_dir():
+        parse_name(policy)
+    elif is_ladder(path):
+        read_ladder(path)
+    else:
+        load_policy(policy_directory(path))
+
+
 def weighs_units(policy: str) -> bool:
     """Whether the policy of a name chooses by a profile of the model; those of directories carry their own.
 
     Raises:
         InputError: If there is no policy of that name.
     """
-    is_name = not Path(policy).is_dir() and _may_be_name(policy)
+    is_name = not Path(policy).is_dir() and may_be_name(policy)
     return is_name and not _is_one_width(parse_drafts(policy) or parse_policy(policy))
 
 
-def _may_be_name(policy: str) -> bool:
-    return ":" in policy and os.sep not in policy
+def may_be_name(policy: str) -> bool:
+    """Whether what is no directory can have been meant as a name; one name alone says nothing behind a colon."""
+    return policy == LookupDrafts.family.name or (":" in policy and os.sep not in policy)
 
 
 def _is_one_width(unbound: UnboundPolicy | Drafts) -> TypeGuard[Fixed | Drafts]:

@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 from pathlib import Path
 
-from flexquant_rl.agents.commands.drafts import asked_policy, check_draft_options
+from flexquant_rl.agents.commands.drafts import asked_policy, check_draft_options, warn_of_threads
 from flexquant_rl.agents.commands.options import ServeOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.commands.servable import load_rungs, load_servable
@@ -55,6 +55,7 @@ def serve(options: ServeOptions) -> None:
         check_draft_options(found.policy, options)
         rungs = load_rungs(policy, found.model.fingerprint, found)
         found.model.to(options.device)
+        warn_of_threads([found.policy] if rungs is None else rungs.policies.values(), found.model, options)
         served = Served.start(
             _name(options.model),
             found,

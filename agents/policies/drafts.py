@@ -1,18 +1,18 @@
-"""Drafts by name, at one allocation, so many a round or until one is unsure: what needs no learning."""
+"""Drafts by name: at one allocation, so many a round or until one is unsure, or lookups alone. Nothing is learned."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
 from flexquant_rl.agents.policies.names import policy_name, read_parameters
 from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_stored, check_width
-from flexquant_rl.engine.control.draft_limits import NGRAM_DRAFTS, check_ngram_drafts
-from flexquant_rl.engine.control.drafting_rules import DraftingRule
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING, NGRAM_DRAFTS, check_ngram_drafts
+from flexquant_rl.engine.control.drafting_rules import DraftingRule, Lookups
 from flexquant_rl.engine.control.drafts import check_drafts
-from flexquant_rl.engine.control.served_drafts import ServedDrafts, drafts_at, rule_at
+from flexquant_rl.engine.control.served_drafts import ServedDrafts, drafts_at, lookups_at, rule_at
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.traces import is_whole
 from flexquant_rl.engine.errors import InputError
@@ -96,6 +96,47 @@ class Drafts:
             )
 
 
+@dataclass(frozen=True)
+class LookupDrafts(Drafts):
+    """Drafts of length 0: what is found in the text so far is verified, and no width drafts.
+
+    Its names are `lookups` or `lookups:verify=6,ngrams=4`; `verify` and `ngrams` are those of `Drafts`.
+    """
+
+    family: ClassVar[Family] = replace(Drafts.family, name="lookups")
+
+    width: float = field(default=0.0, init=False)
+    length: int = field(default=0, init=False)
+    confidence: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        check_ngram_drafts(self.ngrams, "ngrams")
+        if not self.ngrams:
+            raise InputError(f"ngrams=0 looks nothing up, and nothing else drafts here; give 1 to {MOST_PENDING}")
+        if self.verify:
+            check_width("verify", self.verify)
+
+    @property
+    def is_one_width(self) -> bool:
+        """No unit drafts, so no profile is needed."""
+        return True
+
+    @property
+    def rule(self) -> DraftingRule:
+        """What decides."""
+        return Lookups()
+
+    def bind(self, context: PolicyContext) -> ServedDrafts:
+        """See `Drafts.bind`."""
+        return self.at_one_width(context.schema)
+
+    def at_one_width(self, schema: SignalSchema) -> ServedDrafts:
+        """See `Drafts.at_one_width`."""
+        name, verify = policy_name(self), self.verify or max(schema.bit_widths)
+        check_stored(verify, schema.bit_widths, name)
+        return lookups_at(name, torch.full((schema.num_units,), verify), ngram_drafts=self.ngrams)
+
+
 def parse_drafts(name: str) -> Drafts | None:
     """Reads the name of such a policy; None if it is another one's.
 
@@ -103,4 +144,5 @@ def parse_drafts(name: str) -> Drafts | None:
         InputError: If its parameters are wrong.
     """
     prefix, _, parameters = name.partition(":")
-    return read_parameters(Drafts, parameters, name) if prefix == Drafts.family.name else None
+    kind = {one.family.name: one for one in (Drafts, LookupDrafts)}.get(prefix)
+    return None if kind is None else read_parameters(kind, parameters, name)

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import cycle
 
-from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
+from flexquant_rl.agents.policies.drafts import Drafts, LookupDrafts, parse_drafts
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.knapsack import Knapsack
@@ -113,13 +113,13 @@ def _hint(name: str) -> str:
     """What may have been meant by a name that nothing has."""
     family, _, parameters = name.partition(":")
     own = split_own_name(name)
-    kinds: tuple[type[PolicyParameters], ...] = (*POLICIES, Drafts, RelativeError)
+    kinds: tuple[type[PolicyParameters], ...] = (*POLICIES, Drafts, LookupDrafts, RelativeError)
     near = difflib.get_close_matches(family, [prefix(kind) for kind in kinds], n=1, cutoff=0.5)
     if family in _TABLES_ONLY:
         return _TABLES_ONLY[family]
     if near and not (own is not None and own[1][0].isupper()):
-        example = "0.5" if near[0] == RelativeError.family.name else "4"
-        return f"did you mean {near[0]}:{parameters or example}?"
+        example = {RelativeError.family.name: "0.5", LookupDrafts.family.name: ""}.get(near[0], "4")
+        return f"did you mean {':'.join(filter(None, (near[0], parameters or example)))}?"
     if own is not None:
         return f"there is no module {own[0]} here; give its name without .py, e.g. my_policies:MyPolicy"
     return f"known: {', '.join(map(usage, kinds))}, module:Class"

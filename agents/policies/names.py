@@ -52,9 +52,10 @@ def prefix(kind: type[PolicyParameters]) -> str:
 
 
 def usage(kind: type[PolicyParameters]) -> str:
-    """How the names of a class of policies are written, e.g. `fixed:BIT_WIDTH`."""
+    """How the names of a class of policies are written, e.g. `fixed:BIT_WIDTH`, or `lookups` where none is needed."""
     parameters = _parameters(kind)
-    return f"{prefix(kind)}:{parameters[0].name.upper()}" if parameters else prefix(kind)
+    is_needed = bool(parameters) and parameters[0].default is MISSING
+    return f"{prefix(kind)}:{parameters[0].name.upper()}" if is_needed else prefix(kind)
 
 
 def read_parameters(kind: type[_Policy], text: str, name: str) -> _Policy:

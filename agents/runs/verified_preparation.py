@@ -39,6 +39,7 @@ from flexquant_rl.fq_env.trace_table import TraceTable
 TRACES_FOLDER, COSTS_FILE = "traces", "costs.json"
 _COSTS_VERSION = 2
 _MOST_RECORDERS = 4
+_OPTION = "--profile FILE (without --latency)"
 _TIMED_AGAIN = "delete it to have drafts and passes timed again"
 
 
@@ -151,7 +152,7 @@ def _recorded(config: TrainConfig, model: NestedCausalLM, directory: Path) -> Tr
         decoder="auto" if config.device == "cpu" else "hf",
         verify_width=drafts.verify_width,
         widths=drafts.widths,
-        mixed=mixed_levels(model, drafts.widths, _profile_file(config, directory.parent)),
+        mixed=mixed_levels(model, drafts.widths, _profile_file(config, directory.parent), _OPTION),
         depth=drafts.depth,
         tokens=drafts.tokens,
         prompt_tokens=drafts.prompt_tokens,

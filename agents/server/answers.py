@@ -66,6 +66,8 @@ class Choice:
         facts = dict(self.ask.widths)
         if counts is not None:
             facts |= {
+                "num_found": counts.num_found,
+                "num_found_accepted": counts.num_found_accepted,
                 "acceptance_by_position": counts.acceptance_by_position,
                 "tokens_per_pass": counts.tokens_per_pass,
             }

@@ -21,6 +21,7 @@ from flexquant_rl.agents.server.settings import Settings
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
+from flexquant_rl.engine.control.drafting_rules import Lookups
 from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.request import Request
@@ -299,15 +300,14 @@ class Served:
                 f"verify_width={width}, but {self.policy_name} was made for {policy.verify_width}; leave it out", param
             )
         stored = self.found.model.bit_widths
-        lowest = float(policy.level_bit_widths.double().mean(-1).max())
+        only_finds = isinstance(policy.facts.rule, Lookups)  # no width drafts
+        lowest = 0.0 if only_finds else float(policy.level_bit_widths.double().mean(-1).max())
         if width not in stored or width <= lowest:
-            raise invalid(
-                f"verify_width={width} must be a stored width ({', '.join(map(str, stored))}) above "
-                f"{lowest:g}, that of the drafts",
-                param,
-            )
+            above = "" if only_finds else f" above {lowest:g}, that of the drafts"
+            raise invalid(f"verify_width={width} must be a stored width ({', '.join(map(str, stored))}){above}", param)
         verify = torch.full_like(policy.verify_bit_widths, width)
-        return replace(policy, name=f"{policy.name},verify={width}", verify_bit_widths=verify)
+        separator = "," if ":" in policy.name else ":"
+        return replace(policy, name=f"{policy.name}{separator}verify={width}", verify_bit_widths=verify)
 
     def _prompt(self, prompt: str | list[int]) -> tuple[Tensor, str]:
         """Tokens and text of a prompt."""

@@ -171,6 +171,11 @@ class VerifyBench(DecodeBench):
         from flexquant_rl.kernels.native import MAX_TOKENS
 
         super().validate()
+        if self.reference is not None and self.model is None:
+            raise InputError(
+                f"reference={self.reference} is what a nested checkpoint was made from, and none is timed; give "
+                "--model too, or leave --reference out"
+            )
         if 1 not in self.num_tokens or not all(1 <= count <= MAX_TOKENS for count in self.num_tokens):
             raise InputError(
                 f"num_tokens={self.num_tokens} must be within 1..{MAX_TOKENS} and have 1 among them; "

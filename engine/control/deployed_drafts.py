@@ -174,8 +174,6 @@ def drafts_from(data: dict[str, Any], tensors: dict[str, Tensor], card: PolicyCa
     rule = None if data["rule"] is None else rule_from_dict(data["rule"], schema)
     facts = DraftsFacts(rule, costs, _numbers(data["acceptance"], schema.num_levels), _speed(data))
     ngram_drafts = data.get("ngram_drafts", 0)  # none in policies from before they were looked up
-    if type(ngram_drafts) is not int:
-        raise ValueError("ngram_drafts is no whole number")
     check_ngram_drafts(ngram_drafts)
     if rule is not None:
         if tensors.keys() != shapes.keys():

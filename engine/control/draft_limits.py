@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import shown
 
 MOST_PENDING = 15
 """Drafts of a round at most: with the upcoming token they are the 16 tokens that one native pass reads."""
@@ -19,7 +22,14 @@ def next_ngram_drafts(ngram_drafts: int, num_found: int, num_accepted: int) -> i
     return ngram_drafts if 2 * num_accepted >= num_found else min(ngram_drafts, DOUBTED_NGRAM_DRAFTS)
 
 
-def check_ngram_drafts(ngram_drafts: int, name: str = "ngram_drafts") -> None:
-    """Raises InputError, which calls it by that name, on a number of drafts that no round can hold."""
-    if not 0 <= ngram_drafts <= MOST_PENDING:
-        raise InputError(f"{name}={ngram_drafts} must be 0 to {MOST_PENDING}; 0 looks nothing up")
+def is_whole_number(value: Any) -> bool:
+    """Whether it is an integer; callers of a library hand in what they like, and a truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_ngram_drafts(ngram_drafts: Any, name: str = "ngram_drafts") -> None:
+    """Raises InputError, which calls it by that name, on what is no number of drafts, or one that no round can hold."""
+    if not is_whole_number(ngram_drafts) or not 0 <= ngram_drafts <= MOST_PENDING:
+        raise InputError(
+            f"{name}={shown(ngram_drafts)} must be 0 to {MOST_PENDING}, a whole number; 0 looks nothing up"
+        )

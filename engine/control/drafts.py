@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.engine.control.draft_limits import MOST_PENDING
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING, is_whole_number
 from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +99,13 @@ class DraftPolicy(Protocol):
         """Signals `[1, dim]` float32 and the round of one row to a decision for it."""
 
 
-def check_drafts(length: int, min_confidence: float) -> None:
+def check_drafts(length: Any, min_confidence: Any) -> None:
     """Raises InputError on a length of rounds or a confidence that there is none of."""
-    if not 1 <= length <= MOST_PENDING:
-        raise InputError(f"length={length} must be 1 to {MOST_PENDING} drafts; 4 is a good start")
-    if not 0 <= min_confidence <= 1:
-        raise InputError(f"confidence={min_confidence:g} is no probability; give 0 to 1, e.g. 0.4")
+    if not is_whole_number(length) or not 1 <= length <= MOST_PENDING:
+        raise InputError(
+            f"length={shown(length)} must be 1 to {MOST_PENDING} drafts, a whole number; 4 is a good start"
+        )
+    is_number = isinstance(min_confidence, float) or is_whole_number(min_confidence)
+    if not is_number or not 0 <= min_confidence <= 1:
+        given = f"{min_confidence:g}" if is_number else shown(min_confidence)
+        raise InputError(f"confidence={given} is no probability; give 0 to 1, e.g. 0.4")

@@ -120,7 +120,8 @@ class PolicyRunner:
         first_token_ids: Tensor | None = None,
         ngram_drafts: int | None = None,
     ) -> None:
-        check_ngram_drafts(ngram_drafts or 0)
+        if ngram_drafts is not None:
+            check_ngram_drafts(ngram_drafts)
         self.decoder = decoder
         self.controller = controller
         self.next_tokens: NextTokens = next_tokens or Greedy()

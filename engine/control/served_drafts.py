@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.draft_limits import NGRAM_DRAFTS, check_ngram_drafts
 from flexquant_rl.engine.control.drafting_rules import (
     BanditPolicy,
     ConfidenceStop,
@@ -22,6 +23,7 @@ from flexquant_rl.engine.control.drafting_rules import (
     DraftingPolicy,
     DraftingRule,
     FixedRounds,
+    Lookups,
 )
 from flexquant_rl.engine.control.drafts import Draft, RoundState, check_drafts
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -142,12 +144,31 @@ def drafts_at(
         ngram_drafts: See `ServedDrafts`.
 
     Raises:
-        InputError: If there are no such rounds or no such confidence.
+        InputError: If there are no such rounds, no such confidence or no such number of drafts that are looked up.
     """
     check_drafts(length, min_confidence)
+    check_ngram_drafts(ngram_drafts)
     rule, schema = rule_at(length, min_confidence), VerifiedSchema(1, length)
     decide = rule.bind(DraftingContext(schema))
     levels = draft_bit_widths[None]
+    return ServedDrafts(name, schema, levels, verify_bit_widths, decide, rule.sees, ngram_drafts=ngram_drafts)
+
+
+def lookups_at(name: str, verify_bit_widths: Tensor, *, ngram_drafts: int = NGRAM_DRAFTS) -> ServedDrafts:
+    """Nothing but what is found in the text so far, verified: the rule `lookups`.
+
+    Args:
+        name: As it appears in tables.
+        verify_bit_widths: `[U]` int64.
+        ngram_drafts: See `ServedDrafts`.
+
+    Raises:
+        InputError: If there is no such number of drafts that are looked up.
+    """
+    check_ngram_drafts(ngram_drafts)
+    rule, schema = Lookups(), VerifiedSchema(1, 1)  # nothing drafts at the one level that an observation has at least
+    decide = rule.bind(DraftingContext(schema))
+    levels = verify_bit_widths[None].clone()  # files hold no tensor twice
     return ServedDrafts(name, schema, levels, verify_bit_widths, decide, rule.sees, ngram_drafts=ngram_drafts)
 
 

@@ -143,6 +143,8 @@ def test_a_masked_action_verifies(traces: Traces) -> None:
         ({"traces": "nowhere"}, "no readable recording"),
         ({"costs": {}}, "must be VerifyCosts"),
         ({"costs": toy_costs(2, 4)}, "the traces have 3 levels"),
+        ({"ngram_drafts": 2.5}, "ngram_drafts=2.5 must be 0 to 15, a whole number"),
+        ({"ngram_drafts": "x"}, "ngram_drafts='x' must be 0 to 15"),
         ({"render_mode": "ansi"}, "no text to render"),
     ],
 )

@@ -6,10 +6,10 @@ import pytest
 import torch
 from policy_checks import fake_context
 
-from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
+from flexquant_rl.agents.policies.drafts import Drafts, LookupDrafts, parse_drafts
 from flexquant_rl.agents.policies.families import parse_policy
 from flexquant_rl.agents.policies.names import policy_name
-from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.drafts import DraftPolicy, RoundState
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.control.verified_signals import VerifiedSchema
 from flexquant_rl.engine.errors import InputError
@@ -21,6 +21,8 @@ from flexquant_rl.engine.errors import InputError
         ("draft:3", Drafts(3)),
         ("draft:width=3,length=8", Drafts(3, length=8)),
         ("draft:3.5,confidence=0.4,verify=6", Drafts(3.5, confidence=0.4, verify=6)),
+        ("lookups", LookupDrafts()),
+        ("lookups:verify=6,ngrams=4", LookupDrafts(verify=6, ngrams=4)),
     ],
 )
 def test_names_are_read_and_written(name: str, drafts: Drafts) -> None:
@@ -57,6 +59,20 @@ def test_drafts_by_name_look_up_seven_tokens_unless_they_say_otherwise() -> None
     assert (bound.name, bound.ngram_drafts) == ("draft:3,ngrams=0", 0)
 
 
+def test_lookups_alone_have_no_width_that_drafts() -> None:
+    context = fake_context()
+    lookups = LookupDrafts(verify=5, ngrams=4)
+    bound, alone = lookups.bind(context), lookups.at_one_width(context.schema)
+    for one in (bound, alone):
+        assert (one.name, one.ngram_drafts) == ("lookups:5,ngrams=4", 4)
+        assert (one.verify_bit_widths == 5).all()
+        assert one(None, RoundState(room=9)).verify
+    assert lookups.is_one_width
+    assert (LookupDrafts().bind(context).verify_bit_widths == 8).all()
+    with pytest.raises(InputError, match="'lookups:7': width 7 is not stored"):
+        LookupDrafts(verify=7).bind(context)
+
+
 def test_a_mean_width_is_a_knapsack_and_the_largest_width_verifies() -> None:
     context = fake_context()
     bound = Drafts(4.5).bind(context)
@@ -75,6 +91,10 @@ def test_a_mean_width_is_a_knapsack_and_the_largest_width_verifies() -> None:
         ("draft:3,verify=9", "verify=9 is no width"),
         ("draft:", "width is missing"),
         ("draft:3,ngrams=16", "ngrams=16 must be 0 to 15"),
+        ("lookups:ngrams=0", "ngrams=0 looks nothing up, and nothing else drafts here; give 1 to 15"),
+        ("lookups:ngrams=2.5", "ngrams='2.5' is not a whole number"),
+        ("lookups:verify=9", "verify=9 is no width"),
+        ("lookups:length=3", "unknown key 'length'; lookups has verify, ngrams"),
     ],
 )
 def test_names_that_make_no_drafts(name: str, message: str) -> None:
@@ -96,5 +116,6 @@ def test_widths_that_the_model_does_not_allow(drafts: Drafts, message: str) -> N
 
 
 def test_lossy_tables_refuse_them() -> None:
-    with pytest.raises(InputError, match="'draft:3' drafts"):
-        parse_policy("draft:3")
+    for name in ("draft:3", "lookups"):
+        with pytest.raises(InputError, match=f"'{name}' drafts"):
+            parse_policy(name)

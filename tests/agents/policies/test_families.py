@@ -67,9 +67,11 @@ def test_ours_are_trusted() -> None:
         (
             "zzz",
             "known: fixed:BIT_WIDTH, random:MEAN_BIT_WIDTH, schedule:FIRST, entropy:THRESHOLD_NATS, "
-            "regressor:MULTIPLIER, knapsack:MEAN_BIT_WIDTH, draft:WIDTH, relative-error:SHARE_HIGH, module:Class",
+            "regressor:MULTIPLIER, knapsack:MEAN_BIT_WIDTH, draft:WIDTH, lookups, "
+            "relative-error:SHARE_HIGH, module:Class",
         ),
         ("drft:3", "did you mean draft:3?"),
+        ("lookup", "did you mean lookups?"),
         ("relative_error:0.3", "did you mean relative-error:0.3?"),
         ("relative-eror", "did you mean relative-error:0.5?"),
         ("static:4.5", "name one, e.g. knapsack:4.5"),

@@ -134,14 +134,19 @@ def test_all_threads_have_one_text(
 @needs_library
 def test_ngram_drafts(tiny_model_dir: Path, text: Path) -> None:
     """What finds drafts in the text has other rounds and the same text, and they are counted apart."""
-    names = ("draft:3,length=2,ngrams=0", "draft:3,length=2,ngrams=4", "fixed:3")
+    names = ("draft:3,length=2,ngrams=0", "draft:3,length=2,ngrams=4", "lookups:ngrams=4", "fixed:3")
     model = ("--model", tiny_model_dir, "--text", text, "--no-peers")
-    plain, without, found, low = run(cli.main, "bench", "drafts", *model, *SIZES, "--policy", *names).result["rows"]
+    plain, without, found, alone, low = run(cli.main, "bench", "drafts", *model, *SIZES, "--policy", *names).result[
+        "rows"
+    ]
     assert not {"ngram_drafts", "acceptance_of_found"} & (plain.keys() | low.keys())
     assert (without["ngram_drafts"], found["ngram_drafts"]) == (0, 4)
     assert without["acceptance_of_found"] is None
     assert 0 < found["acceptance_of_found"] <= 1
-    for row in (without, found):
+    assert alone["ngram_drafts"] == 4
+    assert alone["acceptance_of_found"] > 0
+    assert alone["acceptance"] is None, "no width drafts"
+    for row in (without, found, alone):
         assert row["same_tokens"] == row["all_tokens"] == plain["timed_tokens"] + 3
 
 
@@ -284,6 +289,26 @@ def test_another_text_is_refused() -> None:
 def test_options_out_of_their_domain(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(DraftsBench(), **changes).validate()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policy", "fixed:4", "nowhere"), "nowhere is not the directory of an exported policy"),
+        (("--policy", "draft:9"), "width=9 is no width"),
+        (("--policy", "."), "no readable policy"),
+        (("--policy", "lookups", "--text", "nothing.txt"), "nothing.txt is not a file"),
+    ],
+)
+def test_the_tests_do_not_run_for_what_there_is_none_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+) -> None:
+    def too_late(files: object, progress: object) -> str:
+        raise AssertionError("the tests take minutes")
+
+    monkeypatch.setattr("flexquant_rl.agents.commands.bench.run_tests", too_late)
+    monkeypatch.chdir(tmp_path)
+    assert message in run(cli.main, "bench", "drafts", *options).error
 
 
 def test_more_files_than_prompts(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from http_server import PROMPTS, Running, alone, completion, events, refusal, running
 
-from flexquant_rl.agents.commands.servable import Servable
+from flexquant_rl.agents.commands.servable import Servable, load_servable
 from flexquant_rl.agents.server.answers import Choice
 from flexquant_rl.engine.control.log_probs import TokenLogProbs
+from flexquant_rl.engine.control.request import Request
 from flexquant_rl.engine.serving import Engine, encode
 
 MESSAGES = [{"role": "user", "content": "def add(a, b):"}]
@@ -46,6 +47,24 @@ def test_a_completion_has_all_that_clients_read(server: Running) -> None:
     assert len(widths["accepted_drafts"]) == 12
     assert any(widths["accepted_drafts"])
     assert not widths["accepted_drafts"][0]
+
+
+def test_an_answer_says_what_was_found_in_the_text(server: Running, embedded_drafts: Servable) -> None:
+    prompt = "x = 1\nx = 1\nx = 1\nx = 1\n"
+    engine = Engine(embedded_drafts.model, embedded_drafts.policy, embedded_drafts.profile)
+    *_, last = engine.generate(Request(encode(embedded_drafts.model, prompt), 12))
+    counts = last.draft_counts
+    assert counts is not None
+    assert counts.num_found >= counts.num_found_accepted > 0
+    body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+    with server.client() as client:
+        whole = completion(client, **body)["choices"][0]["flexquant"]
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            *_, end = events(response)
+    for facts in (whole, end["choices"][0]["flexquant"]):
+        assert (facts["num_found"], facts["num_found_accepted"]) == (counts.num_found, counts.num_found_accepted)
+        assert facts["acceptance_by_position"] == counts.acceptance_by_position
+        assert facts["tokens_per_pass"] == counts.tokens_per_pass
 
 
 def test_a_stream_is_the_whole_answer_in_order(server: Running) -> None:
@@ -184,6 +203,26 @@ def test_a_verify_width_of_a_requests_own(server: Running, embedded_drafts: Serv
             assert part in refusal(answer, 400)["message"]
         answer = client.post("/v1/completions", json={"prompt": "x", "speed": 1.5})
         assert "has none" in refusal(answer, 400)["message"]
+
+
+def test_lookups_alone_are_verified_at_any_stored_width(embedded_drafts: Servable) -> None:
+    repeated = "x = 1\n" * 4
+    found = load_servable("default", "lookups", loaded=embedded_drafts.model)
+    with running(found) as server, server.client() as client:
+        facts = client.get("/v1/models").json()["data"][0]["flexquant"]
+        assert (facts["policy"], facts["verify_width"]) == ("lookups", 8)
+        for width in (8, 3):
+            plain = load_servable("default", f"fixed:{width}", loaded=embedded_drafts.model)
+            engine = Engine(plain.model, plain.policy, plain.profile)
+            choice = completion(client, repeated, max_tokens=24, verify_width=width)["choices"][0]
+            assert choice["text"] == alone(engine, repeated, 24)
+            assert choice["flexquant"]["num_found"] > 0
+            assert choice["flexquant"]["acceptance_by_position"] == []
+            engine.close()
+        assert choice["flexquant"]["policy"] == "lookups:verify=3"
+        error = refusal(client.post("/v1/completions", json={"prompt": "x", "verify_width": 7}), 400)
+        assert "must be a stored width (3, 4, 5, 6, 8)" in error["message"]
+        assert "of the drafts" not in error["message"]
 
 
 def test_models_and_health(server: Running) -> None:

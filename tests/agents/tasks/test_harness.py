@@ -68,8 +68,9 @@ def test_a_width_is_read_where_it_is_chosen(tiny_model_dir: Path) -> None:
     assert low.loglikelihood(later) != high.loglikelihood(later)
 
 
-def test_verified_results_are_those_of_the_verify_width(tiny_model_dir: Path) -> None:
-    drafts, plain = (FlexQuantLM(str(tiny_model_dir), policy) for policy in ("draft:3,length=3", "fixed:8"))
+@pytest.mark.parametrize("name", ["draft:3,length=3", "lookups"])
+def test_verified_results_are_those_of_the_verify_width(tiny_model_dir: Path, name: str) -> None:
+    drafts, plain = (FlexQuantLM(str(tiny_model_dir), policy) for policy in (name, "fixed:8"))
     pairs = asks(*((CONTEXT, ending) for ending in ENDINGS))
     prompts = asks(*((prompt, {"until": ["q"], "max_gen_toks": 24}) for prompt in ("abc", "the fox", "")))
     assert drafts.loglikelihood(pairs) == plain.loglikelihood(pairs)

@@ -23,6 +23,8 @@ def test_policies_by_name_are_what_they_are_bound_to(tiny_model_dir: Path) -> No
         "draft:3,length=2",
         "draft:3,confidence=0.4",
         "draft:3,verify=6",
+        "lookups",
+        "lookups:verify=6",
     )
     found = {name: load_servable(str(tiny_model_dir), name, loaded=model.model) for name in names}
     assert len({policy_sha256(name, servable) for name, servable in found.items()}) == len(names)

@@ -133,6 +133,11 @@ def test_decode_threads_that_make_no_rows(threads: tuple[int, ...], message: str
 
 
 @needs_library
+def test_a_reference_of_a_random_model() -> None:
+    with pytest.raises(InputError, match="reference=original is what a nested checkpoint was made from, .* --model"):
+        VerifyBench(reference="original").validate()
+
+
 class TestVerify:
     CONFIG = VerifyBench(
         **{

@@ -136,7 +136,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         (lambda data: data["drafts"].pop("rule"), "KeyError"),
         (lambda data: data["drafts"].update(costs={}), "not a whole policy of drafts"),
         (lambda data: data["drafts"].update(acceptance=[1, None]), "acceptance is not 2 finite numbers"),
-        (lambda data: data["drafts"].update(ngram_drafts=2.5), "ngram_drafts is no whole number"),
+        (lambda data: data["drafts"].update(ngram_drafts=2.5), "ngram_drafts=2.5 must be 0 to 15, a whole number"),
         (lambda data: data["drafts"].update(ngram_drafts=16), "ngram_drafts=16 must be 0 to 15"),
         (lambda data: data["drafts"].update(speedup_validation="fast"), "speedup_validation is no finite number"),
         (lambda data: data["drafts"].update(rule={"family": "none", "parameters": {}}), "KeyError"),

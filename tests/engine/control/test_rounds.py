@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -460,18 +461,31 @@ def test_fixed_drafts_stop_at_their_length_and_at_an_unsure_draft() -> None:
 
 @pytest.mark.parametrize(
     ("length", "confidence", "message"),
-    [(0, 0.4, "length=0 must be 1 to 15"), (16, 0.4, "length=16"), (3, 1.5, "confidence=1.5 is no probability")],
+    [
+        (0, 0.4, "length=0 must be 1 to 15"),
+        (16, 0.4, "length=16"),
+        (2.5, 0.4, "length=2.5 must be 1 to 15 drafts, a whole number"),
+        ("x", 0.4, "length='x' must be 1 to 15"),
+        (3, 1.5, "confidence=1.5 is no probability"),
+        (3, "x", "confidence='x' is no probability"),
+    ],
 )
-def test_drafts_that_there_are_none_of(length: int, confidence: float, message: str) -> None:
+def test_drafts_that_there_are_none_of(length: Any, confidence: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         drafts_at("d", torch.full((2,), 3), torch.full((2,), 8), length=length, min_confidence=confidence)
 
 
-def test_ngram_drafts_that_no_round_holds(nested_model: NestedCausalLM, profile: Profile) -> None:
-    policy = drafts_at("d", all_at(nested_model, 3), all_at(nested_model, 8), length=3)
-    for wrong in (-1, MOST_PENDING + 1):
-        with pytest.raises(InputError, match=rf"ngram_drafts={wrong} must be 0 to 15"):
-            runner_of(nested_model, profile, policy, ngram_drafts=wrong)
+@pytest.mark.parametrize("wrong", [-1, MOST_PENDING + 1, 2.5, 0.0, "x", "", True])
+def test_ngram_drafts_that_no_round_holds(nested_model: NestedCausalLM, profile: Profile, wrong: Any) -> None:
+    low, high = all_at(nested_model, 3), all_at(nested_model, 8)
+    policy = drafts_at("d", low, high, length=3)
+    message = re.escape(f"ngram_drafts={wrong!r} must be 0 to 15, a whole number")
+    with pytest.raises(InputError, match=message):
+        runner_of(nested_model, profile, policy, ngram_drafts=wrong)
+    with pytest.raises(InputError, match=message):
+        drafts_at("d", low, high, length=3, ngram_drafts=wrong)
+    with pytest.raises(InputError, match=message):
+        Engine(nested_model, policy, profile, ngram_drafts=wrong)
 
 
 def test_counts_by_position() -> None:
