@@ -68,7 +68,7 @@ class TuningConfig:
     windows_per_step: int = 1
     widths: tuple[int, ...] = ()
     evaluations: int = 5
-    patience: int = 2
+    patience: int = 3
     seed: int = 0
 
 
