@@ -135,7 +135,8 @@ class VerifiedConfig:
     max_new_tokens: int = 96
     """Tokens of a continuation at most; end-of-text tokens end it earlier."""
     ngram_drafts: int = NGRAM_DRAFTS
-    """Drafts at most that a round finds in the text so far, no more than its depth. Such rounds are verified at once;
+    """Drafts at most that a round finds in the text so far, no more than its depth, and 2 behind a lookup that was
+    mostly wrong. Such rounds are verified at once;
     where nothing is found the policy decides. 0 looks none up."""
     live_prompts: int = 2
     """Test prompts that every policy continues by the clock, beside plain decoding; 0 leaves the clock out."""

@@ -80,7 +80,7 @@ class TestRun:
             assert row["speedup_low"] <= row["speedup_modelled"] * (1 + 1e-9)
             assert row["output_kl_nats"] == 0
             assert (row["speedup_measured"] is None) == (name in references)
-            assert (row["speedup_modelled_there"] is None) == (name in references)
+            assert (row["speedup_modelled_clocked"] is None) == (name in references)
             assert row["speedup_modelled"] <= rows["clairvoyant"]["speedup_modelled"] + 1e-9
         said = " ".join(result["findings"])
         assert "the learned policy (2 training seeds)" in said

@@ -387,7 +387,7 @@ class GenerateOptions:
     --policy the drafts are those of draft:3,length=4,confidence=0.4."""
     ngram_drafts: int | None = None
     """With drafts: tokens of a round at most that are found in the text so far, where its last ones stood before;
-    default: what the policy was made with, 7 for drafts by name. 0 looks none up."""
+    default: what the policy was made with, 7 for drafts by name. 2 behind a lookup mostly wrong. 0 looks none up."""
     prompt: str | None = None
     """Text to continue; - reads standard input. A model with a chat template gets it as the user's message."""
     prompt_file: File = None
@@ -446,7 +446,7 @@ class ServeOptions:
     those of draft:3,length=4,confidence=0.4."""
     ngram_drafts: int | None = None
     """With drafts: tokens of a round at most that are found in the text so far, where its last ones stood before;
-    default: what the policy was made with, 7 for drafts by name. 0 looks none up."""
+    default: what the policy was made with, 7 for drafts by name. 2 behind a lookup mostly wrong. 0 looks none up."""
     host: str | None = None
     """Address to listen on; default: 127.0.0.1, which other machines do not reach."""
     port: int | None = None

@@ -135,7 +135,7 @@ def _table(rows: Sequence[DraftRow]) -> list[list[str]]:
                 f"{row.speedup_modelled:.3f}",
                 f"{row.speedup_low:.3f} to {row.speedup_high:.3f}",
                 "not measured" if row.speedup_measured is None else f"{row.speedup_measured:.3f}",
-                _number(row.speedup_modelled_there),
+                _number(row.speedup_modelled_clocked),
                 _number(row.speedup_validation),
                 f"{row.tokens_per_pass:.2f}",
                 f"{row.drafts_per_token:.2f}",
@@ -163,7 +163,7 @@ def _method(rows: Sequence[DraftRow], table: TraceTable) -> list[str]:
         "largest width.",
         "Times are those of a cost table: a draft step by width, a pass by its number of tokens, "
         f"{times}. A policy pays for what it looks at: nothing for counting drafts, a little for how sure they are, "
-        "more for signals and a network. Hindsight and the bound pay for nothing.",
+        "more for signals and a network, signals of what was looked up too. Hindsight and the bound pay for nothing.",
         "Rules are tuned over their whole grids on training and validation sequences. The learned policy begins as a "
         "clone of the best of them that draft at few bits, learns on training sequences, and is the network that was "
         "fastest on validation sequences. What is exported was fastest on validation sequences. Test sequences choose "
@@ -175,7 +175,7 @@ def _method(rows: Sequence[DraftRow], table: TraceTable) -> list[str]:
         lines.append(
             "By the clock, policies continue some of the test prompts greedily, in turns with plain decoding; of each "
             "step the median over turns counts. It is never in one column with the cost table, whose speed on the same "
-            "sequences stands beside it."
+            "sequences stands beside it, to their ends; the clock times as many tokens of each as the shortest has."
         )
     return lines
 

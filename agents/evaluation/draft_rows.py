@@ -42,8 +42,8 @@ class DraftRow:
         speedup_low: Lower end of its bootstrap 95% interval over documents.
         speedup_high: Upper end.
         speedup_measured: The same by the clock, on some of the test prompts; None where not measured.
-        speedup_modelled_there: By the cost table on the sequences that the clock timed; None where it timed none, and
-            of what cannot be timed.
+        speedup_modelled_clocked: By the cost table on the sequences that the clock timed, whole; None where it timed
+            none, and of what cannot be timed.
         speedup_validation: By the cost table on validation sequences; None for those that know drafts.
         tokens_per_pass: Settled tokens of a pass of verification.
         drafts_per_token: Drafts for each settled token, made at few bits or found in the text.
@@ -78,7 +78,7 @@ class DraftRow:
     sequence_time_steps: tuple[float, ...]
     sequence_tokens: tuple[int, ...]
     sequence_documents: tuple[int, ...]
-    speedup_modelled_there: float | None = None
+    speedup_modelled_clocked: float | None = None
 
     def public(self) -> dict[str, Any]:
         """What the JSON of a command says of it, with the fields that rows of the lossy mode have."""
@@ -142,7 +142,7 @@ def with_clock(
         else replace(
             row,
             speedup_measured=1 / share,
-            speedup_modelled_there=sum(row.sequence_tokens[index] for index in sequences)
+            speedup_modelled_clocked=sum(row.sequence_tokens[index] for index in sequences)
             / sum(row.sequence_time_steps[index] for index in sequences),
         )
         for row, share in zip(rows, time_shares, strict=True)
@@ -156,7 +156,7 @@ def read_draft_rows(path: Path) -> list[DraftRow]:
         InputError: If the file cannot be read, or a line is not such a row.
     """
     names = {field.name for field in fields(DraftRow)}
-    older = names - {"speedup_modelled_there"}
+    older = names - {"speedup_modelled_clocked"}
     rows = []
     try:
         for _, line in json_lines(path):

@@ -140,7 +140,7 @@ def clairvoyant(table: TraceTable, costs: VerifyCosts) -> Played:
     """The fastest that any policy could be that knew every draft before: dynamic programming from the end.
 
     It drafts each token at the cheapest level that is right, and no draft that is wrong, or verifies what is found in
-    the text, as much of it as a lookup in doubt finds or one without. Deciding costs nothing, and a token without
+    the text, as much of it as a doubted lookup finds or any other. Deciding costs nothing, and a token without
     drafts costs a plain step where that is cheaper than a round.
     """
     draft_ms, verify_ms = np.array(costs.draft_ms), np.array(costs.verify_ms)
@@ -176,7 +176,7 @@ def hindsight(table: TraceTable, costs: VerifyCosts) -> Played:
     They are drafted at one level, up to a length, which may be 0; both are those that are fastest on the very
     sequences. Knowing costs nothing. What foresees a wrong draft, or changes the level, may be faster.
     """
-    settings = [(level, most) for level in range(table.num_levels) for most in range(table.depth + 1)]
+    settings = [(0, 0), *((level, most) for level in range(table.num_levels) for most in range(1, table.depth + 1))]
     levels, most = np.repeat(np.array(settings), table.num_sequences, axis=0).T
 
     def decide(rounds: TraceRounds) -> NDArray[np.int64]:

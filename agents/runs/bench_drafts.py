@@ -99,7 +99,8 @@ def bench_drafts(
     Returns:
         One row per contender and number of threads. `p50_us` is of a token: the median over rounds of the time of all
         prompts. `tokens_per_s_by_prompt` has medians over rounds. `ended_prompts` counts the texts that the model
-        ended, `looping_prompts` those that loop in plain decoding; `tokens_per_s_without_loops` is that of the others.
+        ended, `looping_prompts` those that loop; `tokens_per_s_without_loops` is that of the others. Each contender's
+        are those of its own texts.
         `same_tokens` counts the tokens before the first one that differs from plain decoding by the same library, in
         all prompts together; ours with any number of threads are compared with plain decoding with the first of
         `threads`.
@@ -337,10 +338,9 @@ def _rows(
     model: NestedCausalLM,
     clock: HostClock,
 ) -> list[Row]:
-    loops = [ends_in_loop(turns[-1].token_ids) for turns in contenders[0].turns]
     providers = []
     for contender in contenders:
-        facts = contender.facts | _text_facts(contender, loops, model.eos_token_ids)
+        facts = contender.facts | _text_facts(contender, model.eos_token_ids)
         facts |= _draft_facts(contender) | _same_facts(contender)
         providers.append(Provider(contender.name, list, None, facts, _seconds_of_a_token(contender.turns)))
     common = {
@@ -375,9 +375,10 @@ def _seconds_of_a_token(prompts: Sequence[Sequence[Turn]]) -> list[float]:
     return found
 
 
-def _text_facts(contender: Contender, loops: Sequence[bool], eos_token_ids: Sequence[int]) -> dict[str, Any]:
-    """How the texts end, and how fast they come. `loops`: by prompt, whether the text of plain decoding loops."""
+def _text_facts(contender: Contender, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    """How the texts end, and how fast they come."""
     last = [turns[-1].token_ids for turns in contender.turns]
+    loops = [ends_in_loop(token_ids) for token_ids in last]
     speeds = [
         round((len(turns[-1].token_ids) - 1) / median(turn.seconds for turn in turns), 1) for turns in contender.turns
     ]

@@ -37,7 +37,7 @@ from flexquant_rl.fq_env.recording_prompts import plan_recording
 from flexquant_rl.fq_env.trace_table import TraceTable
 
 TRACES_FOLDER, COSTS_FILE = "traces", "costs.json"
-_COSTS_VERSION = 2
+_COSTS_VERSION = 3
 _MOST_RECORDERS = 4
 _OPTION = "--profile FILE (without --latency)"
 _TIMED_AGAIN = "delete it to have drafts and passes timed again"

@@ -88,7 +88,8 @@ def continue_with_drafts(
         chosen = logits.argmax(-1).tolist()
         agreeing = next((place for place, token_id in enumerate(drafts) if token_id != chosen[place]), len(drafts))
         whole += chosen[: agreeing + 1]
-        if agreeing and drafts[agreeing - 1] in eos_token_ids:  # what follows it is no part of the text
+        goes_on = not (agreeing and drafts[agreeing - 1] in eos_token_ids)
+        if not goes_on:  # what follows is no part of the text
             whole.pop()
         if agreeing < len(drafts):
             target.truncate(len(whole) - 1)
@@ -97,6 +98,8 @@ def continue_with_drafts(
             draft.truncate(held)
         counts.num_draft_steps += steps
         counts.add_round(len(drafts), agreeing)
+        if not goes_on:
+            counts.drop(1)
     return whole[len(text) :], counts
 
 

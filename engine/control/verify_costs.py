@@ -26,8 +26,8 @@ class VerifyCosts:
             With M = 1 the pass is a plain step, and the books make it dearer than `plain_ms`.
         controller_ms: What signals and policy add to a decision; fixed rounds and the bound do not pay it.
         confidence_ms: What a rule adds that looks at no more than how sure the drafts are.
-        settled_ms: What signals take of each token that a round settles which no policy decided; that of other rounds
-            is in `controller_ms`.
+        settled_ms: What signals take of each token that a round settles whose drafts were looked up. In other rounds
+            `controller_ms` contains it.
     """
 
     source: Literal["modelled", "measured"]

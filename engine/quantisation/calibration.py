@@ -122,7 +122,11 @@ def check_windows(hf_model: PreTrainedModel, windows: Tensor) -> None:
 def _what_layers_return(
     hf_model: PreTrainedModel, layers: Sequence[nn.Module], token_ids: Tensor
 ) -> list[tuple[Any, ...] | None]:
-    """What each layer returns behind its hidden states, in a run of one token; None where it returns them alone."""
+    """What each layer returns behind its hidden states, in a run of one token; None where it returns them alone.
+
+    No model that can be nested has numbers there that follow from the text: without a cache and without attentions
+    asked for there is nothing.
+    """
     returned: list[tuple[Any, ...] | None] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -197,13 +201,17 @@ def _standing_in(
 
         return forward
 
+    own = [layer.__dict__.get("forward") for layer in layers]
     for layer_idx, layer in enumerate(layers):
         layer.__dict__["forward"] = forward_of(layer_idx)  # what the instance has hides the method of its class
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward
 
 
 @contextmanager

@@ -68,10 +68,10 @@ def test_the_clock_stands_beside_the_cost_table_on_the_same_sequences() -> None:
     ppo, bound = rows_of(ppo=1.5, clairvoyant=2.0)
     ppo = replace(ppo, sequence_time_steps=(60.0, 20.0))
     timed, known = with_clock([ppo, bound], [0.4, None], [1])
-    assert (timed.speedup_modelled, timed.speedup_modelled_there, timed.speedup_measured) == (1.5, 3.0, 2.5)
+    assert (timed.speedup_modelled, timed.speedup_modelled_clocked, timed.speedup_measured) == (1.5, 3.0, 2.5)
     assert known == bound
     both, _ = with_clock([ppo, bound], [0.4, None], [1, 0])
-    assert both.speedup_modelled_there == 1.5
+    assert both.speedup_modelled_clocked == 1.5
 
 
 @pytest.mark.parametrize(

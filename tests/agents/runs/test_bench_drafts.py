@@ -236,7 +236,7 @@ def test_medians_of_totals_and_of_prompts(
 
 
 def test_texts_that_loop_or_end_are_told(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Time is that of tokens that were made; what loops in plain decoding is left out of a second speed."""
+    """Time is that of tokens that were made; what loops is left out of a second speed."""
     model = nest(tiny_llama, tiny_tokenizer, QuantizationConfig(), keep_reference=False)
     eos = model.eos_token_ids[0]
     looping, ended = [*range(10, 20), *[40, 41, 42] * 30], [5, 6, eos]

@@ -132,12 +132,12 @@ def test_decode_threads_that_make_no_rows(threads: tuple[int, ...], message: str
         replace(TINY_LLAMA, threads=threads).validate()
 
 
-@needs_library
 def test_a_reference_of_a_random_model() -> None:
     with pytest.raises(InputError, match="reference=original is what a nested checkpoint was made from, .* --model"):
         VerifyBench(reference="original").validate()
 
 
+@needs_library
 class TestVerify:
     CONFIG = VerifyBench(
         **{

@@ -78,8 +78,9 @@ def test_a_text_ends_where_the_model_ends_it(length: int, odd: bool) -> None:
         expected = whole[: whole.index(eos) + 1]
         assert continue_greedily(TextModel(PROMPT, odd=False), 9, 17, {eos}) == expected
         target, draft = TextModel(PROMPT, odd=False), TextModel(PROMPT, odd=odd)
-        found, _ = continue_with_drafts(target, draft, [*PROMPT, 9], 17, DraftRule(length), {eos})
+        found, counts = continue_with_drafts(target, draft, [*PROMPT, 9], 17, DraftRule(length), {eos})
         assert found == expected
+        assert counts.num_tokens == len(expected)
     assert continue_greedily(TextModel(PROMPT, odd=False), 9, 17, {9}) == []
     target, draft = TextModel(PROMPT, odd=False), TextModel(PROMPT, odd=odd)
     assert continue_with_drafts(target, draft, [*PROMPT, 9], 17, DraftRule(length), {9})[0] == []

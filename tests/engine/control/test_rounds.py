@@ -459,22 +459,6 @@ def test_fixed_drafts_stop_at_their_length_and_at_an_unsure_draft() -> None:
     assert verifies(sure, sure, sure)
 
 
-@pytest.mark.parametrize(
-    ("length", "confidence", "message"),
-    [
-        (0, 0.4, "length=0 must be 1 to 15"),
-        (16, 0.4, "length=16"),
-        (2.5, 0.4, "length=2.5 must be 1 to 15 drafts, a whole number"),
-        ("x", 0.4, "length='x' must be 1 to 15"),
-        (3, 1.5, "confidence=1.5 is no probability"),
-        (3, "x", "confidence='x' is no probability"),
-    ],
-)
-def test_drafts_that_there_are_none_of(length: Any, confidence: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        drafts_at("d", torch.full((2,), 3), torch.full((2,), 8), length=length, min_confidence=confidence)
-
-
 @pytest.mark.parametrize("wrong", [-1, MOST_PENDING + 1, 2.5, 0.0, "x", "", True])
 def test_ngram_drafts_that_no_round_holds(nested_model: NestedCausalLM, profile: Profile, wrong: Any) -> None:
     low, high = all_at(nested_model, 3), all_at(nested_model, 8)

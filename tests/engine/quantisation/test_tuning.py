@@ -250,7 +250,7 @@ def test_stops_early_and_keeps_what_was_best(model: NestedCausalLM, windows: Ten
     tune_pairs(model, windows, held_out, TuningConfig(40, learning_rate=50.0, evaluations=20))
     assert same(before, stored(model))
     assert model.tuning is not None
-    assert model.tuning.steps == 4  # two evaluations without gain
+    assert model.tuning.steps == 6  # three evaluations without gain
     assert model.tuning.output_kl_after == model.tuning.output_kl_before
 
 
