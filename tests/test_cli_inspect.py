@@ -90,7 +90,7 @@ def write_results(root: Path, fingerprint: str) -> None:
     save_rows(root / "tasks", [asked], TaskRow)
     (root / "tasks" / REPORT_FILE).write_text("# Report\n")
     costs = modelled_costs([0.5, 0.6], [1.0, 1.1], depth=3)
-    write_json(root / "costs.json", {"version": 2, "recording": "d" * 64, "costs": costs.to_dict()})
+    write_json(root / "costs.json", {"version": 3, "recording": "d" * 64, "costs": costs.to_dict()})
     rows = [{"provider": "lean", "p50_us": 1.0, "cpu": "a cpu", "commit": "c0ffee", "tests": "passed"}]
     write_json(root / "bench.json", {"bench": "verify", "rows": rows})
 
