@@ -46,6 +46,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def is_whole_number(value: Any) -> bool:
+    """Whether it is an integer; callers of a library hand in what they like, and a truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _holds(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -57,7 +62,7 @@ def _holds(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_float(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return is_whole_number(value)
     return isinstance(value, hint)
 
 

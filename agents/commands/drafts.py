@@ -15,12 +15,13 @@ from flexquant_rl.agents.progress import say
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draft
-from flexquant_rl.engine.control.draft_limits import check_ngram_drafts, is_whole_number
+from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.drafting_rules import Lookups
 from flexquant_rl.engine.control.ladder import is_ladder
 from flexquant_rl.engine.control.request import GeneratedToken
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.field_types import is_whole_number
 from flexquant_rl.engine.model import NestedCausalLM
 
 # Four drafts cost less than two steps of the largest width; Hugging Face's confidence.

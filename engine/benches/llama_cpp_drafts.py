@@ -88,8 +88,8 @@ def continue_with_drafts(
         chosen = logits.argmax(-1).tolist()
         agreeing = next((place for place, token_id in enumerate(drafts) if token_id != chosen[place]), len(drafts))
         whole += chosen[: agreeing + 1]
-        goes_on = not (agreeing and drafts[agreeing - 1] in eos_token_ids)
-        if not goes_on:  # what follows is no part of the text
+        has_ended = agreeing > 0 and drafts[agreeing - 1] in eos_token_ids
+        if has_ended:  # what follows is no part of the text
             whole.pop()
         if agreeing < len(drafts):
             target.truncate(len(whole) - 1)
@@ -98,7 +98,7 @@ def continue_with_drafts(
             draft.truncate(held)
         counts.num_draft_steps += steps
         counts.add_round(len(drafts), agreeing)
-        if not goes_on:
+        if has_ended:
             counts.drop(1)
     return whole[len(text) :], counts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.field_types import shown
+from flexquant_rl.engine.field_types import is_whole_number, shown
 
 MOST_PENDING = 15
 """Drafts of a round at most: with the upcoming token they are the 16 tokens that one native pass reads."""
@@ -20,11 +20,6 @@ DOUBTED_NGRAM_DRAFTS = 2
 def next_ngram_drafts(ngram_drafts: int, num_found: int, num_accepted: int) -> int:
     """Drafts that the next round looks up at most, behind one that found so many and had so many accepted."""
     return ngram_drafts if 2 * num_accepted >= num_found else min(ngram_drafts, DOUBTED_NGRAM_DRAFTS)
-
-
-def is_whole_number(value: Any) -> bool:
-    """Whether it is an integer; callers of a library hand in what they like, and a truth value is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_ngram_drafts(ngram_drafts: Any, name: str = "ngram_drafts") -> None:

@@ -13,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from flexquant_rl.engine.control.decision import Decision
-from flexquant_rl.engine.control.draft_limits import MOST_PENDING, is_whole_number
+from flexquant_rl.engine.control.draft_limits import MOST_PENDING
 from flexquant_rl.engine.control.verified_signals import RoundHistory
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.field_types import shown
+from flexquant_rl.engine.field_types import is_whole_number, shown
 
 
 @dataclass(frozen=True, eq=False)

@@ -201,17 +201,24 @@ def _standing_in(
 
         return forward
 
+    with replaced_forwards(layers, [forward_of(layer_idx) for layer_idx in range(len(layers))]):
+        yield
+
+
+@contextmanager
+def replaced_forwards(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block each layer runs the function at its place; after it what it ran before."""
     own = [layer.__dict__.get("forward") for layer in layers]
-    for layer_idx, layer in enumerate(layers):
-        layer.__dict__["forward"] = forward_of(layer_idx)  # what the instance has hides the method of its class
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.__dict__["forward"] = forward  # what the instance has hides the method of its class
     try:
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
+        for layer, before in zip(layers, own, strict=True):
+            if before is None:
                 del layer.__dict__["forward"]
             else:
-                layer.__dict__["forward"] = forward
+                layer.__dict__["forward"] = before
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import json_sha256
 from flexquant_rl.engine.linear import REFERENCE_WIDTH, WidthPlan, active_plan, logits_under, reading
 from flexquant_rl.engine.model import NestedCausalLM, decoder_layers
-from flexquant_rl.engine.quantisation.calibration import Calibration, check_windows
+from flexquant_rl.engine.quantisation.calibration import Calibration, check_windows, replaced_forwards
 from flexquant_rl.engine.quantisation.config import Tuning, TuningConfig
 from flexquant_rl.engine.quantisation.tuned_linear import TunedLinear, has_bfloat16, tunable
 from flexquant_rl.engine.quantisation.tuning_state import WidthState, read_states, write_states
@@ -302,13 +302,8 @@ def _recomputing(layers: Sequence[nn.Module], linears: dict[str, TunedLinear], n
     if numbers * num_tokens * 4 <= max(_KEPT_BYTES, weight_bytes):
         yield
         return
-    for layer in layers:
-        layer.__dict__["forward"] = _recomputed(layer)  # what the instance has hides the method of its class
-    try:
+    with replaced_forwards(layers, [_recomputed(layer) for layer in layers]):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def _recomputed(layer: nn.Module) -> Callable[..., Any]:
