@@ -100,10 +100,9 @@ def bench_drafts(
         One row per contender and number of threads. `p50_us` is of a token: the median over rounds of the time of all
         prompts. `tokens_per_s_by_prompt` has medians over rounds. `ended_prompts` counts the texts that the model
         ended, `looping_prompts` those that loop; `tokens_per_s_without_loops` is that of the others. Each contender's
-        are those of its own texts.
-        `same_tokens` counts the tokens before the first one that differs from plain decoding by the same library, in
-        all prompts together; ours with any number of threads are compared with plain decoding with the first of
-        `threads`.
+        are those of its own texts. `same_tokens` counts the tokens before the first one that differs from plain
+        decoding by the same library, in all prompts together; ours with any number of threads are compared with plain
+        decoding with the first of `threads`.
 
     Raises:
         BenchRefusedError: If drafts that are verified at the largest width, or plain decoding with another number of
