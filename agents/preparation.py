@@ -102,7 +102,7 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     model = load_model(
         resolve_model(config.model),
         config.quantization,
-        progress=lambda items: track(items, "quantising"),
+        progress=track,
     ).to(config.device)
     for policy in exported:
         policy.card.check_model(model.fingerprint, policy.directory)

@@ -11,7 +11,7 @@ has an entry that transformers reads as the name of the weights' file, and that 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +37,8 @@ from flexquant_rl.engine.loading import (
     load_tokenizer,
     local_model,
 )
-from flexquant_rl.engine.model import (
-    NestedCausalLM,
-    Unit,
-    check_units,
-    make_units,
-    nest,
-)
+from flexquant_rl.engine.model import NestedCausalLM, Unit, make_units
+from flexquant_rl.engine.nesting import Progress, check_units, nest, unseen
 from flexquant_rl.engine.plain_model import check_no_pointers, check_vocabulary
 from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, Tuning
@@ -186,7 +181,7 @@ def load_model(
     config: QuantizationConfig | None = None,
     *,
     keep_reference: bool = True,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Progress = unseen,
 ) -> NestedCausalLM:
     """Loads a nested checkpoint as it is, or quantises a plain Hugging Face model in memory.
 
@@ -195,7 +190,7 @@ def load_model(
         config: How a plain model is quantised; default: `rtn` and groups of 128. A nested checkpoint has been already.
         keep_reference: Keep the unquantised weights of a plain model as the reference for output KL: training,
             profiling and evaluation compare with them. Serving reads none of them: False saves 4 bytes per weight.
-        progress: Wraps the loop over linears.
+        progress: As for `nest`.
 
     Raises:
         InputError: If it is missing, damaged, not a causal LM or not supported.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flexquant_rl.engine.control.request import Request
     from flexquant_rl.engine.huggingface.attached import attach_policy
     from flexquant_rl.engine.huggingface.quantizer import FlexQuantConfig
-    from flexquant_rl.engine.model import nest
+    from flexquant_rl.engine.nesting import nest
     from flexquant_rl.engine.serving import Engine, generate
     from flexquant_rl.fq_env.making import make_environment
 

@@ -63,6 +63,8 @@ class CalibrationText:
     ) -> tuple[Tensor, Tensor]:
         """Windows of training text, `[n, T]` and `[m, T]` int64: to take moments of, and to tune on in so many steps.
 
+        Moments are taken of the same windows whatever is tuned.
+
         Args:
             tokenizer: Tokenizer of the model.
             context: Tokens that the model can attend to.
@@ -71,8 +73,11 @@ class CalibrationText:
         Raises:
             InputError: As `windows`.
         """
-        windows = self.windows(tokenizer, "train", min(_WINDOW_TOKENS, context), max(_MOMENT_WINDOWS, tune_steps))
-        return spread(windows, _MOMENT_WINDOWS), windows
+        tokens = min(_WINDOW_TOKENS, context)
+        moments = self.windows(tokenizer, "train", tokens, _MOMENT_WINDOWS)
+        if tune_steps <= _MOMENT_WINDOWS:
+            return moments, moments
+        return moments, self.windows(tokenizer, "train", tokens, tune_steps)
 
     def held_out_windows(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
         """Windows of validation text, `[n, T]` int64, that decide what is kept of tuning."""

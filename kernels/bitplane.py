@@ -7,7 +7,9 @@ weight is ``scale_b * (code >> (8 - b)) + offset_b``, where ``offset_b`` already
 cuts off.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -92,6 +94,10 @@ class NestedWeight:
     def num_groups(self) -> int:
         """G, the number of groups of one row, including those of padding only."""
         return self.num_padded_inputs // self.group_size
+
+    def rows(self, part: slice) -> NestedWeight:
+        """Returns some of the outputs, as a view."""
+        return replace(self, planes=self.planes[:, part], scale=self.scale[:, part], offset=self.offset[:, part])
 
     def bytes_read(self, bit_width: int) -> int:
         """Returns the bytes that a product at `bit_width` has to read: its planes and one scale and offset slice."""

@@ -138,6 +138,8 @@ def test_more_strategies_are_added(
     assert measured == ["rtn:64"]
     assert len(result["rows"]) == 4 * 3
     assert "Tokens of `rtn-tuned:64`" not in (out / "report.md").read_text()
+    analyse(tiny_model_dir, text, out, *options)  # what is asked for is shown, not what was measured last
+    assert "Tokens of `rtn-tuned:64`" in (out / "report.md").read_text()
     error = analyse(tiny_model_dir, text, out, "--strategies", "rtn:64", "--windows", 3).error
     assert "holds an analysis with windows_sha256" in error
 

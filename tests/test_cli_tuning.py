@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runner import run, write_sentences
 
 from flexquant_rl import cli
+from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation import tuning
+from flexquant_rl.engine.quantisation.unfinished import unfinished_directory
 
 
 @pytest.fixture
@@ -85,6 +88,50 @@ def test_interrupted_command_goes_on(
     assert result["output_kl_nats"] == expected["output_kl_nats"]
     assert load_checkpoint(out).fingerprint == load_checkpoint(straight).fingerprint
     assert not (tmp_path / ".out.unfinished").exists()
+
+
+def test_interrupted_before_anything_is_kept(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexquant_rl.engine.quantisation.unfinished.nest", interrupt)
+    finished = run(cli.main, *options(tiny_model_dir, tmp_path / "out", text))
+    assert (finished.code, finished.err.splitlines()[-1]) == (130, "interrupted")
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+def test_interrupted_while_perplexity_is_measured(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexquant_rl.agents.commands.quantize.perplexity_by_width", interrupt)
+        assert run(cli.main, *options(tiny_model_dir, out, text), "--text", text).code == 130
+    assert not out.exists()
+    assert run(cli.main, *options(tiny_model_dir, out, text), "--text", text).result["perplexity_by_width"]
+
+
+def test_second_command_leaves_the_first_ones_work_alone(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
+    directory = unfinished_directory(tmp_path / "out")
+    (directory / "kept").touch()
+    with locked_run(directory):
+        error = run(cli.main, *options(tiny_model_dir, tmp_path / "out", text)).error
+    assert error.startswith(f"another process is working on {directory}")
+    assert (directory / "kept").exists()
+
+
+def test_text_to_judge_on_is_read_first(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexquant_rl.engine.quantisation.unfinished.nest", None)  # it is not reached
+    missing = tmp_path / "none.txt"
+    assert str(missing) in run(cli.main, *options(tiny_model_dir, tmp_path / "out", text), "--text", missing).error
 
 
 def test_other_options_start_anew(
@@ -159,3 +206,21 @@ def test_calibration_files_with_weights(tiny_model_dir: Path, tmp_path: Path, te
     calibration = load_checkpoint(out).calibration
     assert calibration is not None
     assert (calibration.files, calibration.weights) == (("text.txt", "other.txt"), (2, 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_missing(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
+    error = run(cli.main, *options(tiny_model_dir, tmp_path / "out", text), "--device", "cuda").error
+    assert error == "device=cuda, but torch sees no CUDA device; use --device cpu"
+
+
+@pytest.mark.gpu
+def test_a_gpu_does_what_the_cpu_does(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
+    start = ("quantize", tiny_model_dir)
+    fitted = ("--group-size", 32, "--calibration", text, "--tune-steps", 4, "--rotate")
+    found = [
+        run(cli.main, *start, tmp_path / device, *fitted, "--device", device).result["output_kl_nats"]
+        for device in ("cpu", "cuda")
+    ]
+    for width, kl in found[0].items():
+        assert found[1][width] == pytest.approx(kl, rel=0.3), width

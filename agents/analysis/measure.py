@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,13 +32,11 @@ from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.matrix_units import kinds_of, matrix_units
 from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import Progress
 from flexquant_rl.fq_env.prompts import spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-"""Wraps a loop; the text says what it does."""
 
 # Parts are many, so each is measured on the first tokens of few windows: as many as this arithmetic allows, half a
 # minute on two cores without AVX-512.

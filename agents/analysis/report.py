@@ -32,8 +32,12 @@ REPORT_FILE = "report.md"
 STRATEGIES_PICTURE, SENSITIVITY_PICTURE = "strategies.png", "sensitivity.png"
 
 
-def write_analysis(store: RowStore) -> Path:
+def write_analysis(store: RowStore, examined: str | None = None) -> Path:
     """Makes report and pictures from the rows of a directory.
+
+    Args:
+        store: The rows.
+        examined: The strategy whose parts are shown; default: that which was looked into last.
 
     Returns:
         The path of the report.
@@ -49,7 +53,7 @@ def write_analysis(store: RowStore) -> Path:
     windows, parts, past = store.read(WindowRow), store.read(PartRow), store.read(PastRow)
     times = store.read(TimeRow)
     names = list(dict.fromkeys(row.strategy for row in rows))
-    examined = parts[-1].strategy if parts else names[-1]
+    examined = examined or (parts[-1].strategy if parts else names[-1])
     tokens = store.read(TokensRow)
     table = TokenTable.of(examined, windows, tokens)
     origin = origins(table, [row for row in past if row.strategy == examined])

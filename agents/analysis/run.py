@@ -32,10 +32,17 @@ from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.tuning import tune_pairs
-from flexquant_rl.engine.quantisation.unfinished import STATE_FILE, has_start, nested_start, unfinished_directory
+from flexquant_rl.engine.quantisation.unfinished import (
+    STATE_FILE,
+    has_start,
+    nested_start,
+    removed_when_over,
+    unfinished_directory,
+)
 from flexquant_rl.fq_env.calibration_text import CalibrationText
 
 
@@ -139,8 +146,8 @@ class Analysis:
         hf_model, tokenizer = load_causal_lm(self.path)
         config = QuantizationConfig(start.method, start.group_size, self.plan.bit_widths, rotate=start.rotated)
 
-        def progress(items: Iterable[Any]) -> Iterable[Any]:
-            return track(items, f"{start.name}: quantising")
+        def progress(items: Iterable[Any], label: str) -> Iterable[Any]:
+            return track(items, f"{start.name}: {label}")
 
         if not start.calibrated:
             model = nest(hf_model, tokenizer, config, progress=progress)
@@ -148,7 +155,8 @@ class Analysis:
             return
         steps = self.plan.tune_steps if any(one.tuned for one in members) else 0
         moments, windows = self.fitted_to.fitting_windows(tokenizer, max_context(hf_model), steps)
-        with unfinished_directory(self.store.directory / start.name.replace(":", "-")) as directory:
+        directory = unfinished_directory(self.store.directory / start.name.replace(":", "-"))
+        with removed_when_over(directory):
             was_there = has_start(directory)
             model = nested_start(directory, hf_model, tokenizer, config, moments, progress=progress)
             # What an interrupted run has quantised took a time that is not known.

@@ -75,9 +75,9 @@ def analyse(options: AnalyseOptions) -> None:
     store = RowStore(options.out or Path(f"analysis-{Path(source.name).name}"))
     _claim(store, plan)
     with goes_on(), locked_run(store.directory):
-        analysis = Analysis(store, plan, text, source.path, fitted_to, _examined(options, names), options.peers)
-        analysis.run(names)
-        _finish(store, began)
+        examined = _examined(options, names)
+        Analysis(store, plan, text, source.path, fitted_to, examined, options.peers).run(names)
+        _finish(store, began, examined)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +256,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}..."
 
 
-def _finish(store: RowStore, began: float) -> None:
-    written = write_analysis(store)
+def _finish(store: RowStore, began: float, examined: str | None = None) -> None:
+    written = write_analysis(store, examined)
     found = store.read(StrategyRow)
     clock = {key: row.measured_ms for key, row in times_by_row(found, store.read(TimeRow)).items()}
     rows = [

@@ -105,7 +105,7 @@ def _nested(source: str, out: Path) -> Path:
     """The model with nested weights, as `fq quantize MODEL OUT` makes it."""
     if not out.exists():
         config = QuantizationConfig()
-        model = load_model(source, config, keep_reference=False, progress=lambda items: track(items, "quantising"))
+        model = load_model(source, config, keep_reference=False, progress=track)
         save_checkpoint(model, out)
     return out
 

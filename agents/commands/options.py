@@ -60,6 +60,8 @@ class QuantizeOptions:
     """Text files. Perplexity by width is measured on their test split."""
     text_field: str | None = None
     """Field of jsonl rows that has the text; default: their chats, else all their strings."""
+    device: Device = "cpu"
+    """Where the model is quantised, fitted and tuned."""
 
 
 @dataclass(frozen=True)

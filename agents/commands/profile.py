@@ -44,9 +44,7 @@ def profile(options: ProfileOptions) -> None:
     depth = _DEPTH if options.depth is None else options.depth
     check_depth(depth)
     target = options.out or home / PROFILE_FILE
-    nested = load_model(
-        resolve_model(options.model), QuantizationConfig(), progress=lambda items: track(items, "quantising")
-    )
+    nested = load_model(resolve_model(options.model), QuantizationConfig(), progress=track)
     windows = load_windows(
         nested.tokenizer,
         min(EnvConfig().window_tokens, nested.max_context + 1),

@@ -34,7 +34,7 @@ def record(options: RecordOptions) -> None:
         resolve_model(options.model),
         QuantizationConfig(),
         keep_reference=False,
-        progress=lambda items: track(items, "quantising"),
+        progress=track,
     )
     plan = plan_recording(
         nested,

@@ -219,7 +219,7 @@ def _load(model: str, quantization: QuantizationConfig, loaded: NestedCausalLM |
     path = resolve_model(model)
     if loaded is not None and (is_nested_model(path) or loaded.config == quantization):
         return loaded
-    return load_model(path, quantization, keep_reference=False, progress=lambda items: track(items, "quantising"))
+    return load_model(path, quantization, keep_reference=False, progress=track)
 
 
 def _one_width(model: NestedCausalLM, unbound: Fixed | Drafts) -> Servable:

@@ -119,7 +119,7 @@ def prepare_drafts(config: TrainConfig, run_dir: Path) -> PreparedDrafts:
         resolve_model(config.model),
         config.quantization,
         keep_reference=False,
-        progress=lambda items: track(items, "quantising"),
+        progress=track,
     ).to(config.device)
     profiled = _profiled_costs(config, model, run_dir)  # before what takes minutes, too
     traces = _recorded(config, model, run_dir / TRACES_FOLDER)

@@ -40,7 +40,8 @@ from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.decoder import Decoder
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 
 _LEAN = "lean"
 _READ_RING_BYTES = 1 << 28  # larger than caches; small enough to go round within a turn, as a model's weights do

@@ -28,7 +28,6 @@ from flexquant_rl.engine.benches.options import GemvBench
 from flexquant_rl.engine.benches.random_weights import random_weight
 from flexquant_rl.engine.decoding.weight_block import place, placed_bytes
 from flexquant_rl.kernels import huge_pages
-from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.native import NativeGemv
 from flexquant_rl.kernels.reference import bitplane_gemv
 
@@ -108,15 +107,7 @@ def _native_providers(config: GemvBench, clock: Clock, x: Tensor) -> list[Provid
 def _check_product(gemv: NativeGemv, x: Tensor, bit_width: int) -> None:
     """Refuses to time a product whose first rows are wrong: a fast wrong product is not worth a number."""
     weight, top = gemv.weight, slice(0, _CHECKED_ROWS)
-    part = NestedWeight(
-        weight.planes[:, top],
-        weight.scale[:, top],
-        weight.offset[:, top],
-        weight.bit_widths,
-        weight.group_size,
-        weight.num_inputs,
-    )
-    expected = bitplane_gemv(x, part, bit_width=bit_width)
+    expected = bitplane_gemv(x, weight.rows(top), bit_width=bit_width)
     error = float((gemv(x, bit_width=bit_width)[:, top] - expected).norm() / expected.norm())
     limit = 0.03 if gemv.mode == "int8" else 1e-4  # int8 activations lose about 0.6%
     if not error < limit:

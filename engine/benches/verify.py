@@ -34,7 +34,8 @@ from flexquant_rl.engine.benches.options import VerifyBench
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.embedded import resolve_model
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 
 _LEAN = "lean"
 _LLAMA_CPP_TYPE: GgufType = "Q8_0"

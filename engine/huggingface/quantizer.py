@@ -32,7 +32,8 @@ from flexquant_rl.engine.checkpoint import (
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.hf_modules import stored_tensors
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, dense_cache_bytes
-from flexquant_rl.engine.model import NestedCausalLM, check_units, make_units, nest
+from flexquant_rl.engine.model import NestedCausalLM, make_units
+from flexquant_rl.engine.nesting import check_units, nest
 from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, Tuning
 

@@ -8,7 +8,7 @@ The inputs are those of the unquantised model: moments gathered after quantised 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,9 +66,13 @@ class _LayerCall:
 
 @torch.no_grad()
 def input_hessians(
-    hf_model: PreTrainedModel, layers: Sequence[nn.Module], stages: Sequence[Sequence[str]], windows: Tensor
+    hf_model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    stages: Sequence[Sequence[str]],
+    windows: Tensor,
+    weights: Mapping[str, Tensor],
 ) -> Iterator[Tensor]:
-    """Yields the mean of ``x xᵀ`` over the tokens of a text for the inputs x of each linear.
+    """Yields the weighted mean of ``x xᵀ`` over the tokens of a text for the inputs x of each linear.
 
     All inputs of a layer are gathered before its first result is yielded, and no layer runs again after that, so a
     linear may be replaced as soon as its result is there.
@@ -78,6 +82,8 @@ def input_hessians(
         layers: Its decoder layers.
         stages: Names of the linears of each layer, in the order of `layers`; one more stage holds the head, if wanted.
         windows: `[n, T]` int64, token ids.
+        weights: How much each token counts, by the linear's name: `[t]` of mean 1 for the t tokens that reach it, in
+            the order of the text (token_weights.py). All count alike for a linear that has none.
 
     Yields:
         `[K, K]` float64, in the order of the names; zero for a linear that was not called.
@@ -90,14 +96,14 @@ def input_hessians(
     returned = _what_layers_return(hf_model, layers, windows[:1, :1].to(hf_model.device))
     hidden, calls = _enter(hf_model, layers, returned, batches)
     for layer_idx, names in enumerate(stages[: len(layers)]):
-        with _gathering(hf_model, names) as sums:
+        with _gathering(hf_model, names, weights) as sums:
             for index, states in enumerate(hidden):
                 hidden[index] = calls[len(states)][layer_idx](states)
         for name in names:
             yield sums.pop(name).result() / windows.numel()
     head_names = [name for stage in stages[len(layers) :] for name in stage]
     if head_names:
-        with _gathering(hf_model, head_names) as sums:
+        with _gathering(hf_model, head_names, weights) as sums:
             _leave(hf_model, layers, returned, zip(batches, hidden, strict=True))
         for name in head_names:
             yield sums.pop(name).result() / windows.numel()
@@ -241,17 +247,11 @@ class _SecondMoments:
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
 
-    def add(self, products: Sequence[Tensor]) -> None:
-        """Adds what `products_of` some inputs gives."""
-        for start, product in zip(range(0, len(self._sum), _BLOCK_INPUTS), products, strict=True):
-            self._sum[start : start + len(product), start:] += product
-
-    @staticmethod
-    def products_of(x: Tensor) -> list[Tensor]:
-        """Inputs `[..., K]` -> for each block of inputs its products with itself and all later inputs, float32."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        starts = range(0, flat.shape[1], _BLOCK_INPUTS)
-        return [flat[:, start : start + _BLOCK_INPUTS].T @ flat[:, start:] for start in starts]
+    def add(self, x: Tensor) -> None:
+        """Adds the products of inputs `[t, K]` float32; each block of inputs with itself and all later inputs."""
+        for start in range(0, x.shape[1], _BLOCK_INPUTS):
+            block = x[:, start : start + _BLOCK_INPUTS]
+            self._sum[start : start + block.shape[1], start:] += block.T @ x[:, start:]
 
     def result(self) -> Tensor:
         """The whole sum."""
@@ -259,21 +259,25 @@ class _SecondMoments:
 
 
 @contextmanager
-def _gathering(hf_model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, _SecondMoments]]:
-    """Sums ``x xᵀ`` over all inputs x that the named linears get inside the block, by name."""
+def _gathering(
+    hf_model: PreTrainedModel, names: Sequence[str], weights: Mapping[str, Tensor]
+) -> Iterator[dict[str, _SecondMoments]]:
+    """Sums ``x xᵀ`` over all inputs x that the named linears get inside the block, by name, each with its weight."""
     linears = {name: hf_model.get_submodule(name) for name in names}
     sums: dict[str, _SecondMoments] = {}
     for name, linear in linears.items():
         assert is_dense(linear)
         num_inputs = linear.weight.shape[0 if is_conv1d(linear) else 1]
         sums[name] = _SecondMoments(num_inputs, linear.weight.device)
-    latest: list[Any] = []  # the last input and its products: attention and MLP feed one input to several linears
+    num_seen = dict.fromkeys(names, 0)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not latest or latest[0] is not args[0]:
-                latest[:] = [args[0], _SecondMoments.products_of(args[0])]
-            sums[name].add(latest[1])
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            if name in weights:
+                x = x * weights[name][num_seen[name] : num_seen[name] + len(x), None].sqrt()
+                num_seen[name] += len(x)
+            sums[name].add(x)
 
         return gather
 

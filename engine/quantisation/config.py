@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from flexquant_rl.engine.errors import InputError
 
@@ -80,6 +80,9 @@ class Tuning:
         steps: Steps taken.
         num_tokens: Tokens of the windows to choose from.
         sha256: Their digest, as in `Calibration`.
+        held_out_sha256: Digest of the windows that chose what was kept.
+        arithmetic: Precision of the products of widths up to 6; those above are float32.
+        config: What the run was asked for; empty in checkpoints that do not know it.
         output_kl_before: Held-out KL against the unquantised model, nats, by width.
         output_kl_after: The same with the pairs that were kept.
     """
@@ -89,3 +92,6 @@ class Tuning:
     sha256: str
     output_kl_before: dict[str, float] = field(default_factory=dict)
     output_kl_after: dict[str, float] = field(default_factory=dict)
+    held_out_sha256: str = ""
+    arithmetic: str = ""
+    config: dict[str, Any] = field(default_factory=dict)

@@ -112,10 +112,10 @@ def quantize_gptq(
 def _energy(weight: Tensor, nested: NestedWeight, hessian: Tensor, num_rows: int) -> Tensor:
     """Squared error at 8 bits and squared weight, both as the outputs see them: `[2]` float64."""
     energy = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    decoded = dequantize(nested, bit_width=NUM_PLANES)
     for start in range(0, len(weight), num_rows):
-        rows = weight[start : start + num_rows].to(hessian.dtype)
-        for index, values in enumerate((rows - decoded[start : start + num_rows], rows)):
+        part = slice(start, start + num_rows)
+        rows = weight[part].to(hessian.dtype)
+        for index, values in enumerate((rows - dequantize(nested.rows(part), bit_width=NUM_PLANES), rows)):
             energy[index] += ((values @ hessian) * values).sum(dtype=torch.float64)
     return energy
 

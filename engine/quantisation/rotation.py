@@ -54,8 +54,8 @@ def rotate(
     size = config.hidden_size
     head_size = getattr(config, "head_dim", None) or size // config.num_attention_heads
     generator = torch.Generator().manual_seed(seed)
-    stream, values = orthogonal_matrix(size, generator), orthogonal_matrix(head_size, generator)
     norm, embedding, head = (_weights(model, name) for name in ("model.norm", "model.embed_tokens", "lm_head"))
+    stream, values = (orthogonal_matrix(count, generator).to(embedding.device) for count in (size, head_size))
     untied = nn.Linear(size, len(head), bias=False, dtype=head.dtype, device=head.device)
     untied.weight = nn.Parameter(_reading(head, norm, stream), requires_grad=False)
     model.set_submodule("lm_head", untied)

@@ -33,7 +33,7 @@ from flexquant_rl.engine.quantisation.tuning_state import WidthState, read_state
 _BLOCK_LOGITS = 1 << 23
 # Activations up to this are kept for the backward pass; more only where the weights take more themselves.
 _KEPT_BYTES = 1 << 30
-_SAVE_EVERY_S = 60.0
+_SAVE_EVERY_S, _REPORT_EVERY_S = 60.0, 10.0
 # What helps 3 bits most, where much is wrong, makes 4 bits worse (docs/weights.md).
 _LARGE_STEP_WIDTH, _SMALL_STEP = 3, 0.25
 # By default a step reads a window, and all steps of a width together work this often on a weight; within limits.
@@ -105,15 +105,19 @@ def tune_pairs(
         run = _Run(model, linears, widths, windows.to(model.device), held_out.to(model.device), config)
         key = run.key()
         run.resume(state_file, key)
+        reported = time.monotonic()
         while not run.is_done():
             run.step()
             if run.is_evaluation():
                 report(run.evaluate())
+                reported = time.monotonic()
+            elif time.monotonic() - reported > _REPORT_EVERY_S:
+                report(run.status())
+                reported = time.monotonic()
             run.save(state_file, key)
         pairs = run.best_pairs()
     model.set_pairs(pairs)
-    facts = Calibration.of(windows)
-    model.tuning = Tuning(run.progress.step, facts.num_tokens, facts.sha256, run.progress.before, run.progress.best)
+    model.tuning = run.facts()
     return run.progress.seconds
 
 
@@ -147,10 +151,12 @@ class _Run:
             width: WidthState({name: linear.steps(width) for name, linear in linears.items()}) for width in widths
         }
         self._order = _order(len(windows), config)
-        self._every = max(1, config.steps // config.evaluations)
+        self._evaluated = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+        self._arithmetic = torch.bfloat16 if has_bfloat16(model.device) else torch.float32
+        self._latest: dict[str, float] = {}  # KL of the last step's windows, nats by width
         self._saved = time.monotonic()
         for linear in linears.values():
-            linear.arithmetic = torch.bfloat16 if has_bfloat16(model.device) else torch.float32
+            linear.arithmetic = self._arithmetic
 
     def key(self) -> str:
         """Digest of all that the outcome depends on."""
@@ -159,8 +165,23 @@ class _Run:
             asdict(self.config),
             Calibration.of(self._windows).sha256,
             Calibration.of(self._held_out).sha256,
+            str(self._arithmetic),
         ]
         return json_sha256(facts)
+
+    def facts(self) -> Tuning:
+        """What the checkpoint keeps of the run."""
+        windows = Calibration.of(self._windows)
+        return Tuning(
+            self.progress.step,
+            windows.num_tokens,
+            windows.sha256,
+            self.progress.before,
+            self.progress.best,
+            Calibration.of(self._held_out).sha256,
+            str(self._arithmetic).removeprefix("torch."),
+            asdict(self.config) | {"widths": list(self.config.widths)},  # as JSON gives it back
+        )
 
     def is_done(self) -> bool:
         """Whether all steps were taken, or no width gains from more."""
@@ -168,7 +189,7 @@ class _Run:
 
     def is_evaluation(self) -> bool:
         """Whether held-out text is read after the step just taken."""
-        return self.progress.step % self._every == 0 or self.progress.step == self.config.steps
+        return self.progress.step in self._evaluated
 
     def _active(self) -> list[int]:
         failures = self.progress.failures
@@ -187,6 +208,7 @@ class _Run:
             for width in active:
                 loss: Tensor = _MeanKl.apply(self._logits(tokens, width), reference)  # type: ignore[no-untyped-call]
                 (loss / self.config.windows_per_step).backward()
+                self._latest[str(width)] = float(loss.detach())
         for width in active:
             self._check_gradient(width)
             rate = self.config.learning_rate * (1.0 if width <= _LARGE_STEP_WIDTH else _SMALL_STEP)
@@ -205,8 +227,16 @@ class _Run:
             else:
                 progress.failures[name] = progress.failures.get(name, 0) + 1
         progress.seconds += time.monotonic() - began
-        kls = ", ".join(f"{progress.best[str(b)]:.4f} at {b}" for b in self.states)
-        return f"tuning: {progress.step} of {self.config.steps} steps, {progress.seconds:.0f} s, held-out KL {kls} bits"
+        return self._line("held-out KL", progress.best)
+
+    def status(self) -> str:
+        """How far it is, between evaluations."""
+        return self._line("KL of the last window", self._latest)
+
+    def _line(self, what: str, by_width: dict[str, float]) -> str:
+        kls = ", ".join(f"{kl:.4f} at {name}" for name, kl in by_width.items())
+        done = f"{self.progress.step} of {self.config.steps} steps, {self.progress.seconds:.0f} s"
+        return f"tuning: {done}, {what} {kls} bits"
 
     def best_pairs(self) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
         """The pairs to store, by linear and width: the best that held-out text has seen."""

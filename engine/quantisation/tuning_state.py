@@ -91,7 +91,7 @@ def read_states(file: Path, key: str, states: Mapping[int, WidthState]) -> dict[
     Raises:
         InputError: If the file is damaged.
     """
-    tensors, metadata = read_tensors(file, fix="remove the directory that it is in and run the command again")
+    tensors, metadata = read_tensors(file, fix="run the command again, which begins anew")
     if metadata.get("key") != key:
         return None
     try:
@@ -102,5 +102,5 @@ def read_states(file: Path, key: str, states: Mapping[int, WidthState]) -> dict[
         if not isinstance(progress, dict):
             raise TypeError("its progress is no object")
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: damaged ({error!r}); remove its directory and run the command again") from error
+        raise InputError(f"{file}: damaged ({error!r}); run the command again, which begins anew") from error
     return progress

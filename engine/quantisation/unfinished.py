@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json, write_json
 from flexquant_rl.engine.hf_modules import stored_tensors
 from flexquant_rl.engine.linear import reference_matrix
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import Progress, nest, unseen
 from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.rotation import rotate
@@ -34,19 +35,27 @@ STATE_FILE = "state.safetensors"
 """The file in the directory that tuning keeps its state in."""
 
 
-@contextmanager
-def unfinished_directory(out: Path) -> Iterator[Path]:
-    """Yields a directory beside `out` that stays after an interruption or a full disk, and goes after anything else.
-
-    Raises:
-        KeyboardInterrupt: After an interruption, with what to do next.
-    """
+def unfinished_directory(out: Path) -> Path:
+    """The directory beside `out`, made if need be. Who works in it locks it before anything else."""
     directory = out.with_name(f".{out.name}.unfinished")
     directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@contextmanager
+def removed_when_over(directory: Path) -> Iterator[None]:
+    """Removes a directory after the block, but not after an interruption that left something, nor after a full disk.
+
+    Raises:
+        KeyboardInterrupt: After an interruption, with what to do next where something is kept.
+    """
     try:
-        yield directory
+        yield
     except KeyboardInterrupt as interruption:
-        raise KeyboardInterrupt("the same command goes on from there") from interruption
+        if has_start(directory):
+            raise KeyboardInterrupt("the same command goes on from there") from interruption
+        shutil.rmtree(directory)
+        raise
     except InputError:
         shutil.rmtree(directory)
         raise
@@ -60,7 +69,7 @@ def nested_start(
     config: QuantizationConfig,
     calibration: Tensor | None,
     *,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Progress = unseen,
 ) -> NestedCausalLM:
     """`nest`, with the unquantised weights kept; what it gave an interrupted run is read back from a directory.
 
@@ -75,7 +84,7 @@ def nested_start(
     key = _key(hf_model, config, calibration)
     start, key_file = directory / _START, directory / START_FILE
     if key_file.is_file() and read_json(key_file) == key:
-        model = load_checkpoint(start)
+        model = load_checkpoint(start).to(hf_model.device)
         if config.rotate:
             rotate(hf_model)
         for name, linear in model.nested_linears().items():

@@ -24,7 +24,8 @@ from transformers import (
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.cost import roofline_cost
 from flexquant_rl.engine.control.profile import Profile, profile_model
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {

@@ -22,7 +22,8 @@ from flexquant_rl.engine.control.profile import profile_model
 from flexquant_rl.engine.control.request import Request
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.choice import open_session
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.serving import Engine
 

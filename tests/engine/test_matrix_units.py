@@ -12,7 +12,8 @@ from flexquant_rl.engine.control.output_kl import output_kl_nats
 from flexquant_rl.engine.control.sensitivity import part_allocations, sensitivity, single_units
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.matrix_units import kinds_of, matrix_units
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 KINDS = {

@@ -34,7 +34,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.reference import dequantize
 
@@ -205,7 +206,8 @@ def test_reference_weights_can_be_left_out(
 def test_progress_sees_every_linear(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     seen: list[str] = []
 
-    def progress(items: Any) -> Any:
+    def progress(items: Any, label: str) -> Any:
+        assert label == "quantising"
         for item in items:
             seen.append(item[0])
             yield item

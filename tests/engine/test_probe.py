@@ -19,7 +19,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import NestedLinear
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import NestedCausalLM, check_units, make_units, nest
+from flexquant_rl.engine.model import NestedCausalLM, make_units
+from flexquant_rl.engine.nesting import check_units, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 CONFIG = QuantizationConfig(group_size=32)

@@ -60,6 +60,10 @@ def test_without_weights_files_count_as_they_are_long(
     moments, windows = CalibrationText(files).fitting_windows(tiny_tokenizer, 128, 200)
     assert (moments.shape, windows.shape) == ((64, 128), (200, 128))
     assert 0.05 < share_of(windows, "b") < 0.4
+    for steps in (0, 40):  # whatever is tuned, moments are of the same text
+        assert all(
+            torch.equal(moments, one) for one in CalibrationText(files).fitting_windows(tiny_tokenizer, 128, steps)
+        )
     weighted = CalibrationText(files, (1, 3)).fitting_windows(tiny_tokenizer, 128, 200)
     assert share_of(weighted[0], "b") == pytest.approx(0.75, abs=0.02)
 

@@ -33,7 +33,7 @@ from flexquant_rl.engine.control.draft_counts import DraftCounts
 from flexquant_rl.engine.control.draft_limits import NGRAM_DRAFTS
 from flexquant_rl.engine.control.traces import PlannedSequence
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.model import nest
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels.native import supported_isas
 

@@ -23,7 +23,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.layer_walk import LayerWalk, can_walk
 from flexquant_rl.engine.linear import DenseCache, NestedLinear
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {

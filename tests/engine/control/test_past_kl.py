@@ -88,7 +88,7 @@ def test_reference_facts(nested_model: NestedCausalLM, windows: Tensor, has_refe
 def _without_reference(model: NestedCausalLM) -> NestedCausalLM:
     from conftest import build_tiny_llama, build_tiny_tokenizer
 
-    from flexquant_rl.engine.model import nest
+    from flexquant_rl.engine.nesting import nest
 
     assert model.config == QuantizationConfig(group_size=32)
     return nest(build_tiny_llama(), build_tiny_tokenizer(), model.config, keep_reference=False)

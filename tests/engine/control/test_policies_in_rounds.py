@@ -39,7 +39,8 @@ from flexquant_rl.engine.decoding.decoder import StepOutput
 from flexquant_rl.engine.decoding.next_token import Sampler
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.freed_memory import return_freed_memory
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.kernels import native_decoder
 

@@ -37,7 +37,8 @@ from flexquant_rl.engine.decoding.graph_widths import WidthTable
 from flexquant_rl.engine.decoding.lean import LeanDecoder, LeanSession
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.serving import generate
 from flexquant_rl.kernels.native import supported_isas

@@ -32,7 +32,8 @@ from flexquant_rl.engine.decoding.llama_parts import why_other_numbers
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.embedded import embedded_model_path
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity
 from flexquant_rl.fq_env.prompts import load_windows, spread

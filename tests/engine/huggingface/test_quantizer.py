@@ -36,7 +36,8 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256
 from flexquant_rl.engine.huggingface.quantizer import FlexQuantizer, nested_model
 from flexquant_rl.engine.linear import NestedLinear
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
 PROMPT = torch.tensor([[1, 104, 101, 108, 108, 111]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,13 +29,15 @@ from flexquant_rl import cli
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import NestedCausalLM, decoder_layers, make_units, nest
+from flexquant_rl.engine.model import NestedCausalLM, decoder_layers, make_units
+from flexquant_rl.engine.nesting import nest, unseen
 from flexquant_rl.engine.quantisation import calibration
 from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
+from flexquant_rl.engine.quantisation.token_weights import token_weights
 
 GPTQ = QuantizationConfig(method="gptq", group_size=32)
 
@@ -97,7 +99,9 @@ def windows() -> Tensor:
 
 
 @torch.no_grad()
-def hessians_of_a_whole_pass(hf_model: PreTrainedModel, names: list[str], windows: Tensor) -> dict[str, Tensor]:
+def hessians_of_a_whole_pass(
+    hf_model: PreTrainedModel, names: list[str], windows: Tensor, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The same numbers with a hook on every linear and one pass over all the text."""
     inputs: dict[str, Tensor] = {}
 
@@ -108,7 +112,7 @@ def hessians_of_a_whole_pass(hf_model: PreTrainedModel, names: list[str], window
     hf_model(input_ids=windows)
     for handle in handles:
         handle.remove()
-    return {name: x.T @ x / len(x) for name, x in inputs.items()}
+    return {name: (x.T * weights[name].double()) @ x / len(x) for name, x in inputs.items()}
 
 
 def stages_of(hf_model: PreTrainedModel, *, head: bool) -> list[list[str]]:
@@ -130,8 +134,11 @@ def test_layer_by_layer_is_a_whole_pass(
     monkeypatch.setattr(calibration, "_BLOCK_INPUTS", block_inputs)
     stages = stages_of(hf_model, head=head)
     names = [name for stage in stages for name in stage]
-    expected = hessians_of_a_whole_pass(hf_model, names, windows)
-    found = dict(zip(names, input_hessians(hf_model, list(decoder_layers(hf_model)), stages, windows), strict=True))
+    weights = {name: torch.rand(windows.numel()) * 2 for name in names}
+    del weights[names[0]]  # one that weighs all tokens alike
+    expected = hessians_of_a_whole_pass(hf_model, names, windows, {names[0]: torch.ones(windows.numel()), **weights})
+    layers = list(decoder_layers(hf_model))
+    found = dict(zip(names, input_hessians(hf_model, layers, stages, windows, weights), strict=True))
     for name in names:
         scale = float(expected[name].diagonal().mean())
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
@@ -148,7 +155,7 @@ def test_layers_run_once_for_the_text_and_once_for_a_token(hf_model: PreTrainedM
         tokens_of_layers.append(seen)
         module = next(layer.children())  # a norm or the attention, which run only where the layer does
         module.register_forward_hook(lambda _, args, out, seen=seen: seen.append(1))
-    for _ in input_hessians(hf_model, layers, stages_of(hf_model, head=True), windows):
+    for _ in input_hessians(hf_model, layers, stages_of(hf_model, head=True), windows, {}):
         continue
     assert tokens_of_layers == [[1, 1]] * len(layers)
 
@@ -158,7 +165,7 @@ def test_every_linear_is_fitted_to_what_the_unquantised_model_feeds_it(
     hf_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, windows: Tensor, method: str
 ) -> None:
     names = [name for stage in stages_of(hf_model, head=True) for name in stage]
-    expected = hessians_of_a_whole_pass(hf_model, names, windows)
+    expected = hessians_of_a_whole_pass(hf_model, names, windows, token_weights(hf_model, names, windows, unseen))
     config = QuantizationConfig(method="gptq" if method == "gptq" else "rtn", group_size=32)
     model = nest(hf_model, tiny_tokenizer, config, calibration=windows)
     assert model.calibration == Calibration.of(windows)

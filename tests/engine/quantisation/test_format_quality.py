@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from flexquant_rl.engine.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
 from flexquant_rl.engine.model import decoder_layers
+from flexquant_rl.engine.nesting import unseen
 from flexquant_rl.engine.quantisation.calibration import input_hessians
 from flexquant_rl.engine.quantisation.gptq import quantize_gptq
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
+from flexquant_rl.engine.quantisation.token_weights import token_weights
 from flexquant_rl.fq_env.stdlib_text import stdlib_text
 from flexquant_rl.kernels.bitplane import NestedWeight
 from flexquant_rl.kernels.reference import dequantize
@@ -103,7 +105,9 @@ def quantise(model: PreTrainedModel, seen: Tensor) -> dict[str, dict[str, Nested
     assert [name for stage in stages for name in stage] == names
     nested: dict[str, dict[str, NestedWeight]] = {method: {} for method in METHODS}
     options = {"group_size": GROUP_SIZE, "bit_widths": STORED_WIDTHS}
-    for name, hessian in zip(names, input_hessians(model, [*decoder_layers(model)], stages, seen), strict=True):
+    weights = token_weights(model, names, seen, unseen)
+    hessians = input_hessians(model, [*decoder_layers(model)], stages, seen, weights)
+    for name, hessian in zip(names, hessians, strict=True):
         weight = model.get_submodule(name).weight.detach()
         nested["rtn"][name] = quantize_rtn(weight, **options, name=name)
         nested["rtn + text"][name] = quantize_rtn(weight, hessian=hessian, **options, name=name)
@@ -214,11 +218,10 @@ def test_output_kl_falls_at_least_twofold_with_every_bit_where_widths_share_what
         assert kl[wider].output_kl_nats < kl[narrower].output_kl_nats / 2 ** (wider - narrower), (narrower, wider)
 
 
-def test_gptq_closes_much_of_the_gap_at_4_bits_and_costs_nothing_at_8(measured: Measurement) -> None:
-    gap = {m: measured.nested[m][4].perplexity - measured.full.perplexity for m in METHODS}
-    # About a third, less on the two models with fewer than a million weights, give or take the noise of 20 windows and
-    # what the processor's float32 sums make of the choice of codes.
-    assert gap["gptq"] < (0.7 if measured.model in (EMBEDDED_MODEL_NAME, "multi-7m") else 3 / 4) * gap["rtn"]
+def test_gptq_loses_much_less_at_4_bits_and_costs_nothing_at_8(measured: Measurement) -> None:
+    # A half on the two larger models, a third on the two with few weights. By perplexity it is the noise of 20 windows.
+    kl = {method: measured.nested[method][4].output_kl_nats for method in METHODS}
+    assert kl["gptq"] < (0.65 if measured.model in (EMBEDDED_MODEL_NAME, "multi-7m") else 0.75) * kl["rtn"]
     assert measured.nested["gptq"][8].perplexity < 1.005 * measured.nested["rtn"][8].perplexity
 
 

@@ -15,7 +15,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import REFERENCE_WIDTH
 from flexquant_rl.engine.loading import load_for_serving
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.rotation import ROTATED_MODEL_TYPES, orthogonal_matrix, rotate
 from flexquant_rl.engine.quantisation.unfinished import nested_start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, WidthPlan, reading
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation import tuned_linear, tuning
+from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.engine.quantisation.tuned_linear import TunedLinear, tunable
@@ -218,6 +220,9 @@ def test_tuning_lowers_the_kl_of_held_out_text(
     assert facts is not None
     assert facts.steps == 6
     assert facts.num_tokens == windows.numel()
+    assert facts.config["learning_rate"] == CONFIG.learning_rate
+    assert facts.arithmetic in ("bfloat16", "float32")
+    assert facts.held_out_sha256 == Calibration.of(held_out).sha256 != facts.sha256
     for width in ("3", "4", "5", "6"):
         assert facts.output_kl_after[width] < 0.97 * facts.output_kl_before[width]
     assert facts.output_kl_after["8"] <= facts.output_kl_before["8"]
@@ -334,6 +339,28 @@ def test_interrupted_tuning_goes_on(
     tune_pairs(other, windows, held_out, TuningConfig(2, learning_rate=0.02), state_file=file, report=lines.append)
     assert other.tuning is not None
     assert other.tuning.steps == 2
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(112, [22, 45, 67, 90, 112]), (3, [1, 2, 3]), (1, [1])])
+def test_evaluations_are_even_and_the_last_step_is_one(
+    model: NestedCausalLM, windows: Tensor, held_out: Tensor, steps: int, expected: list[int]
+) -> None:
+    found = []
+    with tunable(model, (3,)) as linears:
+        run = tuning._Run(model, linears, (3,), windows, held_out, TuningConfig(steps))
+        for run.progress.step in range(1, steps + 1):
+            found += [run.progress.step] if run.is_evaluation() else []
+    assert found == expected
+
+
+def test_long_runs_say_how_far_they_are(
+    model: NestedCausalLM, windows: Tensor, held_out: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_REPORT_EVERY_S", 0.0)
+    lines: list[str] = []
+    tune_pairs(model, windows, held_out, CONFIG, report=lines.append)
+    assert ["held-out" in line for line in lines] == [False, True] * 3
+    assert re.match(r"tuning: 1 of 6 steps, \d+ s, KL of the last window \d\.\d{4} at 3, .* at 8 bits$", lines[0])
 
 
 def test_damaged_state(model: NestedCausalLM, windows: Tensor, held_out: Tensor, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flexquant_rl.engine.control.output_kl import ReferenceDistribution
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import NestedCausalLM, nest
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.tuning import tune_pairs
 from flexquant_rl.fq_env.prompts import Split, cut_windows, file_documents, spread, thinned

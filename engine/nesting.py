@@ -1,0 +1,146 @@
+"""Nesting a model: its linears are replaced one by one, fitted to a calibration text where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from flexquant_rl.engine.context_length import max_context
+from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.linear import (
+    DenseCache,
+    NestedLinear,
+    dense_cache_bytes,
+    dense_matrix,
+    is_dense,
+    reference_matrix,
+)
+from flexquant_rl.engine.llama_tree import LlamaTree
+from flexquant_rl.engine.model import NestedCausalLM, Unit, decoder_layers, make_units
+from flexquant_rl.engine.plain_model import check_finite, check_no_state, check_weights
+from flexquant_rl.engine.probe import check_decoding
+from flexquant_rl.engine.quantisation.calibration import Calibration, input_hessians
+from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.engine.quantisation.gptq import quantize_gptq
+from flexquant_rl.engine.quantisation.quantize import quantize_rtn
+from flexquant_rl.engine.quantisation.rotation import rotate
+from flexquant_rl.engine.quantisation.token_weights import token_weights
+from flexquant_rl.engine.token_text import TokenText
+from flexquant_rl.kernels.bitplane import NestedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Wraps a loop over items; the text says what it does."""
+
+CALIBRATION_MISSING = (
+    "method='gptq' fits weights to text, but there is none; run `fq quantize SOURCE OUT --method gptq "
+    "--calibration FILE` and use OUT"
+)
+"""What is wrong where `gptq` is asked for without calibration."""
+
+
+def unseen(items: Iterable[Any], label: str) -> Iterable[Any]:
+    """A loop whose progress nobody watches."""
+    return items
+
+
+def nest(
+    hf_model: PreTrainedModel | LlamaTree,
+    tokenizer: PreTrainedTokenizerBase | TokenText | None,
+    config: QuantizationConfig,
+    *,
+    keep_reference: bool = True,
+    calibration: Tensor | None = None,
+    progress: Progress = unseen,
+) -> NestedCausalLM:
+    """Quantises a model in place.
+
+    Args:
+        hf_model: Any causal LM whose decoder layers are made of `nn.Linear` or GPT-2's `Conv1D`.
+        tokenizer: Its tokenizer; None for a model that nobody asks for text.
+        config: Method, group size, widths, unit.
+        keep_reference: Keep the unquantised matrices too, as the reference for output KL.
+        calibration: `[n, T]` int64, windows of token ids to fit the weights to. `gptq` needs them; with `rtn` they
+            only refit scales and offsets.
+        progress: Wraps the loops over linears and over calibration windows.
+
+    Raises:
+        InputError: If a tensor holds NaN or infinite values, the architecture is not supported, or `gptq` gets no
+            calibration.
+    """
+    config.validate()
+    if config.method == "gptq" and calibration is None:
+        raise InputError(CALIBRATION_MISSING)
+    check_weights(hf_model)
+    if not isinstance(hf_model, LlamaTree):
+        check_no_state(type(hf_model).__name__, hf_model.config)
+    hf_model.float().eval()
+    for name, parameter in hf_model.named_parameters():
+        check_finite(name, parameter)
+    if config.rotate:
+        rotate(hf_model, nests_head=config.quantize_head)
+    units = make_units(hf_model, config)
+    unit_of = check_units(hf_model, units)
+    cache = DenseCache(dense_cache_bytes())
+    hessians: Iterator[Tensor | None] = repeat(None)
+    if calibration is not None:
+        assert not isinstance(hf_model, LlamaTree), "calibration runs the model"
+        weights = token_weights(hf_model, list(unit_of), calibration, progress=progress)
+        hessians = _input_hessians(hf_model, units, calibration, weights)
+    for (name, unit_idx), hessian in zip(progress(list(unit_of.items()), "quantising"), hessians, strict=False):
+        linear = hf_model.get_submodule(name)
+        assert is_dense(linear)
+        nested = _quantize(dense_matrix(linear), hessian, config, name)
+        bias = None if linear.bias is None else linear.bias.detach()
+        replacement = NestedLinear(
+            nested,
+            bias,
+            unit_idx=unit_idx,
+            cache=cache,
+            reference_weight=reference_matrix(linear) if keep_reference else None,
+        )
+        hf_model.set_submodule(name, replacement)
+    hf_model.eval().requires_grad_(False)
+    facts = None if calibration is None else Calibration.of(calibration)
+    return NestedCausalLM(hf_model, tokenizer, config, units, cache, facts)
+
+
+def check_units(hf_model: PreTrainedModel | LlamaTree, units: tuple[Unit, ...]) -> dict[str, int]:
+    """Returns the unit of every linear by module name; InputError if the model cannot be decoded (see probe.py)."""
+    unit_of = {name: index for index, unit in enumerate(units) for name in unit.linears}
+    if not isinstance(hf_model, LlamaTree):  # all of its families can be
+        check_decoding(hf_model, unit_of, list(decoder_layers(hf_model)), max_context(hf_model))
+    return unit_of
+
+
+def _input_hessians(
+    hf_model: PreTrainedModel, units: tuple[Unit, ...], calibration: Tensor, weights: dict[str, Tensor]
+) -> Iterator[Tensor]:
+    """`input_hessians` in the order of the units' linears; units of one layer are next to each other."""
+    layers = list(decoder_layers(hf_model))
+    stages = [
+        [name for unit in units if unit.layer_idx == layer_idx for name in unit.linears]
+        for layer_idx in range(len(layers) + 1)  # the head is one more
+    ]
+    return input_hessians(hf_model, layers, stages, calibration, weights)
+
+
+def _quantize(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig, name: str) -> NestedWeight:
+    if config.method == "rtn":
+        return quantize_rtn(
+            weight, group_size=config.group_size, bit_widths=config.bit_widths, hessian=hessian, name=name
+        )
+    assert hessian is not None, "nest checked that there is calibration text"
+    return quantize_gptq(
+        weight,
+        hessian,
+        group_size=config.group_size,
+        bit_widths=config.bit_widths,
+        width_weights=config.width_weights,
+        name=name,
+    )

@@ -1,0 +1,114 @@
+"""How much an error of a linear's outputs matters at each token of a calibration text.
+
+Second moments that count all tokens alike spend bits where the model does not look. KL(model || changed model) grows,
+to second order, with the square of the change along ``diag(p) - p pᵀ`` of the next-token probabilities p. A random
+vector with this covariance is sent back through the model. The mean square of what arrives at a linear's outputs is how
+much KL a squared error costs there: at this token, of this linear, all later tokens included.
+
+References:
+    GuidedQuant, arXiv:2505.07004, section 3, weighs the moments by the gradient of the loss, for each group of outputs.
+    Here the loss is the KL that we judge by, and all outputs of a linear share a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flexquant_rl.engine.quantisation.calibration import check_windows
+from flexquant_rl.engine.quantisation.tuned_linear import has_bfloat16
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# One probe is noisy, and the first tokens of a window, which all others look at, would outweigh the rest by far: width
+# 8 got worse with their full weight (docs/weights.md).
+_EXPONENT = 0.5
+# Logits of one block of tokens: bounds the temporaries of a vocabulary of any size.
+_BLOCK_LOGITS = 1 << 22
+
+
+def token_weights(
+    hf_model: PreTrainedModel,
+    names: Sequence[str],
+    windows: Tensor,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> dict[str, Tensor]:
+    """Weighs the tokens of a text for each linear, by passes forwards and backwards through the model.
+
+    Its parameters need no gradient after that. Products are in bfloat16 where the processor has it.
+
+    Args:
+        hf_model: The unquantised model.
+        names: Its linears.
+        windows: `[n, T]` int64, token ids.
+        progress: As for `nest`.
+
+    Returns:
+        By name, `[t]` float32 with mean 1, for the t tokens that reach the linear, in the order of the text; ones where
+        no token matters. A linear that no token reaches is missing.
+
+    Raises:
+        InputError: As `input_hessians`.
+    """
+    check_windows(hf_model, windows)
+    generator = torch.Generator().manual_seed(0)
+    device, half = hf_model.device, has_bfloat16(hf_model.device)
+    hf_model.requires_grad_(False)
+    with _watching(hf_model, names) as energies:
+        for tokens in progress(windows.to(device).split(1), "weighing tokens"):
+            with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+                logits = hf_model(input_ids=tokens, use_cache=False).logits[0]
+            logits.backward(_probe(logits.detach(), generator))
+    return {name: _normalised(torch.cat(parts)) for name, parts in energies.items() if parts}
+
+
+def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random vectors with the covariance ``diag(p) - p pᵀ`` of the probabilities of `logits [T, vocab]`; their dtype.
+
+    Unlike a label drawn from p, less its probabilities, such a vector is never large where p is sure of one token.
+    """
+    probe = torch.empty_like(logits)
+    for rows in torch.arange(len(logits)).split(max(1, _BLOCK_LOGITS // logits.shape[1])):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        root = logits[block].float().softmax(-1).sqrt_()
+        noise = torch.randn(root.shape, generator=generator).to(root.device)
+        noise -= (root * noise).sum(-1, keepdim=True) * root
+        probe[block] = noise.mul_(root)
+    return probe
+
+
+@contextmanager
+def _watching(hf_model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collects, inside the block, the mean square of the gradient at the outputs of each linear, token by token."""
+    energies: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def arrived(gradient: Tensor) -> None:
+            energies[name].append(gradient.float().square().mean(-1).flatten())
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            output.register_hook(arrived)
+
+        return hook
+
+    def begin(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        output.requires_grad_()
+
+    handles = [hf_model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    handles.append(hf_model.get_input_embeddings().register_forward_hook(begin))
+    try:
+        yield energies
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _normalised(energy: Tensor) -> Tensor:
+    weights = energy.pow(_EXPONENT)
+    mean = float(weights.mean())
+    return weights / mean if mean > 0 else torch.ones_like(weights)
