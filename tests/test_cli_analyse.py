@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from cli_runner import Finished, leftovers, run, tree, write_text
+from safetensors.torch import load_file, save_file
 
 from flexquant_rl import cli
 from flexquant_rl.agents.analysis import report
@@ -234,6 +235,36 @@ def test_nested_checkpoint_as_it_is_stored(tiny_model_dir: Path, text: Path, tmp
     plan = json.loads((out / "analysis.json").read_text())
     assert (plan["nested"], plan["reference"], plan["bit_widths"]) == (True, "8-bit", [4, 8])
     assert "the checkpoint as it is stored" in (out / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_nested_checkpoint_against_the_model_that_it_was_made_from(
+    analysed: tuple[Path, Finished], tiny_model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    nested, out = tmp_path / "nested", tmp_path / "out"
+    assert run(cli.main, "quantize", tiny_model_dir, nested, "--group-size", 32, "--bit-widths", 3, 4, 8).code == 0
+    rows = analyse(nested, text, out, "--reference", tiny_model_dir).result["rows"]
+    expected = [row for row in analysed[1].result["rows"] if row["strategy"] == "rtn:32"]
+    for row, same in zip(rows, expected, strict=True):
+        assert row["output_kl_nats"] == pytest.approx(same["output_kl_nats"], rel=1e-4)
+    assert json.loads((out / "analysis.json").read_text())["reference"] == "unquantised"
+    assert "holds an analysis with" in analyse(nested, text, out).error  # its own 8 bits are another reference
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_reference_of_another_model(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    nested, out = tmp_path / "nested", tmp_path / "out"
+    assert run(cli.main, "quantize", tiny_model_dir, nested, "--group-size", 32, "--bit-widths", 4, 8).code == 0
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    error = analyse(nested, text, out, "--reference", other).error
+    assert "away from the reference's, more than 20%, so it is another model; give the model that the" in error
+    error = analyse(nested, text, out, "--reference", nested).error
+    assert error == f"--reference {nested} is a nested checkpoint; give the model that {nested} was made from"
+    error = analyse(tiny_model_dir, text, out, "--reference", other).error
+    assert error == f"{tiny_model_dir} is no nested checkpoint and is judged against itself; leave --reference out"
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

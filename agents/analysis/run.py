@@ -33,7 +33,7 @@ from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.nesting import nest
+from flexquant_rl.engine.nesting import give_reference, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.tuning import tune_pairs
 from flexquant_rl.engine.quantisation.unfinished import (
@@ -71,6 +71,7 @@ class Analysis:
         text: What is read.
         path: Directory or name of the model.
         fitted_to: The text that strategies are fitted to.
+        reference: Directory or name of the model that a nested checkpoint is judged against; None: its own 8 bits.
         examined: The strategy whose parts and pasts are measured.
         peers: Whether other libraries' formats are measured too.
     """
@@ -80,6 +81,7 @@ class Analysis:
     text: AnalysedText
     path: str
     fitted_to: CalibrationText
+    reference: str | None
     examined: str
     peers: bool = False
 
@@ -87,6 +89,8 @@ class Analysis:
         """Measures what is missing of some strategies, by name."""
         if self.plan.nested:
             model = load_checkpoint(Path(self.path))
+            if self.reference is not None:
+                give_reference(model, load_causal_lm(self.reference)[0])
             if self._is_missing(STORED):
                 self._measure(model, STORED, 0.0)
             if not self.store.read(TimeRow):

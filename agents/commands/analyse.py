@@ -28,7 +28,8 @@ from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import file_sha256, json_sha256
 from flexquant_rl.engine.loading import load_causal_lm
-from flexquant_rl.engine.model import make_units
+from flexquant_rl.engine.model import NestedCausalLM, make_units
+from flexquant_rl.engine.nesting import give_reference
 from flexquant_rl.engine.plain_model import check_finite
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 from flexquant_rl.engine.quantisation.tuning import default_steps
@@ -76,7 +77,7 @@ def analyse(options: AnalyseOptions) -> None:
     _claim(store, plan)
     with goes_on(), locked_run(store.directory):
         examined = _examined(options, names)
-        Analysis(store, plan, text, source.path, fitted_to, examined, options.peers).run(names)
+        Analysis(store, plan, text, source.path, fitted_to, source.reference, examined, options.peers).run(names)
         _finish(store, began, examined)
 
 
@@ -87,6 +88,7 @@ class _Source:
     name: str
     path: str
     is_nested: bool
+    reference: str | None
     tokenizer: PreTrainedTokenizerBase
     context: int
     sha256: str
@@ -151,17 +153,35 @@ def _source(options: AnalyseOptions) -> _Source:
                 f"{options.model} stores width {model.bit_widths[0]} alone, so there is nothing to compare; "
                 "quantise it with more --bit-widths"
             )
-        weights = int(model.unit_weights.sum())
-        return _Source(
-            name, path, True, model.tokenizer, model.max_context, model.fingerprint, weights, weights, model.bit_widths
-        )
+        return _nested_source(name, path, model, options.reference)
+    if options.reference is not None:
+        raise InputError(f"{options.model} is no nested checkpoint and is judged against itself; leave --reference out")
     hf_model, tokenizer = load_causal_lm(path)
     for parameter_name, parameter in hf_model.named_parameters():
         check_finite(parameter_name, parameter)
     weights = sum(unit.num_weights for unit in make_units(hf_model, QuantizationConfig()))
     parameters = sum(parameter.numel() for parameter in hf_model.parameters())
     digest = weights_sha256(hf_model)
-    return _Source(name, path, False, tokenizer, max_context(hf_model), digest, parameters, weights, options.bit_widths)
+    return _Source(
+        name, path, False, None, tokenizer, max_context(hf_model), digest, parameters, weights, options.bit_widths
+    )
+
+
+def _nested_source(name: str, path: str, model: NestedCausalLM, reference: str | None) -> _Source:
+    """A nested checkpoint, judged against its own 8 bits or against the model that it was made from."""
+    weights, digest = int(model.unit_weights.sum()), model.fingerprint
+    if reference is not None:
+        reference = resolve_model(reference)
+        if is_nested_model(reference):
+            raise InputError(
+                f"--reference {reference} is a nested checkpoint; give the model that {name} was made from"
+            )
+        hf_model, _ = load_causal_lm(reference)
+        digest = json_sha256([digest, weights_sha256(hf_model)])
+        give_reference(model, hf_model)  # refuses another model before anything is written
+    return _Source(
+        name, path, True, reference, model.tokenizer, model.max_context, digest, weights, weights, model.bit_widths
+    )
 
 
 def _text(options: AnalyseOptions, source: _Source) -> AnalysedText:
@@ -208,7 +228,7 @@ def _plan(
         model_sha256=source.sha256,
         num_weights=source.num_weights,
         nested=source.is_nested,
-        reference=f"{max(source.bit_widths)}-bit" if source.is_nested else "unquantised",
+        reference=f"{max(source.bit_widths)}-bit" if source.is_nested and source.reference is None else "unquantised",
         bit_widths=source.bit_widths,
         text=tuple(path.name for path in options.text),
         windows_sha256=hashlib.sha256(text.windows.numpy().tobytes()).hexdigest(),

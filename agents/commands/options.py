@@ -100,6 +100,8 @@ class AnalyseOptions:
     model: Positional[Annotated[str | None, tyro.conf.arg(metavar="[MODEL]")]] = None
     """Hugging Face directory or hub name; `default` is the embedded model. A nested checkpoint is analysed as it is
     stored. Needed unless --from-rows is given."""
+    reference: Model | None = None
+    """The model that a nested checkpoint was made from, to judge it against; default: its own largest width."""
     text: Files = ()
     """Text files, the same number of windows from each; default: the held-out standard library."""
     text_field: str | None = None

@@ -20,12 +20,10 @@ from flexquant_rl.engine.checkpoint import load_checkpoint, save_checkpoint
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_json, write_json
 from flexquant_rl.engine.hf_modules import stored_tensors
-from flexquant_rl.engine.linear import reference_matrix
 from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.engine.nesting import Progress, nest, unseen
+from flexquant_rl.engine.nesting import Progress, give_reference, nest, unseen
 from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
-from flexquant_rl.engine.quantisation.rotation import rotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,10 +83,7 @@ def nested_start(
     start, key_file = directory / _START, directory / START_FILE
     if key_file.is_file() and read_json(key_file) == key:
         model = load_checkpoint(start).to(hf_model.device)
-        if config.rotate:
-            rotate(hf_model)
-        for name, linear in model.nested_linears().items():
-            linear.reference_weight = reference_matrix(hf_model.get_submodule(name))
+        give_reference(model, hf_model)
         return model
     for stale in (key_file, directory / STATE_FILE):  # of other options
         stale.unlink(missing_ok=True)
