@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.errors import InputError
@@ -119,7 +119,7 @@ def give_reference(model: NestedCausalLM, hf_model: PreTrainedModel) -> None:
 
     Args:
         model: A nested model without them.
-        hf_model: The model that it was made from; rotated here, in place, where the nested one was.
+        hf_model: The model that it was made from. It is used up: its linears are taken out.
 
     Raises:
         InputError: If it is another model.
@@ -132,9 +132,11 @@ def give_reference(model: NestedCausalLM, hf_model: PreTrainedModel) -> None:
     hf_model.float()
     if model.config.rotate:
         rotate(hf_model, nests_head=model.config.quantize_head)
-    references = {name: reference_matrix(hf_model.get_submodule(name)) for name in linears}
+    references: dict[str, Tensor] = {}
     for name, linear in linears.items():
-        weight, own = references[name], (linear.planes.shape[1], linear.num_inputs)
+        weight = references[name] = reference_matrix(hf_model.get_submodule(name))
+        hf_model.set_submodule(name, nn.Identity())  # one copy of the model is enough
+        own = (linear.planes.shape[1], linear.num_inputs)
         if weight.shape != own:
             found = list(weight.shape)
             raise InputError(f"{name} is {found} in the reference and {list(own)} here; {_GIVE_ITS_MODEL}")
