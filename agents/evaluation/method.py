@@ -80,8 +80,9 @@ def _between(rungs: Sequence[Rung]) -> str:
     error = rung_error(rungs)
     if error is None:
         return "."
+    count = len({rung.time_share for rung in rungs})
     return (
-        f": on the straight line of the logarithm of its KL between the nearest two of {len({rung.time_share for rung in rungs})} "
-        f"allocations. One that is left out is within {100 * math.expm1(error):.1f}% of the line between its "
-        "neighbours, which are twice as far apart."
+        f": on the straight line of the logarithm of its KL between the nearest two of {count} allocations. One that "
+        f"is left out is within {100 * math.expm1(error):.1f}% of the line between its neighbours, which are twice as "
+        "far apart."
     )

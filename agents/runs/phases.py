@@ -16,7 +16,7 @@ import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.evaluation.budgets import Contestant
-from flexquant_rl.agents.evaluation.comparison import compare, steps_unlike_static
+from flexquant_rl.agents.evaluation.comparison import compare_by_both_clocks, steps_unlike_static
 from flexquant_rl.agents.evaluation.contest import (
     Settings,
     compete_at_budgets,
@@ -251,12 +251,7 @@ def _publish(
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
     others = (*(policy.family.name for policy in POLICIES), RelativeError.family.name, UNTRAINED.name)
-    found = [
-        compare(rows, PPO.name, budgets=config.time_budgets),
-        compare(rows, PPO.name, clock="measured", budgets=config.time_budgets),
-        *(compare(rows, PPO.name, other, budgets=config.time_budgets) for other in others),
-    ]
-    comparisons = [comparison for comparison in found if comparison is not None]
+    comparisons = compare_by_both_clocks(rows, PPO.name, (STATIC.name, *others), budgets=config.time_budgets)
     sentences = [comparison.sentence() for comparison in comparisons]
     sentences += [sentence for sentence in (steps_unlike_static(rows, PPO.name),) if sentence is not None]
     sentences += [comparison.setting_sentence() for comparison in comparisons if comparison.family_b == STATIC.name]
