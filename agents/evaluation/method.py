@@ -10,7 +10,7 @@ from flexquant_rl.agents.evaluation.equal_time import Rung, StaticClock, rung_er
 from flexquant_rl.agents.evaluation.resampling import interval_method
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
-from flexquant_rl.agents.policies.families import STATIC
+from flexquant_rl.agents.policies.families import PPO, STATIC
 
 _BUDGETS = (
     "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
@@ -55,6 +55,12 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
             + _missed(rows)
             + "."
         )
+        if any(row.family == PPO.name or row.family.startswith(f"{PPO.name}:") for row in rows):
+            lines.append(
+                "On a CPU native code runs the learned policy, and the rules that look at the text or the position "
+                "(`entropy`, `schedule`, `random`, `regressor`) are called through Python: measured comparisons of "
+                "`ppo` with them flatter `ppo`."
+            )
     if any(row.family.partition(":")[0] == Drafts.family.name for row in rows):
         lines.append(
             "Drafts lose nothing against their verify width: their KL, perplexity and agreement are those of that "
