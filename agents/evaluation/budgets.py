@@ -390,4 +390,21 @@ class StaticFamily:
         return found, missed
 
 
-TimedFamily = KnobFamily | BestOfFamily | SharingFamily | StaticFamily
+@dataclass(frozen=True)
+class MissingFamily:
+    """A family that was asked for and is not there.
+
+    Attributes:
+        name: Name of the family.
+        reason: Why, in words.
+    """
+
+    name: str
+    reason: str
+
+    def entries(self, budgets: Sequence[float], measure: Measure) -> tuple[list[Entry], list[str]]:
+        """See `KnobFamily.entries`: none, and the reason once."""
+        return [], [f"{self.name} has no point at any budget: {self.reason}"]
+
+
+TimedFamily = KnobFamily | BestOfFamily | SharingFamily | StaticFamily | MissingFamily

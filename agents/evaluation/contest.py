@@ -16,6 +16,7 @@ from flexquant_rl.agents.evaluation.budgets import (
     Contestant,
     Entry,
     KnobFamily,
+    MissingFamily,
     SharingFamily,
     TimedFamily,
 )
@@ -86,9 +87,10 @@ def learned(prepared: Prepared, results: Sequence[SeedResult]) -> list[TimedFami
 
 
 def untrained(prepared: Prepared, best: SeedResult) -> list[TimedFamily]:
-    """The network of the best seed as PPO found it; none where the run lost it."""
+    """The network of the best seed as PPO found it, a clone of static allocations by the importance of tokens."""
     if best.cloned is None:
-        return []
+        reason = f"the run has no network of seed {best.seed} from before PPO (cloned.safetensors)"
+        return [MissingFamily(UNTRAINED.name, reason)]
     family = dial_family(prepared, UNTRAINED.name, best.cloned, best.seed)
     return [BestOfFamily(family.name, (family,), lambda: validation_rehearsal(prepared))]
 

@@ -10,7 +10,7 @@ from flexquant_rl.agents.evaluation.equal_time import Rung, StaticClock, rung_er
 from flexquant_rl.agents.evaluation.resampling import interval_method
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
-from flexquant_rl.agents.policies.families import PPO, STATIC
+from flexquant_rl.agents.policies.families import PPO, STATIC, UNTRAINED
 
 _BUDGETS = (
     "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
@@ -46,6 +46,11 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
             1,
             "The baselines that look at the text or the position are searched over their other parameters too (widths, "
             "spread, hysteresis): at each budget the combination of least KL on validation text stands in the table.",
+        )
+    if any(row.family == UNTRAINED.name for row in rows):
+        lines.append(
+            "`untrained` is the network of the best seed before PPO, not one of random weights: it was cloned from "
+            "static allocations, one for each token by its importance, and its dial meets the budgets as that of `ppo`."
         )
     if any(row.time_share_measured is not None for row in rows):
         lines.append(

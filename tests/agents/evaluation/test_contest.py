@@ -182,7 +182,14 @@ def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: P
     assert settings.entries
     assert len(settings.entries) + len(settings.missed) == 1 + len(BUDGETS)
     assert settings.missed[0].startswith("untrained has no point at 0.1")
-    assert contest.untrained(tiny_prepared, replace(result, cloned=None)) == []
+
+
+def test_an_untrained_network_that_is_lost_is_missed(tiny_prepared: Prepared) -> None:
+    families = contest.untrained(tiny_prepared, learned_result(tiny_prepared, 3))
+    settings = contest.tune(tiny_prepared, families, BUDGETS, 4)
+    assert settings.entries == ()
+    (reason,) = settings.missed
+    assert reason.startswith("untrained has no point at any budget: the run has no network of seed 3 from before PPO")
 
 
 def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) -> None:
