@@ -44,6 +44,7 @@ _COLUMNS = (
     ("time share, measured", "--:"),
     ("KL against static in this time (%, 95% CI)", "--:"),
     ("steps unlike static in equal time (%)", "--:"),
+    ("reward per token at this dial (full-width steps)", "--:"),
 )
 _CONSOLE_COLUMNS = (
     *(("policy", 18), ("budget", 6), ("dial", 6), ("bits", 5), ("KL/nats", 8), ("95% CI", 20), ("p99", 8)),
@@ -154,6 +155,7 @@ def _cells(group: SeedGroup, modelled: LogRatio | None, measured: LogRatio | Non
         _mean_sd(group, "time_share_measured", ".3f", missing=_NOT_MEASURED),
         _against_static(measured),
         _mean_sd(group, "differs_from_static", ".1f", factor=100),
+        _mean_sd(group, "reward_per_token", ".4f"),
     ]
 
 

@@ -192,6 +192,18 @@ def test_an_untrained_network_that_is_lost_is_missed(tiny_prepared: Prepared) ->
     assert reason.startswith("untrained has no point at any budget: the run has no network of seed 3 from before PPO")
 
 
+def test_the_reward_of_a_row_is_what_training_pays(tiny_prepared: Prepared, timed: list[str]) -> None:
+    """A controller that costs time is charged in both."""
+    full_ms = float(tiny_prepared.cost.latency_ms(tiny_prepared.cost.full_width()))
+    charging = replace(tiny_prepared, cost=replace(tiny_prepared.cost, controller_ms=0.1 * full_ms))
+    traces: list[Trace] = []
+    one = Contestant(PPO.name, learned_result(charging, 1).policy, 5.0, 1)
+    settings = contest.Settings((Entry(PPO.name, 0.7, one),), ())
+    (found,) = contest.compete_at_budgets(charging, settings, 4, watch=lambda _, trace: traces.append(trace))
+    assert found.reward_per_token == pytest.approx(float(traces[0].reward.double().mean()), rel=1e-5)
+    assert replace(found, kl_weight=None).reward_per_token is None
+
+
 def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) -> None:
     three, four = (Contestant("fixed", StaticAllocation(f"fixed:{w}", torch.full((3,), w))) for w in (3, 4))
     entries = [Entry("fixed", 0.4, three), Entry("fixed", 0.45, three, four, 0.25), Entry("fixed", 0.5, four)]

@@ -142,6 +142,13 @@ def test_markdown_table_has_one_row_for_each_policy_and_budget() -> None:
     versus += ", modelled"
     assert [line[versus] for line in learned] == ["-10.0 (-10.0 to -10.0)"] * 4
     assert [line[versus] for line in named if line["policy"].startswith("static")] == [""] * 4
+    reward = "reward per token at this dial (full-width steps)"
+    dials = [300 * share + 1 for share in (0.8, 0.7, 0.6, 0.5)]  # the mean of the seeds'
+    expected = [
+        1 - share - dial * 0.9 * static_kl(share) for share, dial in zip((0.8, 0.7, 0.6, 0.5), dials, strict=True)
+    ]
+    assert [float(line[reward].split(" ± ")[0]) for line in learned] == pytest.approx(expected, abs=1e-4)
+    assert {line[reward] for line in named if line not in learned} == {""}
 
 
 def test_the_method_says_what_untrained_is() -> None:
