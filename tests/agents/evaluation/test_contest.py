@@ -22,7 +22,8 @@ from flexquant_rl.agents.evaluation.contest import compete, heuristics
 from flexquant_rl.agents.evaluation.equal_time import static_entries, static_family
 from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.agents.evaluation.showcase import MostMoving, movement_bits
-from flexquant_rl.agents.policies.families import PPO
+from flexquant_rl.agents.policies.entropy import EntropyThreshold
+from flexquant_rl.agents.policies.families import PPO, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.knapsack import Knapsack
 from flexquant_rl.agents.policies.random_widths import RandomWidths
@@ -60,7 +61,21 @@ def test_baselines_of_a_model_without_four_bits() -> None:
     assert isinstance(schedule, BestOfFamily)
     names = {member.at(0.0).name.partition(",")[2] for member in entropy.members}
     assert {"low_width=3,high_width=6", "low_width=6", "low_width=3"} <= names, "adjacent widths, and far ones"
-    assert {"one_way=true,low_width=6", "spread_nats=6,hysteresis_units=0,low_width=6"} <= names
+    shapes = {
+        (spread, hysteresis, one_way)
+        for spread in (0.5, 2.0, 6.0)
+        for hysteresis in (0, 1)
+        for one_way in (False, True)
+    }
+    found = [bound.at(0.0).name for bound in entropy.members]
+    parsed = [parse_policy(name) for name in found]
+    pairs = {(one.low_width, one.high_width) for one in parsed if isinstance(one, EntropyThreshold)}
+    assert {
+        (one.low_width, one.high_width, one.spread_nats, one.hysteresis_units, one.one_way)
+        for one in parsed
+        if isinstance(one, EntropyThreshold)
+    } == {(*pair, *shape) for pair in pairs for shape in shapes}
+    assert len(found) == len(pairs) * len(shapes)
     assert {member.at(0.0).name for member in schedule.members} >= {
         "schedule:0,high=6,low=4.35",
         "schedule:0,high=6,low=3",
