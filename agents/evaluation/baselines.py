@@ -57,8 +57,10 @@ def tuned_baselines(prepared: Prepared, context: PolicyContext, names: Collectio
         best_of(
             EntropyThreshold,
             (
-                _entropy(*pair, *shape)
-                for pair, *shape in product(_width_pairs(widths), _SPREADS_NATS, _HYSTERESES_UNITS, _ONE_WAY)
+                _entropy(low, high, spread, hysteresis, one_way)
+                for (low, high), spread, hysteresis, one_way in product(
+                    _width_pairs(widths), _SPREADS_NATS, _HYSTERESES_UNITS, _ONE_WAY
+                )
             ),
         ),
         best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in mean_pairs(widths))),
