@@ -198,7 +198,7 @@ def allocations(
             rows.append(row)
     rows += regressor_rows(prepared, test, options)
     static = static_entries(prepared, missing_rungs(rows, None))
-    return beside_static(prepared, rows, test.windows, prepared.env, None, static)
+    return beside_static(prepared, rows, test.windows, prepared.env, None, static)[0]
 
 
 def regressor_rows(prepared: Prepared, test: Text, options: StudyOptions) -> list[EvalRow]:

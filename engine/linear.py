@@ -188,8 +188,8 @@ def reference_matrix(linear: nn.Module) -> Tensor:
 def dense_cache_bytes() -> int:
     """Default cap on dequantised matrices kept by one model: half of this machine's memory, 2 to 8 GiB.
 
-    Rows of a batch at different widths read all widths of all matrices in turn. If they do not all fit, each is decoded
-    again at every use, which takes many times as long as the product.
+    Rows of a batch at different widths read all widths of all matrices in turn. Those that do not fit are decoded again
+    at every use, which takes many times as long as the product.
     """
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -199,7 +199,12 @@ def dense_cache_bytes() -> int:
 
 
 class DenseCache:
-    """Keeps the most recently used dequantised matrices, up to a number of bytes.
+    """Keeps dequantised matrices, up to a number of bytes.
+
+    Where a new one does not fit, the least recently used goes, as long as it is out of use. Decode steps ask for all
+    matrices in turn, and then the least recently used is the next to be asked for: of a working set that is a little
+    above the cap nothing would ever be found. So what comes back sooner than everything else has, in number of
+    requests, takes the place of the most recently used, which is the last to come back.
 
     Args:
         max_bytes: Cap on the sum of the kept matrices; the one just asked for is always kept.
@@ -207,7 +212,9 @@ class DenseCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int], Tensor] = OrderedDict()  # the least recently used first
+        self._asked_at: dict[tuple[int, int], int] = {}  # the last request for each, kept or not
+        self._num_requests = 0
         self._bytes = 0
         self._lock = threading.Lock()  # sessions of one model may run in several threads
 
@@ -215,17 +222,24 @@ class DenseCache:
         """Returns the float32 `[N, K]` matrix of a linear at a width."""
         key = (id(linear), bit_width)
         with self._lock:
+            before = self._asked_at.get(key)
+            self._asked_at[key] = self._num_requests
+            self._num_requests += 1
             matrix = self._entries.get(key)
             if matrix is not None:
                 self._entries.move_to_end(key)
                 return matrix
             matrix = _decoded(linear.weight, bit_width)
+            while self._entries and self._bytes + matrix.nbytes > self.max_bytes:
+                _, dropped = self._entries.popitem(last=self._all_asked_since(before))
+                self._bytes -= dropped.nbytes
             self._entries[key] = matrix
             self._bytes += matrix.nbytes
-            while self._bytes > self.max_bytes and len(self._entries) > 1:
-                _, oldest = self._entries.popitem(last=False)
-                self._bytes -= oldest.nbytes
             return matrix
+
+    def _all_asked_since(self, request: int | None) -> bool:
+        """Whether every kept matrix was asked for after a request; None: there was no such request."""
+        return request is not None and self._asked_at[next(iter(self._entries))] > request
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseCache:
         """The cache of a copied model: its linears are others."""
@@ -236,6 +250,7 @@ class DenseCache:
         """Forgets everything, e.g. after the model moved to another device."""
         with self._lock:
             self._entries.clear()
+            self._asked_at.clear()
             self._bytes = 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.controller import StaticController
 from flexquant_rl.engine.control.decision import StaticAllocation
-from flexquant_rl.engine.control.output_kl import kl_nats, reference_width
+from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, kl_nats, reference_width
 from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.decoding.decoder import Decoder, DecoderModel
 from flexquant_rl.engine.decoding.next_token import NextTokens
@@ -23,8 +23,6 @@ from flexquant_rl.engine.model import NestedCausalLM
 
 _DISTRIBUTION_BYTES = 1 << 29
 """Distributions of a whole batch and episode are kept up to this size."""
-_PIECE_FLOATS = 7 << 20
-"""Logits made at a time. Up to 32 MiB the allocator gives memory out again; beyond, every page is a new one."""
 _CALL_TOKENS = 2048
 
 
@@ -129,7 +127,7 @@ class _KeptDistributions:
     def put(self, read: Tensor, rows: Tensor) -> None:
         """Reads text `[R', T]` for rows `[R']`."""
         score, row_floats = self._decoder.score, (read.shape[1] - self._first) * self._decoder.model.vocab_size
-        if len(rows) * row_floats <= _PIECE_FLOATS and len(rows) == self._num_rows:
+        if len(rows) * row_floats <= LOGITS_AT_A_TIME and len(rows) == self._num_rows:
             found = score(read, self._widths, first=self._first).log_softmax(-1)
             self._log_probs = found if torch.equal(rows, torch.arange(len(rows))) else found[rows.argsort()]
             return
@@ -193,7 +191,7 @@ class _KeptStates:
 
 def _pieces(num_rows: int, row_floats: int) -> list[slice]:
     """Rows to take at a time, so that what has a vocabulary's size stays small."""
-    step = max(1, _PIECE_FLOATS // row_floats)
+    step = max(1, LOGITS_AT_A_TIME // row_floats)
     return [slice(i, i + step) for i in range(0, num_rows, step)]
 
 

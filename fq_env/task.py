@@ -222,6 +222,9 @@ class LossyTask:
 def lossy_reward(time_share: Tensor, output_kl_nats: Tensor, kl_weight: Tensor) -> Reward:
     """`1 - time_share - kl_weight * output_kl_nats`, a pure function; 0 at the largest width without any loss.
 
+    A measured profile charges every action of an environment the controller's time, so its time share at the largest
+    width is above 1.
+
     It adds up: N tokens earn `N - T / t_full - kl_weight * KL`, where T is their time, t_full the time of a step at the
     largest width and KL the sum of theirs. A mean of speedups would not: it pays for steps of unequal length.
 

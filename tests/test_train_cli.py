@@ -129,6 +129,7 @@ class TestWholeRun:
                 assert min(image.size) > 300
                 image.load()
         report = (run_dir / "report.md").read_text()
+        assert re.search(r"between the nearest two of \d+ allocations. One that is left out is within", report)
         assert "](pareto.png)" in report
         assert "](bits.png)" in report
         assert "](learning.png)" in report

@@ -11,12 +11,14 @@ from flexquant_rl.agents.commands.contestants import AskedPolicies, check_counts
 from flexquant_rl.agents.commands.options import EvaluateOptions
 from flexquant_rl.agents.commands.process import print_result
 from flexquant_rl.agents.config import TrainConfig, check_config
-from flexquant_rl.agents.evaluation.comparison import Clock, compare, families
+from flexquant_rl.agents.evaluation.comparison import compare_by_both_clocks, families
 from flexquant_rl.agents.evaluation.contest import compete
+from flexquant_rl.agents.evaluation.equal_time import Rung
 from flexquant_rl.agents.evaluation.figures import plot_pareto
 from flexquant_rl.agents.evaluation.references import named_in_flight_rows
 from flexquant_rl.agents.evaluation.report import PARETO_FILE, console_table, write_report
 from flexquant_rl.agents.evaluation.rows import ROWS_FILE, EvalRow, public_dict, write_rows
+from flexquant_rl.agents.policies.families import STATIC
 from flexquant_rl.agents.preparation import Prepared, prepare
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.embedded import resolve_model
@@ -45,16 +47,20 @@ def evaluate(options: EvaluateOptions) -> None:
     prepared = prepare(replace(config, quantization=asked.quantization or config.quantization), None, asked.carrying)
     contestants = [one for _, one in asked.bound(prepared, options.dials)]
     in_flight = list(asked.in_flight.values())
+    rungs: list[Rung] = []
     rows = compete(
-        prepared, contestants, options.sequences, lambda: named_in_flight_rows(prepared, options.sequences, in_flight)
+        prepared,
+        contestants,
+        options.sequences,
+        lambda: named_in_flight_rows(prepared, options.sequences, in_flight),
+        rungs.extend,
     )
     print(console_table(rows))
-    clocks: tuple[Clock, ...] = ("modelled", "measured")
-    found = [compare(rows, family, clock=clock) for family in families(rows) for clock in clocks]
-    findings = [comparison.sentence() for comparison in found if comparison is not None]
+    found = [compare_by_both_clocks(rows, family, (STATIC.name,)) for family in families(rows)]
+    findings = [comparison.sentence() for by_both in found for comparison in by_both]
     print(*(f"{finding}." for finding in findings), sep="\n", end="\n\n")
     if options.out is not None:
-        _write(options.out, prepared, options, rows, findings)
+        _write(options.out, prepared, options, rows, rungs, findings)
     print_result(
         {
             "latency_source": prepared.cost.source,
@@ -67,7 +73,12 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def _write(
-    out: Path, prepared: Prepared, options: EvaluateOptions, rows: Sequence[EvalRow], findings: Sequence[str]
+    out: Path,
+    prepared: Prepared,
+    options: EvaluateOptions,
+    rows: Sequence[EvalRow],
+    rungs: Sequence[Rung],
+    findings: Sequence[str],
 ) -> None:
     """Leaves the report, its rows and the picture of both modes."""
     name, text, source = Path(resolve_model(options.model)).name, prepared.windows.source, prepared.cost.source
@@ -83,4 +94,4 @@ def _write(
             source=source,
         )
         facts = {"model": name, "text": text, "profile source": source, "machine": platform.machine()}
-        write_report(directory, rows=rows, sentences=findings, facts=facts)
+        write_report(directory, rows=rows, rungs=rungs, sentences=findings, facts=facts)

@@ -27,8 +27,9 @@ _SCORED_SEQUENCES = 6
 _GRID = 5
 # Entropies of real text, nats.
 _HIGHEST_ENTROPY_NATS = 10.0
-# Spread, hysteresis and one-way: a switch, the paper's shape as we read it, a slow slope, and what never returns.
-_ENTROPY_SHAPES = ((0.5, 0, False), (2.0, 1, False), (6.0, 0, False), (2.0, 1, True))
+# Spreads from a switch to a slow slope, nats, with and without hysteresis, units, and the form that never returns. A
+# hysteresis of three units was nowhere better.
+_SPREADS_NATS, _HYSTERESES_UNITS, _ONE_WAY = (0.5, 2.0, 6.0), (0, 1), (False, True)
 # Nats for a full-width step: from where nearly every token gets the high widths to where none does.
 _MULTIPLIERS = (1e-4, 1e2)
 # Where a stored width and the next are too far apart, a point of the static front between them.
@@ -55,7 +56,12 @@ def tuned_baselines(prepared: Prepared, context: PolicyContext, names: Collectio
         best_of(RandomWidths, [_random(widths)]),
         best_of(
             EntropyThreshold,
-            (_entropy(low, high, *shape) for (low, high), shape in product(_width_pairs(widths), _ENTROPY_SHAPES)),
+            (
+                _entropy(low, high, spread, hysteresis, one_way)
+                for (low, high), spread, hysteresis, one_way in product(
+                    _width_pairs(widths), _SPREADS_NATS, _HYSTERESES_UNITS, _ONE_WAY
+                )
+            ),
         ),
         best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in mean_pairs(widths))),
         best_of(Regressor, (_regressor(low, high) for low, high in mean_pairs(widths))),

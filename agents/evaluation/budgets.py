@@ -20,6 +20,8 @@ from flexquant_rl.engine.control.drafts import DraftPolicy
 _GRID = 5
 _MAX_STEPS = 6
 _MAX_MEASURED = 4
+# A pass over text each: more take longer than all else that finds a setting.
+_MOST_SCORED = 8
 # What is left of a budget is no loss: whatever a policy takes, it is compared in that time.
 _TOLERANCE = 4e-3
 _NARROWEST = 1e-4
@@ -207,13 +209,16 @@ class Rehearsal(Protocol):
     def output_kl_nats(self, one: Contestant) -> float:
         """Nearly the KL, good enough to choose by."""
 
+    def rough_kl_nats(self, one: Contestant) -> float:
+        """What costs next to nothing and is good enough to leave out most of many settings."""
+
 
 @dataclass(frozen=True)
 class BestOfFamily:
     """Policies with one knob and further parameters: at each budget the best of a grid of the latter.
 
-    Every member meets every budget in rehearsal, and KL decides there between those that do. The winner is then
-    measured, and its knob turned until the measured time uses the budget up.
+    Every member meets every budget in rehearsal, and KL decides there between those that do; of many only between the
+    few of least rough KL. The winner is then measured, and its knob turned until the measured time uses the budget up.
 
     Attributes:
         name: Name of the family.
@@ -231,10 +236,7 @@ class BestOfFamily:
         tries = [_Rehearsed(member, rehearsal) for member in self.members]
         found, missed = [], []
         for budget in budgets:
-            ranked = sorted(
-                (position for position in (one.rehearsed(budget) for one in tries) if position is not None),
-                key=lambda position: position.kl(only=len(tries) == 1),
-            )
+            ranked = _ranked([setting for one in tries if (setting := one.rehearsed(budget)) is not None])
             entry = next((e for e in (one.owner.measured(budget, measure) for one in ranked) if e is not None), None)
             if entry is None:
                 times = [outcome.time_share for one in tries for outcome in one.knob.known.values()]
@@ -252,9 +254,23 @@ class _Setting:
     owner: _Rehearsed
     position: float
 
-    def kl(self, *, only: bool) -> float:
-        """Rehearsed KL; nothing is looked up where there is nothing to choose."""
-        return 0.0 if only else self.owner.rehearsal.output_kl_nats(self.owner.member.at(self.position))
+    def kl(self) -> float:
+        """Rehearsed KL, nats."""
+        return self.owner.rehearsal.output_kl_nats(self.owner.member.at(self.position))
+
+    def rough_kl(self) -> float:
+        """The same roughly."""
+        return self.owner.rehearsal.rough_kl_nats(self.owner.member.at(self.position))
+
+
+def _ranked(settings: list[_Setting]) -> list[_Setting]:
+    """The best first, those that are roughly too bad last; nothing is looked up where there is nothing to choose."""
+    if len(settings) <= 1:
+        return settings
+    if len(settings) <= _MOST_SCORED:
+        return sorted(settings, key=_Setting.kl)
+    roughly = sorted(settings, key=_Setting.rough_kl)
+    return [*sorted(roughly[:_MOST_SCORED], key=_Setting.kl), *roughly[_MOST_SCORED:]]
 
 
 class _Rehearsed:
@@ -390,4 +406,21 @@ class StaticFamily:
         return found, missed
 
 
-TimedFamily = KnobFamily | BestOfFamily | SharingFamily | StaticFamily
+@dataclass(frozen=True)
+class MissingFamily:
+    """A family that was asked for and is not there.
+
+    Attributes:
+        name: Name of the family.
+        reason: Why, in words.
+    """
+
+    name: str
+    reason: str
+
+    def entries(self, budgets: Sequence[float], measure: Measure) -> tuple[list[Entry], list[str]]:
+        """See `KnobFamily.entries`: none, and the reason once."""
+        return [], [f"{self.name} has no point at any budget: {self.reason}"]
+
+
+TimedFamily = KnobFamily | BestOfFamily | SharingFamily | StaticFamily | MissingFamily

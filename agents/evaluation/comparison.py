@@ -295,6 +295,17 @@ def compare(
     )
 
 
+def compare_by_both_clocks(
+    rows: Sequence[EvalRow], family_a: str, families_b: Sequence[str], *, budgets: Sequence[float] | None = None
+) -> list[Comparison]:
+    """A family against others in equal modelled and in equal measured time, where both have rows; as `compare`."""
+    clocks: tuple[Clock, ...] = ("modelled", "measured")
+    found = [
+        compare(rows, family_a, family_b, clock=clock, budgets=budgets) for family_b in families_b for clock in clocks
+    ]
+    return [comparison for comparison in found if comparison is not None]
+
+
 def ratios_to_static(rows: Sequence[EvalRow], family: str, clock: Clock = "modelled") -> dict[Setting, LogRatio]:
     """The ratio of a family to static in equal time at each of its settings; empty for static itself."""
     comparison = None if family == STATIC.name else compare(rows, family, clock=clock)

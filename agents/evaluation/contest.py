@@ -16,10 +16,12 @@ from flexquant_rl.agents.evaluation.budgets import (
     Contestant,
     Entry,
     KnobFamily,
+    MissingFamily,
     SharingFamily,
     TimedFamily,
 )
 from flexquant_rl.agents.evaluation.equal_time import (
+    Rung,
     StaticClock,
     beside_static,
     missing_rungs,
@@ -85,9 +87,10 @@ def learned(prepared: Prepared, results: Sequence[SeedResult]) -> list[TimedFami
 
 
 def untrained(prepared: Prepared, best: SeedResult) -> list[TimedFamily]:
-    """The network of the best seed as PPO found it; none where the run lost it."""
+    """The network of the best seed as PPO found it, a clone of static allocations by the importance of tokens."""
     if best.cloned is None:
-        return []
+        reason = f"the run has no network of seed {best.seed} from before PPO (cloned.safetensors)"
+        return [MissingFamily(UNTRAINED.name, reason)]
     family = dial_family(prepared, UNTRAINED.name, best.cloned, best.seed)
     return [BestOfFamily(family.name, (family,), lambda: validation_rehearsal(prepared))]
 
@@ -127,13 +130,14 @@ def compete(
     contestants: Sequence[Contestant],
     num_sequences: int,
     references: Callable[[], Sequence[EvalRow]] = tuple,
+    show_rungs: Callable[[list[Rung]], None] = lambda rungs: None,
 ) -> list[EvalRow]:
     """Runs single policies on the same test windows, and static ones in the time that each of them took.
 
-    `references` is as for `compete_at_budgets`.
+    `references` and `show_rungs` are as for `compete_at_budgets`.
     """
     entries = tuple(Entry(one.family, None, one) for one in contestants)
-    return compete_at_budgets(prepared, Settings(entries, ()), num_sequences, references)
+    return compete_at_budgets(prepared, Settings(entries, ()), num_sequences, references, show_rungs=show_rungs)
 
 
 def compete_at_budgets(
@@ -142,6 +146,7 @@ def compete_at_budgets(
     num_sequences: int,
     references: Callable[[], Sequence[EvalRow]] = tuple,
     watch: Callable[[Contestant, Trace], None] = lambda one, trace: None,
+    show_rungs: Callable[[list[Rung]], None] = lambda rungs: None,
 ) -> list[EvalRow]:
     """Runs every family at the settings that were found, on the same test windows, each policy once.
 
@@ -151,6 +156,7 @@ def compete_at_budgets(
         num_sequences: Sequences of test text.
         references: Makes rows of the same windows that no policy makes, such as those of oracles.
         watch: Is shown what every policy did.
+        show_rungs: Is given the static allocations that rows were compared with.
     """
     windows, documents = test_windows(prepared, num_sequences)
     members = _members(settings.entries)
@@ -164,7 +170,9 @@ def compete_at_budgets(
     taken = _taken_without_budget(settings.entries, rows)
     static = static_entries(prepared, sorted({*taken.values(), *missing_rungs([*rows, *beside], clock)}))
     rows = _beside_own_static(settings, traces, rows, {at: static.get(share) for at, share in taken.items()})
-    return beside_static(prepared, [*rows, *beside], windows, prepared.env, clock, static)
+    found, rungs = beside_static(prepared, [*rows, *beside], windows, prepared.env, clock, static)
+    show_rungs(rungs)
+    return found
 
 
 def compete_long(
@@ -184,7 +192,7 @@ def compete_long(
     traces = dict(zip(members, traces_of(longer, [*members.values()], windows), strict=True))
     rows = _beside_own_static(settings, traces, _rows(longer, settings, traces, {}, documents), {})
     static = static_entries(prepared, missing_rungs(rows, None))
-    return beside_static(prepared, rows, windows, longer.env, None, static)
+    return beside_static(prepared, rows, windows, longer.env, None, static)[0]
 
 
 _Key = tuple[object, ...]

@@ -43,6 +43,8 @@ _MIN_CLOCKED = 3
 _RUNG = 0.05
 # The allocation on a rung takes a little less than the rung's share.
 _BEYOND = 0.005
+# Of a rung that is left out: two rungs apart, and what their allocations leave of their shares.
+_FARTHEST_NEIGHBOURS = 2.5 * _RUNG
 _ROUNDING = 1e-9
 
 
@@ -222,8 +224,8 @@ def beside_static(
     env: EnvConfig,
     clock: StaticClock | None,
     static: Mapping[float, StaticAllocation],
-) -> list[EvalRow]:
-    """The rows with what static reaches on the same text in the time that each of them took.
+) -> tuple[list[EvalRow], list[Rung]]:
+    """The rows with what static reaches on the same text in the time that each of them took, and the rungs of that.
 
     Static rows with a budget are rungs, and their own other side. The other rungs are run.
 
@@ -240,7 +242,7 @@ def beside_static(
     rungs = [_rung(row) for row in rows if row.family == STATIC.name]
     chosen = {tuple(one.bit_widths.tolist()): one for one in static.values()}
     rungs += _run_rungs(prepared, [*chosen.values()], windows, env)
-    return [
+    beside = [
         replace(
             row,
             static_kl_nats=None if modelled is None else static_between(rungs, modelled),
@@ -254,6 +256,7 @@ def beside_static(
         )
         for row, (modelled, measured) in zip(rows, shares, strict=True)
     ]
+    return beside, rungs
 
 
 def static_between(rungs: Sequence[Rung], time_share: float) -> tuple[float, ...] | None:
@@ -261,7 +264,7 @@ def static_between(rungs: Sequence[Rung], time_share: float) -> tuple[float, ...
 
     The mean follows the straight line of its logarithm, each sequence its own. None out of reach.
     """
-    ladder = sorted({rung.time_share: rung for rung in rungs}.values(), key=lambda rung: rung.time_share)
+    ladder = _ladder(rungs)
     if not ladder or not ladder[0].time_share - _ROUNDING <= time_share <= ladder[-1].time_share + _BEYOND:
         return None
     if len(ladder) == 1 or time_share <= ladder[0].time_share:
@@ -275,18 +278,26 @@ def static_between(rungs: Sequence[Rung], time_share: float) -> tuple[float, ...
     return tuple((sequences * mean / sequences.mean()).tolist())
 
 
-def rung_error(rows: Iterable[EvalRow]) -> float | None:
-    """How far a static row is from the line between its two neighbours: the largest absolute log ratio.
+def rung_error(rungs: Iterable[Rung]) -> float | None:
+    """How far a rung is from the line between its two neighbours: the largest absolute log ratio.
 
-    Rungs are twice as near to each other as those neighbours, so that between them the error is about a quarter.
-    None of fewer than three static rows.
+    Those neighbours are twice as far apart as the rungs that rows are compared between, so that between them the error
+    of a smooth curve is about a quarter. Where rungs are missing because no row was near, neighbours are farther apart,
+    and say nothing. None where no rung has two neighbours.
     """
-    ladder = sorted((_rung(row) for row in rows if row.family == STATIC.name), key=lambda rung: rung.time_share)
+    ladder = _ladder(rungs)
     errors = []
     for low, middle, high in zip(ladder, ladder[1:], ladder[2:], strict=False):
-        part = (middle.time_share - low.time_share) / max(high.time_share - low.time_share, _ROUNDING)
+        if high.time_share - low.time_share > _FARTHEST_NEIGHBOURS:
+            continue
+        part = (middle.time_share - low.time_share) / (high.time_share - low.time_share)
         errors.append(abs(middle.log_kl - (1 - part) * low.log_kl - part * high.log_kl))
     return max(errors, default=None)
+
+
+def _ladder(rungs: Iterable[Rung]) -> list[Rung]:
+    """Rungs of different times, rising."""
+    return sorted({rung.time_share: rung for rung in rungs}.values(), key=lambda rung: rung.time_share)
 
 
 def _rung(row: EvalRow) -> Rung:

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from flexquant_rl.agents.evaluation.evaluate import Trace, joined, trace_of_pass
 from flexquant_rl.agents.preparation import Prepared
-from flexquant_rl.engine.control.output_kl import reference_width
+from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, reference_width
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.linear import InFlightPlan, logits_under
 from flexquant_rl.engine.model import NestedCausalLM
-
-_PIECE_FLOATS = 1 << 24
-"""Logits made at a time (64 MiB)."""
 
 Choose = Callable[[int, Tensor], Tensor]
 """Index of a unit and what its first linear reads, `[R, T, K]` -> the widths of the tokens, `[R, T]` int64."""
@@ -72,7 +69,7 @@ def trace_in_flight(prepared: Prepared, windows: Tensor, choose_for: Callable[[s
     model, first = prepared.model, prepared.env.prompt_tokens
     session = DecodeSession(model, max_length=windows.shape[1] - 1)
     base = torch.full((model.num_units,), reference_width(model))
-    per_pass = max(1, _PIECE_FLOATS // ((windows.shape[1] - 1 - first) * model.vocab_size))
+    per_pass = max(1, LOGITS_AT_A_TIME // ((windows.shape[1] - 1 - first) * model.vocab_size))
     traces = []
     for begin in range(0, len(windows), per_pass):
         rows = slice(begin, min(begin + per_pass, len(windows)))

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from flexquant_rl.agents.config import BASELINES
-from flexquant_rl.agents.evaluation.equal_time import StaticClock, rung_error
+from flexquant_rl.agents.evaluation.equal_time import Rung, StaticClock, rung_error
 from flexquant_rl.agents.evaluation.resampling import interval_method
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
-from flexquant_rl.agents.policies.families import STATIC
+from flexquant_rl.agents.policies.families import PPO, STATIC, UNTRAINED
 
 _BUDGETS = (
     "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
@@ -20,8 +20,13 @@ _BUDGETS = (
 )
 
 
-def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
-    """How rows came about and are compared, for reports."""
+def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> list[str]:
+    """How rows came about and are compared, for reports.
+
+    Args:
+        rows: The rows.
+        rungs: The static allocations that they are compared with, where known.
+    """
     documents = len({document for row in rows for document in row.sequence_documents})
     seeds = len({row.seed for row in rows if row.seed is not None})
     is_budgeted = any(row.time_budget is not None for row in rows)
@@ -30,7 +35,7 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
         "Test text is opened once, at these settings. "
         + ("What a policy takes there may miss the budget a little, so each" if is_budgeted else "Each")
         + " row is compared with static in the very time that it took"
-        + _between(rows)
+        + _between(rungs)
         + " Two families that are not "
         "static are compared by what each leaves of static's KL.",
         "A policy that looks at signals is charged the controller's time, which the latency table holds where it was "
@@ -42,6 +47,11 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
             "The baselines that look at the text or the position are searched over their other parameters too (widths, "
             "spread, hysteresis): at each budget the combination of least KL on validation text stands in the table.",
         )
+    if any(row.family == UNTRAINED.name for row in rows):
+        lines.append(
+            "`untrained` is the network of the best seed before PPO, not one of random weights: it was cloned from "
+            "static allocations, one for each token by its importance, and its dial meets the budgets as that of `ppo`."
+        )
     if any(row.time_share_measured is not None for row in rows):
         lines.append(
             "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "
@@ -50,6 +60,12 @@ def method_sentences(rows: Sequence[EvalRow]) -> list[str]:
             + _missed(rows)
             + "."
         )
+        if any(row.family == PPO.name or row.family.startswith(f"{PPO.name}:") for row in rows):
+            lines.append(
+                "On a CPU native code runs the learned policy, and the rules that look at the text or the position "
+                "(`entropy`, `schedule`, `random`, `regressor`) are called through Python: measured comparisons of "
+                "`ppo` with them flatter `ppo`."
+            )
     if any(row.family.partition(":")[0] == Drafts.family.name for row in rows):
         lines.append(
             "Drafts lose nothing against their verify width: their KL, perplexity and agreement are those of that "
@@ -70,13 +86,14 @@ def _missed(rows: Sequence[EvalRow]) -> str:
     return "" if clock is None else f"; the static rows miss a straight one by {clock.misfit:.3f} (root mean square)"
 
 
-def _between(rows: Sequence[EvalRow]) -> str:
+def _between(rungs: Sequence[Rung]) -> str:
     """How static's KL between two of its allocations is known, and how well."""
-    error = rung_error(rows)
+    error = rung_error(rungs)
     if error is None:
         return "."
+    count = len({rung.time_share for rung in rungs})
     return (
-        ": on the straight line of the logarithm of its KL between two allocations. A static allocation that is left "
-        f"out is within {100 * math.expm1(error):.1f}% of the line between its neighbours, which are twice as far "
-        "apart."
+        f": on the straight line of the logarithm of its KL between the nearest two of {count} allocations. One that "
+        f"is left out is within {100 * math.expm1(error):.1f}% of the line between its neighbours, which are twice as "
+        "far apart."
     )

@@ -92,11 +92,29 @@ class RecordedText:
     def output_kl_nats(self, one: Contestant) -> float:
         """Mean over the tokens that are scored, brought to the time share of all of them."""
         widths = self._simulated(one.policy, one.kl_weight or 1.0)
-        scored = widths[self._scored]
-        kl = float(self._score(scored).double().mean())
-        # The few may take more time than all: KL falls steeply with it, and a policy would be chosen for that alone.
-        there, here = (self._fixed_log_kl(float(self._cost.time_share(each).mean())) for each in (widths, scored))
-        return kl * math.exp(there - here)
+        return self._of_all(self._score(widths[self._scored]), widths)
+
+    def rough_kl_nats(self, one: Contestant) -> float:
+        """The same without a pass: a token has the KL of the fixed widths in its time, whatever came before it."""
+        widths = self._simulated(one.policy, one.kl_weight or 1.0)
+        fixed = [torch.full((self._model.num_units,), width) for width in self._model.bit_widths]
+        times, order = self._cost.time_share(torch.stack(fixed)).double().sort()
+        logs = torch.stack([self.token_kl_nats(fixed[index]) for index in order.tolist()]).double()
+        logs = logs.clamp_min(_SMALLEST_KL_NATS).log()
+        taken = self._cost.time_share(widths[self._scored]).double()
+        above = torch.searchsorted(times, taken.contiguous()).clamp(1, len(fixed) - 1)
+        part = ((taken - times[above - 1]) / (times[above] - times[above - 1])).clamp(0, 1)
+        low, high = (logs.gather(0, index[None])[0] for index in (above - 1, above))
+        return self._of_all((low + part * (high - low)).exp(), widths)
+
+    def _of_all(self, kl: Tensor, widths: Tensor) -> float:
+        """Mean of the KL `[S', T]` of scored tokens, at the time share of all of them, `[S, T, U]` widths.
+
+        The few may take more time than all: KL falls steeply with it, and a policy would be chosen for that alone.
+        """
+        both = (widths, widths[self._scored])
+        there, here = (self._fixed_log_kl(float(self._cost.time_share(each).mean())) for each in both)
+        return float(kl.double().mean()) * math.exp(there - here)
 
     def _fixed_log_kl(self, time_share: float) -> float:
         """Log of the scored tokens' mean KL at a time share, between the fixed widths."""

@@ -17,6 +17,7 @@ from flexquant_rl.agents.evaluation.comparison import (
     seed_groups,
     setting_of,
 )
+from flexquant_rl.agents.evaluation.equal_time import Rung
 from flexquant_rl.agents.evaluation.markdown import bullets, escape, facts_table, table_row
 from flexquant_rl.agents.evaluation.method import method_sentences
 from flexquant_rl.agents.evaluation.rows import LONG_ROWS_FILE, REPORT_FILE, ROWS_FILE, EvalRow
@@ -43,6 +44,7 @@ _COLUMNS = (
     ("time share, measured", "--:"),
     ("KL against static in this time (%, 95% CI)", "--:"),
     ("steps unlike static in equal time (%)", "--:"),
+    ("reward per token at this dial (full-width steps)", "--:"),
 )
 _CONSOLE_COLUMNS = (
     *(("policy", 18), ("budget", 6), ("dial", 6), ("bits", 5), ("KL/nats", 8), ("95% CI", 20), ("p99", 8)),
@@ -84,6 +86,7 @@ def write_report(
     rows: Sequence[EvalRow],
     sentences: Sequence[str],
     facts: Mapping[str, object],
+    rungs: Sequence[Rung] = (),
     long_rows: Sequence[EvalRow] = (),
     showcase: str = "",
     notes: Sequence[str] = (),
@@ -97,6 +100,7 @@ def write_report(
         sentences: Results in words, e.g. of `Comparison.sentence`.
         facts: What was run, in order: name -> value (`model`, `text`, `profile source`, `training seeds`, `env steps`,
             `machine`, `threads`, ...). Underscores become spaces; reference and size of the test text are added.
+        rungs: The static allocations that rows were compared with.
         showcase: What the picture of the bit-widths shows: sequence, dial, seed.
         long_rows: What was evaluated on longer continuations than the policies were trained on.
         notes: Limits beside those that every report states.
@@ -112,7 +116,7 @@ def write_report(
     if (run_dir / LEARNING_FILE).is_file():
         parts += ["## Training", f"![Validation score of every seed by env step]({LEARNING_FILE})"]
     parts += ["## What was run", facts_table({**facts, **_row_facts(rows)})]
-    parts += ["## How it was compared", bullets(method_sentences(rows))]
+    parts += ["## How it was compared", bullets(method_sentences(rows, rungs))]
     parts += ["## Every policy", markdown_table(rows).rstrip()]
     if (run_dir / ROWS_FILE).is_file():
         parts.append(
@@ -151,6 +155,7 @@ def _cells(group: SeedGroup, modelled: LogRatio | None, measured: LogRatio | Non
         _mean_sd(group, "time_share_measured", ".3f", missing=_NOT_MEASURED),
         _against_static(measured),
         _mean_sd(group, "differs_from_static", ".1f", factor=100),
+        _mean_sd(group, "reward_per_token", ".4f"),
     ]
 
 

@@ -101,6 +101,13 @@ class EvalRow:
     static_kl_nats_measured: tuple[float, ...] | None
     sequence_documents: tuple[int, ...]
 
+    @property
+    def reward_per_token(self) -> float | None:
+        """What training pays at this dial, on this text: share of time saved less priced KL, full-width steps."""
+        if self.kl_weight is None or self.time_share_modelled is None:
+            return None
+        return 1 - self.time_share_modelled - self.kl_weight * self.output_kl_nats
+
 
 def public_dict(row: EvalRow) -> dict[str, Any]:
     """The fields that commands print, ready for JSON; a number that is not finite becomes None."""

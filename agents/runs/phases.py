@@ -16,7 +16,7 @@ import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
 from flexquant_rl.agents.evaluation.budgets import Contestant
-from flexquant_rl.agents.evaluation.comparison import compare, steps_unlike_static
+from flexquant_rl.agents.evaluation.comparison import compare_by_both_clocks, steps_unlike_static
 from flexquant_rl.agents.evaluation.contest import (
     Settings,
     compete_at_budgets,
@@ -28,6 +28,7 @@ from flexquant_rl.agents.evaluation.contest import (
     tune,
     untrained,
 )
+from flexquant_rl.agents.evaluation.equal_time import Rung
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
@@ -131,12 +132,13 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
             found += relative_error_rows(prepared, config.test_sequences, budgets, settings)
         return found
 
-    rows = compete_at_budgets(prepared, settings, config.test_sequences, references, moving.consider)
+    rungs: list[Rung] = []
+    rows = compete_at_budgets(prepared, settings, config.test_sequences, references, moving.consider, rungs.extend)
     share = headroom(rows)
     long_rows = _long_rows(config, trained, settings)
     sentences = [*notes, *_findings(config, trained, rows, share)]
     shown = moving.found or _at_the_middle_of_the_dial(trained, config.test_sequences)
-    _publish(config, trained, settings, rows, sentences, run_dir, long_rows, shown)
+    _publish(config, trained, settings, rows, rungs, sentences, run_dir, long_rows, shown)
     rates = [result.env_steps_per_s for result in results if result.env_steps_per_s]
     return {
         "run_dir": str(run_dir),
@@ -189,6 +191,7 @@ def _publish(
     trained: TrainedRun,
     settings: Settings,
     rows: list[EvalRow],
+    rungs: list[Rung],
     sentences: list[str],
     run_dir: Path,
     long_rows: list[EvalRow],
@@ -236,6 +239,7 @@ def _publish(
     write_report(
         run_dir,
         rows=rows,
+        rungs=rungs,
         sentences=sentences,
         facts=facts,
         long_rows=long_rows,
@@ -247,12 +251,7 @@ def _publish(
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
     others = (*(policy.family.name for policy in POLICIES), RelativeError.family.name, UNTRAINED.name)
-    found = [
-        compare(rows, PPO.name, budgets=config.time_budgets),
-        compare(rows, PPO.name, clock="measured", budgets=config.time_budgets),
-        *(compare(rows, PPO.name, other, budgets=config.time_budgets) for other in others),
-    ]
-    comparisons = [comparison for comparison in found if comparison is not None]
+    comparisons = compare_by_both_clocks(rows, PPO.name, (STATIC.name, *others), budgets=config.time_budgets)
     sentences = [comparison.sentence() for comparison in comparisons]
     sentences += [sentence for sentence in (steps_unlike_static(rows, PPO.name),) if sentence is not None]
     sentences += [comparison.setting_sentence() for comparison in comparisons if comparison.family_b == STATIC.name]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexquant_rl.engine.control.output_kl import ReferenceDistribution, reference_width
+from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, ReferenceDistribution, reference_width
 from flexquant_rl.engine.decoding.decoder import Decoder, check_bit_widths
 from flexquant_rl.engine.layer_walk import LayerWalk, can_walk
 from flexquant_rl.engine.model import NestedCausalLM
@@ -26,8 +26,6 @@ _KEPT_MATRIX_BYTES = 1 << 30
 _AFFORDABLE_FLOP = 7.5e12
 """Arithmetic that a mean over text is worth: a minute and a quarter on two cores without AVX-512."""
 _LEAST_WINDOWS = 3
-_VOCABULARY_FLOATS = 7 << 20
-"""Logits of one piece of text. Up to 32 MiB the allocator gives memory out again; beyond, every page is a new one."""
 
 Widths = tuple[tuple[int, int], ...]
 """For each unit the width that the prompt is read at, and the width of what follows."""
@@ -186,7 +184,7 @@ def _one_by_one(
 ) -> None:
     """Each allocation in passes of its own: for any decoder."""
     base = torch.full((decoder.model.num_units,), reference_width(decoder.model))
-    num_rows = max(1, _VOCABULARY_FLOATS // (windows.shape[1] * decoder.model.vocab_size))
+    num_rows = max(1, LOGITS_AT_A_TIME // (windows.shape[1] * decoder.model.vocab_size))
     places = slice(first, windows.shape[1])
     for begin in progress(range(0, len(windows), num_rows)):
         rows = slice(begin, min(begin + num_rows, len(windows)))
@@ -293,7 +291,7 @@ def _forgetting(model: NestedCausalLM) -> Callable[[], None]:
 
 def _pieces(num_rows: int, first: int, length: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:
     """Rows and tokens to take at a time: several whole rows, or parts of one row."""
-    num_tokens = max(1, _VOCABULARY_FLOATS // vocab_size)
+    num_tokens = max(1, LOGITS_AT_A_TIME // vocab_size)
     row_step = max(1, num_tokens // (length - first))
     token_step = min(num_tokens, length - first)
     for row in range(0, num_rows, row_step):

@@ -8,6 +8,10 @@ from torch import Tensor
 from flexquant_rl.engine.decoding.decoder import DecoderModel
 from flexquant_rl.engine.linear import REFERENCE_WIDTH
 
+LOGITS_AT_A_TIME = 7 << 20
+"""Floats of a piece of text whose logits are looked at. Up to 32 MiB the allocator gives memory out again; beyond,
+every page is a new one."""
+
 
 def reference_name(model: DecoderModel) -> str:
     """The reference in words: `unquantised`, or `8-bit` where no other copy exists."""

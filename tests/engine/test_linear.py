@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flexquant_rl.engine import linear as linear_module
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.linear import (
     REFERENCE_WIDTH,
@@ -165,6 +167,42 @@ class TestDenseCache:
         assert linears[0].dense(4) is first, "held matrices are not made again"
         linears[2].dense(4)
         assert self.held(cache, linears) == [True, False, True]
+
+    def test_steps_that_ask_for_one_matrix_too_many_find_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In turn and in one order, as decode steps do; then another working set takes the place of the first."""
+        decoded: list[int] = []
+        original = linear_module._decoded
+
+        def counted(*args: Any) -> Tensor:
+            decoded.append(1)
+            return original(*args)
+
+        monkeypatch.setattr(linear_module, "_decoded", counted)
+        cache = DenseCache(max_bytes=6 * MATRIX_BYTES)
+
+        def sweep(linears: list[NestedLinear]) -> int:
+            decoded.clear()
+            for linear in linears:
+                assert torch.equal(linear.dense(4), dequantize(linear.weight, bit_width=4))
+                assert cache._bytes == sum(matrix.nbytes for matrix in cache._entries.values()) <= cache.max_bytes
+            return len(decoded)
+
+        linears = [make_linear(seed, cache=cache) for seed in range(7)]
+        assert sweep(linears) == 7
+        assert [sweep(linears) for _ in range(4)] == [2, 1, 1, 1], "the least recently used gone, it would be 7"
+        others = [make_linear(seed, cache=cache) for seed in range(10, 15)]
+        assert [sweep(others) for _ in range(2)] == [5, 0]
+
+    def test_what_is_out_of_use_goes_first(self) -> None:
+        """Also for a matrix that was here before: a working set that fits is whole again after two sweeps."""
+        cache = DenseCache(max_bytes=3 * MATRIX_BYTES)
+        linears = [make_linear(seed, cache=cache) for seed in range(6)]
+        first, second = linears[:3], linears[3:]
+        for _ in range(2):
+            for several in (first, second):
+                for linear in (*several, *several):
+                    linear.dense(4)
+                assert self.held(cache, several) == [True] * 3
 
     def test_always_keeps_the_last_one(self) -> None:
         cache = DenseCache(max_bytes=0)

@@ -54,7 +54,7 @@ def check(reference: TextReference, session: Any, windows: Tensor) -> None:
 def test_equals_one_pass(
     kept: str, piece_floats: int, tiny_nested: NestedCausalLM, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_PIECE_FLOATS", piece_floats)
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", piece_floats)
     monkeypatch.setattr(module, "_CALL_TOKENS", int(torch.randint(1, 60, ())))
     needed = 5 * (tiny_windows.shape[1] - 1 - FIRST) * tiny_nested.vocab_size * 4
     monkeypatch.setattr(module, "_DISTRIBUTION_BYTES", needed - (kept == "states"))
@@ -66,7 +66,7 @@ def test_equals_one_pass(
 
 @pytest.mark.parametrize("piece_floats", [1, 1 << 25])
 def test_any_decoder(piece_floats: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE_FLOATS", piece_floats)
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", piece_floats)
     monkeypatch.setattr(module, "_DISTRIBUTION_BYTES", 0)  # nothing to keep states of
     session = FakeSession(FakeModel(carry=0.5))
     check(TextReference(session, 5, FIRST), session, fake_windows(9, 12))
@@ -76,7 +76,7 @@ def test_logits_are_never_larger_than_a_piece(
     tiny_nested: NestedCausalLM, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row_floats = (tiny_windows.shape[1] - 1 - FIRST) * tiny_nested.vocab_size
-    monkeypatch.setattr(module, "_PIECE_FLOATS", 2 * row_floats)
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", 2 * row_floats)
     monkeypatch.setattr(module, "_DISTRIBUTION_BYTES", 0)
     sizes: list[int] = []
     hook = tiny_nested.hf_model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.numel()))

@@ -13,6 +13,7 @@ from evaluation_rows import row, sequence_kl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexquant_rl.agents.evaluation import budgets as budgets_module
 from flexquant_rl.agents.evaluation.budgets import (
     BestOfFamily,
     BudgetError,
@@ -178,6 +179,7 @@ class FakeRehearsal:
     def __init__(self, offset: float) -> None:
         self.offset = offset
         self.scored: list[str] = []
+        self.roughly: list[str] = []
 
     def time_share(self, one: Contestant) -> float:
         return variant_outcome(one).time_share + self.offset
@@ -185,6 +187,10 @@ class FakeRehearsal:
     def output_kl_nats(self, one: Contestant) -> float:
         self.scored.append(one.policy.name)
         return variant_outcome(one).output_kl_nats
+
+    def rough_kl_nats(self, one: Contestant) -> float:
+        self.roughly.append(one.policy.name)
+        return 1.5 * variant_outcome(one).output_kl_nats
 
 
 # Two curves that cross at 0.6: a family is to take the lower one at each budget. A third has little reach.
@@ -229,7 +235,25 @@ def test_the_search_picks_the_better_member_at_each_budget(offset: float) -> Non
     assert reason.startswith("best has no point at 0.35 of full-width time: its settings take ")
 
 
+def test_of_many_members_few_are_scored_and_the_others_come_last() -> None:
+    """Nine of the worse curve and one of the better one: eight are looked at closely, that one among them."""
+    rehearsal, scored = FakeRehearsal(0.0), budgets_module._MOST_SCORED
+    members = (*(variant("flat") for _ in range(9)), variant("steep"))
+    (entry,), _ = BestOfFamily("best", members, lambda: rehearsal).entries((0.8,), each(variant_outcome))
+    assert entry.name == "steep"
+    assert (len(rehearsal.roughly), len(rehearsal.scored)) == (10, scored)
+    assert "steep" in rehearsal.scored
+
+    def only_flat(one: Contestant) -> Outcome:
+        """What the others take is beyond any budget."""
+        return replace(variant_outcome(one), time_share=1.0) if one.policy.name == "steep" else variant_outcome(one)
+
+    members = (*(variant("steep") for _ in range(scored)), variant("flat"))
+    (entry,), _ = BestOfFamily("best", members, lambda: FakeRehearsal(0.0)).entries((0.8,), each(only_flat))
+    assert entry.name == "flat", "what was left out is measured where no other meets the budget"
+
+
 def test_one_member_needs_no_kl_in_rehearsal() -> None:
     rehearsal = FakeRehearsal(0.002)
     entries, missed = BestOfFamily("best", (variant("flat"),), lambda: rehearsal).entries((0.6,), each(variant_outcome))
-    assert ([entry.name for entry in entries], missed, rehearsal.scored) == (["flat"], [], [])
+    assert ([entry.name for entry in entries], missed, rehearsal.scored, rehearsal.roughly) == (["flat"], [], [], [])

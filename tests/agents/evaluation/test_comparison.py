@@ -15,6 +15,7 @@ from flexquant_rl.agents.evaluation.comparison import (
     LogRatio,
     captured_headroom,
     compare,
+    compare_by_both_clocks,
     ratios_to_static,
 )
 from flexquant_rl.agents.evaluation.method import method_sentences
@@ -86,6 +87,24 @@ def test_comparison_is_antisymmetric_and_repeatable() -> None:
     assert back.overall.value == pytest.approx(-forth.overall.value)
     assert back.overall.low == pytest.approx(-(forth.overall.high or 0))
     assert forth == compared(rows)
+
+
+def test_both_clocks_against_every_other_family() -> None:
+    """In the order of the families; what was not timed has no measured comparison, and who has no rows none at all."""
+    rows = [
+        replace(r, static_kl_nats_measured=r.static_kl_nats) if r.family in ("ppo", "random", "static") else r
+        for r in evaluation()
+    ]
+    found = compare_by_both_clocks(rows, "ppo", ("static", "random", "fixed", "schedule"), budgets=BUDGETS[:2])
+    assert [(one.family_b, one.clock) for one in found] == [
+        ("static", "modelled"),
+        ("static", "measured"),
+        ("random", "modelled"),
+        ("random", "measured"),
+        ("fixed", "modelled"),
+    ]
+    assert {budget for one in found for budget, _ in one.by_setting} == set(BUDGETS[:2])
+    assert found[3].sentence().startswith("output KL of ppo against random at equal measured time: 54.9% less")
 
 
 def test_few_seeds_are_not_called_significant() -> None:

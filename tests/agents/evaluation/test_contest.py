@@ -22,7 +22,8 @@ from flexquant_rl.agents.evaluation.contest import compete, heuristics
 from flexquant_rl.agents.evaluation.equal_time import static_entries, static_family
 from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.agents.evaluation.showcase import MostMoving, movement_bits
-from flexquant_rl.agents.policies.families import PPO
+from flexquant_rl.agents.policies.entropy import EntropyThreshold
+from flexquant_rl.agents.policies.families import PPO, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.knapsack import Knapsack
 from flexquant_rl.agents.policies.random_widths import RandomWidths
@@ -60,7 +61,21 @@ def test_baselines_of_a_model_without_four_bits() -> None:
     assert isinstance(schedule, BestOfFamily)
     names = {member.at(0.0).name.partition(",")[2] for member in entropy.members}
     assert {"low_width=3,high_width=6", "low_width=6", "low_width=3"} <= names, "adjacent widths, and far ones"
-    assert {"one_way=true,low_width=6", "spread_nats=6,hysteresis_units=0,low_width=6"} <= names
+    shapes = {
+        (spread, hysteresis, one_way)
+        for spread in (0.5, 2.0, 6.0)
+        for hysteresis in (0, 1)
+        for one_way in (False, True)
+    }
+    found = [bound.at(0.0).name for bound in entropy.members]
+    parsed = [parse_policy(name) for name in found]
+    pairs = {(one.low_width, one.high_width) for one in parsed if isinstance(one, EntropyThreshold)}
+    assert {
+        (one.low_width, one.high_width, one.spread_nats, one.hysteresis_units, one.one_way)
+        for one in parsed
+        if isinstance(one, EntropyThreshold)
+    } == {(*pair, *shape) for pair in pairs for shape in shapes}
+    assert len(found) == len(pairs) * len(shapes)
     assert {member.at(0.0).name for member in schedule.members} >= {
         "schedule:0,high=6,low=4.35",
         "schedule:0,high=6,low=3",
@@ -182,7 +197,26 @@ def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: P
     assert settings.entries
     assert len(settings.entries) + len(settings.missed) == 1 + len(BUDGETS)
     assert settings.missed[0].startswith("untrained has no point at 0.1")
-    assert contest.untrained(tiny_prepared, replace(result, cloned=None)) == []
+
+
+def test_an_untrained_network_that_is_lost_is_missed(tiny_prepared: Prepared) -> None:
+    families = contest.untrained(tiny_prepared, learned_result(tiny_prepared, 3))
+    settings = contest.tune(tiny_prepared, families, BUDGETS, 4)
+    assert settings.entries == ()
+    (reason,) = settings.missed
+    assert reason.startswith("untrained has no point at any budget: the run has no network of seed 3 from before PPO")
+
+
+def test_the_reward_of_a_row_is_what_training_pays(tiny_prepared: Prepared, timed: list[str]) -> None:
+    """A controller that costs time is charged in both."""
+    full_ms = float(tiny_prepared.cost.latency_ms(tiny_prepared.cost.full_width()))
+    charging = replace(tiny_prepared, cost=replace(tiny_prepared.cost, controller_ms=0.1 * full_ms))
+    traces: list[Trace] = []
+    one = Contestant(PPO.name, learned_result(charging, 1).policy, 5.0, 1)
+    settings = contest.Settings((Entry(PPO.name, 0.7, one),), ())
+    (found,) = contest.compete_at_budgets(charging, settings, 4, watch=lambda _, trace: traces.append(trace))
+    assert found.reward_per_token == pytest.approx(float(traces[0].reward.double().mean()), rel=1e-5)
+    assert replace(found, kl_weight=None).reward_per_token is None
 
 
 def test_time_sharing_is_the_mixture(tiny_prepared: Prepared, timed: list[str]) -> None:

@@ -110,7 +110,8 @@ def beside(
     prepared: Prepared, rows: Sequence[EvalRow], windows: torch.Tensor, env: EnvConfig, clock: StaticClock | None
 ) -> list[EvalRow]:
     """With the static allocations that are needed."""
-    return beside_static(prepared, rows, windows, env, clock, static_entries(prepared, missing_rungs(rows, clock)))
+    static = static_entries(prepared, missing_rungs(rows, clock))
+    return beside_static(prepared, rows, windows, env, clock, static)[0]
 
 
 @pytest.mark.parametrize("time_share", [0.5, 0.6, 0.8])
@@ -167,10 +168,36 @@ RUNGS = [Rung(share, sequence_kl(math.exp(-10 * share))) for share in (0.5, 0.6,
 
 
 def test_the_error_of_the_line_is_that_of_a_rung_left_out() -> None:
-    static = [row("static", share, kl) for share, kl in ((0.5, 0.04), (0.6, 0.02), (0.7, 0.0121))]
-    assert rung_error(static) == pytest.approx(abs(math.log(0.02) - (math.log(0.04) + math.log(0.0121)) / 2))
-    assert rung_error(static[:2]) is None
-    assert f"within {100 * (0.0220 / 0.02 - 1):.1f}% of the line" in " ".join(method_sentences(static))
+    kl = {0.5: 0.04, 0.548: 0.02, 0.596: 0.0121}
+    rungs = [Rung(share, sequence_kl(nats)) for share, nats in kl.items()]
+    assert rung_error(rungs) == pytest.approx(abs(math.log(0.02) - (math.log(0.04) + math.log(0.0121)) / 2))
+    assert rung_error(rungs[:2]) is None
+    rows = [row("static", share, nats) for share, nats in kl.items()]
+    words = " ".join(method_sentences(rows, rungs))
+    assert "between the nearest two of 3 allocations" in words
+    assert f"within {100 * (0.0220 / 0.02 - 1):.1f}% of the line" in words
+    assert "left out" not in " ".join(method_sentences(rows)), "rows stand at budgets, which are farther apart"
+
+
+def test_gaps_that_nothing_is_compared_across_are_no_error() -> None:
+    """A rung whose neighbour on one side is far away, because no row took a time in between."""
+    near = [Rung(share, sequence_kl(math.exp(-10 * share))) for share in (0.4, 0.45, 0.5)]
+    far = [Rung(share, sequence_kl(0.5)) for share in (0.9, 0.95)]
+    assert rung_error([*near, *far]) == pytest.approx(0, abs=1e-9)
+    assert rung_error([*near[1:], *far]) is None
+
+
+def test_the_rungs_are_those_that_rows_are_compared_between(tiny_prepared: Prepared) -> None:
+    """Static rows, whatever their budget, and what was run around the time of the other rows."""
+    widths = torch.full((3,), 5)
+    own = replace(judged(tiny_prepared, StaticAllocation("fixed:5", widths), "static"), time_budget=0.65)
+    rows = [own, replace(own, family="ppo", time_share_modelled=0.72)]
+    static = static_entries(tiny_prepared, missing_rungs(rows, None))
+    compared, rungs = beside_static(tiny_prepared, rows, tiny_prepared.windows.test, tiny_prepared.env, None, static)
+    assert {0.7, 0.75, 0.8} <= static.keys()
+    run = {float(tiny_prepared.cost.time_share(one.bit_widths)) for one in static.values()}
+    assert [rung.time_share for rung in rungs] == pytest.approx([own.time_share_modelled, *sorted(run)])
+    assert compared[1].static_kl_nats == static_between(rungs, 0.72)
 
 
 def test_the_report_says_how_noisy_the_clock_was() -> None:
@@ -182,6 +209,9 @@ def test_the_report_says_how_noisy_the_clock_was() -> None:
     words = " ".join(method_sentences(static))
     assert f"the static rows miss a straight one by {clock.misfit:.3f} (root mean square)" in words
     assert "root mean square" not in " ".join(method_sentences(static[:2]))
+    assert "flatter" not in words
+    learned = row("ppo:run", 0.6, 0.02, policy="ppo:run", time_share_measured=0.7)
+    assert "measured comparisons of `ppo` with them flatter `ppo`" in " ".join(method_sentences([*static, learned]))
 
 
 def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) -> None:

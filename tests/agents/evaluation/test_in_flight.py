@@ -73,7 +73,7 @@ def test_later_units_see_what_earlier_widths_did(tiny_prepared: Prepared) -> Non
 def test_trace_is_what_decoding_step_by_step_gives(
     tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch, piece_floats: int
 ) -> None:
-    monkeypatch.setattr("flexquant_rl.agents.evaluation.in_flight._PIECE_FLOATS", piece_floats)
+    monkeypatch.setattr("flexquant_rl.agents.evaluation.in_flight.LOGITS_AT_A_TIME", piece_floats)
     windows = tiny_prepared.windows.test[:3]
     parts: list[slice] = []
 

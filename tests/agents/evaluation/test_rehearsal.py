@@ -92,6 +92,20 @@ def test_token_kl_is_that_of_the_allocation(
     torch.testing.assert_close(kl, trace.output_kl_nats, atol=1e-5, rtol=1e-3)
 
 
+def test_roughly_a_token_has_the_kl_of_its_time(tiny_prepared: Prepared, recorded: RecordedText) -> None:
+    """That of fixed widths is theirs; what mixes them is between theirs, in the order that passes give."""
+    context = policy_context(tiny_prepared)
+    for width in tiny_prepared.model.bit_widths:
+        fixed = StaticAllocation("fixed", torch.full((tiny_prepared.model.num_units,), width))
+        one = Contestant("fixed", fixed)
+        assert recorded.rough_kl_nats(one) == pytest.approx(float(recorded.token_kl_nats(fixed.bit_widths).mean()))
+    policies = [bind_policy(Schedule(count, high=6, low=4), context) for count in (0, 4, 8, 12)]
+    ones = [Contestant("schedule", policy) for policy in policies]
+    roughly, found = ([score(one) for one in ones] for score in (recorded.rough_kl_nats, recorded.output_kl_nats))
+    assert roughly == pytest.approx(found, rel=0.3)
+    assert sorted(roughly, reverse=True) == roughly
+
+
 def test_few_scored_sequences_are_brought_to_the_time_of_all(tiny_prepared: Prepared) -> None:
     """Two rows at 6 bits of eight, the others at 3: the two that are scored cost what all take, not what they take."""
     p = tiny_prepared

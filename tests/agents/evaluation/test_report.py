@@ -21,6 +21,7 @@ from flexquant_rl.agents.evaluation import figures
 from flexquant_rl.agents.evaluation.comparison import families, seed_groups, steps_unlike_static
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto, visible_token
 from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
+from flexquant_rl.agents.evaluation.method import method_sentences
 from flexquant_rl.agents.evaluation.report import console_table, markdown_table, write_report
 from flexquant_rl.agents.evaluation.rows import EvalRow, public_dict, read_rows, write_rows
 from flexquant_rl.agents.policies.families import family_facts
@@ -141,6 +142,20 @@ def test_markdown_table_has_one_row_for_each_policy_and_budget() -> None:
     versus += ", modelled"
     assert [line[versus] for line in learned] == ["-10.0 (-10.0 to -10.0)"] * 4
     assert [line[versus] for line in named if line["policy"].startswith("static")] == [""] * 4
+    reward = "reward per token at this dial (full-width steps)"
+    dials = [300 * share + 1 for share in (0.8, 0.7, 0.6, 0.5)]  # the mean of the seeds'
+    expected = [
+        1 - share - dial * 0.9 * static_kl(share) for share, dial in zip((0.8, 0.7, 0.6, 0.5), dials, strict=True)
+    ]
+    assert [float(line[reward].split(" ± ")[0]) for line in learned] == pytest.approx(expected, abs=1e-4)
+    assert {line[reward] for line in named if line not in learned} == {""}
+
+
+def test_the_method_says_what_untrained_is() -> None:
+    rows = evaluation()
+    assert "untrained" not in " ".join(method_sentences(rows))
+    rows += [row("untrained", 0.6, 0.02, policy="untrained", seed=0, kl_weight=3.0)]
+    assert "before PPO, not one of random weights: it was cloned" in " ".join(method_sentences(rows))
 
 
 def test_console_table_is_narrow_plain_text() -> None:

@@ -76,7 +76,7 @@ def test_equals_whole_passes(
     allocations = choices[torch.randint(5, (6, model.num_units), generator=generator)]
     allocations[1, : model.num_units // 2] = allocations[2, : model.num_units // 2]
     allocations[3], allocations[4] = 0, allocations[5]
-    monkeypatch.setattr(allocation_kl, "_VOCABULARY_FLOATS", 2 * 128 * 10)
+    monkeypatch.setattr(allocation_kl, "LOGITS_AT_A_TIME", 2 * 128 * 10)
     monkeypatch.setattr(allocation_kl, "_STATE_BYTES", 2 * 10 * 13 * 32 * 4 * 3)
     monkeypatch.setattr(allocation_kl, "_CALL_TOKENS", int(torch.randint(1, 200, (), generator=generator)))
     assert can_walk(model, windows, 0)
@@ -183,7 +183,7 @@ def test_any_decoder_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, windows = FakeSession(FakeModel(carry=0.5)), fake_windows(7, 12)
     allocations = torch.tensor([3, 5, 8])[torch.randint(3, (5, 4))]
     whole = allocation_kl_nats(decoder, windows, allocations, first=4, prompt_width=8)
-    monkeypatch.setattr(allocation_kl, "_VOCABULARY_FLOATS", 1)
+    monkeypatch.setattr(allocation_kl, "LOGITS_AT_A_TIME", 1)
     pieces = allocation_kl_nats(decoder, windows, allocations, first=4, prompt_width=8)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-8)
     facts = allocation_facts(decoder, fake_windows(7, 13), allocations, first=4, prompt_width=8)
