@@ -33,8 +33,8 @@ from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.references import (
     headroom,
+    oracle_budget,
     oracle_rows,
-    oracle_time_share,
     relative_error_rows,
 )
 from flexquant_rl.agents.evaluation.report import (
@@ -118,17 +118,19 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     """
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
-    budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
     families = [*heuristics(prepared, config.baselines), *learned(prepared, results)]
     if UNTRAINED.name in config.baselines:
         families += untrained(prepared, trained.best)
-    settings = tune(prepared, families, budgets, config.validation_sequences)
+    settings = tune(prepared, families, config.time_budgets, config.validation_sequences)
     moving = MostMoving()
 
     def references() -> list[EvalRow]:
-        found = [] if oracle is None else oracle_rows(prepared, config.test_sequences, oracle, settings)
+        found = []
+        if oracle is not None:
+            budget = oracle_budget(prepared, config.time_budgets)
+            found += oracle_rows(prepared, config.test_sequences, budget, oracle, settings)
         if RelativeError.family.name in config.baselines:
-            found += relative_error_rows(prepared, config.test_sequences, budgets, settings)
+            found += relative_error_rows(prepared, config.test_sequences, config.time_budgets, settings)
         return found
 
     rows = compete_at_budgets(prepared, settings, config.test_sequences, references, moving.consider)
@@ -266,7 +268,7 @@ def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], sha
     )
     if share is not None:
         sentences.append(
-            f"captured headroom at the oracles' time share: {share:.0%} of the way from static to the stronger oracle"
+            f"captured headroom at the oracles' time budget: {share:.0%} of the way from static to the stronger oracle"
         )
     return sentences
 
