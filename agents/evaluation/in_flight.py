@@ -20,8 +20,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.linear import InFlightPlan, logits_under
 from flexquant_rl.engine.model import NestedCausalLM
 
-_PIECE_FLOATS = 1 << 24
-"""Logits made at a time (64 MiB)."""
+_PIECE_FLOATS = 7 << 20
+"""Logits made at a time. Up to 32 MiB the allocator gives memory out again; beyond, every page is a new one."""
 
 Choose = Callable[[int, Tensor], Tensor]
 """Index of a unit and what its first linear reads, `[R, T, K]` -> the widths of the tokens, `[R, T]` int64."""

@@ -22,8 +22,9 @@ from flexquant_rl.agents.preparation import Prepared
 
 NUM_SAMPLES = 16
 """Backward passes for each sequence. The logarithm of an influence has a standard error of 0.36 then."""
-_PIECE_FLOATS = 1 << 23
-"""Logits of one piece of text (32 MiB); their graph takes several times as much."""
+_PIECE_FLOATS = 7 << 20
+"""Logits of one piece of text, below the 32 MiB up to which memory is given out again; their graph takes several times
+as much."""
 _MEASURED_WIDTH = 4
 _SMALLEST_NATS = 1e-12
 
