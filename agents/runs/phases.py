@@ -50,7 +50,7 @@ from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
-from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
+from flexquant_rl.agents.runs.training import SeedResult, Validation, train_seed, with_dial_table
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
@@ -90,11 +90,13 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     check_config(config)
     prepared = prepare(config, run_dir)
     check_budgets(config, prepared)
-    importance = load_importance(config, prepared, run_dir)
+    validation = Validation(prepared, config.validation_sequences)
+    importance = load_importance(config, prepared, run_dir, validation)
     results = [
-        train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index), importance)
-        for index in range(config.seeds)
+        train_seed(config, prepared, seed, run_dir / "seeds" / str(seed), importance, validation)
+        for seed in range(config.seed, config.seed + config.seeds)
     ]
+    validation.close()
     return export_best(config, prepared, results, run_dir)
 
 
