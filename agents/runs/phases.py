@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
+from flexquant_rl.agents.evaluation.baselines import validation_rehearsal
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.evaluation.comparison import compare, steps_unlike_static
 from flexquant_rl.agents.evaluation.contest import (
@@ -120,9 +121,10 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     """
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
-    families = [*heuristics(prepared, config.baselines), *learned(prepared, results)]
+    rehearsal = validation_rehearsal(prepared)
+    families = [*heuristics(prepared, config.baselines, rehearsal), *learned(prepared, results, rehearsal)]
     if UNTRAINED.name in config.baselines:
-        families += untrained(prepared, trained.best)
+        families += untrained(prepared, trained.best, rehearsal)
     settings = tune(prepared, families, config.time_budgets, config.validation_sequences)
     moving = MostMoving()
 
