@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class Prepared:
         front: Static allocations with measured KL.
         env: The run's episodes, the dial's range filled in.
         num_threads: Threads of steps that are timed, as for `open_session`.
+        static_kl_nats: Output KL of static allocations on validation text, as far as they have been read, by windows
+            to choose from, windows read and widths; a changed copy begins anew.
     """
 
     model: NestedCausalLM
@@ -60,6 +62,9 @@ class Prepared:
     front: StaticFront
     env: EnvConfig
     num_threads: int | None = None
+    static_kl_nats: dict[tuple[int, int, tuple[int, ...]], float] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def dials(self, count: int) -> Tensor:
         """`count` KL weights, evenly spaced on a log scale over the run's range (or the fixed one)."""

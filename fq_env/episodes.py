@@ -62,6 +62,19 @@ class StepFacts:
     truncated: Tensor
 
 
+@dataclass(frozen=True)
+class _ReadPrompts:
+    """Prompts that the decoder's rows begin with.
+
+    Attributes:
+        windows: `[R]` int64, of which windows.
+        output: What their last tokens put out.
+    """
+
+    windows: Tensor
+    output: StepOutput
+
+
 class Episodes:
     """R episodes, one for each row of a decoder; each can be restarted on its own.
 
@@ -115,6 +128,7 @@ class Episodes:
             if self._sampler is None
             else SteppingReference(decoder, num_rows, config.prompt_tokens, self._current)
         )
+        self._prompts: _ReadPrompts | None = None
         self._eos = torch.tensor(eos_token_ids, dtype=torch.int64)
         self._measured = measured
         self._tokenizer = tokenizer
@@ -152,12 +166,25 @@ class Episodes:
         if self._sampler is not None:
             for row, seed in zip(rows.tolist(), seeds.tolist(), strict=True):
                 self._sampler.start(row, temperature=self.config.temperature, seed=seed)
-        prompts = self._tokens[rows, : self.config.prompt_tokens]
-        is_whole = torch.equal(rows, torch.arange(self.num_rows))
-        output = self._runner.start(prompts, kl_weight, None if is_whole else rows)
+        output = self._read_prompts(rows, windows, kl_weight)
         self._reference.start(self._tokens[rows], rows, windows)
         if self._measured:
             self._full_ms = self._time_full_step(output, kl_weight)
+
+    def _read_prompts(self, rows: Tensor, windows: Tensor, kl_weight: Tensor) -> StepOutput:
+        """Reads the prompts of rows; where all start again with their windows, as for another policy, they are kept."""
+        is_whole = torch.equal(rows, torch.arange(self.num_rows))
+        kept = self._prompts
+        if is_whole and kept is not None and torch.equal(windows, kept.windows):
+            self._decoder.truncate(torch.full((self.num_rows,), self.config.prompt_tokens))
+            self._runner.begin(kept.output, kl_weight)
+            return kept.output
+        self._prompts = None  # should the pass fail
+        prompts = self._tokens[rows, : self.config.prompt_tokens]
+        output = self._runner.start(prompts, kl_weight, None if is_whole else rows)
+        if is_whole:
+            self._prompts = _ReadPrompts(windows.clone(), output)
+        return output
 
     def step(self, decision: Decision | None = None) -> StepFacts:
         """Decodes one token in every row.

@@ -25,6 +25,10 @@ class EpisodeVecEnv(VecEnv):
 
     The dials of rows that start together are drawn together (`draw_dials`).
 
+    Attributes:
+        waits_for_reset: Whether rows that have all ended wait for `reset`, for a caller that may need no more episodes.
+            What the last step returns is then the episodes' last observation. The episodes that follow are the same.
+
     Args:
         episodes: R rows.
         task: What actions mean, what steps earn, what is seen.
@@ -38,6 +42,7 @@ class EpisodeVecEnv(VecEnv):
         self.last_facts: Any = None
         self.last_reward: Reward | None = None
         self.render_mode = None
+        self.waits_for_reset = False
         self._rng = np.random.default_rng(seed_of(seed))
         self._restart_state: dict[str, Any] = {}
         self._aligned = False
@@ -78,7 +83,7 @@ class EpisodeVecEnv(VecEnv):
         self._pending = actions_of(actions, self.action_space, self.num_envs)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Decodes one token in every row and restarts the rows that end with it."""
+        """Decodes one token in every row and restarts the rows that end with it; see `waits_for_reset`."""
         assert self._pending is not None, "step_async() first"
         facts = self.episodes.step(self.task.to_decision(self._pending))
         reward = self.task.reward(facts)
@@ -93,7 +98,7 @@ class EpisodeVecEnv(VecEnv):
                 infos[row]["terminal_observation"] = observations[row].copy()
                 infos[row]["TimeLimit.truncated"] = bool(facts.truncated[row])
             if ended.all():
-                observations = self.reset()
+                observations = observations if self.waits_for_reset else self.reset()
             else:
                 self._start(torch.from_numpy(ended.nonzero()[0]))
                 observations = self._observations()

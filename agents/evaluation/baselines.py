@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from itertools import pairwise, product
 
-from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, KnobFamily
+from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, KnobFamily, Rehearsal
 from flexquant_rl.agents.evaluation.equal_time import VALIDATION_SEQUENCES
 from flexquant_rl.agents.evaluation.rehearsal import RecordedText
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
@@ -36,16 +36,22 @@ _MULTIPLIERS = (1e-4, 1e2)
 _BETWEEN = 0.45
 
 
-def tuned_baselines(prepared: Prepared, context: PolicyContext, names: Collection[str]) -> list[BestOfFamily]:
+def tuned_baselines(
+    prepared: Prepared,
+    context: PolicyContext,
+    names: Collection[str],
+    rehearsal: Callable[[], Rehearsal] | None = None,
+) -> list[BestOfFamily]:
     """Random widths, entropy, schedule and regressor, those that are named.
 
-    Text is read when the first of them is asked for a budget.
+    Args:
+        prepared: Model, text, latencies.
+        context: What policies may know of the model.
+        names: Families that are wanted.
+        rehearsal: That of all families; default: one of these alone.
     """
     widths = prepared.model.bit_widths
-
-    @cache
-    def rehearsal() -> RecordedText:
-        return validation_rehearsal(prepared)
+    rehearsal = rehearsal or validation_rehearsal(prepared)
 
     def best_of(kind: type[UnboundPolicy], knobs: Iterable[Callable[[float], UnboundPolicy]]) -> BestOfFamily:
         name = family_name_of(kind)
@@ -69,12 +75,17 @@ def tuned_baselines(prepared: Prepared, context: PolicyContext, names: Collectio
     return [family for family in families if family.name in names]
 
 
-def validation_rehearsal(prepared: Prepared) -> RecordedText:
-    """The validation text that settings are found on, recorded."""
-    windows = spread(prepared.windows.validation, VALIDATION_SEQUENCES)
-    return RecordedText(
-        prepared.model, prepared.profile, windows, prepared.env, prepared.cost, num_scored=_SCORED_SEQUENCES
-    )
+def validation_rehearsal(prepared: Prepared) -> Callable[[], RecordedText]:
+    """The validation text that settings are found on; recorded once, when the first family asks for it."""
+
+    @cache
+    def recorded() -> RecordedText:
+        windows = spread(prepared.windows.validation, VALIDATION_SEQUENCES)
+        return RecordedText(
+            prepared.model, prepared.profile, windows, prepared.env, prepared.cost, num_scored=_SCORED_SEQUENCES
+        )
+
+    return recorded
 
 
 def contestant(policy: UnboundPolicy, context: PolicyContext) -> Contestant:

@@ -241,10 +241,15 @@ class BestOfFamily:
             if entry is None:
                 times = [outcome.time_share for one in tries for outcome in one.knob.known.values()]
                 reach = f"its settings take {min(times):.3f} to {max(times):.3f}"
-                missed.append(f"{self.name} has no point at {budget:.3g} of full-width time: {reach}")
+                missed.append(f"{self.name}{self._seed()} has no point at {budget:.3g} of full-width time: {reach}")
             else:
                 found.append(entry)
         return found, missed
+
+    def _seed(self) -> str:
+        """The training seed of a learned policy, in words."""
+        seeds = {member.seed for member in self.members} - {None}
+        return f" (seed {seeds.pop()})" if len(seeds) == 1 else ""
 
 
 @dataclass(frozen=True)

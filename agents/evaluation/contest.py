@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.config import BASELINES
-from flexquant_rl.agents.evaluation.baselines import contestant, tuned_baselines, validation_rehearsal
+from flexquant_rl.agents.evaluation.baselines import contestant, tuned_baselines
 from flexquant_rl.agents.evaluation.budgets import (
     BestOfFamily,
     Contestant,
     Entry,
     KnobFamily,
     MissingFamily,
+    Rehearsal,
     SharingFamily,
     TimedFamily,
 )
@@ -70,29 +71,40 @@ class Settings:
         return None
 
 
-def heuristics(prepared: Prepared, baselines: Collection[str] = BASELINES) -> list[TimedFamily]:
-    """The families that learn nothing by reward: static allocations, fixed widths, and the tuned baselines named."""
+def heuristics(
+    prepared: Prepared,
+    baselines: Collection[str] = BASELINES,
+    rehearsal: Callable[[], Rehearsal] | None = None,
+) -> list[TimedFamily]:
+    """The families that learn nothing by reward: static allocations, fixed widths, and the tuned baselines named.
+
+    The rehearsal is as for `tuned_baselines`.
+    """
     context = policy_context(prepared)
     widths = prepared.model.bit_widths
     return [
         static_family(prepared),
         SharingFamily(Fixed.family.name, tuple(contestant(Fixed(width), context) for width in widths)),
-        *tuned_baselines(prepared, context, baselines),
+        *tuned_baselines(prepared, context, baselines, rehearsal),
     ]
 
 
-def learned(prepared: Prepared, results: Sequence[SeedResult]) -> list[TimedFamily]:
+def learned(prepared: Prepared, results: Sequence[SeedResult], rehearsal: Callable[[], Rehearsal]) -> list[TimedFamily]:
     """The family of every training seed, its knob the dial on a log scale."""
-    return [dial_family(prepared, PPO.name, result.policy, result.seed) for result in results]
+    return [_rehearsed(dial_family(prepared, PPO.name, one.policy, one.seed), rehearsal) for one in results]
 
 
-def untrained(prepared: Prepared, best: SeedResult) -> list[TimedFamily]:
+def untrained(prepared: Prepared, best: SeedResult, rehearsal: Callable[[], Rehearsal]) -> list[TimedFamily]:
     """The network of the best seed as PPO found it, a clone of static allocations by the importance of tokens."""
     if best.cloned is None:
         reason = f"the run has no network of seed {best.seed} from before PPO (cloned.safetensors)"
         return [MissingFamily(UNTRAINED.name, reason)]
-    family = dial_family(prepared, UNTRAINED.name, best.cloned, best.seed)
-    return [BestOfFamily(family.name, (family,), lambda: validation_rehearsal(prepared))]
+    return [_rehearsed(dial_family(prepared, UNTRAINED.name, best.cloned, best.seed), rehearsal)]
+
+
+def _rehearsed(family: KnobFamily, rehearsal: Callable[[], Rehearsal]) -> BestOfFamily:
+    """A family whose knob is turned in rehearsal before it is measured."""
+    return BestOfFamily(family.name, (family,), rehearsal)
 
 
 def dial_family(prepared: Prepared, name: str, policy: LearnedPolicy, seed: int | None) -> KnobFamily:

@@ -121,20 +121,27 @@ def on_validation_text(prepared: Prepared, num_sequences: int = VALIDATION_SEQUE
 def _static_outcomes(
     prepared: Prepared, windows: Tensor, allocations: Sequence[tuple[int, ...]]
 ) -> dict[tuple[int, ...], Outcome]:
+    """Outcomes of allocations that are compared with each other, all on as many windows; each is read once."""
     if not allocations:
         return {}
-    model, widths = prepared.model, torch.tensor(allocations)
-    read = windows[:, :-1]
-    kl = allocation_kl_nats(
-        DecodeSession(model),
-        spread(read, affordable_windows(model, widths, read.shape[1], len(read), least=_LEAST_SEQUENCES)),
-        widths,
-        first=prepared.env.prompt_tokens,
-        prompt_width=max(model.bit_widths),
-        progress=lambda layers: track(layers, "static allocations on validation text"),
-    )
-    shares = prepared.cost.time_share(widths)
-    return {key: Outcome(float(s), float(k)) for key, s, k in zip(allocations, shares, kl, strict=True)}
+    model, read = prepared.model, windows[:, :-1]
+    widths = torch.tensor(allocations)
+    count = affordable_windows(model, widths, read.shape[1], len(read), least=_LEAST_SEQUENCES)
+    keys = {one: (len(read), count, one) for one in allocations}
+    known = prepared.static_kl_nats
+    unknown = [one for one in allocations if keys[one] not in known]
+    if unknown:
+        kl = allocation_kl_nats(
+            DecodeSession(model),
+            spread(read, count),
+            torch.tensor(unknown),
+            first=prepared.env.prompt_tokens,
+            prompt_width=max(model.bit_widths),
+            progress=lambda layers: track(layers, "static allocations on validation text"),
+        )
+        known.update(zip((keys[one] for one in unknown), kl.tolist(), strict=True))
+    shares = prepared.cost.time_share(widths).tolist()
+    return {one: Outcome(share, known[keys[one]]) for one, share in zip(allocations, shares, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.evaluate import Trace, joined, trace_of_pass
-from flexquant_rl.engine.control.output_kl import kl_nats, reference_width
+from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, ReferenceDistribution, reference_width
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
 
 _RIDGE = 16.0
-_PIECE_FLOATS = 1 << 25
-"""Logits made at a time (128 MiB)."""
+_MASKS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ class _MaskScorer:
         self.num_tokens = env.max_new_tokens
         model = session.model
         base = torch.full((model.num_units,), reference_width(model))
-        self._reference = session.score(window[None, :-1], base, first=self._first).log_softmax(-1)
+        self._logits = session.score(window[None, :-1], base, first=self._first)
+        self._reference = ReferenceDistribution(self._logits)
 
     def widths(self, masks: Tensor) -> Tensor:
         """`[n, T]` bool -> `[n, prompt + T, U]`: prompts at the largest width."""
@@ -94,15 +94,15 @@ class _MaskScorer:
         prompt = torch.full((len(masks), self._first, chosen.shape[-1]), max(self._session.model.bit_widths))
         return torch.cat([prompt, chosen], dim=1)
 
-    def log_probs(self, masks: Tensor) -> Tensor:
-        """Log-probabilities of the continuation, `[n, T, vocab]`."""
+    def logits(self, masks: Tensor) -> Tensor:
+        """Logits of the continuation, `[n, T, vocab]`."""
         tokens = self._window[:-1].expand(len(masks), -1)
-        return self._session.score(tokens, self.widths(masks), first=self._first).log_softmax(-1)
+        return self._session.score(tokens, self.widths(masks), first=self._first)
 
     def sequence_kl(self, masks: Tensor) -> Tensor:
         """Mean output KL of the sequence under each choice, `[n]`."""
-        per_pass = max(1, min(32, _PIECE_FLOATS // self._reference.numel()))
-        parts = [kl_nats(self._reference, self.log_probs(chunk)).mean(1) for chunk in masks.split(per_pass)]
+        per_pass = max(1, min(_MASKS_AT_ONCE, LOGITS_AT_A_TIME // self._logits.numel()))
+        parts = [self._reference.kl_nats(self.logits(chunk)).mean(1) for chunk in masks.split(per_pass)]
         return torch.cat(parts).cpu().double()
 
     def run(self, mask: Tensor, profile: Profile) -> Trace:
@@ -111,8 +111,8 @@ class _MaskScorer:
             self._session.model,
             profile.cost,
             self.widths(mask[None])[:, self._first :],
-            self._reference,
-            self.log_probs(mask[None]),
+            self._logits.log_softmax(-1),
+            self.logits(mask[None]).log_softmax(-1),
             self._window[None, self._first + 1 :],
         )
 

@@ -5,9 +5,11 @@ They say how far policies could go: the oracles by knowing the text, a choice in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.comparison import captured_headroom, left_of_static
@@ -26,22 +28,37 @@ from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.fq_env.prompts import spread
 
 _TUNING_SEQUENCES = 12
+_ORACLE_SHARE = 0.6
+# The allocations of the oracle of tokens are so far from its budget, in shares of full-width time: about a bit apart.
+_ORACLE_GAP = 0.06
+_ROUNDING = 1e-9
 
 
-def oracle_time_share(prepared: Prepared, config: OracleConfig) -> float:
-    """The share of full-width time that the oracles will take; known before any text is read."""
-    low, high = _oracle_allocations(prepared)
-    tokens = prepared.env.max_new_tokens
-    share_high = round(config.share_high * tokens) / tokens
-    shares = [1 / float(prepared.cost.speedup(widths)) for widths in (low, high)]
-    return (1 - share_high) * shares[0] + share_high * shares[1]
+def oracle_budget(prepared: Prepared, time_budgets: Sequence[float]) -> float:
+    """Of the time budgets that everyone is asked for, that of the oracles: in reach, and nearest to 0.6.
+
+    Raises:
+        ValueError: If no static allocation is within any budget.
+    """
+    fastest = float(prepared.cost.time_share(prepared.front.bit_widths).min())
+    in_reach = [budget for budget in time_budgets if budget >= fastest - _ROUNDING]
+    return min(in_reach, key=lambda budget: abs(budget - _ORACLE_SHARE))
 
 
-def oracle_rows(prepared: Prepared, num_sequences: int, config: OracleConfig, settings: Settings) -> list[EvalRow]:
-    """Both oracles on the same test windows as everyone, in the time of half the tokens at 4 bits and half at 5."""
+def oracle_rows(
+    prepared: Prepared, num_sequences: int, budget: float, config: OracleConfig, settings: Settings
+) -> list[EvalRow]:
+    """Both oracles on the same test windows as everyone, within a time budget; that of tokens chooses how many it pays.
+
+    Args:
+        prepared: Model, front, latencies.
+        num_sequences: Sequences of test text.
+        budget: Share of full-width time, no less than the fastest allocation takes.
+        config: How hard to look; the share of high tokens follows from the budget.
+        settings: Has the static allocation of the budget.
+    """
     windows, _ = test_windows(prepared, num_sequences)
-    low, high = _oracle_allocations(prepared)
-    budget = oracle_time_share(prepared, config)
+    low, high, share_high = _oracle_allocations(prepared, budget)
     by_token = token_oracle(
         prepared.model,
         replace(prepared.profile, cost=prepared.cost),
@@ -49,7 +66,7 @@ def oracle_rows(prepared: Prepared, num_sequences: int, config: OracleConfig, se
         low,
         high,
         prepared.env,
-        config,
+        replace(config, share_high=share_high),
         progress=lambda sequences: track(sequences, "oracle of tokens"),
     )
     by_unit = unit_oracle(
@@ -100,7 +117,7 @@ def _in_flight_rows(
 
 
 def headroom(rows: Sequence[EvalRow]) -> float | None:
-    """Share of the way from static to the stronger oracle that the learned policies go, all at the oracle's time share.
+    """Share of the way from static to the stronger oracle that the learned policies go, all at the oracle's budget.
 
     The mean over training seeds; None without an oracle, or where a family has no row at its budget.
     """
@@ -116,8 +133,18 @@ def headroom(rows: Sequence[EvalRow]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _oracle_allocations(prepared: Prepared) -> tuple[Tensor, Tensor]:
-    return prepared.front.nearest(4.0), prepared.front.nearest(5.0)
+def _oracle_allocations(prepared: Prepared, budget: float) -> tuple[Tensor, Tensor, float]:
+    """Allocations `[U]` of the front below and above a budget, and the largest share of tokens at the slower one."""
+    widths, num_tokens = prepared.front.bit_widths, prepared.env.max_new_tokens
+    shares = prepared.cost.time_share(widths)
+    below = shares.where(shares <= budget + _ROUNDING, torch.inf)
+    above = shares.where(shares >= min(budget, float(shares.max())), torch.inf)
+    low, high = (
+        (side - aim).abs().argmin() for side, aim in ((below, budget - _ORACLE_GAP), (above, budget + _ORACLE_GAP))
+    )
+    fast, slow = float(shares[low]), float(shares[high])
+    paid = 1.0 if slow <= budget + _ROUNDING else (budget - fast) / (slow - fast)
+    return widths[low], widths[high], math.floor(paid * num_tokens + _ROUNDING) / num_tokens
 
 
 def _row(

@@ -19,11 +19,10 @@ from flexquant_rl.agents.evaluation.in_flight import Choose, trace_in_flight
 from flexquant_rl.agents.evaluation.influence import influences
 from flexquant_rl.agents.evaluation.lagrange import Lagrange, centred
 from flexquant_rl.agents.preparation import Prepared
+from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME
 
 NUM_SAMPLES = 16
 """Backward passes for each sequence. The logarithm of an influence has a standard error of 0.36 then."""
-_PIECE_FLOATS = 1 << 23
-"""Logits of one piece of text (32 MiB); their graph takes several times as much."""
 _MEASURED_WIDTH = 4
 _SMALLEST_NATS = 1e-12
 
@@ -54,7 +53,7 @@ def unit_oracle(
     bit_width = min(model.bit_widths, key=lambda width: abs(width - _MEASURED_WIDTH))
     generator = torch.Generator().manual_seed(seed)
     text = windows[:, :-1]
-    per_pass = max(1, _PIECE_FLOATS // ((text.shape[1] - first) * model.vocab_size))
+    per_pass = max(1, LOGITS_AT_A_TIME // ((text.shape[1] - first) * model.vocab_size))
     measured = torch.cat(
         [
             influences(model, part, bit_width, first=first, num_samples=num_samples, generator=generator)

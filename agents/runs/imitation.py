@@ -32,18 +32,18 @@ _MARGIN = 0.3
 def collect_signals(env: DecodeVecEnv, front: StaticFront, generator: torch.Generator) -> Tensor:
     """Plays one episode per row at the static widths of random dials, now and then one width off.
 
+    The last step of the episodes is left out: nobody would look at what it leads to.
+
     Returns:
         Signals `[n, dim]`.
     """
-    signals = []
-    observations = torch.as_tensor(env.reset())
-    for _ in range(env.episodes.config.max_new_tokens):
-        signals.append(observations)
+    signals = [torch.as_tensor(env.reset())]
+    for _ in range(env.episodes.config.max_new_tokens - 1):
         columns = env.task.to_actions(Decision(front.allocate(env.episodes.kl_weight)))
         shift = torch.randint(-1, 2, columns.shape, generator=generator)
         moved = torch.rand(columns.shape, generator=generator) < 0.2
         columns = (columns + shift * moved).clamp(0, len(env.episodes.model.bit_widths) - 1)
-        observations = torch.as_tensor(env.step(columns.numpy())[0])
+        signals.append(torch.as_tensor(env.step(columns.numpy())[0]))
     return torch.cat(signals)
 
 

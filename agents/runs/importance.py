@@ -36,7 +36,7 @@ _TIME_GAP = 0.06
 _DISCOUNT = 0.9
 _HIDDEN = 32
 _LARGEST_LOG = 3.0
-_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 IMPORTANCE_FILE = "importance.safetensors"
 
 
@@ -94,8 +94,16 @@ class Effects:
     relative: Tensor
 
 
-def load_importance(config: TrainConfig, prepared: Prepared, run_dir: Path) -> Importance | None:
+def load_importance(
+    config: TrainConfig, prepared: Prepared, run_dir: Path, validation: Validation | None = None
+) -> Importance | None:
     """Learns the importance of tokens, or reads what the run has kept; None where the configuration leaves it out.
+
+    Args:
+        config: Configuration of the run.
+        prepared: Model, text, profile and front.
+        run_dir: Where it is kept.
+        validation: That of the run, of `config.validation_sequences`; default: a new one.
 
     Raises:
         InputError: If what was kept is damaged.
@@ -117,20 +125,19 @@ def load_importance(config: TrainConfig, prepared: Prepared, run_dir: Path) -> I
     effects = measure_effects(prepared, config.importance_windows, config.ppo.num_envs, generator)
     explained = fit_importance(net, effects, generator)
     say(f"the signals explain {explained:.1%} of the deviance of what tokens need")
-    score = choose_exponent(net, prepared, config.validation_sequences)
+    score = choose_exponent(net, prepared, validation or Validation(prepared, config.validation_sequences))
     say(f"validation reward over static {score:+.4f} with it to the power of {float(net.exponent):g}")
     write_tensors(path, net.state_dict(), {})
     return net
 
 
-def choose_exponent(net: Importance, prepared: Prepared, num_sequences: int) -> float:
+def choose_exponent(net: Importance, prepared: Prepared, validation: Validation) -> float:
     """Sets the exponent that earns most on validation text; 0 is the plain static allocation.
 
     Returns:
         Mean reward per token over static, in full-width steps.
     """
-    validation = Validation(prepared, num_sequences)
-    scores = {}
+    scores = {0.0: 0.0}  # static over itself
     for exponent in _EXPONENTS:
         net.exponent.fill_(exponent)
         scores[exponent] = validation.score(_ByImportance(net, prepared))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexquant_rl.agents.config import TrainConfig, check_config
+from flexquant_rl.agents.evaluation.baselines import validation_rehearsal
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.evaluation.comparison import compare_by_both_clocks, steps_unlike_static
 from flexquant_rl.agents.evaluation.contest import (
@@ -34,8 +35,8 @@ from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
 from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.references import (
     headroom,
+    oracle_budget,
     oracle_rows,
-    oracle_time_share,
     relative_error_rows,
 )
 from flexquant_rl.agents.evaluation.report import (
@@ -51,7 +52,7 @@ from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
-from flexquant_rl.agents.runs.training import SeedResult, train_seed, with_dial_table
+from flexquant_rl.agents.runs.training import SeedResult, Validation, train_seed, with_dial_table
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.output_kl import reference_name
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
@@ -91,11 +92,13 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     check_config(config)
     prepared = prepare(config, run_dir)
     check_budgets(config, prepared)
-    importance = load_importance(config, prepared, run_dir)
+    validation = Validation(prepared, config.validation_sequences)
+    importance = load_importance(config, prepared, run_dir, validation)
     results = [
-        train_seed(config, prepared, config.seed + index, run_dir / "seeds" / str(config.seed + index), importance)
-        for index in range(config.seeds)
+        train_seed(config, prepared, seed, run_dir / "seeds" / str(seed), importance, validation)
+        for seed in range(config.seed, config.seed + config.seeds)
     ]
+    validation.close()
     return export_best(config, prepared, results, run_dir)
 
 
@@ -119,17 +122,20 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     """
     prepared, results = trained.prepared, trained.results
     oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
-    budgets = [*config.time_budgets, *([oracle_time_share(prepared, oracle)] if oracle else [])]
-    families = [*heuristics(prepared, config.baselines), *learned(prepared, results)]
+    rehearsal = validation_rehearsal(prepared)
+    families = [*heuristics(prepared, config.baselines, rehearsal), *learned(prepared, results, rehearsal)]
     if UNTRAINED.name in config.baselines:
-        families += untrained(prepared, trained.best)
-    settings = tune(prepared, families, budgets, config.validation_sequences)
+        families += untrained(prepared, trained.best, rehearsal)
+    settings = tune(prepared, families, config.time_budgets, config.validation_sequences)
     moving = MostMoving()
 
     def references() -> list[EvalRow]:
-        found = [] if oracle is None else oracle_rows(prepared, config.test_sequences, oracle, settings)
+        found = []
+        if oracle is not None:
+            budget = oracle_budget(prepared, config.time_budgets)
+            found += oracle_rows(prepared, config.test_sequences, budget, oracle, settings)
         if RelativeError.family.name in config.baselines:
-            found += relative_error_rows(prepared, config.test_sequences, budgets, settings)
+            found += relative_error_rows(prepared, config.test_sequences, config.time_budgets, settings)
         return found
 
     rungs: list[Rung] = []
@@ -265,7 +271,7 @@ def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], sha
     )
     if share is not None:
         sentences.append(
-            f"captured headroom at the oracles' time share: {share:.0%} of the way from static to the stronger oracle"
+            f"captured headroom at the oracles' time budget: {share:.0%} of the way from static to the stronger oracle"
         )
     return sentences
 

@@ -97,6 +97,13 @@ class TrainingCallback(BaseCallback):
         assert isinstance(self.training_env, DecodeVecEnv)
         return self.training_env
 
+    def _on_training_start(self) -> None:
+        # Rollouts are whole episodes: each starts its own below, and nobody plays those behind the last one.
+        self._env.waits_for_reset = True
+
+    def _on_training_end(self) -> None:
+        self._env.waits_for_reset = False
+
     def _on_rollout_start(self) -> None:
         if not self._env.aligned:
             self.model._last_obs = self._env.reset()

@@ -24,7 +24,7 @@ from flexquant_rl.agents.progress import say
 from flexquant_rl.agents.runs.importance import load_importance
 from flexquant_rl.agents.runs.run import load_run, locked_run
 from flexquant_rl.agents.runs.sweep import Trial
-from flexquant_rl.agents.runs.training import train_seed
+from flexquant_rl.agents.runs.training import Validation, train_seed
 from flexquant_rl.engine.errors import InputError
 
 LOG_FILE = "train.log"
@@ -161,8 +161,10 @@ def _train(trial: dict[str, Any]) -> dict[str, Any]:
             config = load_run(directory)
             with locked_run(directory):
                 prepared = prepare(config, directory)
-                importance = load_importance(config, prepared, directory)
-                result = train_seed(config, prepared, config.seed, directory / "seeds" / str(config.seed), importance)
+                validation = Validation(prepared, config.validation_sequences)
+                importance = load_importance(config, prepared, directory, validation)
+                seed_dir = directory / "seeds" / str(config.seed)
+                result = train_seed(config, prepared, config.seed, seed_dir, importance, validation)
         except InputError as error:
             return {"error": str(error)}
         except Exception as error:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.evaluation.evaluate import Evaluator
@@ -81,6 +83,8 @@ class SeedResult:
 class Validation:
     """Scores networks on validation text at all dials: mean reward per token over the static allocation's.
 
+    The static allocation is run with the first score: a run that has ended asks for none.
+
     Args:
         prepared: Model, text, profile and front.
         num_sequences: Sequences; each plays at one of the dials.
@@ -92,8 +96,12 @@ class Validation:
         self._dials = dials[torch.arange(len(windows)) % len(dials)]
         self._evaluator = Evaluator(prepared.model, prepared.profile, windows, prepared.env)
         self._card = policy_card(prepared)
-        allocation = prepared.front.allocate(self._dials)
-        self._static_reward = self._evaluator.run(StaticAllocation("static", allocation), self._dials).reward
+        self._static = StaticAllocation("static", prepared.front.allocate(self._dials))
+
+    @cached_property
+    def _static_reward(self) -> Tensor:
+        """`[S, T]`."""
+        return self._evaluator.run(self._static, self._dials).reward
 
     def __call__(self, net: PrecisionNet) -> float:
         """The score of a network."""
@@ -104,6 +112,10 @@ class Validation:
         trace = self._evaluator.run(policy, self._dials)
         return float((trace.reward - self._static_reward).double().mean())
 
+    def close(self) -> None:
+        """Frees the session."""
+        self._evaluator.close()
+
 
 def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> PolicyCard:
     """The card of a policy of this run, the dial's table still empty."""
@@ -112,7 +124,12 @@ def policy_card(prepared: Prepared, config: TrainConfig | None = None) -> Policy
 
 
 def train_seed(
-    config: TrainConfig, prepared: Prepared, seed: int, directory: Path, importance: Importance | None = None
+    config: TrainConfig,
+    prepared: Prepared,
+    seed: int,
+    directory: Path,
+    importance: Importance | None = None,
+    validation: Validation | None = None,
 ) -> SeedResult:
     """Clones static allocations, improves on them with PPO and saves the network that was best on validation text.
 
@@ -122,6 +139,7 @@ def train_seed(
         seed: Training seed.
         directory: Where checkpoint and policy are kept.
         importance: What the signals say of a token's need of bits; None to start from plain static allocations.
+        validation: That of the run, of `config.validation_sequences`; default: a new one.
     """
     policy_dir = directory / "policy"
     if (policy_dir / "policy.json").exists():
@@ -142,7 +160,7 @@ def train_seed(
                 f"{policy_dir} does not say how its training went; delete it to have it made again"
             ) from error
         return SeedResult(seed, policy, curve, env_steps_per_s, _load_cloned(prepared, directory, seed))
-    validation = Validation(prepared, config.validation_sequences)
+    validation = validation or Validation(prepared, config.validation_sequences)
     session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
     static = prepared.front.allocate if prepared.env.source == "replay" else None
     env = DecodeVecEnv(

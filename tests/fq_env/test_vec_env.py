@@ -93,10 +93,12 @@ def test_the_last_observation_is_that_of_a_longer_episode() -> None:
         np.testing.assert_array_equal(infos[row]["terminal_observation"], expected[row])
 
 
-def test_eos_ends_a_row_and_restarts_it_alone() -> None:
+@pytest.mark.parametrize("waits", [False, True])  # for a reset, where all end together
+def test_eos_ends_a_row_and_restarts_it_alone(waits: bool) -> None:
     windows = fake_windows(2, CONFIG.window_tokens)
     windows[0, PROMPT + 2] = EOS_TOKEN_ID
     env = fake_env(6, windows=windows, eos_token_ids=(EOS_TOKEN_ID,), seed=3)
+    env.waits_for_reset = waits
     position = env.episodes.schema.index("position")
     env.reset()
     short = (env.episodes._tokens[:, PROMPT + 2] == EOS_TOKEN_ID).numpy()
@@ -174,6 +176,25 @@ def test_restart_state_belongs_to_the_episodes_under_way() -> None:
     assert not env.aligned
     assert env.restart_state() == state
     np.testing.assert_array_equal(env.restart(state), first)
+
+
+def test_rows_that_wait_for_a_reset_go_on_with_the_same_episodes() -> None:
+    actions = random_actions(2 * STEPS, 3)
+    waiting, other = fake_env(seed=6), fake_env(seed=6)
+    waiting.waits_for_reset = True
+    waiting.reset(), other.reset()
+    state = waiting.restart_state()
+    for action in actions[:STEPS]:
+        (observations, *_, dones, infos), (started, *_) = waiting.step(action), other.step(action)
+    assert dones.all()
+    assert not waiting.aligned  # nothing has started, and no random number is drawn
+    assert waiting.restart_state() == state != other.restart_state()
+    for row in range(3):
+        np.testing.assert_array_equal(observations[row], infos[row]["terminal_observation"])
+    np.testing.assert_array_equal(waiting.reset(), started)
+    assert waiting.restart_state() == other.restart_state()
+    for action in actions[STEPS : 2 * STEPS - 1]:
+        np.testing.assert_array_equal(waiting.step(action)[0], other.step(action)[0])
 
 
 def test_seed_decides_prompts_and_dials() -> None:

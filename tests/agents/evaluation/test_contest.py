@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from flexquant_rl.agents.config import BASELINES
 from flexquant_rl.agents.evaluation import contest
-from flexquant_rl.agents.evaluation.baselines import contestant
-from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, Entry, KnobFamily
+from flexquant_rl.agents.evaluation.baselines import contestant, validation_rehearsal
+from flexquant_rl.agents.evaluation.budgets import BestOfFamily, Contestant, Entry, KnobFamily, Outcome
 from flexquant_rl.agents.evaluation.comparison import compare
 from flexquant_rl.agents.evaluation.contest import compete, heuristics
-from flexquant_rl.agents.evaluation.equal_time import static_entries, static_family
+from flexquant_rl.agents.evaluation.equal_time import on_validation_text, static_entries, static_family
 from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.agents.evaluation.showcase import MostMoving, movement_bits
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
@@ -155,7 +156,7 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
     windows = PromptWindows(lambda split: (tokens, torch.arange(8) // 2), "letters")
     prepared = replace(tiny_prepared, windows=windows)
     results = [learned_result(prepared, seed) for seed in (0, 1)]
-    families = [*heuristics(prepared), *contest.learned(prepared, results)]
+    families = [*heuristics(prepared), *contest.learned(prepared, results, validation_rehearsal(prepared))]
     settings = contest.tune(prepared, families, (0.2, 0.6, 0.8), 4)
     assert windows.opened == {"validation", "train"}
     rows = contest.compete_at_budgets(prepared, settings, 4)
@@ -176,10 +177,11 @@ def test_tuning_reads_validation_text_and_the_contest_test_text(tiny_prepared: P
     assert {f"fixed:{width}" for width in prepared.model.bit_widths} <= set(timed)
 
 
-def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: Prepared) -> None:
-    card = policy_card(tiny_prepared)
+def network_of_the_dial(prepared: Prepared) -> LearnedPolicy:
+    """Goes from small and narrow widths to large ones with its dial."""
+    card = policy_card(prepared)
     net = PrecisionNet(card.schema)
-    centres = torch.linspace(-6, 8, 5)  # the dial goes from small and narrow to large and wide
+    centres = torch.linspace(-6, 8, 5)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
@@ -188,19 +190,52 @@ def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: P
         net.encode_unit[2].weight[0, 0] = 1.0
         net.width_head.weight[:, 0] = 20 * centres
         net.width_head.bias.copy_(-centres.square())
-    result = replace(learned_result(tiny_prepared, 3), cloned=LearnedPolicy(net, card, "untrained seed 3"))
-    (family,) = contest.untrained(tiny_prepared, result)
-    settings = contest.tune(tiny_prepared, [family], (0.1, *BUDGETS), 4)
-    assert {(entry.family, entry.first.seed, entry.name) for entry in settings.entries} <= {
-        ("untrained", 3, "untrained")
-    }
-    assert settings.entries
-    assert len(settings.entries) + len(settings.missed) == 1 + len(BUDGETS)
-    assert settings.missed[0].startswith("untrained has no point at 0.1")
+    return LearnedPolicy(net, card, "a network of the dial")
+
+
+def test_the_untrained_network_meets_budgets_as_the_trained_one(tiny_prepared: Prepared) -> None:
+    """One way to find the settings, on one recording: the same network gets the same dials under both names."""
+    policy = network_of_the_dial(tiny_prepared)
+    result = replace(learned_result(tiny_prepared, 3), policy=policy, cloned=policy)
+    rehearsal = validation_rehearsal(tiny_prepared)
+    (before,) = contest.untrained(tiny_prepared, result, rehearsal)
+    (after,) = contest.learned(tiny_prepared, [result], rehearsal)
+    settings = contest.tune(tiny_prepared, [before, after], (0.1, *BUDGETS), 4)
+    entries = {name: [entry for entry in settings.entries if entry.family == name] for name in ("untrained", PPO.name)}
+    for name, own in entries.items():
+        assert own
+        assert {(entry.first.seed, entry.name) for entry in own} == {(3, name)}
+    found, expected = ([(one.time_budget, one.first.kl_weight) for one in own] for own in entries.values())
+    assert found == expected
+    assert len(settings.entries) + len(settings.missed) == 2 * (1 + len(BUDGETS))
+    assert settings.missed[0].startswith("untrained (seed 3) has no point at 0.1")
+
+
+def test_a_learned_policy_uses_its_budgets_up(tiny_prepared: Prepared) -> None:
+    """As much as by real runs alone, which cost more."""
+    result = replace(learned_result(tiny_prepared, 3), policy=network_of_the_dial(tiny_prepared))
+    (family,) = contest.learned(tiny_prepared, [result], validation_rehearsal(tiny_prepared))
+    assert isinstance(family, BestOfFamily)
+    with on_validation_text(tiny_prepared) as measure:
+        asked: list[int] = []
+
+        def counted(contestants: Sequence[Contestant]) -> list[Outcome]:
+            asked.append(len(contestants))
+            return measure(contestants)
+
+        found, _ = family.entries(BUDGETS, counted)
+        rehearsed, asked[:] = sum(asked), []
+        expected, _ = family.members[0].entries(BUDGETS, counted)
+        assert [entry.time_budget for entry in found] == [entry.time_budget for entry in expected]
+        assert rehearsed < sum(asked)
+        for one, other in zip(found, expected, strict=True):
+            mine, theirs = measure([one.first, other.first])
+            assert mine.time_share <= (one.time_budget or 0) + 1e-6
+            assert mine.time_share >= theirs.time_share - 0.02
 
 
 def test_an_untrained_network_that_is_lost_is_missed(tiny_prepared: Prepared) -> None:
-    families = contest.untrained(tiny_prepared, learned_result(tiny_prepared, 3))
+    families = contest.untrained(tiny_prepared, learned_result(tiny_prepared, 3), validation_rehearsal(tiny_prepared))
     settings = contest.tune(tiny_prepared, families, BUDGETS, 4)
     assert settings.entries == ()
     (reason,) = settings.missed

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexquant_rl.agents.evaluation import equal_time
-from flexquant_rl.agents.evaluation.budgets import Contestant
+from flexquant_rl.agents.evaluation.budgets import Contestant, Outcome
 from flexquant_rl.agents.evaluation.comparison import compare, left_of_static
 from flexquant_rl.agents.evaluation.equal_time import (
     Rung,
@@ -267,15 +267,33 @@ def test_a_controller_is_charged_and_fixed_widths_are_not(tiny_prepared: Prepare
 
 
 def test_an_allocation_is_run_once(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.Tensor] = []
+    asked: list[list[list[int]]] = []
     original = equal_time.allocation_kl_nats
 
     def counted(decoder: Decoder, windows: torch.Tensor, allocations: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        asked.append(allocations)
+        asked.append(allocations.tolist())
         return original(decoder, windows, allocations, **keywords)
 
     monkeypatch.setattr(equal_time, "allocation_kl_nats", counted)
-    with on_validation_text(tiny_prepared) as measure:
-        outcomes = measure([Contestant("x", StaticAllocation(name, torch.full((3,), 4))) for name in ("a", "b")])
-    assert [len(allocations) for allocations in asked] == [1]
-    assert outcomes[0] == outcomes[1]
+    prepared = replace(tiny_prepared)  # which knows nothing yet
+
+    def ask(*widths: int, num_sequences: int = 8) -> list[Outcome]:
+        with on_validation_text(prepared, num_sequences) as measure:
+            return measure([Contestant("x", StaticAllocation(str(width), torch.full((3,), width))) for width in widths])
+
+    first = ask(4, 4)
+    assert asked == [[[4, 4, 4]]]
+    assert first[0] == first[1]
+    both = ask(5, 4)
+    assert asked[1:] == [[[5, 5, 5]]]
+    assert both[1] == first[0]
+    assert ask(4, 5) == both[::-1]
+    assert len(asked) == 2
+    other = ask(4, 5, num_sequences=3)  # other text
+    assert asked[2:] == [[[4, 4, 4], [5, 5, 5]]]
+    assert other[0].output_kl_nats != both[1].output_kl_nats
+    fresh = replace(prepared)
+    with on_validation_text(fresh, 8) as measure:
+        alone = measure([Contestant("x", StaticAllocation("5", torch.full((3,), 5)))])
+    assert alone[0].output_kl_nats == pytest.approx(both[0].output_kl_nats)
+    assert len(asked) == 4

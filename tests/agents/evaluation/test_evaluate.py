@@ -103,6 +103,18 @@ def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None
     assert row.mean_bit_width == pytest.approx(float(model.mean_bit_width(allocation)))
 
 
+def test_a_run_behind_others_is_the_run_of_a_new_evaluator_bit_for_bit(tiny_prepared: Prepared) -> None:
+    used, allocation = evaluator_of(tiny_prepared), torch.tensor([4, 3, 6])
+    used.run(StaticAllocation("other", torch.tensor([8, 6, 3])), 100.0)
+    dials = torch.linspace(2, 9, len(used.windows))
+    found, expected = (
+        evaluator.run(StaticAllocation("static", allocation), dials)
+        for evaluator in (used, evaluator_of(tiny_prepared))
+    )
+    for name in TRACE_FIELDS:
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
 def test_static_policies_together_equal_each_alone(tiny_prepared: Prepared) -> None:
     evaluator = evaluator_of(tiny_prepared)
     widths = torch.tensor(tiny_prepared.model.bit_widths)

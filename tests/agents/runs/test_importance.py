@@ -152,14 +152,20 @@ def test_validation_chooses_how_far_to_go(tiny_prepared: Prepared, monkeypatch: 
     """The exponent of the best score stays, and at 0 the allocation is static, whatever the network says."""
     net = Importance(SignalSchema(3, tiny_prepared.model.bit_widths))
     seen: list[float] = []
+    found = {0.25: -0.1, 0.5: -0.2, 0.75: -0.1, 1.0: -0.5}
 
     def score(self: Validation, policy: Policy) -> float:
         seen.append(float(net.exponent))
-        return {0.0: 0.1, 0.25: 0.3, 0.5: 0.2, 0.75: -0.1, 1.0: -0.5}[seen[-1]]
+        return found[seen[-1]]
 
     monkeypatch.setattr(Validation, "score", score)
-    assert choose_exponent(net, tiny_prepared, 8) == 0.3
-    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
+    validation = Validation(tiny_prepared, 8)
+    assert choose_exponent(net, tiny_prepared, validation) == 0  # nothing is better than static
+    assert float(net.exponent) == 0
+    seen.clear()
+    found |= {0.25: 0.3, 0.5: 0.2}
+    assert choose_exponent(net, tiny_prepared, validation) == 0.3
+    assert seen == [0.25, 0.5, 0.75, 1.0]
     assert float(net.exponent) == 0.25
     torch.nn.init.constant_(net.layers[2].bias, 1.0)  # type: ignore[arg-type]
     signals = torch.zeros(2, net.schema.dim)

@@ -41,6 +41,7 @@ from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes
+from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 ROLLOUT = TOY_PPO.num_envs * TOY_CONFIG.max_new_tokens
 SMALL = PPOConfig(num_envs=8, batch_size=32, num_epochs=2, learning_rate=3e-3)
@@ -298,6 +299,19 @@ def test_interruption_and_resume_change_nothing(tmp_path: Path, stops: list[int]
     assert ppo.num_timesteps == (stops[-1] - 1) // SMALL_ROLLOUT * SMALL_ROLLOUT
     learn(ppo, callback, UPDATES * SMALL_ROLLOUT, path / "tensorboard")
     assert_same(expected, (ppo, callback))
+
+
+def test_only_episodes_that_are_played_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reset for every rollout, none behind the last one; the weights are those of eager restarts."""
+    resets: list[int] = []
+    reset = DecodeVecEnv.reset
+    monkeypatch.setattr(DecodeVecEnv, "reset", lambda self: resets.append(1) or reset(self))
+    lazy = finished(tmp_path / "lazy")
+    assert len(resets) == UPDATES
+    monkeypatch.setattr(TrainingCallback, "_on_training_start", lambda self: None)
+    eager = finished(tmp_path / "eager")
+    assert len(resets) == UPDATES + UPDATES + 1
+    assert_same(lazy, eager)
 
 
 def test_training_changes_every_weight(tmp_path: Path) -> None:

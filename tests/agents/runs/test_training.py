@@ -119,6 +119,27 @@ def test_static_scores_zero_on_validation(tiny_prepared: Prepared, monkeypatch: 
     assert validation(net) < 0
 
 
+def test_a_validation_that_others_have_used_scores_alike(tiny_prepared: Prepared, tmp_path: Path) -> None:
+    """One for the whole run: the static allocation is decoded once, and no score knows what was scored before."""
+    shared = Validation(tiny_prepared, CONFIG.validation_sequences)
+    first = train_seed(CONFIG, tiny_prepared, 1, tmp_path / "1", None, shared)
+    reward = shared._static_reward
+    second = train_seed(CONFIG, tiny_prepared, 2, tmp_path / "2", None, shared)
+    assert shared._static_reward is reward
+    assert second.curve != first.curve
+    alone = train_seed(CONFIG, tiny_prepared, 2, tmp_path / "3")
+    assert second.curve == alone.curve
+    assert_equal_policies(second.policy, alone.policy)
+    shared.close()
+
+
+def test_a_run_that_has_ended_decodes_no_static_allocation(
+    tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.Evaluator, "run", lambda *_: pytest.fail("nothing is scored"))
+    Validation(tiny_prepared, 8).close()
+
+
 def assert_equal_policies(a: LearnedPolicy, b: LearnedPolicy) -> None:
     for name, tensor in a.net.state_dict().items():
         assert torch.equal(tensor, b.net.state_dict()[name]), name
