@@ -55,7 +55,7 @@ class TuningConfig:
 
     Attributes:
         steps: Steps of each width.
-        learning_rate: Of Adam, at its highest, in cells of a group; widths above 3 take a quarter of it.
+        learning_rate: Of Adam, at its highest, in cells of a group; widths above 3 take half of it.
         windows_per_step: Windows whose gradient makes one step.
         widths: The widths to tune; none: all that are stored.
         evaluations: How often held-out text is read, evenly spaced.
@@ -64,7 +64,7 @@ class TuningConfig:
     """
 
     steps: int
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     windows_per_step: int = 1
     widths: tuple[int, ...] = ()
     evaluations: int = 5

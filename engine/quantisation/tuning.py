@@ -35,7 +35,7 @@ _BLOCK_LOGITS = 1 << 23
 _KEPT_BYTES = 1 << 30
 _SAVE_EVERY_S, _REPORT_EVERY_S = 60.0, 10.0
 # What helps 3 bits most, where much is wrong, makes 4 bits worse (docs/weights.md).
-_LARGE_STEP_WIDTH, _SMALL_STEP = 3, 0.25
+_LARGE_STEP_WIDTH, _SMALL_STEP = 3, 0.5
 # By default a step reads a window, and all steps of a width together work this often on a weight; within limits.
 _DEFAULT_WEIGHT_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1.5e10, 40, 200
 

@@ -174,7 +174,7 @@ class TestTheProbeItself:
         self, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         quantised: list[str] = []
-        monkeypatch.setattr("flexquant_rl.engine.model._quantize", lambda *a: quantised.append(a[-1]))
+        monkeypatch.setattr("flexquant_rl.engine.nesting._quantize", lambda *a: quantised.append(a[-1]))
         with pytest.raises(InputError, match="encoder"):
             nest(tiny_causal_lm(tiny_config("bert")), tiny_tokenizer, CONFIG)
         assert not quantised
