@@ -30,6 +30,10 @@ def options(source: object, out: Path, text: Path, steps: int = 3) -> tuple[obje
     return ("quantize", source, out, "--group-size", 32, *tuning_options)
 
 
+def interrupt(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_command_tunes(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
     out = tmp_path / "out"
     finished = run(cli.main, *options(tiny_model_dir, out, text))
@@ -66,7 +70,7 @@ def test_interrupted_command_goes_on(
     expected = run(cli.main, *options(tiny_model_dir, straight, text)).result
     calls = 0
 
-    def interrupt(*args: Any, **kwargs: Any) -> None:
+    def interrupt_once(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == count:
@@ -76,7 +80,7 @@ def test_interrupted_command_goes_on(
     with monkeypatch.context() as patched:
         where, name = (tuning._Run, "evaluate") if "evaluate" in place else (tuning, "write_states")
         original = getattr(where, name)
-        patched.setattr(where, name, interrupt)
+        patched.setattr(where, name, interrupt_once)
         finished = run(cli.main, *options(tiny_model_dir, out, text))
     assert finished.code == 130
     assert finished.err.splitlines()[-1] == "interrupted; the same command goes on from there"
@@ -93,9 +97,6 @@ def test_interrupted_command_goes_on(
 def test_interrupted_before_anything_is_kept(
     tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("flexquant_rl.engine.quantisation.unfinished.nest", interrupt)
     finished = run(cli.main, *options(tiny_model_dir, tmp_path / "out", text))
     assert (finished.code, finished.err.splitlines()[-1]) == (130, "interrupted")
@@ -106,9 +107,6 @@ def test_interrupted_while_perplexity_is_measured(
     tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("flexquant_rl.agents.commands.quantize.perplexity_by_width", interrupt)
@@ -138,9 +136,6 @@ def test_other_options_start_anew(
     tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "write_states", interrupt)

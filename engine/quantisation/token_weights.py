@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ from flexquant_rl.engine.quantisation.tuned_linear import has_bfloat16
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from flexquant_rl.engine.nesting import Progress
+
 # One probe is noisy, and the first tokens of a window, which all others look at, would outweigh the rest by far: width
 # 8 got worse with their full weight (docs/weights.md).
 _EXPONENT = 0.5
@@ -36,7 +38,7 @@ def token_weights(
     hf_model: PreTrainedModel,
     names: Sequence[str],
     windows: Tensor,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]],
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Weighs the tokens of a text for each linear, by passes forwards and backwards through the model.
 
@@ -73,12 +75,12 @@ def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     Unlike a label drawn from p, less its probabilities, such a vector is never large where p is sure of one token.
     """
     probe = torch.empty_like(logits)
-    for rows in torch.arange(len(logits)).split(max(1, _BLOCK_LOGITS // logits.shape[1])):
-        block = slice(int(rows[0]), int(rows[-1]) + 1)
-        root = logits[block].float().softmax(-1).sqrt_()
+    num_rows = max(1, _BLOCK_LOGITS // logits.shape[1])
+    for block, out in zip(logits.split(num_rows), probe.split(num_rows), strict=True):
+        root = block.float().softmax(-1).sqrt_()
         noise = torch.randn(root.shape, generator=generator).to(root.device)
         noise -= (root * noise).sum(-1, keepdim=True) * root
-        probe[block] = noise.mul_(root)
+        out.copy_(noise.mul_(root))
     return probe
 
 
