@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # which uses the validation below
     from flexquant_rl.agents.runs.importance import Importance
 
 _CLONED_FILE = "cloned.safetensors"
+_POLICY_DIR = "policy"
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,8 @@ def train_seed(
         importance: What the signals say of a token's need of bits; None to start from plain static allocations.
         validation: That of the run, of `config.validation_sequences`; default: a new one.
     """
-    policy_dir = directory / "policy"
-    if (policy_dir / "policy.json").exists():
-        policy = load_policy(
-            policy_dir,
-            model_fingerprint=prepared.model.fingerprint,
-            name=f"ppo seed {seed}",
-            repair=f"delete {policy_dir} to have it made again from the checkpoint",
-        )
-        if not isinstance(policy, LearnedPolicy):
-            raise InputError(f"{policy_dir} holds no learned policy; delete it to have it made again")
-        try:
-            scores = policy.card.config["scores"]
-            curve = tuple((int(env_steps), float(score)) for env_steps, score in scores["curve"])
-            env_steps_per_s = scores["env_steps_per_s"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{policy_dir} does not say how its training went; delete it to have it made again"
-            ) from error
-        return SeedResult(seed, policy, curve, env_steps_per_s, _load_cloned(prepared, directory, seed))
+    if (directory / _POLICY_DIR / "policy.json").exists():
+        return _finished(prepared, seed, directory)
     validation = validation or Validation(prepared, config.validation_sequences)
     session = DecodeSession(prepared.model, num_rows=config.ppo.num_envs, max_length=prepared.env.window_tokens - 1)
     static = prepared.front.allocate if prepared.env.source == "replay" else None
@@ -202,13 +186,33 @@ def train_seed(
     save_policy(policy, prepared.profile, unchecked)
     recorded = torch.as_tensor(ppo.rollout_buffer.observations).reshape(-1, exported.schema.dim)
     check_parity(unchecked, recorded[:PARITY_OBSERVATIONS], lambda signals: ppo.predict(signals, deterministic=True)[0])
-    unchecked.rename(policy_dir)
+    unchecked.rename(directory / _POLICY_DIR)
     say(
         f"PPO seed {seed}: validation reward over static {callback.first_score:+.4f} cloned, "
         f"{callback.best_score:+.4f} best, {callback.last_score:+.4f} at the end"
     )
     cloned = _load_cloned(prepared, directory, seed)
     return SeedResult(seed, policy, tuple(callback.curve), rate, cloned)
+
+
+def _finished(prepared: Prepared, seed: int, directory: Path) -> SeedResult:
+    """What a seed that has been trained left in its directory."""
+    policy_dir = directory / _POLICY_DIR
+    policy = load_policy(
+        policy_dir,
+        model_fingerprint=prepared.model.fingerprint,
+        name=f"ppo seed {seed}",
+        repair=f"delete {policy_dir} to have it made again from the checkpoint",
+    )
+    if not isinstance(policy, LearnedPolicy):
+        raise InputError(f"{policy_dir} holds no learned policy; delete it to have it made again")
+    try:
+        scores = policy.card.config["scores"]
+        curve = tuple((int(env_steps), float(score)) for env_steps, score in scores["curve"])
+        env_steps_per_s = scores["env_steps_per_s"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{policy_dir} does not say how its training went; delete it to have it made again") from error
+    return SeedResult(seed, policy, curve, env_steps_per_s, _load_cloned(prepared, directory, seed))
 
 
 def _load_cloned(prepared: Prepared, directory: Path, seed: int) -> LearnedPolicy | None:
