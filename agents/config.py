@@ -33,7 +33,7 @@ _MOST_DRAFTS = 32
 _ENV_STEPS: dict[Task, int] = {"lossy": 36_864, "verified": 200_000}
 _OF_LOSSY = (
     *("validation_sequences", "test_sequences", "importance_windows", "time_budgets", "baselines"),
-    *("oracle_masks", "long_tokens", "num_dials", "env", "ppo"),
+    *("oracle_samples", "long_tokens", "num_dials", "env", "ppo"),
 )
 _OF_VERIFIED = ("traces", "verified")
 """Options of one task alone."""
@@ -201,9 +201,9 @@ class TrainConfig:
     """Families beside static and fixed in the final table, each tuned at every budget: random, entropy, schedule,
     relative-error (a reference that no decoder here can serve), regressor, untrained; the last three are left out for
     the time they take."""
-    oracle_masks: int = 96
-    """Random choices of tokens per sequence from which the oracle of tokens learns their influence; 0 leaves it and the
-    oracle of units out."""
+    oracle_samples: int = 16
+    """Backward passes per sequence from which the oracles learn the influence of tokens and units; 0 leaves the oracles
+    out."""
     long_tokens: int = 512
     """Tokens of a second, longer comparison, as far as the context goes; 0 leaves it out."""
     num_dials: int = 6
@@ -355,8 +355,8 @@ def check_config(config: TrainConfig) -> None:
     for name in config.baselines:
         if name not in BASELINES:
             raise InputError(f"baselines={name!r} is unknown; choose from --baselines {' '.join(BASELINES)}")
-    if config.oracle_masks < 0 or config.oracle_masks == 1:
-        raise InputError(f"oracle_masks={config.oracle_masks} must be at least 2; 0 leaves the oracle out")
+    if config.oracle_samples < 0:
+        raise InputError(f"oracle_samples={config.oracle_samples} must not be negative; 0 leaves the oracles out")
     if config.env.source != "replay" or config.env.action != "bit_widths":
         raise InputError(
             f"env.source={config.env.source} with env.action={config.env.action} is for agents of your own; "

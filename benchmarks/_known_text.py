@@ -77,11 +77,16 @@ def _kept(path: Path, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
 def _influence(prepared: Prepared, windows: Tensor, bit_width: int, samples: int) -> dict[str, Tensor]:
     model, first = prepared.model, prepared.env.prompt_tokens
     generator = torch.Generator().manual_seed(0)
-    parts = [
-        influences(model, part, bit_width, first=first, num_samples=samples, generator=generator)
-        for part in track(windows[:, :-1].split(_ROWS_PER_PASS), "influences")
-    ]
-    return {"influence": torch.cat(parts)}
+    found = influences(
+        model,
+        windows[:, :-1],
+        torch.full((model.num_units,), bit_width),
+        first=first,
+        num_samples=samples,
+        generator=generator,
+        progress=lambda parts: track(parts, "influences"),
+    )
+    return {"influence": found.units}
 
 
 def _known(prepared: Prepared, windows: Tensor, bit_width: int) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ TINY_EPISODES = ("--env.prompt-tokens", 8, "--env.max-new-tokens", 4)
 TINY_RUN = (
     *TINY_EPISODES,
     *("--env-steps", 48, "--ppo.num-envs", 4, "--ppo.batch-size", 8, "--ppo.num-epochs", 2),
-    *("--validation-sequences", 3, "--test-sequences", 3, "--num-dials", 2, "--oracle-masks", 8),
+    *("--validation-sequences", 3, "--test-sequences", 3, "--num-dials", 2, "--oracle-samples", 8),
     *("--long-tokens", 10, "--importance-windows", 10),
 )
 

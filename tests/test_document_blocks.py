@@ -82,7 +82,7 @@ SMALL_IF: dict[tuple[str, str], tuple[object, ...]] = {
     # A baseline that is not tuned, one budget, neither oracle nor long texts.
     ("train", "lossy"): (
         *(*TINY_RUN, "--seeds", 1, "--latency", "roofline", "--baselines", "untrained"),
-        *("--time-budgets", 0.6, "--oracle-masks", 0, "--long-tokens", 0),
+        *("--time-budgets", 0.6, "--oracle-samples", 0, "--long-tokens", 0),
     ),
     ("train", "verified"): (*TINY_RECORDING, "--seeds", 1),
     ("train", "--traces"): (*TINY_LEARNING, "--seeds", 1),

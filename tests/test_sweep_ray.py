@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 OPTIONS = (
     *TINY_EPISODES,
     *("--env-steps", 256, "--ppo.num-envs", 4, "--ppo.batch-size", 8, "--ppo.num-epochs", 1, "--seeds", 1),
-    *("--validation-sequences", 3, "--test-sequences", 2, "--num-dials", 2, "--oracle-masks", 0),
+    *("--validation-sequences", 3, "--test-sequences", 2, "--num-dials", 2, "--oracle-samples", 0),
     *("--long-tokens", 0, "--importance-windows", 0, "--time-budgets", 0.6, "--latency", "roofline"),
     *("--set", "ppo.learning_rate=1e-3,3e-2"),
 )

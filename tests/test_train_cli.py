@@ -241,7 +241,7 @@ PHASES = {
     "quantising": ("engine.nesting:quantize_rtn", 4),
     "profiling": ("engine.control.sensitivity:allocation_kl_nats", 1),
     "front": ("agents.policies.static_front:allocation_kl_nats", 1),
-    "importance": ("agents.runs.importance:_from_here_on", 5),
+    "importance": ("agents.evaluation.influence:_of_part", 2),
     "cloning": ("agents.runs.imitation:_targets", 5),
     "seed 0, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 7),
     "seed 0, update": ("agents.runs.unit_ppo:UnitPPO._gradient_step", 7),
@@ -251,7 +251,7 @@ PHASES = {
     "seed 1, rollout": ("agents.runs.ppo:TrainingCallback._on_step", 22),
     "dial table": ("agents.runs.training:DialPoint", 2),
     "evaluation": ("agents.evaluation.contest:summarise", 3),
-    "oracle": ("agents.evaluation.oracle:_best_mask", 2),
+    "oracle": ("agents.evaluation.oracle:trace_in_flight", 2),
     "report": ("agents.runs.phases:write_report", 1),
 }
 # A run takes seconds, so each is interrupted in several phases, in order and apart from each other. What is counted is

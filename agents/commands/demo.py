@@ -129,7 +129,7 @@ def _lossy_config(model: Path, text: tuple[str, ...]) -> TrainConfig:
         validation_sequences=8,
         test_sequences=8,
         importance_windows=16,
-        oracle_masks=0,
+        oracle_samples=0,
         long_tokens=0,
         num_dials=3,
     )

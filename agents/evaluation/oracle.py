@@ -1,134 +1,128 @@
-"""An upper bound that cannot be deployed: which tokens deserve the higher widths, judged with hindsight.
+"""Upper bounds that cannot be deployed: which widths tokens, and units at tokens, deserve, judged with hindsight.
 
-The influence of a token is what its low widths do to the KL of the *whole* sequence, its own output and all later ones
-through keys and values. It is estimated by ridge regression over random choices of tokens (a myopic oracle, which
-looks at each token's own KL only, does worse than a static allocation). Then the best half of the tokens gets the high
-widths and the sequence is really run.
+The influence of every token and of every (token, unit) on the KL of its sequence is measured on the very text. One
+price of time then gives each the widths that its influence is worth, over all sequences together, and the text is
+really read with them. What errors of several tokens do to each other is left out, and the measurement is a sample. So
+powers of the influence below 1, which trust it less, are tried too and the best one is taken. This is not the best that
+there is, but what knowing each influence by itself gives.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.evaluation.evaluate import Trace, joined, trace_of_pass
-from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, ReferenceDistribution, reference_width
-from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.decoding.session import DecodeSession
-from flexquant_rl.engine.model import NestedCausalLM
-from flexquant_rl.fq_env.config import EnvConfig
+from flexquant_rl.agents.evaluation.evaluate import Trace
+from flexquant_rl.agents.evaluation.in_flight import trace_in_flight
+from flexquant_rl.agents.evaluation.influence import Influence, influences
+from flexquant_rl.agents.evaluation.lagrange import Lagrange, centred
+from flexquant_rl.agents.preparation import Prepared
 
-_RIDGE = 16.0
-_MASKS_AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class OracleConfig:
-    """How hard to look."""
-
-    num_masks: int = 96
-    """Random choices of tokens per sequence for the regression, in pairs of a choice and its complement."""
-    share_high: float = 0.5
-    """Share of tokens that get the high allocation."""
-    seed: int = 0
-    """Seed of the choices."""
+NUM_SAMPLES = 16
+"""Backward passes for each sequence. The logarithm of an influence has a standard error of 0.36 then."""
+_MEASURED_WIDTH = 4
+_POWERS = (1.0, 0.75, 0.5)
+_SMALLEST_NATS = 1e-12
+_LOG_DIALS = (-12.0, 24.0)
+_BISECTIONS = 48
 
 
-def token_oracle(
-    model: NestedCausalLM,
-    profile: Profile,
+def text_influence(
+    prepared: Prepared,
     windows: Tensor,
-    low: Tensor,
-    high: Tensor,
-    env: EnvConfig,
-    config: OracleConfig,
     *,
+    num_samples: int = NUM_SAMPLES,
+    seed: int = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> Trace:
-    """Gives the tokens of most influence the allocation `high` and the others `low`, sequence by sequence.
+) -> Influence:
+    """What the errors of 4 bits do at every token and unit of a text.
 
     Args:
-        model: The model.
-        profile: Gives the latencies.
+        prepared: The model.
         windows: `[S, window_tokens]` int64.
-        low: `[U]` widths.
-        high: `[U]` widths, no lower than `low` in time.
-        env: Shape of the episodes.
-        config: How hard to look.
-        progress: Wraps the loop over sequences.
+        num_samples: Backward passes for each sequence.
+        seed: Of their directions.
+        progress: Wraps the loop over pieces of the text.
+    """
+    model = prepared.model
+    nearest = min(model.bit_widths, key=lambda width: abs(width - _MEASURED_WIDTH))
+    return influences(
+        model,
+        windows[:, :-1],
+        torch.full((model.num_units,), nearest),
+        first=prepared.env.prompt_tokens,
+        num_samples=num_samples,
+        generator=torch.Generator().manual_seed(seed),
+        progress=progress,
+    )
+
+
+def token_oracle(prepared: Prepared, windows: Tensor, influence: Tensor, time_budget: float) -> Trace:
+    """Gives every token of a text one of the static allocations, by its measured influence.
+
+    Args:
+        prepared: Model, static front, latencies.
+        windows: `[S, window_tokens]` int64.
+        influence: `[S, T]` of the tokens, nats.
+        time_budget: Share of full-width time that all steps together take at most; no less than the fastest allocation.
 
     Returns:
         The real run, comparable with any policy's trace on the same windows; its `reward` is zero.
     """
-    session = DecodeSession(model, max_length=env.window_tokens - 1)
-    runs = []
-    for index in progress(range(len(windows))):
-        scorer = _MaskScorer(session, windows[index], low, high, env)
-        mask = _best_mask(scorer, config, seed=config.seed + index)
-        runs.append(scorer.run(mask, profile))
-    session.close()
-    return joined(runs)
+    logs = influence.clamp_min(_SMALLEST_NATS).log()
+
+    def read(power: float) -> Trace:
+        widths = _within(prepared, centred(power * logs).double().exp(), time_budget)
+        return trace_in_flight(prepared, windows, lambda rows: lambda unit_idx, inputs: widths[rows][..., unit_idx])
+
+    return _best(map(read, _POWERS))
 
 
-class _MaskScorer:
-    """Runs one window with a given choice of high tokens, many choices per pass."""
+def _best(traces: Iterable[Trace]) -> Trace:
+    return min(traces, key=lambda trace: float(trace.output_kl_nats.double().mean()))
 
-    def __init__(self, session: DecodeSession, window: Tensor, low: Tensor, high: Tensor, env: EnvConfig) -> None:
-        self._session = session
-        self._window = window
-        self._low, self._high = low, high
-        self._first = env.prompt_tokens
-        self.num_tokens = env.max_new_tokens
-        model = session.model
-        base = torch.full((model.num_units,), reference_width(model))
-        self._logits = session.score(window[None, :-1], base, first=self._first)
-        self._reference = ReferenceDistribution(self._logits)
 
-    def widths(self, masks: Tensor) -> Tensor:
-        """`[n, T]` bool -> `[n, prompt + T, U]`: prompts at the largest width."""
-        chosen = torch.where(masks[..., None], self._high, self._low)
-        prompt = torch.full((len(masks), self._first, chosen.shape[-1]), max(self._session.model.bit_widths))
-        return torch.cat([prompt, chosen], dim=1)
+def _within(prepared: Prepared, multiples: Tensor, time_budget: float) -> Tensor:
+    """Widths `[S, T, U]` at the largest dial whose allocations at its multiples `[S, T]` are within a budget."""
+    low, high = _LOG_DIALS
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        is_over = float(prepared.cost.time_share(_allocated(prepared, multiples, middle)).mean()) > time_budget
+        low, high = (low, middle) if is_over else (middle, high)
+    return _allocated(prepared, multiples, low)
 
-    def logits(self, masks: Tensor) -> Tensor:
-        """Logits of the continuation, `[n, T, vocab]`."""
-        tokens = self._window[:-1].expand(len(masks), -1)
-        return self._session.score(tokens, self.widths(masks), first=self._first)
 
-    def sequence_kl(self, masks: Tensor) -> Tensor:
-        """Mean output KL of the sequence under each choice, `[n]`."""
-        per_pass = max(1, min(_MASKS_AT_ONCE, LOGITS_AT_A_TIME // self._logits.numel()))
-        parts = [self._reference.kl_nats(self.logits(chunk)).mean(1) for chunk in masks.split(per_pass)]
-        return torch.cat(parts).cpu().double()
+def _allocated(prepared: Prepared, multiples: Tensor, log_dial: float) -> Tensor:
+    """Widths `[S, T, U]` at a dial times the multiples `[S, T]`."""
+    return prepared.front.allocate(math.exp(log_dial) * multiples.flatten()).view(*multiples.shape, -1)
 
-    def run(self, mask: Tensor, profile: Profile) -> Trace:
-        """The trace of one choice `[T]`."""
-        return trace_of_pass(
-            self._session.model,
-            profile.cost,
-            self.widths(mask[None])[:, self._first :],
-            self._logits.log_softmax(-1),
-            self.logits(mask[None]).log_softmax(-1),
-            self._window[None, self._first + 1 :],
+
+def unit_oracle(prepared: Prepared, windows: Tensor, influence: Tensor, time_budget: float) -> Trace:
+    """Gives every (token, unit) of a text the width that its measured influence is worth.
+
+    Args:
+        prepared: Model, sensitivities, latencies.
+        windows: `[S, window_tokens]` int64.
+        influence: `[S, T, U]`, nats.
+        time_budget: Share of full-width time that all steps together take at most.
+
+    Returns:
+        The real run, comparable with any policy's trace on the same windows; its `reward` is zero.
+    """
+    lagrange = Lagrange.of(prepared)
+    logs = influence.clamp_min(_SMALLEST_NATS).log()
+
+    def read(power: float) -> Trace:
+        powered = [centred(power * unit) for unit in logs.unbind(-1)]
+        multiplier = lagrange.meet(powered, time_budget)
+        return trace_in_flight(
+            prepared,
+            windows,
+            lambda rows: lambda unit_idx, inputs: lagrange.widths(unit_idx, powered[unit_idx][rows], multiplier),
         )
 
-
-def _best_mask(scorer: _MaskScorer, config: OracleConfig, *, seed: int) -> Tensor:
-    """The tokens whose high widths lower the sequence's KL most, `[T]` bool."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(config.num_masks // 2, scorer.num_tokens, generator=generator).argsort(1)
-    masks = order < scorer.num_tokens // 2
-    # The difference of a choice and its complement has no share of what both have in common.
-    kl = scorer.sequence_kl(torch.cat([masks, ~masks])).view(2, -1)
-    design = 2 * masks.double() - 1
-    influence = torch.linalg.solve(
-        design.T @ design + _RIDGE * torch.eye(scorer.num_tokens, dtype=torch.float64), design.T @ (kl[0] - kl[1])
-    )
-    num_high = round(config.share_high * scorer.num_tokens)
-    best = torch.zeros(scorer.num_tokens, dtype=torch.bool)
-    best[influence.argsort()[:num_high]] = True  # most negative: high widths there save most
-    return best
+    return _best(map(read, _POWERS))

@@ -5,21 +5,17 @@ They say how far policies could go: the oracles by knowing the text, a choice in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.comparison import captured_headroom, left_of_static
 from flexquant_rl.agents.evaluation.contest import Settings, test_windows, unlike_static
 from flexquant_rl.agents.evaluation.evaluate import Trace, summarise
 from flexquant_rl.agents.evaluation.in_flight import for_any_rows, trace_in_flight
-from flexquant_rl.agents.evaluation.oracle import OracleConfig, token_oracle
+from flexquant_rl.agents.evaluation.oracle import text_influence, token_oracle, unit_oracle
 from flexquant_rl.agents.evaluation.relative_error import Setting, chooser, entry_linears, fitted, tuned
 from flexquant_rl.agents.evaluation.rows import EvalRow
-from flexquant_rl.agents.evaluation.unit_oracle import unit_oracle
 from flexquant_rl.agents.policies.families import ORACLE, PPO, UNIT_ORACLE
 from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared
@@ -29,8 +25,6 @@ from flexquant_rl.fq_env.prompts import spread
 
 _TUNING_SEQUENCES = 12
 _ORACLE_SHARE = 0.6
-# The allocations of the oracle of tokens are so far from its budget, in shares of full-width time: about a bit apart.
-_ORACLE_GAP = 0.06
 _ROUNDING = 1e-9
 
 
@@ -46,32 +40,23 @@ def oracle_budget(prepared: Prepared, time_budgets: Sequence[float]) -> float:
 
 
 def oracle_rows(
-    prepared: Prepared, num_sequences: int, budget: float, config: OracleConfig, settings: Settings
+    prepared: Prepared, num_sequences: int, budget: float, num_samples: int, settings: Settings
 ) -> list[EvalRow]:
-    """Both oracles on the same test windows as everyone, within a time budget; that of tokens chooses how many it pays.
+    """Both oracles on the same test windows as everyone, within a time budget.
 
     Args:
         prepared: Model, front, latencies.
         num_sequences: Sequences of test text.
         budget: Share of full-width time, no less than the fastest allocation takes.
-        config: How hard to look; the share of high tokens follows from the budget.
+        num_samples: Backward passes for each sequence.
         settings: Has the static allocation of the budget.
     """
     windows, _ = test_windows(prepared, num_sequences)
-    low, high, share_high = _oracle_allocations(prepared, budget)
-    by_token = token_oracle(
-        prepared.model,
-        replace(prepared.profile, cost=prepared.cost),
-        windows,
-        low,
-        high,
-        prepared.env,
-        replace(config, share_high=share_high),
-        progress=lambda sequences: track(sequences, "oracle of tokens"),
+    influence = text_influence(
+        prepared, windows, num_samples=num_samples, progress=lambda parts: track(parts, "influence of tokens and units")
     )
-    by_unit = unit_oracle(
-        prepared, windows, budget, seed=config.seed, progress=lambda parts: track(parts, "oracle of units")
-    )
+    by_token = token_oracle(prepared, windows, influence.tokens, budget)
+    by_unit = unit_oracle(prepared, windows, influence.units, budget)
     return [
         _row(prepared, num_sequences, trace, f"{ORACLE.name}:{name}", family.name, budget, settings)
         for name, family, trace in (("token", ORACLE, by_token), ("unit", UNIT_ORACLE, by_unit))
@@ -131,20 +116,6 @@ def headroom(rows: Sequence[EvalRow]) -> float | None:
     shares = [captured_headroom(1.0, left_of_static(row), bound) for row in learned_rows]
     known = [share for share in shares if share is not None]
     return sum(known) / len(known) if known else None
-
-
-def _oracle_allocations(prepared: Prepared, budget: float) -> tuple[Tensor, Tensor, float]:
-    """Allocations `[U]` of the front below and above a budget, and the largest share of tokens at the slower one."""
-    widths, num_tokens = prepared.front.bit_widths, prepared.env.max_new_tokens
-    shares = prepared.cost.time_share(widths)
-    below = shares.where(shares <= budget + _ROUNDING, torch.inf)
-    above = shares.where(shares >= min(budget, float(shares.max())), torch.inf)
-    low, high = (
-        (side - aim).abs().argmin() for side, aim in ((below, budget - _ORACLE_GAP), (above, budget + _ORACLE_GAP))
-    )
-    fast, slow = float(shares[low]), float(shares[high])
-    paid = 1.0 if slow <= budget + _ROUNDING else (budget - fast) / (slow - fast)
-    return widths[low], widths[high], math.floor(paid * num_tokens + _ROUNDING) / num_tokens
 
 
 def _row(

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.evaluation.budgets import Contestant
-from flexquant_rl.agents.evaluation.evaluate import Evaluator
+from flexquant_rl.engine.control.controller import TorchController
 from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.output_kl import ReferenceDistribution, reference_width
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.runner import PolicyRunner
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.decoding.next_token import Replay
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
@@ -55,11 +57,8 @@ class RecordedText:
         self._model, self._cost, self._first = model, cost, env.prompt_tokens
         self._schema = SignalSchema(model.num_units, model.bit_widths)
         middle = model.bit_widths[len(model.bit_widths) // 2]
-        recorder = _Recorder(StaticAllocation("recorded", torch.full((model.num_units,), middle)))
-        evaluator = Evaluator(model, profile, windows, env, cost=cost)
-        evaluator.run(recorder)
-        evaluator.close()
-        self._all_signals = torch.stack(recorder.seen, dim=1)
+        dials, widths = torch.ones(len(windows)), torch.full((len(windows), model.num_units), middle)
+        self._all_signals = signals_at(model, profile, windows, env, widths, dials)
         most = max(1, _REFERENCE_FLOATS // (env.max_new_tokens * model.vocab_size))
         count = min(num_scored, most, len(windows))
         self._scored = torch.linspace(0, len(windows) - 1, count).round().long()
@@ -147,14 +146,30 @@ class RecordedText:
         return torch.stack(chosen, dim=1)
 
 
-class _Recorder:
-    """Decides as an allocation does and keeps the signals, `[S, dim]` of each step."""
+def signals_at(
+    model: NestedCausalLM, profile: Profile, windows: Tensor, env: EnvConfig, bit_widths: Tensor, kl_weight: Tensor
+) -> Tensor:
+    """What is known before each token of S sequences that are read at allocations.
 
-    def __init__(self, allocation: StaticAllocation) -> None:
-        self.name = allocation.name
-        self.seen: list[Tensor] = []
-        self._allocation = allocation
+    Args:
+        model: The model.
+        profile: Profile that the signals are made with.
+        windows: `[S, window_tokens]` int64.
+        env: Shape of the episodes.
+        bit_widths: `[S, U]` int64.
+        kl_weight: `[S]`, the dials.
 
-    def __call__(self, signals: Tensor) -> Decision:
-        self.seen.append(signals.cpu().clone())
-        return self._allocation(signals)
+    Returns:
+        `[S, T, dim]` float32 on the CPU.
+    """
+    num_rows, first = len(windows), env.prompt_tokens
+    session = DecodeSession(model, num_rows=num_rows, max_length=env.window_tokens - 1)
+    controller = TorchController(model, None, profile, num_rows)
+    runner = PolicyRunner(session, controller, Replay(windows[:, first:]))
+    runner.start(windows[:, :first], kl_weight)
+    signals = [controller.signals().cpu().clone()]
+    for _ in range(env.max_new_tokens - 1):
+        runner.step(Decision(bit_widths))
+        signals.append(controller.signals().cpu().clone())
+    session.close()
+    return torch.stack(signals, dim=1)

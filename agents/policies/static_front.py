@@ -40,9 +40,9 @@ class StaticFront:
 
     def allocate(self, kl_weight: Tensor) -> Tensor:
         """The allocation with the best expected reward at each dial: `[R]` -> `[R, U]`."""
-        return self.bit_widths[self._best(kl_weight)]
+        return self.bit_widths[self.best(kl_weight)]
 
-    def _best(self, kl_weight: Tensor) -> Tensor:
+    def best(self, kl_weight: Tensor) -> Tensor:
         """`[R]` -> `[R]` int64, the point with the largest `1 - time_share - kl_weight * output_kl_nats`."""
         return (self.time_share + kl_weight.double()[:, None] * self.output_kl_nats).argmin(-1)
 
@@ -60,7 +60,7 @@ class StaticFront:
         Returns:
             `[R, U, W]` float64, shares of a full-width step; 0 at the allocation's own widths.
         """
-        picked = self._best(kl_weight)
+        picked = self.best(kl_weight)
         columns = torch.searchsorted(torch.tensor(profile.bit_widths), self.bit_widths[picked])
         sensitivity, unit_ms = profile.sensitivity.double(), profile.cost.unit_ms
         units = torch.arange(len(unit_ms))

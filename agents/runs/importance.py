@@ -1,11 +1,10 @@
 """How much the bits of a token matter, as far as the signals before it can tell: learned before PPO starts.
 
 What low widths at a token cost is its own output KL and that of all later tokens, through keys and values. When the
-text is given, whole sequences under any choice of widths are scored in parallel passes. So random halves of the tokens
-get high widths and the others low ones, and the same text is read with both halves exchanged. The difference in KL from
-a token on, with the token's own sign, estimates its effect. A small network learns the expected effect from the
-signals, as a multiple of a token's average effect. A static allocation at the dial times a power of that multiple
-spends its bits where they count. The power is below 1 where the multiple is noisy; validation text chooses it.
+text is given, backward passes measure this influence of all tokens at once (`evaluation/influence.py`). A small network
+learns the expected influence from the signals, as a multiple of an average token's. A static allocation at the dial
+times a power of that multiple spends its bits where they count. The power is below 1 where the multiple is noisy;
+validation text chooses it.
 """
 
 from __future__ import annotations
@@ -18,22 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from flexquant_rl.agents.config import TrainConfig
+from flexquant_rl.agents.evaluation.influence import influences
+from flexquant_rl.agents.evaluation.rehearsal import signals_at
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import Validation
 from flexquant_rl.engine.control.decision import Decision
 from flexquant_rl.engine.control.signals import SignalSchema
-from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
-from flexquant_rl.fq_env.episodes import Episodes
 from flexquant_rl.fq_env.prompts import spread
 
-_NUM_PAIRS = 4
-# Low and high widths are so far from the dial's own allocation, in shares of full-width time.
-_TIME_GAP = 0.06
-# Effects on later tokens count less the later they are: they are small, and the noise of all tokens between is not.
-_DISCOUNT = 0.9
+# Backward passes: the influence of one token is known to a factor of 2, and more tokens teach more than more passes.
+_NUM_SAMPLES = 4
+# Sequences that share a dial, and so the widths whose errors are measured.
+_ROWS_PER_DIAL = 8
 _HIDDEN = 32
 _LARGEST_LOG = 3.0
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
@@ -87,7 +85,7 @@ class Effects:
 
     Attributes:
         signals: `[S, T, dim]` before each token, at the static allocation of the sequence's dial.
-        relative: `[S, T]`, KL that low widths at the token add, over what they add on average; noisy, mean 1.
+        relative: `[S, T]`, KL that the allocation's errors at the token add, over what they add on average; mean 1.
     """
 
     signals: Tensor
@@ -166,60 +164,35 @@ def measure_effects(prepared: Prepared, num_windows: int, num_rows: int, generat
         prepared: Model, text, static front.
         num_windows: Sequences, as far as the text goes.
         num_rows: Sequences at a time.
-        generator: Draws dials and tokens.
+        generator: Draws dials and directions.
     """
     windows = spread(prepared.windows.train, num_windows)
-    num_rows = min(num_rows, len(windows))
-    session = DecodeSession(prepared.model, num_rows=num_rows, max_length=prepared.env.window_tokens - 1)
-    episodes = Episodes(session, prepared.profile, windows, prepared.env, cost=prepared.cost)
-    rows = torch.arange(num_rows)
     low, high = (math.log(dial) for dial in (prepared.env.kl_weight_min, prepared.env.kl_weight_max))
-    parts = []
-    for begin in track(range(0, len(windows) - num_rows + 1, num_rows), "effects of tokens"):
-        draws = torch.rand(num_rows, generator=generator, dtype=torch.float64)
-        dials = (low + (high - low) * draws).exp()
-        episodes.start(rows, windows=begin + rows, kl_weight=dials, seeds=torch.zeros_like(rows))
-        parts.append(_effects_of_rows(prepared, episodes, dials, generator))
-    episodes.close()
-    signals, relative = (torch.cat([getattr(part, name) for part in parts]) for name in ("signals", "relative"))
-    return Effects(signals, relative / relative.mean().clamp_min(1e-6))
-
-
-def _effects_of_rows(prepared: Prepared, episodes: Episodes, dials: Tensor, generator: torch.Generator) -> Effects:
-    """Effects of the tokens of episodes that have just started."""
-    front, num_tokens = prepared.front, prepared.env.max_new_tokens
-    own = front.allocate(dials)
-    signals = []
-    for _ in range(num_tokens):
-        signals.append(episodes.signals().clone())
-        episodes.step(Decision(own))
-    share = prepared.cost.time_share(own)
-    low, high = front.at_time(share - _TIME_GAP), front.at_time(share + _TIME_GAP)
-    rows = torch.arange(len(dials))
-    sums = torch.zeros(len(dials), num_tokens, dtype=torch.float64)
-    for _ in range(_NUM_PAIRS):
-        is_high = torch.rand(len(dials), num_tokens, generator=generator).argsort(1) < num_tokens // 2
-        kl = [
-            episodes.text_kl_nats(
-                rows,
-                torch.where(chosen[..., None], front.bit_widths[high][:, None], front.bit_widths[low][:, None]),
-            ).double()
-            for chosen in (is_high, ~is_high)
+    num_dials = math.ceil(len(windows) / _ROWS_PER_DIAL)
+    # One from each equal part of their range, as episodes have them.
+    draws = (torch.randperm(num_dials, generator=generator) + torch.rand(num_dials, generator=generator)) / num_dials
+    dials = (low + (high - low) * draws.double()).exp().repeat_interleave(_ROWS_PER_DIAL)[: len(windows)]
+    points = prepared.front.best(dials)
+    own = prepared.front.bit_widths[points]
+    signals = torch.cat(
+        [
+            signals_at(prepared.model, prepared.profile, windows[rows], prepared.env, own[rows], dials[rows])
+            for rows in torch.arange(len(windows)).split(num_rows)
         ]
-        sums += torch.where(is_high, 1.0, -1.0) * _from_here_on(kl[1] - kl[0])
-    average = front.output_kl_nats[low] - front.output_kl_nats[high]
-    kept = average > 0  # at the ends of the front both may be one allocation
-    return Effects(torch.stack(signals, dim=1)[kept], (sums / _NUM_PAIRS)[kept] / average[kept, None])
-
-
-def _from_here_on(kl: Tensor) -> Tensor:
-    """Discounted sums of `[S, T]` from each token to the end."""
-    total = torch.zeros(len(kl), dtype=kl.dtype)
-    sums = torch.empty_like(kl)
-    for token in reversed(range(kl.shape[1])):
-        total = kl[:, token] + _DISCOUNT * total
-        sums[:, token] = total
-    return sums
+    )
+    parts = []
+    for begin in track(range(0, len(windows), _ROWS_PER_DIAL), "influence of tokens"):
+        found = influences(
+            prepared.model,
+            windows[begin : begin + _ROWS_PER_DIAL, :-1],
+            own[begin],
+            first=prepared.env.prompt_tokens,
+            num_samples=_NUM_SAMPLES,
+            generator=generator,
+        )
+        parts.append(found.tokens.double() / float(prepared.front.output_kl_nats[points[begin]]))
+    relative = torch.cat(parts)
+    return Effects(signals, relative / relative.mean().clamp_min(1e-6))
 
 
 def fit_importance(

@@ -32,7 +32,6 @@ from flexquant_rl.agents.evaluation.contest import (
 from flexquant_rl.agents.evaluation.equal_time import Rung
 from flexquant_rl.agents.evaluation.figures import plot_bits, plot_pareto
 from flexquant_rl.agents.evaluation.learning_curve import plot_learning_curve
-from flexquant_rl.agents.evaluation.oracle import OracleConfig
 from flexquant_rl.agents.evaluation.references import (
     headroom,
     oracle_budget,
@@ -121,7 +120,6 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
         notes: Lines for the report, of how the policies came to be chosen.
     """
     prepared, results = trained.prepared, trained.results
-    oracle = OracleConfig(num_masks=config.oracle_masks) if config.oracle_masks else None
     rehearsal = validation_rehearsal(prepared)
     families = [*heuristics(prepared, config.baselines, rehearsal), *learned(prepared, results, rehearsal)]
     if UNTRAINED.name in config.baselines:
@@ -131,9 +129,9 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
 
     def references() -> list[EvalRow]:
         found = []
-        if oracle is not None:
+        if config.oracle_samples:
             budget = oracle_budget(prepared, config.time_budgets)
-            found += oracle_rows(prepared, config.test_sequences, budget, oracle, settings)
+            found += oracle_rows(prepared, config.test_sequences, budget, config.oracle_samples, settings)
         if RelativeError.family.name in config.baselines:
             found += relative_error_rows(prepared, config.test_sequences, config.time_budgets, settings)
         return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from flexquant_rl.agents.config import PPOConfig, TrainConfig
+from flexquant_rl.agents.evaluation.influence import Influence
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.runs import importance
 from flexquant_rl.agents.runs.importance import (
@@ -31,54 +31,31 @@ SCHEMA = SignalSchema(3, (3, 4, 8))
 CONFIG = TrainConfig(importance_windows=8, ppo=PPOConfig(num_envs=4))
 
 
-def test_sums_from_a_token_on_by_hand() -> None:
-    sums = importance._from_here_on(torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float64))
-    assert sums[0].tolist() == pytest.approx([1 + 0.81 * 2, 0.9 * 2, 2.0])
+def test_effects_are_influences_at_the_sequences_own_allocation(
+    tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the KL of that allocation: a text that is harder than others at its dial has larger effects throughout."""
+    tokens, front = tiny_prepared.env.max_new_tokens, tiny_prepared.front
+    seen: list[Tensor] = []
 
+    def known(model: object, windows: Tensor, bit_widths: Tensor, **options: object) -> Influence:
+        seen.append(bit_widths)
+        kl = front.output_kl_nats[(front.bit_widths == bit_widths).all(-1)].item()
+        per_token = kl * torch.linspace(0.5, 1.5, tokens).expand(len(windows), -1)
+        return Influence(units=per_token[..., None], tokens=per_token)
 
-class KnownText:
-    """Text whose KL is known: each token's own low widths cost `own`, those of the token before it `past`."""
-
-    def __init__(self, prepared: Prepared, own: Tensor, past: float) -> None:
-        self._prepared, self._own, self._past = prepared, own, past
-
-    def signals(self) -> Tensor:
-        return torch.zeros(4000, 1)
-
-    def step(self, decision: object) -> None:
-        """Nothing moves."""
-
-    def text_kl_nats(self, rows: Tensor, bit_widths: Tensor) -> Tensor:
-        low = (self._prepared.cost.time_share(bit_widths) < 0.7).float()
-        before = torch.nn.functional.pad(low, (1, 0))[:, :-1]
-        noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(int(low.sum(0)[0])))
-        return self._own * low + self._past * before + 0.01 * noise
-
-
-def test_effects_are_without_bias(tiny_prepared: Prepared) -> None:
-    """The mean over many rows: a token's own effect and the discounted one on the next, whatever the others do."""
-    tokens = tiny_prepared.env.max_new_tokens
-    own = torch.linspace(0.1, 1.0, tokens)
-    # One dial whose allocation takes 0.7 of the time, with others 0.06 to both sides.
-    shares = tiny_prepared.front.time_share
-    point = int((shares - 0.7).abs().argmin())
-    dials = torch.full((4000,), 1.0, dtype=torch.float64)
-    front = SimpleNamespace(
-        bit_widths=tiny_prepared.front.bit_widths,
-        output_kl_nats=tiny_prepared.front.output_kl_nats,
-        at_time=tiny_prepared.front.at_time,
-        allocate=lambda kl_weight: tiny_prepared.front.bit_widths[point].expand(len(kl_weight), -1),
-    )
-    prepared = replace(tiny_prepared, front=front)
-    episodes = KnownText(tiny_prepared, own, past=0.5)
-    found = importance._effects_of_rows(prepared, episodes, dials, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-    share = shares[point : point + 1]
-    low, high = (int(tiny_prepared.front.at_time(share + gap)) for gap in (-0.06, 0.06))
-    average = float(front.output_kl_nats[low] - front.output_kl_nats[high])
-    expected = own + 0.9 * 0.5 * (torch.arange(tokens) < tokens - 1)
-    # Exactly half of the tokens are low: the others' effects lower one's own by 1/(T - 1) of theirs.
-    measured = found.relative.mean(0) * average
-    assert torch.corrcoef(torch.stack([measured.float(), expected]))[0, 1] > 0.93
+    monkeypatch.setattr(importance, "influences", known)
+    monkeypatch.setattr(importance, "_ROWS_PER_DIAL", 2)
+    found = measure_effects(tiny_prepared, 8, 4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.relative, torch.linspace(0.5, 1.5, tokens).double().expand(8, -1))
+    # Four dials for eight sequences, from all over their range: not one allocation for all.
+    assert len(seen) == 4
+    assert len({tuple(one.tolist()) for one in seen}) > 1
+    # The signals are those of the same dials.
+    dial = found.signals[..., SignalSchema(3, tiny_prepared.model.bit_widths).index("dial")]
+    for row, allocation in enumerate(seen):
+        assert (dial[2 * row : 2 * row + 2] == dial[2 * row, 0]).all()
+        assert torch.equal(front.allocate(10 ** dial[2 * row, :1].double())[0], allocation)
 
 
 def test_effects_of_a_model(tiny_prepared: Prepared) -> None:
@@ -86,7 +63,9 @@ def test_effects_of_a_model(tiny_prepared: Prepared) -> None:
     tokens = tiny_prepared.env.max_new_tokens
     assert found.signals.shape[1:] == (tokens, SignalSchema(3, tiny_prepared.model.bit_widths).dim)
     assert found.relative.shape == found.signals.shape[:2]
-    assert 0 < len(found.relative) <= 8
+    assert len(found.relative) == 8
+    assert (found.relative >= 0).all()
+    assert float(found.relative.mean()) == pytest.approx(1)
     again = measure_effects(tiny_prepared, 8, 4, torch.Generator().manual_seed(0))
     assert torch.equal(found.relative, again.relative)
     assert torch.equal(found.signals, again.signals)

@@ -30,7 +30,7 @@ from flexquant_rl.fq_env.prompts import PromptWindows
 TINY_SWEEP = (
     *TINY_EPISODES,
     *("--env-steps", 32, "--ppo.num-envs", 4, "--ppo.batch-size", 8, "--ppo.num-epochs", 1, "--seeds", 2),
-    *("--validation-sequences", 3, "--test-sequences", 3, "--num-dials", 2, "--oracle-masks", 0),
+    *("--validation-sequences", 3, "--test-sequences", 3, "--num-dials", 2, "--oracle-samples", 0),
     *("--long-tokens", 0, "--importance-windows", 10, "--time-budgets", 0.6, "--latency", "roofline"),
 )
 RATES = ("--set", "ppo.learning_rate=1e-3,3e-2")

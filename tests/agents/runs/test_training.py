@@ -234,11 +234,10 @@ def test_dial_table(tiny_prepared: Prepared) -> None:
         policy.card.setting_for_speed(99.0)
 
 
-@pytest.mark.parametrize("masks", [-1, 1])
-def test_an_oracle_needs_pairs_of_masks(masks: int) -> None:
-    with pytest.raises(InputError, match=f"oracle_masks={masks} must be at least 2"):
-        check_config(TrainConfig(oracle_masks=masks))
-    check_config(TrainConfig(oracle_masks=0))
+def test_oracles_take_no_negative_number_of_samples() -> None:
+    with pytest.raises(InputError, match="oracle_samples=-1 must not be negative; 0 leaves the oracles out"):
+        check_config(TrainConfig(oracle_samples=-1))
+    check_config(TrainConfig(oracle_samples=0))
 
 
 @pytest.mark.parametrize("names", [("random", "entropi"), ("static",), ("",)])
