@@ -352,7 +352,10 @@ def test_both_modes_in_one_table(finished: Finished, folder: Path, tiny_model_di
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--task", "verified", "--oracle-samples", 4), "--oracle-samples 4 is for --task lossy, and the task is verified"),
+        (
+            ("--task", "verified", "--oracle-samples", 4),
+            "--oracle-samples 4 is for --task lossy, and the task is verified",
+        ),
         (("--task", "verified", "--ppo.gamma", 0.5), "--ppo.* is for --task lossy"),
         (("--traces", "somewhere"), "--traces somewhere is for --task verified, and the task is lossy"),
         (("--verified.depth", 4), "--verified.* is for --task verified"),

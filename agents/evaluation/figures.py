@@ -115,12 +115,11 @@ def plot_pareto(rows: Sequence[EvalRow], path: Path, *, title: str, caption: str
                 _draw_family(panels[0, column], shown, family, clock, zorder)
                 _label_widths(panels[0, column], shown, family, clock)
             _dress_fronts(panels[0, column], shown)
-            if has_ratios:
-                _draw_ratios(panels[1, column], shown, drawn, clock)
             panels[-1, column].set_xlabel(labels[clock])
         panels[0, 0].set_ylabel("output KL from the reference (nats, log scale)")
         if has_ratios:
-            panels[1, 0].set_ylabel("KL against static\nin equal time")
+            ranges = [_draw_ratios(axes, *one, drawn) for axes, one in zip(panels[1], columns.items(), strict=True)]
+            _dress_ratios(panels[1, 0], ranges)
         title_above(figure, title)
         caption_below(figure, caption)
         figure.align_ylabels()
@@ -302,7 +301,8 @@ def _ratio_points(rows: Sequence[EvalRow], family: str, clock: Clock) -> Array:
     return np.array(points, dtype=np.float64).reshape(-1, 4)
 
 
-def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], drawn: Mapping[str, Family], clock: Clock) -> None:
+def _draw_ratios(axes: Axes, clock: Clock, rows: Sequence[EvalRow], drawn: Mapping[str, Family]) -> tuple[float, float]:
+    """Draws KL relative to static and returns the percents that are to be in sight."""
     axes.axhline(0, color=STATIC.colour, linewidth=1.6, zorder=2)
     lowest, highest, above = -5.0, 5.0, []
     for zorder, (name, family) in enumerate(drawn.items(), start=_LOWEST_ZORDER):
@@ -321,14 +321,20 @@ def _draw_ratios(axes: Axes, rows: Sequence[EvalRow], drawn: Mapping[str, Family
         axes.plot(x, percent, zorder=zorder, **_front_line(rows, family))
         _draw_points(axes, family, x, percent, np.maximum([percent - low, high - percent], 0), zorder)
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
-    highest = min(highest, _MAX_RATIO_PERCENT)
-    margin = 0.08 * (highest - lowest)
-    axes.set_ylim(lowest - margin, highest + margin)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0"))
     axes.grid(which="major", linewidth=0.8)
     if above:
         axes.set_title(f"above this range: {', '.join(above)}", loc="right", fontsize=8.5, color=GREY)
+    return lowest, min(highest, _MAX_RATIO_PERCENT)
+
+
+def _dress_ratios(axes: Axes, ranges: Sequence[tuple[float, float]]) -> None:
+    """Labels the percents of panels that share them, and shows what each of them needs."""
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    margin = 0.08 * (highest - lowest)
+    axes.set_ylim(lowest - margin, highest + margin)
+    axes.set_ylabel("KL against static\nin equal time")
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0"))
 
 
 def _time_share(group: SeedGroup, clock: Clock) -> float:

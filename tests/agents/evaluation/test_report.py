@@ -228,6 +228,16 @@ def test_pareto_picture_with_every_kind_of_family(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_panels_that_share_percents_show_what_each_needs() -> None:
+    """The clock's panel comes last and has no oracles: it must not cut those of the other one off."""
+    axes = Figure().subplots(1, 2, sharey="row")
+    figures._dress_ratios(axes[0], [(-27.0, 5.0), (-5.0, 60.0)])
+    for one in axes:
+        low, high = one.get_ylim()
+        assert -40 < low < -27
+        assert 60 < high < 80
+
+
 @pytest.mark.parametrize(
     "rows",
     [
