@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.hf_modules import stored_tensors
 from flexquant_rl.engine.linear import (
     DenseCache,
     NestedLinear,
@@ -46,6 +48,8 @@ CALIBRATION_MISSING = (
 _GIVE_ITS_MODEL = "give the model that the checkpoint was made from"
 # Codes that serve all widths are off by a few percent of the weights at 8 bits; other weights by more than all of them.
 _LARGEST_DISTANCE = 0.2
+# What is not nested is stored as it was, or rounded to 16 bits after a rotation. A fine-tuned model is further away.
+_LARGEST_ROUNDING = 2e-3
 
 
 def unseen(items: Iterable[Any], label: str) -> Iterable[Any]:
@@ -133,22 +137,32 @@ def give_reference(model: NestedCausalLM, hf_model: PreTrainedModel) -> None:
     if model.config.rotate:
         rotate(hf_model, nests_head=model.config.quantize_head)
     references: dict[str, Tensor] = {}
+    theirs = stored_tensors(hf_model)
+    for name, tensor in stored_tensors(model.hf_model).items():
+        if name in theirs:  # not nested
+            _check_distance(name, tensor, theirs[name], _LARGEST_ROUNDING)
     for name, linear in linears.items():
         weight = references[name] = reference_matrix(hf_model.get_submodule(name))
         hf_model.set_submodule(name, nn.Identity())  # one copy of the model is enough
-        own = (linear.planes.shape[1], linear.num_inputs)
-        if weight.shape != own:
-            found = list(weight.shape)
-            raise InputError(f"{name} is {found} in the reference and {list(own)} here; {_GIVE_ITS_MODEL}")
-        distance = float((linear.dense(linear.bit_widths[-1]) - weight).norm() / weight.norm())
-        if not distance < _LARGEST_DISTANCE:
-            raise InputError(
-                f"{name} is {distance:.0%} away from the reference's, more than {_LARGEST_DISTANCE:.0%}, so it is "
-                f"another model; {_GIVE_ITS_MODEL}"
-            )
+        _check_distance(name, linear.dense(linear.bit_widths[-1]), weight, _LARGEST_DISTANCE)
     for name, linear in linears.items():
         linear.reference_weight = references[name]
     model.dense_cache.clear()
+
+
+def _check_distance(name: str, own: Tensor, reference: Tensor, largest: float) -> None:
+    """Raises InputError if a tensor is further from the reference's than a share of its norm."""
+    if own.shape != reference.shape:
+        raise InputError(
+            f"{name} is {list(reference.shape)} in the reference and {list(own.shape)} here; {_GIVE_ITS_MODEL}"
+        )
+    base = reference.detach().float()
+    distance, norm = float((own.detach().float() - base).norm()), float(base.norm())
+    if not distance <= largest * norm:
+        raise InputError(
+            f"{name} is {distance / norm if norm else math.inf:.2%} away from the reference's, more than {largest:.1%},"
+            f" so it is another model; {_GIVE_ITS_MODEL}"
+        )
 
 
 def check_units(hf_model: PreTrainedModel | LlamaTree, units: tuple[Unit, ...]) -> dict[str, int]:

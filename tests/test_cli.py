@@ -118,7 +118,7 @@ def test_quantize(quantized: tuple[Path, Finished]) -> None:
 
 def test_quantize_without_text(tiny_model_dir: Path, tmp_path: Path) -> None:
     finished = run(cli.main, "quantize", tiny_model_dir, tmp_path / "out", "--bit-widths", 4, 8, "--unit", "half")
-    assert finished.result.keys() == {"out", "bytes", "seconds"}
+    assert finished.result.keys() == {"out", "bytes", "seconds", "peak_memory_bytes"}
     model = load_checkpoint(tmp_path / "out")
     assert model.bit_widths == (4, 8)
     assert model.num_units == 5

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from cli_runner import Finished, leftovers, run, tree, write_text
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from flexquant_rl import cli
 from flexquant_rl.agents.analysis import report
@@ -113,6 +114,9 @@ def test_again_from_rows(analysed: tuple[Path, Finished], tmp_path: Path, monkey
     for name in ("report.md", "strategies.png", "tokens.png"):
         (out / name).unlink()
     monkeypatch.setattr(stages, "load_causal_lm", None)
+    for option in (("--strategies", "rtn"), ("--peers",), ("--tune-steps", 3), ("--reference", out)):
+        error = run(cli.main, "analyse", "--from-rows", out, *option).error
+        assert error == f"--from-rows {out} measures nothing; leave {option[0]} out"
     finished = run(cli.main, "analyse", "--from-rows", out)
     assert finished.result["rows"] == analysed[1].result["rows"]
     assert (out / "report.md").read_text() == expected
@@ -257,9 +261,17 @@ def test_reference_of_another_model(tiny_model_dir: Path, text: Path, tmp_path: 
     assert run(cli.main, "quantize", tiny_model_dir, nested, "--group-size", 32, "--bit-widths", 4, 8).code == 0
     other = shutil.copytree(tiny_model_dir, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
-    save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
-    error = analyse(nested, text, out, "--reference", other).error
-    assert "away from the reference's, more than 20%, so it is another model; give the model that the" in error
+
+    def said_of(name: str, tensor: Tensor) -> str:
+        save_file({**tensors, name: tensor}, other / "model.safetensors", {"format": "pt"})
+        return analyse(nested, text, out, "--reference", other).error
+
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    error = said_of(name, tensors[name].flip(0).contiguous())
+    assert "away from the reference's, more than 20.0%, so it is another model; give the model that the" in error
+    # A fine-tuned model is near, and nothing that is not nested has changed but by rounding.
+    error = said_of("model.embed_tokens.weight", 1.01 * tensors["model.embed_tokens.weight"])
+    assert "model.embed_tokens.weight is 0.99% away from the reference's, more than 0.2%, so it is another" in error
     error = analyse(nested, text, out, "--reference", nested).error
     assert error == f"--reference {nested} is a nested checkpoint; give the model that {nested} was made from"
     error = analyse(tiny_model_dir, text, out, "--reference", other).error
@@ -308,3 +320,17 @@ def test_an_analysis_is_inspected(analysed: tuple[Path, Finished], tmp_path: Pat
     assert not run(cli.main, "inspect", tmp_path / "half", "--json").result["complete"]
     (tmp_path / "half" / "analysis.json").write_text("{")
     assert run(cli.main, "inspect", tmp_path / "half").code == 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rotated_strategies(tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, names = tmp_path / "out", ("--strategies", "rtn:32", "rtn-rotated:32")
+    with monkeypatch.context() as patched:  # found out before the strategies that could be measured are
+        patched.setattr("flexquant_rl.engine.quantisation.rotation.ROTATED_MODEL_TYPES", ("mamba",))
+        error = analyse(tiny_model_dir, text, out, *names).error
+        assert error.startswith("a rotation does not pass through the norms of model type 'llama', only through those")
+        assert not out.exists()
+    rows = analyse(tiny_model_dir, text, out, *names).result["rows"]
+    kl = {(row["strategy"], row["bit_width"]): row["output_kl_nats"] for row in rows}
+    assert 0 < kl["rtn-rotated:32", 8] < kl["rtn-rotated:32", 4] < kl["rtn-rotated:32", 3]
+    assert kl["rtn-rotated:32", 3] != kl["rtn:32", 3]

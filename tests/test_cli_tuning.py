@@ -145,18 +145,39 @@ def test_other_options_start_anew(
     assert load_checkpoint(out).bit_widths == (4, 8)
 
 
-def test_full_disk(tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "writes",
+    [
+        "flexquant_rl.engine.quantisation.unfinished.save_checkpoint",  # what tuning begins with
+        "flexquant_rl.engine.quantisation.tuning.write_states",
+        "flexquant_rl.agents.commands.quantize.save_checkpoint",
+    ],
+)
+def test_full_disk(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
     out = tmp_path / "out"
 
     def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "state.safetensors")
+        raise OSError(errno.ENOSPC, "No space left on device", "some.safetensors")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tuning, "write_states", full)
+        patched.setattr(writes, full)
         error = run(cli.main, *options(tiny_model_dir, out, text)).error
-    assert error == "state.safetensors: No space left on device; free some space and run the command again"
+    assert error == "some.safetensors: No space left on device; free some space and run the command again"
     assert not out.exists()
     assert run(cli.main, *options(tiny_model_dir, out, text)).result["tuning_steps"] == 3
+
+
+def test_rotated_and_weighed(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    widths = ("--bit-widths", 3, 4, 8, "--width-weights", 8, 16, 1024)
+    fitted = ("--group-size", 32, "--calibration", text, "--tune-steps", 2, "--rotate", *widths)
+    result = run(cli.main, "quantize", tiny_model_dir, out, *fitted).result
+    assert result["output_kl_nats"].keys() == {"3", "4", "8"}
+    assert result["peak_memory_bytes"] > 1 << 20
+    config = load_checkpoint(out).config
+    assert (config.method, config.rotate, config.width_weights) == ("gptq", True, (8, 16, 1024))
 
 
 def test_bad_input_leaves_nothing(
@@ -181,8 +202,13 @@ def test_bad_input_leaves_nothing(
     def bad(self: Any, width: int) -> None:
         raise InputError("lm_head: not finite")
 
-    monkeypatch.setattr(tuning._Run, "_check_gradient", bad)
-    assert run(cli.main, *options(tiny_model_dir, out, text)).error == "lm_head: not finite"
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning._Run, "_check_gradient", bad)
+        assert run(cli.main, *options(tiny_model_dir, out, text)).error == "lm_head: not finite"
+    nan = "flexquant_rl.engine.quantisation.token_weights.logit_probes"
+    monkeypatch.setattr(nan, lambda logits, generator: torch.full_like(logits, torch.nan))
+    error = run(cli.main, *options(tiny_model_dir, out, text)).error
+    assert "calibration tokens are NaN or infinite, but must be finite to weigh the tokens; use other" in error
     assert not list(folder.iterdir())
 
 

@@ -87,27 +87,29 @@ class Analysis:
 
     def run(self, strategies: Sequence[str]) -> None:
         """Measures what is missing of some strategies, by name."""
-        if self.plan.nested:
-            model = load_checkpoint(Path(self.path))
-            if self.reference is not None:
-                give_reference(model, load_causal_lm(self.reference)[0])
-            if self._is_missing(STORED):
-                self._measure(model, STORED, 0.0)
-            if not self.store.read(TimeRow):
-                self.store.replace(time_rows([model], self.plan, self.text.windows), TimeRow)
-            return
-        for start, members in by_start(map(parse_strategy, strategies)):
+        stored = self._stored() if self.plan.nested else None
+        if stored is not None and self._is_missing(STORED):
+            self._measure(stored, STORED, 0.0)
+        for start, members in by_start(map(parse_strategy, () if stored else strategies)):
             missing = [one for one in members if self._is_missing(one.name)]
             if missing:
                 self._run_start(start, missing)
                 gc.collect()
                 return_freed_memory()
-        peers = Peers(self.path, self.plan, self.text.windows) if self.peers else None
+        # A nested checkpoint has no weights that another library could quantise; what it was made from has.
+        peers = Peers(self.reference or self.path, self.plan, self.text.windows) if self.peers else None
         if peers is not None:
             for name in peers.names():
                 if name not in self._names(StrategyRow):
                     self._measure_peer(peers, name)
-        self._time(peers)
+        self._time(peers, stored)
+
+    def _stored(self) -> NestedCausalLM:
+        """The nested checkpoint, with what it is judged against."""
+        model = load_checkpoint(Path(self.path))
+        if self.reference is not None:
+            give_reference(model, load_causal_lm(self.reference)[0])
+        return model
 
     def _measure_peer(self, peers: Peers, name: str) -> None:
         """Measures a format of another library; the text has been read with the reference before."""
@@ -118,7 +120,7 @@ class Analysis:
             say(f"{name}: KL {row.output_kl_nats:.4f} nats at {row.bytes_per_weight:.3f} bytes per weight")
         return_freed_memory()
 
-    def _time(self, peers: Peers | None) -> None:
+    def _time(self, peers: Peers | None, stored: NestedCausalLM | None) -> None:
         """Times all formats together, unless that was done; the cheapest recipe stands for all of a group size."""
         rows, times = self.store.read(StrategyRow), self.store.read(TimeRow)
         sizes = sorted({row.group_size for row in rows if not is_peer(row.strategy)})
@@ -132,8 +134,8 @@ class Analysis:
                 "the times of other libraries' formats are dropped, as all formats take turns; --peers takes them again"
             )
         say(f"timing steps in groups of {', '.join(map(str, sizes))}" + "".join(f", {name}" for name in names))
-        models = []
-        for size in sizes:
+        models = [] if stored is None else [stored]
+        for size in sizes if stored is None else ():
             config = QuantizationConfig("rtn", size, self.plan.bit_widths)
             models.append(load_model(self.path, config, keep_reference=False))
         decoder, num_threads = default_decoder(models[0], self.plan.threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from flexquant_rl.engine.model import NestedCausalLM, make_units
 from flexquant_rl.engine.nesting import give_reference
 from flexquant_rl.engine.plain_model import check_finite
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
+from flexquant_rl.engine.quantisation.rotation import check_rotatable
 from flexquant_rl.engine.quantisation.tuning import default_steps
 from flexquant_rl.engine.quantisation.unfinished import weights_sha256
 from flexquant_rl.fq_env.calibration_text import CalibrationText
@@ -63,7 +64,7 @@ def analyse(options: AnalyseOptions) -> None:
     """Measures what is missing, writes report and pictures, prints the main numbers."""
     began = time.perf_counter()
     if options.from_rows is not None:
-        given = options.model or (options.out and "--out") or (options.text and "--text")
+        given = options.model or _differing(options)
         if given:
             raise InputError(f"--from-rows {options.from_rows} measures nothing; leave {given} out")
         _finish(RowStore(options.from_rows), began)
@@ -79,6 +80,14 @@ def analyse(options: AnalyseOptions) -> None:
         examined = _examined(options, names)
         Analysis(store, plan, text, source.path, fitted_to, source.reference, examined, options.peers).run(names)
         _finish(store, began, examined)
+
+
+def _differing(options: AnalyseOptions) -> str | None:
+    """The first option beside --from-rows that says what to measure."""
+    fixed = AnalyseOptions(from_rows=options.from_rows)
+    differing = (field.name for field in fields(options) if getattr(options, field.name) != getattr(fixed, field.name))
+    name = next(differing, None)
+    return None if name is None else f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +151,10 @@ def _source(options: AnalyseOptions) -> _Source:
                 f"{options.model} is a nested checkpoint, which has one strategy, as it is stored; leave {what} out, "
                 "or give the model that it was made from"
             )
-        if options.peers:
+        if options.peers and options.reference is None:
             raise InputError(
-                f"{options.model} is a nested checkpoint, and --peers quantises unquantised weights; give the model "
-                "that it was made from"
+                f"{options.model} is a nested checkpoint, and --peers quantises unquantised weights; name the model "
+                "that it was made from with --reference"
             )
         model = load_model(path)
         if len(model.bit_widths) == 1:
@@ -157,6 +166,8 @@ def _source(options: AnalyseOptions) -> _Source:
     if options.reference is not None:
         raise InputError(f"{options.model} is no nested checkpoint and is judged against itself; leave --reference out")
     hf_model, tokenizer = load_causal_lm(path)
+    if any(parse_strategy(name).rotated for name in options.strategies):
+        check_rotatable(hf_model.config)
     for parameter_name, parameter in hf_model.named_parameters():
         check_finite(parameter_name, parameter)
     weights = sum(unit.num_weights for unit in make_units(hf_model, QuantizationConfig()))

@@ -142,6 +142,16 @@ def _bad_input(error: InputError) -> int:
     return BAD_INPUT
 
 
+def peak_memory_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def print_result(result: dict[str, Any]) -> None:
     """Prints the command's last stdout line: one JSON object, with null for what is not a number."""
     print(json.dumps(_finite(result), allow_nan=False), flush=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from flexquant_rl.agents.commands.options import QuantizeOptions
-from flexquant_rl.agents.commands.process import print_result
+from flexquant_rl.agents.commands.process import peak_memory_bytes, print_result
 from flexquant_rl.agents.config import check_device
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.run import locked_run
@@ -118,6 +118,7 @@ def _finish(
         model.calibration = fitted_to.facts(model.calibration)
     result: dict[str, object] = {"out": str(options.out), "bytes": save_checkpoint(model, options.out)}
     result["seconds"] = time.perf_counter() - began
+    result["peak_memory_bytes"] = peak_memory_bytes()
     if model.calibration is not None:
         result["calibration_tokens"] = model.calibration.num_tokens
     if model.tuning is not None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, reference_width
+from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, logit_probes, reference_width
 from flexquant_rl.engine.linear import NestedLinear, logits_under
 from flexquant_rl.engine.model import NestedCausalLM
 
@@ -82,14 +82,11 @@ def _of_part(
     base = torch.full((num_rows, length, model.num_units), reference_width(model))
     plan = model.width_plan(base, keep=keep, collect=0)
     logits = logits_under(plan, model.hf_model, windows.to(model.device), keep=keep)
-    probability = logits.detach().softmax(-1)
     units = torch.zeros_like(gates.values)
     tokens = torch.zeros(num_rows, keep, device=model.device)
     for _ in range(num_samples):
-        noise = torch.randn(probability.shape, generator=generator, dtype=torch.float32)
-        noise = noise.to(model.device) * probability.sqrt()
-        direction = noise - probability * noise.sum(-1, keepdim=True)
-        (gradient,) = torch.autograd.grad(logits, gates.values, direction, retain_graph=True)
+        probes = logit_probes(logits.detach(), generator)
+        (gradient,) = torch.autograd.grad(logits, gates.values, probes, retain_graph=True)
         units += gradient.square()
         tokens += gradient.sum(-1).square()
     return Influence(*(squares.detach().cpu() / (2 * num_samples) for squares in (units, tokens)))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from flexquant_rl.engine.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-    from flexquant_rl.engine.llama_tree import LlamaTree
+    from flexquant_rl.engine.llama_tree import LlamaShape, LlamaTree
 
 ROTATED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose norms are plain RMSNorms, so that a rotation passes through them."""
@@ -49,7 +49,7 @@ def rotate(
     Raises:
         InputError: If the architecture has norms that a rotation does not pass through, or the head has to stay tied.
     """
-    _check(model, nests_head)
+    check_rotatable(model.config, nests_head=nests_head)
     config = model.config
     size = config.hidden_size
     head_size = getattr(config, "head_dim", None) or size // config.num_attention_heads
@@ -77,14 +77,15 @@ def rotate(
         _rotate_values(model, layer, values)
 
 
-def _check(model: PreTrainedModel | LlamaTree, nests_head: bool) -> None:
-    model_type = model.config.model_type
+def check_rotatable(config: PretrainedConfig | LlamaShape, *, nests_head: bool = True) -> None:
+    """Raises InputError if a model of this configuration has norms that no rotation passes, or must keep its head."""
+    model_type = config.model_type
     if model_type not in ROTATED_MODEL_TYPES:
         raise InputError(
             f"a rotation does not pass through the norms of model type {model_type!r}, only through those of "
             f"{', '.join(ROTATED_MODEL_TYPES)}; leave --rotate out"
         )
-    if not nests_head and model.config.tie_word_embeddings:
+    if not nests_head and config.tie_word_embeddings:
         raise InputError(
             "rotate=True gives the head weights of its own, but quantize_head=False leaves it the embedding's; leave "
             "one of them out"

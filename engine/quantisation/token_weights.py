@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexquant_rl.engine.control.output_kl import logit_probes
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.calibration import check_windows
 from flexquant_rl.engine.quantisation.tuned_linear import has_bfloat16
 
@@ -27,11 +29,9 @@ if TYPE_CHECKING:
 
     from flexquant_rl.engine.nesting import Progress
 
-# One probe is noisy, and the first tokens of a window, which all others look at, would outweigh the rest by far: width
-# 8 got worse with their full weight (docs/weights.md).
+# One probe is noisy, and the first tokens of a window, which all others look at, would outweigh the rest by far. Of the
+# powers that were tried this was as good as any (docs/weights.md).
 _EXPONENT = 0.5
-# Logits of one block of tokens: bounds the temporaries of a vocabulary of any size.
-_BLOCK_LOGITS = 1 << 22
 
 
 def token_weights(
@@ -55,7 +55,7 @@ def token_weights(
         no token matters. A linear that no token reaches is missing.
 
     Raises:
-        InputError: As `input_hessians`.
+        InputError: As `input_hessians`, and if a gradient is not finite.
     """
     check_windows(hf_model, windows)
     generator = torch.Generator().manual_seed(0)
@@ -65,23 +65,8 @@ def token_weights(
         for tokens in progress(windows.to(device).split(1), "weighing tokens"):
             with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
                 logits = hf_model(input_ids=tokens, use_cache=False).logits[0]
-            logits.backward(_probe(logits.detach(), generator))
-    return {name: _normalised(torch.cat(parts)) for name, parts in energies.items() if parts}
-
-
-def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Random vectors with the covariance ``diag(p) - p pᵀ`` of the probabilities of `logits [T, vocab]`; their dtype.
-
-    Unlike a label drawn from p, less its probabilities, such a vector is never large where p is sure of one token.
-    """
-    probe = torch.empty_like(logits)
-    num_rows = max(1, _BLOCK_LOGITS // logits.shape[1])
-    for block, out in zip(logits.split(num_rows), probe.split(num_rows), strict=True):
-        root = block.float().softmax(-1).sqrt_()
-        noise = torch.randn(root.shape, generator=generator).to(root.device)
-        noise -= (root * noise).sum(-1, keepdim=True) * root
-        out.copy_(noise.mul_(root))
-    return probe
+            logits.backward(logit_probes(logits.detach(), generator))
+    return {name: _normalised(name, torch.cat(parts)) for name, parts in energies.items() if parts}
 
 
 @contextmanager
@@ -110,7 +95,13 @@ def _watching(hf_model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[
             handle.remove()
 
 
-def _normalised(energy: Tensor) -> Tensor:
+def _normalised(name: str, energy: Tensor) -> Tensor:
+    num_bad = int((~torch.isfinite(energy)).sum())
+    if num_bad:
+        raise InputError(
+            f"{name}: the gradients of {num_bad} of {len(energy)} calibration tokens are NaN or infinite, but must be "
+            "finite to weigh the tokens; use other calibration text, or --method rtn without any"
+        )
     weights = energy.pow(_EXPONENT)
     mean = float(weights.mean())
     return weights / mean if mean > 0 else torch.ones_like(weights)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flexquant_rl.engine.control.output_kl import ReferenceDistribution
+from flexquant_rl.engine.control.output_kl import LOGITS_AT_A_TIME, ReferenceDistribution
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import json_sha256
 from flexquant_rl.engine.linear import REFERENCE_WIDTH, WidthPlan, active_plan, logits_under, reading
@@ -29,12 +29,10 @@ from flexquant_rl.engine.quantisation.config import Tuning, TuningConfig
 from flexquant_rl.engine.quantisation.tuned_linear import TunedLinear, has_bfloat16, tunable
 from flexquant_rl.engine.quantisation.tuning_state import WidthState, read_states, write_states
 
-# Logits of one block of tokens: bounds the temporaries of a vocabulary of any size.
-_BLOCK_LOGITS = 1 << 23
 # Activations up to this are kept for the backward pass; more only where the weights take more themselves.
 _KEPT_BYTES = 1 << 30
 _SAVE_EVERY_S, _REPORT_EVERY_S = 60.0, 10.0
-# What helps 3 bits most, where much is wrong, makes 4 bits worse (docs/weights.md).
+# Where much is wrong larger steps help: 3 bits are best at the whole rate, 4 at half of it (docs/weights.md).
 _LARGE_STEP_WIDTH, _SMALL_STEP = 3, 0.5
 # By default a step reads a window, and all steps of a width together work this often on a weight; within limits.
 _DEFAULT_WEIGHT_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1.5e10, 40, 200
@@ -54,14 +52,14 @@ class _MeanKl(torch.autograd.Function):
         num_tokens = len(logits)
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         gradient = torch.empty_like(logits)
-        for rows in torch.arange(num_tokens).split(max(1, _BLOCK_LOGITS // logits.shape[1])):
-            block = slice(int(rows[0]), int(rows[-1]) + 1)
-            log_probs, wanted = logits[block].log_softmax(-1), reference[block].log_softmax(-1)
+        num_rows = max(1, LOGITS_AT_A_TIME // logits.shape[1])
+        for block, base, out in zip(*(one.split(num_rows) for one in (logits, reference, gradient)), strict=True):
+            log_probs, wanted = block.log_softmax(-1), base.log_softmax(-1)
             probability = wanted.exp()
             # A token that the reference rules out adds nothing, whatever its logits are (0 * inf is NaN).
             terms = (probability * (wanted - log_probs)).where(probability > 0, 0.0)
             total += terms.sum(dtype=torch.float64)
-            gradient[block] = log_probs.exp_().sub_(probability).div_(num_tokens)
+            out.copy_(log_probs.exp_().sub_(probability).div_(num_tokens))
         ctx.save_for_backward(gradient)
         return (total / num_tokens).float()
 
@@ -304,7 +302,7 @@ def _order(num_windows: int, config: TuningConfig) -> Tensor:
 
 
 def _rate(step: int, num_steps: int) -> float:
-    """Share of the learning rate in a step: up over the first tenth, then down a quarter of a cosine's period."""
+    """Share of the learning rate in a step: up over the first tenth, then down half a period of a cosine."""
     warm_up = max(1, num_steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up

@@ -140,14 +140,39 @@ def test_what_peers_are_refused_with(text: Path, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists()
 
 
-def test_a_nested_checkpoint_has_no_peers(
+def test_a_nested_checkpoint_alone_has_no_peers(
     tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "has_hqq", lambda: True)
     assert run(cli.main, "quantize", tiny_model_dir, tmp_path / "nested").code == 0
     options = ("--windows", 3, "--window-tokens", 24, "--peers", "--out", tmp_path / "out")
     error = run(cli.main, "analyse", tmp_path / "nested", "--text", text, *options).error
-    assert "--peers quantises unquantised weights" in error
+    assert "--peers quantises unquantised weights; name the model that it was made from with --reference" in error
+    assert not (tmp_path / "out").exists()
+
+
+@needs_library
+@needs_llama_cpp
+def test_a_nested_checkpoint_has_those_of_the_model_that_it_was_made_from(
+    text: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_hqq", lambda: False)
+    model, nested, out = tmp_path / "model", tmp_path / "nested", tmp_path / "out"
+    model_of().save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    assert run(cli.main, "quantize", model, nested, "--group-size", 64, "--bit-widths", 3, 4, 8).code == 0
+    options = ("--windows", 3, "--window-tokens", 24, "--reference", model, "--peers")
+    finished = run(cli.main, "analyse", nested, "--text", text, "--out", out, *options)
+    found = {(row["strategy"], row["bit_width"]): row for row in finished.result["rows"]}
+    assert [name for name, _ in found] == ["stored"] * 3 + LLAMA_CPP_NAMES
+    # They are what they are beside a strategy of the model itself.
+    wanted = analyse(model, text, tmp_path / "other", "--peers").result["rows"]
+    for one in wanted:
+        key = (one["strategy"].replace("rtn:64", "stored"), one["bit_width"])
+        assert found[key]["output_kl_nats"] == pytest.approx(one["output_kl_nats"], rel=1e-3)
+        assert found[key]["bytes_per_weight"] == pytest.approx(one["bytes_per_weight"])
+        assert found[key]["measured_ms"] > 0
+    assert "\n## Beside other libraries\n" in (out / "report.md").read_text()
 
 
 def row(strategy: str, bit_width: int, kl: float, size: float, group_size: int = 128) -> StrategyRow:

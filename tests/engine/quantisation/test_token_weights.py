@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.nesting import unseen
 from flexquant_rl.engine.quantisation import token_weights as module
 from flexquant_rl.engine.quantisation.token_weights import token_weights
@@ -122,14 +123,16 @@ def test_tokens_that_do_not_matter_count_alike(tokens: Tensor) -> None:
     assert torch.equal(found["model.layers.0.mlp.gate_proj"], torch.ones(TOKENS))
 
 
-@pytest.mark.parametrize("block_logits", [1, 3 * VOCAB, 1 << 22])
-def test_probes_have_the_covariance_of_the_probabilities(block_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK_LOGITS", block_logits)
-    generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(VOCAB, generator=generator) * 2
-    rows = 200 if block_logits == 1 else 20_000
-    probes = module._probe(logits.repeat(rows, 1), generator).double()
-    p = logits.double().softmax(-1)
-    expected = p.diag() - torch.outer(p, p)
-    torch.testing.assert_close(probes.T @ probes / rows, expected, rtol=0, atol=0.08 if rows == 200 else 0.01)
-    torch.testing.assert_close(probes.sum(1), torch.zeros(rows, dtype=torch.float64), rtol=0, atol=1e-5)
+def test_a_gradient_that_is_not_finite_is_named(tokens: Tensor) -> None:
+    """The logits are finite, what is sent back is not."""
+    hf_model = llama().eval()
+    names = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+
+    def broken(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * float("nan"))
+
+    handle = hf_model.get_submodule(names[1]).register_forward_hook(broken)
+    with pytest.raises(InputError, match=f"the gradients of {TOKENS} of {TOKENS} calibration tokens are NaN"):
+        token_weights(hf_model, names, tokens[None], unseen)
+    handle.remove()
+    assert len(token_weights(hf_model, names, tokens[None], unseen)) == 2

@@ -192,7 +192,7 @@ def test_steps_move_all_widths_alike() -> None:
 
 
 def test_kl_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_BLOCK_LOGITS", 40)  # of 31 tokens: one at a time
+    monkeypatch.setattr(tuning, "LOGITS_AT_A_TIME", 40)  # of 31 tokens: one at a time
     logits = (torch.randn(6, 31) * 3).requires_grad_()
     reference = torch.randn(6, 31) * 3
     reference[2, 5] = -torch.inf  # ruled out
