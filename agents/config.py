@@ -60,9 +60,9 @@ class PPOConfig:
     """Transitions per gradient step."""
     num_epochs: int = 4
     """Passes over each rollout."""
-    gamma: float = 0.8
+    gamma: float = 0.97
     """Discount per token: keys and values written at few bits cost later tokens, so it must not be small."""
-    gae_lambda: float = 0.7
+    gae_lambda: float = 0.9
     """Bias and variance of the advantage."""
     clip_range: float = 0.2
     """PPO's trust region, for each unit by itself."""
