@@ -172,12 +172,35 @@ def test_full_disk(
 def test_rotated_and_weighed(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
     out = tmp_path / "out"
     widths = ("--bit-widths", 3, 4, 8, "--width-weights", 8, 16, 1024)
-    fitted = ("--group-size", 32, "--calibration", text, "--tune-steps", 2, "--rotate", *widths)
+    fitted = ("--group-size", 32, "--calibration", text, "--tune-steps", 2, *widths)
     result = run(cli.main, "quantize", tiny_model_dir, out, *fitted).result
     assert result["output_kl_nats"].keys() == {"3", "4", "8"}
     assert result["peak_memory_bytes"] > 1 << 20
     config = load_checkpoint(out).config
     assert (config.method, config.rotate, config.width_weights) == ("gptq", True, (8, 16, 1024))
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "rotated"),
+    [("gptq", "auto", True), ("gptq", "no", False), ("rtn", "auto", False), ("rtn", "yes", True)],
+)
+def test_what_is_rotated(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, method: str, asked: str, rotated: bool
+) -> None:
+    fitted = ("--group-size", 32, "--calibration", text, "--tune-steps", 0, "--method", method, "--rotate", asked)
+    assert run(cli.main, "quantize", tiny_model_dir, tmp_path / "out", *fitted).code == 0
+    assert load_checkpoint(tmp_path / "out").config.rotate == rotated
+
+
+def test_a_model_that_cannot_be_rotated_is_not(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexquant_rl.engine.quantisation.rotation.ROTATED_MODEL_TYPES", ("mamba",))
+    start = ("quantize", tiny_model_dir, tmp_path / "out", "--group-size", 32, "--calibration", text)
+    error = run(cli.main, *start, "--tune-steps", 0, "--rotate", "yes").error
+    assert error.startswith("a rotation does not pass through the norms of model type 'llama', only through those")
+    assert run(cli.main, *start, "--tune-steps", 0).code == 0
+    assert not load_checkpoint(tmp_path / "out").config.rotate
 
 
 def test_bad_input_leaves_nothing(
@@ -238,7 +261,7 @@ def test_device_that_is_missing(tiny_model_dir: Path, tmp_path: Path, text: Path
 @pytest.mark.gpu
 def test_a_gpu_does_what_the_cpu_does(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
     start = ("quantize", tiny_model_dir)
-    fitted = ("--group-size", 32, "--calibration", text, "--tune-steps", 4, "--rotate")
+    fitted = ("--group-size", 32, "--calibration", text, "--tune-steps", 4)
     found = [
         run(cli.main, *start, tmp_path / device, *fitted, "--device", device).result["output_kl_nats"]
         for device in ("cpu", "cuda")

@@ -44,9 +44,9 @@ class QuantizeOptions:
     """Whether the output head is stored nested and is one more unit."""
     width_weights: tuple[float, ...] = QuantizationConfig.width_weights
     """For gptq: how much the error of each of the widths counts, e.g. 8 16 32 64 1024; default: 2^b for b bits."""
-    rotate: bool = QuantizationConfig.rotate
-    """Rotate the residual stream and the values first, which changes no output and costs nothing at run time; for
-    Llama, Mistral, Qwen2 and Qwen3. With gptq 3 and 4 bits lose 5 to 10% less, with rtn it does not pay."""
+    rotate: Literal["auto", "yes", "no"] = "auto"
+    """Rotate the residual stream and the values first, which changes no output and costs nothing at run time. auto:
+    with gptq, for Llama, Mistral, Qwen2 and Qwen3. With rtn it does not pay."""
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""

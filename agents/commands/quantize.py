@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
+from flexquant_rl.engine.quantisation.rotation import why_not_rotatable
 from flexquant_rl.engine.quantisation.tuning import default_steps, tune_pairs
 from flexquant_rl.engine.quantisation.unfinished import (
     STATE_FILE,
@@ -55,7 +57,7 @@ def quantize(options: QuantizeOptions) -> None:
         options.unit,
         options.quantize_head,
         options.width_weights,
-        options.rotate,
+        options.rotate == "yes",
     )
     config.validate()
     if options.text_field is not None and not any(map(is_jsonl, (*calibration, *text))):
@@ -72,6 +74,9 @@ def quantize(options: QuantizeOptions) -> None:
         raise InputError(f"{what} to text; give it some with --calibration FILE")
     began = time.perf_counter()
     hf_model, tokenizer = load_causal_lm(path)
+    if options.rotate == "auto":
+        can_be = why_not_rotatable(hf_model.config, nests_head=config.quantize_head) is None
+        config = replace(config, rotate=chosen == "gptq" and can_be)
     hf_model.to(options.device)  # type: ignore[arg-type]
     if steps is None:
         steps = default_steps(sum(parameter.numel() for parameter in hf_model.parameters())) if calibrated else 0

@@ -77,19 +77,26 @@ def rotate(
         _rotate_values(model, layer, values)
 
 
-def check_rotatable(config: PretrainedConfig | LlamaShape, *, nests_head: bool = True) -> None:
-    """Raises InputError if a model of this configuration has norms that no rotation passes, or must keep its head."""
-    model_type = config.model_type
-    if model_type not in ROTATED_MODEL_TYPES:
-        raise InputError(
-            f"a rotation does not pass through the norms of model type {model_type!r}, only through those of "
+def why_not_rotatable(config: PretrainedConfig | LlamaShape, *, nests_head: bool = True) -> str | None:
+    """Why a model of this configuration cannot be rotated; None if it can."""
+    if config.model_type not in ROTATED_MODEL_TYPES:
+        return (
+            f"a rotation does not pass through the norms of model type {config.model_type!r}, only through those of "
             f"{', '.join(ROTATED_MODEL_TYPES)}; leave --rotate out"
         )
     if not nests_head and config.tie_word_embeddings:
-        raise InputError(
+        return (
             "rotate=True gives the head weights of its own, but quantize_head=False leaves it the embedding's; leave "
             "one of them out"
         )
+    return None
+
+
+def check_rotatable(config: PretrainedConfig | LlamaShape, *, nests_head: bool = True) -> None:
+    """Raises InputError if a model of this configuration cannot be rotated."""
+    reason = why_not_rotatable(config, nests_head=nests_head)
+    if reason is not None:
+        raise InputError(reason)
 
 
 def orthogonal_matrix(size: int, generator: torch.Generator) -> Tensor:

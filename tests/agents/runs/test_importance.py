@@ -71,6 +71,19 @@ def test_effects_of_a_model(tiny_prepared: Prepared) -> None:
     assert torch.equal(found.signals, again.signals)
 
 
+def test_an_allocation_without_errors_is_not_looked_at(tiny_prepared: Prepared) -> None:
+    """Where 8 bits are the reference, the slowest allocation of the front has no KL and dials may choose it."""
+    front = tiny_prepared.front
+    kl = front.output_kl_nats.clone()
+    kl[-1] = 0
+    exact = replace(tiny_prepared, front=replace(front, output_kl_nats=kl))
+    exact = replace(exact, env=replace(exact.env, kl_weight_min=1e6, kl_weight_max=1e7))
+    assert (exact.front.best(torch.tensor([1e6])) == len(kl) - 1).all()
+    found = measure_effects(exact, 8, 4, torch.Generator().manual_seed(0))
+    assert bool(found.relative.isfinite().all())
+    assert float(found.relative.std()) > 0
+
+
 def effects(log_importance: Tensor, signals: Tensor, noise: float) -> Effects:
     """Effects of known means, with noise of either sign."""
     generator = torch.Generator().manual_seed(5)
