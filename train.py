@@ -15,7 +15,7 @@ from flexquant_rl.agents.commands.process import ENDINGS, command, run_command
 
 DESCRIPTION = f"""Trains a precision controller: a model and text in, a policy out.
 
-    python train.py                          # embedded model, about 7 minutes
+    python train.py                          # embedded model, about 6 minutes
     python train.py --model DIR --text FILE  # any causal LM, any text
     python train.py --resume RUN             # after Ctrl-C or a crash
 
