@@ -55,7 +55,8 @@ class TuningConfig:
 
     Attributes:
         steps: Steps of each width.
-        learning_rate: Of Adam, at its highest, in cells of a group; widths above 3 take half of it.
+        learning_rate: Of Adam, at its highest, in cells of a group; widths above 3 take half of it, and a width that
+            gained nothing at an evaluation a quarter of what it had.
         windows_per_step: Windows whose gradient makes one step.
         widths: The widths to tune; none: all that are stored.
         evaluations: How often held-out text is read, evenly spaced.

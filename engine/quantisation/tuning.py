@@ -2,7 +2,8 @@
 
 Codes stay as they are, so the widths are tuned each by itself, side by side: one pass of the unquantised model serves
 all of them. Adam steps in units of a group's cell (tuned_linear.py). The rate warms up and then falls to nothing. What
-is kept of a width is what was best on held-out windows, as it is stored: the beginning too, where no step helped.
+is kept of a width is what was best on held-out windows, as it is stored: the beginning too, where no step helped. A
+width that is no better at an evaluation goes back to its best and on at a quarter of the rate.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _KEPT_BYTES = 1 << 30
 _SAVE_EVERY_S, _REPORT_EVERY_S = 60.0, 10.0
 # Where much is wrong larger steps help: 3 bits are best at the whole rate, 4 at half of it (docs/weights.md).
 _LARGE_STEP_WIDTH, _SMALL_STEP = 3, 0.5
+# A rate that suits one model is too large for another: a width that gained nothing goes on at this share of it.
+_AFTER_FAILURE = 0.25
 # By default a step reads a window, and all steps of a width together work this often on a weight; within limits.
 _DEFAULT_WEIGHT_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1.5e10, 40, 200
 
@@ -128,6 +131,7 @@ class _Progress:
     before: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
+    rate_shares: dict[str, float] = field(default_factory=dict)
 
 
 class _Run:
@@ -210,12 +214,13 @@ class _Run:
         for width in active:
             self._check_gradient(width)
             rate = self.config.learning_rate * (1.0 if width <= _LARGE_STEP_WIDTH else _SMALL_STEP)
+            rate *= self.progress.rate_shares.get(str(width), 1.0)
             self.states[width].step(rate * _rate(index, self.config.steps))
         self.progress.step += 1
         self.progress.seconds += time.monotonic() - began
 
     def evaluate(self) -> str:
-        """Keeps what got better on held-out text, and says how it stands."""
+        """Keeps what got better on held-out text, goes back where nothing did, and says how it stands."""
         began = time.monotonic()
         progress, active = self.progress, self._active()
         for name, kl in self._held_out_kl(active).items():
@@ -224,6 +229,8 @@ class _Run:
                 self.states[int(name)].keep()
             else:
                 progress.failures[name] = progress.failures.get(name, 0) + 1
+                progress.rate_shares[name] = _AFTER_FAILURE * progress.rate_shares.get(name, 1.0)
+                self.states[int(name)].restore_best()
         progress.seconds += time.monotonic() - began
         return self._line("held-out KL", progress.best)
 

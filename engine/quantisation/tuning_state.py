@@ -49,8 +49,11 @@ class WidthState:
         self.best.copy_(self.flat.detach())
 
     def restore_best(self) -> None:
-        """Goes back to the best steps."""
+        """Goes back to the best steps, without the direction that led away from them."""
         self.flat.data.copy_(self.best)
+        moments = self._adam.state.get(self.flat)
+        if moments:
+            moments["exp_avg"].zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, by name; empty moments before the first step."""

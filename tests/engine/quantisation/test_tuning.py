@@ -25,6 +25,7 @@ from flexquant_rl.engine.quantisation.tuned_linear import TunedLinear, tunable
 from flexquant_rl.engine.quantisation.tuning import default_steps, tune_pairs
 
 CONFIG = TuningConfig(6, learning_rate=0.02, evaluations=3)
+TOO_LARGE = 0.5
 
 
 Fresh = Callable[[], NestedCausalLM]
@@ -257,6 +258,35 @@ def test_stops_early_and_keeps_what_was_best(model: NestedCausalLM, windows: Ten
     assert model.tuning is not None
     assert model.tuning.steps == 6  # three evaluations without gain
     assert model.tuning.output_kl_after == model.tuning.output_kl_before
+
+
+def test_a_rate_that_is_too_large_is_found_out(
+    fresh: Fresh, windows: Tensor, held_out: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The width goes back to what was best and on with smaller steps, after an interruption too."""
+    config = TuningConfig(24, learning_rate=TOO_LARGE, evaluations=12, widths=(3,))
+    stubborn, wise, resumed = fresh(), fresh(), fresh()
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "_AFTER_FAILURE", 1.0)
+        tune_pairs(stubborn, windows, held_out, config)
+    assert stubborn.tuning is not None
+    assert stubborn.tuning.output_kl_after == stubborn.tuning.output_kl_before
+    tune_pairs(wise, windows, held_out, config)
+    assert wise.tuning is not None
+    assert wise.tuning.output_kl_after["3"] < 0.95 * wise.tuning.output_kl_before["3"]
+    file, written = tmp_path / "state.safetensors", tuning.write_states
+
+    def write_then_stop(*args: Any) -> None:
+        written(*args)
+        if args[3]["rate_shares"]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "write_states", write_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            tune_pairs(resumed, windows, held_out, config, state_file=file)
+    tune_pairs(resumed, windows, held_out, config, state_file=file)
+    assert same(stored(resumed), stored(wise))
 
 
 def test_same_seed_same_pairs(fresh: Fresh, windows: Tensor, held_out: Tensor) -> None:
