@@ -112,7 +112,7 @@ def reason_to_parse(words: Sequence[str]) -> str | None:
 def small(name: str, words: Sequence[str]) -> list[str]:
     """A command's words with what makes it small behind them."""
     appended = [*SMALL[name]]
-    if "--resume" in words:  # as it was started
+    if {"--resume", "--from-rows"} & {*words}:  # as it was started, or measured
         return [*words]
     asked = {*words}
     if name == "train" and "verified" not in asked:
