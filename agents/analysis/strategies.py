@@ -41,7 +41,7 @@ RECIPES: dict[str, tuple[Literal["rtn", "gptq"], bool, bool, bool]] = {
 _GROUP_SIZE = 128
 _CHEAP = ("rtn:32", "rtn:64", "rtn", "rtn-text")
 _DEAR = ("gptq", "gptq-tuned")
-# gptq takes seconds for a million weights, tuning as long: more than a sample may cost.
+# gptq takes two seconds for a million weights, tuning ten: more than a sample may cost.
 _DEAR_UP_TO = 20_000_000
 
 

@@ -1,4 +1,4 @@
-"""What tuned scales gain on a real model: test KL by width before and after, the numbers of docs/weights.md.
+"""What 40 steps of tuned scales gain on a real model at 3 and 4 bits: test KL before and after.
 
 `FQ_REAL_MODELS=FOLDER pytest tests/engine/quantisation/test_tuning_quality.py -s` takes half an hour on two cores.
 """
@@ -51,7 +51,7 @@ def output_kl_nats(model: NestedCausalLM, windows: Tensor, width: int) -> float:
 def test_tuning_a_real_model(shared_dir: Path) -> None:
     files = [shared_dir / "text" / name for name in TEXTS]
     hf_model, tokenizer = load_causal_lm(str(Path(os.environ["FQ_REAL_MODELS"]) / "smollm2-135m"))
-    config = QuantizationConfig(method="gptq")
+    config = QuantizationConfig(method="gptq", rotate=True)
     model = nest(hf_model, tokenizer, config, calibration=cut(tokenizer, files, "train", 64, 256))
     windows = torch.cat([cut(tokenizer, [file], "train", STEPS // len(files)) for file in files])
     held_out = torch.cat([cut(tokenizer, [file], "validation", HELD_OUT_WINDOWS // len(files)) for file in files])
@@ -62,5 +62,5 @@ def test_tuning_a_real_model(shared_dir: Path) -> None:
     for name, b in before:
         print(f"{name} at {b} bits: {before[name, b]:.4f} -> {after[name, b]:.4f} nats ({seconds:.0f} s)")
     assert all(after[key] < before[key] for key in before)
-    # Behind weighed tokens there is less to gain: held-out text .420 -> .338, in 112 steps .305.
+    # Behind weighed tokens there is less to gain than behind others (docs/weights.md).
     assert all(after[name, 3] < 0.9 * before[name, 3] for name in tests)
