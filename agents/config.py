@@ -202,8 +202,8 @@ class TrainConfig:
     relative-error (a reference that no decoder here can serve), regressor, untrained; the last three are left out for
     the time they take."""
     oracle_samples: int = 16
-    """Backward passes per sequence from which the oracles learn the influence of tokens and units; 0 leaves the oracles
-    out."""
+    """Backward passes per sequence from which the oracles learn the influence of tokens and units, whose logarithm has
+    a standard error of 0.36 with 16; 0 leaves the oracles out."""
     long_tokens: int = 512
     """Tokens of a second, longer comparison, as far as the context goes; 0 leaves it out."""
     num_dials: int = 6

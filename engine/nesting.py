@@ -128,19 +128,16 @@ def give_reference(model: NestedCausalLM, hf_model: PreTrainedModel) -> None:
     Raises:
         InputError: If it is another model.
     """
-    modules = dict(hf_model.named_modules())
+    names = {name for name, _ in hf_model.named_modules()}
     linears = model.nested_linears()
-    missing = [name for name in linears if name not in modules]
+    missing = [name for name in linears if name not in names]
     if missing:
         raise InputError(f"the reference has no {missing[0]}, so it is another model; {_GIVE_ITS_MODEL}")
     hf_model.float()
     if model.config.rotate:
         rotate(hf_model, nests_head=model.config.quantize_head)
     references: dict[str, Tensor] = {}
-    theirs = stored_tensors(hf_model)
-    for name, tensor in stored_tensors(model.hf_model).items():
-        if name in theirs:  # not nested
-            _check_distance(name, tensor, theirs[name], _LARGEST_ROUNDING)
+    _check_what_is_not_nested(model, hf_model)
     for name, linear in linears.items():
         weight = references[name] = reference_matrix(hf_model.get_submodule(name))
         hf_model.set_submodule(name, nn.Identity())  # one copy of the model is enough
@@ -148,6 +145,13 @@ def give_reference(model: NestedCausalLM, hf_model: PreTrainedModel) -> None:
     for name, linear in linears.items():
         linear.reference_weight = references[name]
     model.dense_cache.clear()
+
+
+def _check_what_is_not_nested(model: NestedCausalLM, hf_model: PreTrainedModel) -> None:
+    theirs = stored_tensors(hf_model)
+    for name, tensor in stored_tensors(model.hf_model).items():
+        if name in theirs:
+            _check_distance(name, tensor, theirs[name], _LARGEST_ROUNDING)
 
 
 def _check_distance(name: str, own: Tensor, reference: Tensor, largest: float) -> None:

@@ -87,10 +87,11 @@ class Analysis:
 
     def run(self, strategies: Sequence[str]) -> None:
         """Measures what is missing of some strategies, by name."""
-        stored = self._stored() if self.plan.nested else None
-        if stored is not None and self._is_missing(STORED):
-            self._measure(stored, STORED, 0.0)
-        for start, members in by_start(map(parse_strategy, () if stored else strategies)):
+        if self.plan.nested and self._is_missing(STORED):
+            self._measure(self._stored(), STORED, 0.0)
+            gc.collect()
+            return_freed_memory()
+        for start, members in by_start(map(parse_strategy, () if self.plan.nested else strategies)):
             missing = [one for one in members if self._is_missing(one.name)]
             if missing:
                 self._run_start(start, missing)
@@ -102,7 +103,7 @@ class Analysis:
             for name in peers.names():
                 if name not in self._names(StrategyRow):
                     self._measure_peer(peers, name)
-        self._time(peers, stored)
+        self._time(peers)
 
     def _stored(self) -> NestedCausalLM:
         """The nested checkpoint, with what it is judged against."""
@@ -120,7 +121,7 @@ class Analysis:
             say(f"{name}: KL {row.output_kl_nats:.4f} nats at {row.bytes_per_weight:.3f} bytes per weight")
         return_freed_memory()
 
-    def _time(self, peers: Peers | None, stored: NestedCausalLM | None) -> None:
+    def _time(self, peers: Peers | None) -> None:
         """Times all formats together, unless that was done; the cheapest recipe stands for all of a group size."""
         rows, times = self.store.read(StrategyRow), self.store.read(TimeRow)
         sizes = sorted({row.group_size for row in rows if not is_peer(row.strategy)})
@@ -134,10 +135,11 @@ class Analysis:
                 "the times of other libraries' formats are dropped, as all formats take turns; --peers takes them again"
             )
         say(f"timing steps in groups of {', '.join(map(str, sizes))}" + "".join(f", {name}" for name in names))
-        models = [] if stored is None else [stored]
-        for size in sizes if stored is None else ():
-            config = QuantizationConfig("rtn", size, self.plan.bit_widths)
-            models.append(load_model(self.path, config, keep_reference=False))
+        if self.plan.nested:
+            models = [load_checkpoint(Path(self.path))]
+        else:
+            configs = [QuantizationConfig("rtn", size, self.plan.bit_widths) for size in sizes]
+            models = [load_model(self.path, config, keep_reference=False) for config in configs]
         decoder, num_threads = default_decoder(models[0], self.plan.threads)
         opened: AbstractContextManager[list[PeerTurn]] = (
             peers.turns(names, num_threads) if peers and decoder == "lean" else nullcontext([])

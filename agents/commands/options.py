@@ -46,7 +46,7 @@ class QuantizeOptions:
     """For gptq: how much the error of each of the widths counts, e.g. 8 16 32 64 1024; default: 2^b for b bits."""
     rotate: Literal["auto", "yes", "no"] = "auto"
     """Rotate the residual stream and the values first, which changes no output and costs nothing at run time. auto:
-    with gptq, for Llama, Mistral, Qwen2 and Qwen3. With rtn it does not pay."""
+    with gptq, for Llama, Mistral, Qwen2 and Qwen3, unless a tied head is not nested. With rtn it does not pay."""
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""

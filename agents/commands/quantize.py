@@ -74,9 +74,11 @@ def quantize(options: QuantizeOptions) -> None:
         raise InputError(f"{what} to text; give it some with --calibration FILE")
     began = time.perf_counter()
     hf_model, tokenizer = load_causal_lm(path)
-    if options.rotate == "auto":
-        can_be = why_not_rotatable(hf_model.config, nests_head=config.quantize_head) is None
-        config = replace(config, rotate=chosen == "gptq" and can_be)
+    if options.rotate == "auto" and chosen == "gptq":
+        reason = why_not_rotatable(hf_model.config, nests_head=config.quantize_head)
+        config = replace(config, rotate=reason is None)
+        if reason is not None:
+            say(f"not rotated: {reason}")
     hf_model.to(options.device)  # type: ignore[arg-type]
     if steps is None:
         steps = default_steps(sum(parameter.numel() for parameter in hf_model.parameters())) if calibrated else 0

@@ -95,7 +95,7 @@ def _of_part(
 @contextmanager
 def _gated(model: NestedCausalLM, bit_widths: Tensor, first: int) -> Iterator[_Gates]:
     """Inside the block each linear adds its errors times the gates of its unit."""
-    model.dense_cache.clear()  # matrices that were decoded in inference mode have no gradients
+    model.dense_cache.clear()  # autograd keeps no matrix that was decoded in inference mode
     gates = _Gates()
 
     def opened(linear: NestedLinear) -> RemovableHandle:
@@ -111,6 +111,7 @@ def _gated(model: NestedCausalLM, bit_widths: Tensor, first: int) -> Iterator[_G
         return linear.register_forward_hook(hook)
 
     handles = [opened(linear) for linear in model.nested_linears().values()]
+    model.dense_cache.clear()  # of the width, whose errors are kept
     try:
         yield gates
     finally:

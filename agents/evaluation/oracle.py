@@ -22,8 +22,6 @@ from flexquant_rl.agents.evaluation.influence import Influence, influences
 from flexquant_rl.agents.evaluation.lagrange import Lagrange, centred
 from flexquant_rl.agents.preparation import Prepared
 
-NUM_SAMPLES = 16
-"""Backward passes for each sequence. The logarithm of an influence has a standard error of 0.36 then."""
 _MEASURED_WIDTH = 4
 _POWERS = (1.0, 0.75, 0.5)
 _SMALLEST_NATS = 1e-12
@@ -35,7 +33,7 @@ def text_influence(
     prepared: Prepared,
     windows: Tensor,
     *,
-    num_samples: int = NUM_SAMPLES,
+    num_samples: int,
     seed: int = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Influence:

@@ -35,6 +35,7 @@ _ROWS_PER_DIAL = 8
 _HIDDEN = 32
 _LARGEST_LOG = 3.0
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+_SMALLEST_NATS = 1e-12
 IMPORTANCE_FILE = "importance.safetensors"
 
 
@@ -174,7 +175,7 @@ def measure_effects(prepared: Prepared, num_windows: int, num_rows: int, generat
     dials = (low + (high - low) * draws.double()).exp().repeat_interleave(_ROWS_PER_DIAL)[: len(windows)]
     kl = prepared.front.output_kl_nats
     # Where 8 bits are the reference, the slowest allocation has no errors to look at: the one before it has.
-    points = prepared.front.best(dials).clamp_max(int((kl > 0).sum()) - 1)
+    points = prepared.front.best(dials).clamp_max(max(int((kl > 0).sum()) - 1, 0))
     own = prepared.front.bit_widths[points]
     signals = torch.cat(
         [
@@ -192,7 +193,7 @@ def measure_effects(prepared: Prepared, num_windows: int, num_rows: int, generat
             num_samples=_NUM_SAMPLES,
             generator=generator,
         )
-        parts.append(found.tokens.double() / float(kl[points[begin]]))
+        parts.append(found.tokens.double() / max(float(kl[points[begin]]), _SMALLEST_NATS))
     relative = torch.cat(parts)
     return Effects(signals, relative / relative.mean().clamp_min(1e-6))
 

@@ -60,7 +60,7 @@ class TuningConfig:
         windows_per_step: Windows whose gradient makes one step.
         widths: The widths to tune; none: all that are stored.
         evaluations: How often held-out text is read, evenly spaced.
-        patience: Evaluations without gain after which a width stops.
+        patience: Evaluations in a row without gain after which a width stops.
         seed: Of the order of windows.
     """
 

@@ -82,13 +82,10 @@ def why_not_rotatable(config: PretrainedConfig | LlamaShape, *, nests_head: bool
     if config.model_type not in ROTATED_MODEL_TYPES:
         return (
             f"a rotation does not pass through the norms of model type {config.model_type!r}, only through those of "
-            f"{', '.join(ROTATED_MODEL_TYPES)}; leave --rotate out"
+            f"{', '.join(ROTATED_MODEL_TYPES)}"
         )
     if not nests_head and config.tie_word_embeddings:
-        return (
-            "rotate=True gives the head weights of its own, but quantize_head=False leaves it the embedding's; leave "
-            "one of them out"
-        )
+        return "rotate=True gives the head weights of its own, but quantize_head=False leaves it the embedding's"
     return None
 
 
@@ -96,7 +93,7 @@ def check_rotatable(config: PretrainedConfig | LlamaShape, *, nests_head: bool =
     """Raises InputError if a model of this configuration cannot be rotated."""
     reason = why_not_rotatable(config, nests_head=nests_head)
     if reason is not None:
-        raise InputError(reason)
+        raise InputError(f"{reason}; leave the rotation out")
 
 
 def orthogonal_matrix(size: int, generator: torch.Generator) -> Tensor:

@@ -69,9 +69,11 @@ def test_pieces_of_a_text_are_measured_as_one(tiny_prepared: Prepared, monkeypat
         monkeypatch.setattr(influence, "LOGITS_AT_A_TIME", floats)
         generator = torch.Generator().manual_seed(0)
         found.append(influences(model, text, low, first=first, num_samples=400, generator=generator))
-    # Other directions for other pieces: equal within the noise of 400.
-    assert whole[0].units.shape == pieces[0].units.shape
-    assert float((whole[0].tokens / pieces[0].tokens).log().std()) < 0.2
+    # Other directions for other pieces: equal within the noise of 400, a standard error of 10% for the ratio of two.
+    for name in ("units", "tokens"):
+        ratio = (getattr(whole[0], name) / getattr(pieces[0], name)).log()
+        assert float(ratio.abs().max()) < 0.5
+        assert float(ratio.mean().abs()) < 0.05
 
 
 def test_model_is_left_as_it_was(tiny_prepared: Prepared) -> None:

@@ -73,7 +73,7 @@ def test_another_seed_is_another_rotation_of_the_same_function() -> None:
 def test_other_norms_are_refused_and_nothing_has_changed(model_type: str) -> None:
     model = model_of(model_type)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(InputError, match=f"norms of model type '{model_type}', only .* leave --rotate out"):
+    with pytest.raises(InputError, match=f"norms of model type '{model_type}', only .* leave the rotation out"):
         nest(model, None, QuantizationConfig(rotate=True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
