@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,16 +60,21 @@ class Lagrange:
 
     def meet(self, log_multiples: Sequence[Tensor], time_budget: float) -> float:
         """The multiplier at which the mean step takes at most a share of full-width time, and nearly that."""
-        low, high = _LOG_RANGE
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            is_over = self.time_share(log_multiples, math.exp(middle)) > time_budget
-            low, high = (middle, high) if is_over else (low, middle)
-        return math.exp(high)
+        return math.exp(
+            least_within(lambda log: self.time_share(log_multiples, math.exp(log)), time_budget, *_LOG_RANGE)
+        )
 
     def _columns(self, unit_idx: int, log_multiples: Tensor, multiplier: float) -> Tensor:
         price = log_multiples.double().exp()[..., None] * self.sensitivity[unit_idx] + multiplier * self.time[unit_idx]
         return price.argmin(-1)
+
+
+def least_within(time_share: Callable[[float], float], time_budget: float, low: float, high: float) -> float:
+    """The least number from `low` to `high` at which a time share that falls with it is within a budget, nearly."""
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if time_share(middle) > time_budget else (low, middle)
+    return high
 
 
 def centred(log_multiples: Tensor) -> Tensor:

@@ -19,14 +19,14 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.agents.evaluation.in_flight import trace_in_flight
 from flexquant_rl.agents.evaluation.influence import Influence, influences
-from flexquant_rl.agents.evaluation.lagrange import Lagrange, centred
+from flexquant_rl.agents.evaluation.lagrange import Lagrange, centred, least_within
 from flexquant_rl.agents.preparation import Prepared
 
 _MEASURED_WIDTH = 4
 _POWERS = (1.0, 0.75, 0.5)
 _SMALLEST_NATS = 1e-12
-_LOG_DIALS = (-12.0, 24.0)
-_BISECTIONS = 48
+# Of time, in nats for a full-width step: the dial's inverse.
+_LOG_PRICES = (-24.0, 12.0)
 
 
 def text_influence(
@@ -86,12 +86,11 @@ def _best(traces: Iterable[Trace]) -> Trace:
 
 def _within(prepared: Prepared, multiples: Tensor, time_budget: float) -> Tensor:
     """Widths `[S, T, U]` at the largest dial whose allocations at its multiples `[S, T]` are within a budget."""
-    low, high = _LOG_DIALS
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        is_over = float(prepared.cost.time_share(_allocated(prepared, multiples, middle)).mean()) > time_budget
-        low, high = (low, middle) if is_over else (middle, high)
-    return _allocated(prepared, multiples, low)
+
+    def time_share(log_price: float) -> float:
+        return float(prepared.cost.time_share(_allocated(prepared, multiples, -log_price)).mean())
+
+    return _allocated(prepared, multiples, -least_within(time_share, time_budget, *_LOG_PRICES))
 
 
 def _allocated(prepared: Prepared, multiples: Tensor, log_dial: float) -> Tensor:
