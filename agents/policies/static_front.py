@@ -46,10 +46,6 @@ class StaticFront:
         """`[R]` -> `[R]` int64, the point with the largest `1 - time_share - kl_weight * output_kl_nats`."""
         return (self.time_share + kl_weight.double()[:, None] * self.output_kl_nats).argmin(-1)
 
-    def at_time(self, time_share: Tensor) -> Tensor:
-        """Indices `[R]` of the points whose time shares are nearest to some `[R]`."""
-        return (self.time_share - time_share[:, None]).abs().argmin(-1)
-
     def marginal_rewards(self, profile: Profile, kl_weight: Tensor) -> Tensor:
         """What changing one unit alone from the best allocation to each width would gain or cost per token.
 
