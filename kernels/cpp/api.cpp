@@ -110,9 +110,10 @@ int32_t fq_gemv_prepared(const FqWeight* weight, const void* buffer, int64_t tok
     const Body* body = body_of(isa);
     if (body == nullptr) return kFqUnsupportedIsa;
     const RowsKernel kernel = body->rows[mode][weight->bit_width];
-    const Activations x = view_activations(buffer, weight->num_words, tokens, mode);
+    Activations x = view_activations(buffer, weight->num_words, tokens, mode);
     const int64_t row_bytes = weight->num_words * 4 * weight->bit_width;
     const int threads = threads_for(row_bytes * weight->num_outputs * tokens, num_threads);
+    x.fetches_far = gains_from_far(tokens, threads);
     if (threads == 1) {
         kernel(*weight, x, 0, weight->num_outputs, y, y_stride);
         return kFqOk;

@@ -31,14 +31,18 @@ struct Rows {  // the words of one chunk in each plane
     const char* first;
     int64_t plane_bytes;
     __mmask16 mask;
+    int64_t far_bytes;
     int64_t prefetch_bytes = kPrefetchBytes;
 };
+
+// From a chunk to what is fetched into the second cache; the line that is fetched anyway costs nothing.
+constexpr int64_t far_bytes(const Activations& x) { return x.fetches_far ? kFarPrefetchBytes : kPrefetchBytes; }
 
 template <bool kTail>
 FQ_INLINE FQ_AVX512 __m512i load_plane(const Rows& rows, int plane) {
     const char* address = rows.first + plane * rows.plane_bytes;
     _mm_prefetch(address + rows.prefetch_bytes, _MM_HINT_T0);
-    _mm_prefetch(address + kFarPrefetchBytes, _MM_HINT_T1);
+    _mm_prefetch(address + rows.far_bytes, _MM_HINT_T1);
     __m512i words;
     if constexpr (kTail) words = _mm512_maskz_loadu_epi32(rows.mask, address);
     else words = _mm512_loadu_si512(address);

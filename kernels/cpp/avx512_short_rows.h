@@ -45,7 +45,8 @@ FQ_AVX512 int64_t run_short_rows(const FqWeight& weight, const Activations& x, i
     for (int64_t m = 0; m < x.tokens; ++m) {
         repeat_token(x, m, word_of_lane, group_lanes, &repeated[m]);
     }
-    Rows rows{reinterpret_cast<const char*>(weight.planes + begin * num_words), weight.plane_stride * 4, 0xffff};
+    const char* first_row = reinterpret_cast<const char*>(weight.planes + begin * num_words);
+    Rows rows{first_row, weight.plane_stride * 4, 0xffff, far_bytes(x)};
     for (; begin + rows_per_vector <= end; begin += rows_per_vector) {
         Codes codes;
         load_codes<kWidth, false>(rows, &codes);
@@ -166,7 +167,8 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
     for (int64_t m = 0; m < kTokens; ++m) {
         join_token(x, m, num_words, num_groups, kRows * num_words / kWordsPerChunk, &joined[m]);
     }
-    Rows rows{reinterpret_cast<const char*>(weight.planes + begin * num_words), weight.plane_stride * 4, 0xffff};
+    const char* first_row = reinterpret_cast<const char*>(weight.planes + begin * num_words);
+    Rows rows{first_row, weight.plane_stride * 4, 0xffff, far_bytes(x)};
     for (; begin + kRows <= end; begin += kRows) {
         TwoVectors scales{{}, has_second}, offsets{{}, has_second};
         for (int part = 0; part < 2; ++part) {
@@ -198,15 +200,20 @@ FQ_AVX512 int64_t run_joined_rows(const FqWeight& weight, const Activations& x, 
                 load_codes<kWidth, false>(rows, &codes);
                 rows.first += kWordsPerChunk * 4;
                 const __m512 scale = scales.pick(group);
+                const bool is_whole = left >= kWordsPerChunk;
                 const __mmask16 in_row = mask_of(left), in_next = static_cast<__mmask16>(~in_row);
-                const bool has_next = row + 1 < kRows && left < kWordsPerChunk;
 #pragma GCC unroll 8
                 for (int64_t m = 0; m < kTokens; ++m) {
                     const auto* values = reinterpret_cast<const int8_t*>(joined[m].values[chunk]);
                     const __m512 dot = dot_int8<kWidth>(codes, values);
                     const __m512 factor = _mm512_mul_ps(joined[m].word_scale[chunk], scale);
-                    total[m][row] = _mm512_mask3_fmadd_ps(dot, factor, total[m][row], in_row);
-                    if (has_next) total[m][row + 1] = _mm512_mask3_fmadd_ps(dot, factor, total[m][row + 1], in_next);
+                    __m512* sum = total[m] + row;
+                    if (is_whole) {
+                        sum[0] = _mm512_fmadd_ps(dot, factor, sum[0]);
+                    } else {
+                        sum[0] = _mm512_mask3_fmadd_ps(dot, factor, sum[0], in_row);
+                        if (row + 1 < kRows) sum[1] = _mm512_mask3_fmadd_ps(dot, factor, sum[1], in_next);
+                    }
                 }
                 group = _mm512_add_epi32(group, groups_per_chunk);
                 ++chunk;

@@ -259,6 +259,7 @@ class Step {
             total_chunks += stage.num_chunks[i];
         }
         const int threads = threads_for(total_bytes, num_threads_);
+        stage.x.fetches_far = gains_from_far(num_tokens, threads);
         if (threads == 1) {
             for (int i = 0; i < count; ++i) run_rows(stage, i, 0, linears.items[i]->num_outputs);
         } else {

@@ -84,7 +84,7 @@ FQ_AVX512 int64_t run_rows(const FqWeight& weight, const Activations& x, int64_t
         Rows rows[kRows];
         __m512 total[kRows][kTokens ? kTokens : kMaxTokens];
         for (int r = 0; r < kRows; ++r) {
-            rows[r] = {first + r * row_bytes, weight.plane_stride * 4, tail_mask};
+            rows[r] = {first + r * row_bytes, weight.plane_stride * 4, tail_mask, far_bytes(x)};
             // Of two, the first row fetches every other line from row_bytes + 64 ahead on, the second those between.
             if constexpr (kRows == 2) rows[r].prefetch_bytes = r == 0 ? row_bytes + chunk_bytes : 2 * chunk_bytes;
             for (int64_t m = 0; m < tokens; ++m) total[r][m] = _mm512_setzero_ps();
