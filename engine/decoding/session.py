@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _SCORE_TOKENS_PER_PASS = 8192
 """Tokens per parallel pass: bounds the logits' memory (8,192 x 4,096 x 4 bytes = 128 MiB on the embedded model)."""
-_MIN_SHARED_TOKENS = 8
-"""A shorter prompt that all rows share is read sooner than its keys and values are copied to every row."""
 
 
 class DecodeSession:
@@ -93,8 +91,7 @@ class DecodeSession:
         """Teacher-forced logits of whole sequences, many tokens at a time; the session's own rows are untouched.
 
         Every token writes its keys and values at its own widths, so this equals decoding step by step with widths that
-        are known in advance, up to float rounding. What comes before `first` is read once if it is the same in all
-        rows, tokens and widths.
+        are known in advance, up to float rounding.
 
         Args:
             token_ids: `[R', T]` int64.
@@ -118,9 +115,9 @@ class DecodeSession:
         widths = self._expand(bit_widths, rows, length)
         per_pass = max(1, _SCORE_TOKENS_PER_PASS // length)
         token_ids = token_ids.to(self._model.device)
-        prompt = self._shared_prompt(token_ids, widths, first)
+        keep = length - first
         parts = [
-            self._score_rows(token_ids[i : i + per_pass], widths[i : i + per_pass], first, prompt)
+            self._model.forward(token_ids[i : i + per_pass], widths[i : i + per_pass], keep=keep).logits
             for i in range(0, rows, per_pass)
         ]
         return torch.cat(parts)
@@ -149,27 +146,6 @@ class DecodeSession:
     def close(self) -> None:
         """Frees the cache; any later call raises. Closing twice is fine."""
         self._cache = None
-
-    def _shared_prompt(self, token_ids: Tensor, widths: Tensor, first: int) -> RowCache | None:
-        """Keys and values of the first tokens if all rows read the same there, as when choices of widths compete."""
-        tokens, read_at = token_ids[:, :first], widths[:, :first]
-        if len(tokens) == 1 or first < _MIN_SHARED_TOKENS:
-            return None
-        if bool((tokens != tokens[:1]).any()) or bool((read_at != read_at[:1]).any()):
-            return None
-        prompt = DecodeSession(self._model, max_length=token_ids.shape[1])
-        prompt._run(tokens[:1], read_at[:1], None, keep=1, restart=True)
-        return prompt._open_cache()
-
-    def _score_rows(self, token_ids: Tensor, widths: Tensor, first: int, prompt: RowCache | None) -> Tensor:
-        """Logits from position `first` on, `[R', T - first, vocab]`; with a prompt only what follows is read."""
-        keep = token_ids.shape[1] - first
-        if prompt is None:
-            return self._model.forward(token_ids, widths, keep=keep).logits
-        cache = prompt.copy(num_rows=len(token_ids))
-        positions, mask = cache.begin(keep, None, restart=False)
-        rest, read_at = token_ids[:, first:], widths[:, first:]
-        return self._model.forward(rest, read_at, keep=keep, cache=cache, positions=positions, mask=mask).logits
 
     def _open_cache(self) -> RowCache:
         if self._cache is None:
