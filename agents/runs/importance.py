@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.prompts import spread
+from flexquant_rl.fq_env.task import draw_kl_weights
 
 # Backward passes: the influence of one token is known to a factor of 2, and more tokens teach more than more passes.
 _NUM_SAMPLES = 4
@@ -165,14 +167,12 @@ def measure_effects(prepared: Prepared, num_windows: int, num_rows: int, generat
         prepared: Model, text, static front.
         num_windows: Sequences, as far as the text goes.
         num_rows: Sequences at a time.
-        generator: Draws dials and directions.
+        generator: Draws dials, as episodes have them, and directions.
     """
     windows = spread(prepared.windows.train, num_windows)
-    low, high = (math.log(dial) for dial in (prepared.env.kl_weight_min, prepared.env.kl_weight_max))
-    num_dials = math.ceil(len(windows) / _ROWS_PER_DIAL)
-    # One from each equal part of their range, as episodes have them.
-    draws = (torch.randperm(num_dials, generator=generator) + torch.rand(num_dials, generator=generator)) / num_dials
-    dials = (low + (high - low) * draws.double()).exp().repeat_interleave(_ROWS_PER_DIAL)[: len(windows)]
+    draws = np.random.default_rng(int(torch.randint(1 << 31, (), generator=generator)))
+    dials = torch.from_numpy(draw_kl_weights(draws, prepared.env, math.ceil(len(windows) / _ROWS_PER_DIAL)))
+    dials = dials.repeat_interleave(_ROWS_PER_DIAL)[: len(windows)]
     kl = prepared.front.output_kl_nats
     # Where 8 bits are the reference, the slowest allocation has no errors to look at: the one before it has.
     points = prepared.front.best(dials).clamp_max(max(int((kl > 0).sum()) - 1, 0))
