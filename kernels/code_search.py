@@ -17,7 +17,6 @@ from flexquant_rl.kernels.native import ISA_CODES, OK, STATUS_TEXTS, choose_isa,
 
 MAX_GROUP = 128
 """Inputs of a group at most."""
-MAX_STORED_WIDTHS = 8
 
 
 class CodeSearch:

@@ -131,27 +131,6 @@ class NativeGemv:
         return out
 
 
-def native_gemv(
-    x: Tensor, weight: NestedWeight, *, bit_width: int, num_threads: int = 1, mode: Mode = "int8"
-) -> Tensor:
-    """Multiplies once; for repeated products keep a `NativeGemv`, which checks the weight only once.
-
-    Args:
-        x: Activations, `[M, K]` float32, M at most 16.
-        weight: The nested weight, N outputs and K inputs.
-        bit_width: Planes to read, 1..8.
-        num_threads: Threads used at most.
-        mode: "int8" or "float32" activations.
-
-    Returns:
-        `[M, N]` float32.
-
-    Raises:
-        ValueError: As `NativeGemv` and its call.
-    """
-    return NativeGemv(weight, num_threads=num_threads, mode=mode)(x, bit_width=bit_width)
-
-
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
     """Finds the library, or compiles it if need be, and loads it.

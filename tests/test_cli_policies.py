@@ -50,7 +50,7 @@ class TestNames:
         result = generate(nested, "fixed:4").result
         assert result["mean_bit_width"] == pytest.approx((8 + 4 * 4) / 5), "the prompt is read at 8 bits"
         assert result["speedup_modelled"] == pytest.approx(
-            float(roofline_cost(load_checkpoint(nested)).speedup(torch.full((3,), 4)))
+            1 / float(roofline_cost(load_checkpoint(nested)).time_share(torch.full((3,), 4)))
         )
         assert (result["kl_weight"], result["latency_source"]) == (None, "roofline")
 

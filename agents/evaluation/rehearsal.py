@@ -84,8 +84,7 @@ class RecordedText:
     def time_share(self, one: Contestant) -> float:
         """Time of all steps, the controller's included, over that at the largest width everywhere, nearly."""
         widths = self._simulated(one.policy, one.kl_weight or 1.0)
-        full_ms = float(self._cost.latency_ms(self._cost.full_width()))
-        looking = 0.0 if isinstance(one.policy, StaticAllocation) else self._cost.controller_ms / full_ms
+        looking = 0.0 if isinstance(one.policy, StaticAllocation) else self._cost.controller_share
         return float(self._cost.time_share(widths).mean()) + looking
 
     def output_kl_nats(self, one: Contestant) -> float:

@@ -133,12 +133,12 @@ def load_importance(
 
 
 def choose_exponent(net: Importance, prepared: Prepared, validation: Validation) -> float:
-    """Sets the exponent that earns most on validation text; 0 is the plain static allocation.
+    """Sets the exponent that earns most on validation text; 0 is the plain static allocation, chosen by a network.
 
     Returns:
         Mean reward per token over static, in full-width steps.
     """
-    scores = {0.0: 0.0}  # static over itself
+    scores = {0.0: -prepared.profile.cost.controller_share}  # what looking costs: a network pays it whatever it chooses
     for exponent in _EXPONENTS:
         net.exponent.fill_(exponent)
         scores[exponent] = validation.score(_ByImportance(net, prepared))

@@ -6,7 +6,7 @@ torch for everything else. A fourth asks a policy that drafts, and takes its sig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -228,10 +228,10 @@ class NativeController:
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
-        tokens, dials = next_token_ids.tolist(), kl_weight.tolist()
-        for index, row in enumerate(self._chosen(rows)):
-            parts = (output.logits[index], output.residual_update[index], output.crest[index])
-            row.reset(*parts, tokens[index], dials[index])
+        parts = _by_row(output.logits, output.residual_update, output.crest)
+        starts = zip(self._chosen(rows), parts, next_token_ids.tolist(), kl_weight.tolist(), strict=True)
+        for row, own, token, dial in starts:
+            row.reset(*own, token, dial)
 
     def signals(self, rows: Tensor | None = None) -> Tensor:
         """What the policy sees, `[R', dim]` float32."""
@@ -254,10 +254,9 @@ class NativeController:
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
     ) -> None:
         """See `Controller`."""
-        tokens = next_token_ids.tolist()
-        for index, row in enumerate(self._chosen(rows)):
-            parts = (output.logits[index], output.residual_update[index], output.crest[index])
-            row.update(*parts, bit_widths[index], tokens[index])
+        parts = _by_row(output.logits, output.residual_update, output.crest, bit_widths)
+        for row, own, token in zip(self._chosen(rows), parts, next_token_ids.tolist(), strict=True):
+            row.update(*own, token)
 
     def mark(self) -> list[ControlMark]:
         """See `Controller`."""
@@ -270,6 +269,11 @@ class NativeController:
 
     def _chosen(self, rows: Tensor | None) -> list[NativeControl]:
         return self._rows if rows is None else [self._rows[index] for index in rows.tolist()]
+
+
+def _by_row(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Each row's part of tensors `[R', ...]`; a row by itself as it is: slicing takes as long as what it is for."""
+    return [tensors] if len(tensors[0]) == 1 else zip(*tensors, strict=True)
 
 
 class DraftController:

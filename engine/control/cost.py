@@ -61,7 +61,7 @@ class CostTable:
     controller_ms: float = 0.0
 
     def full_width(self) -> Tensor:
-        """`[U]`: the largest width everywhere, the baseline of every speedup."""
+        """`[U]`: the largest width everywhere, which time shares are of."""
         return torch.full((len(self.unit_ms),), max(self.bit_widths))
 
     def latency_ms(self, bit_widths: Tensor) -> Tensor:
@@ -85,9 +85,10 @@ class CostTable:
         """Latency at `[..., U]` over latency at the largest width everywhere, `[...]` float64."""
         return self.latency_ms(bit_widths) / self.latency_ms(self.full_width())
 
-    def speedup(self, bit_widths: Tensor) -> Tensor:
-        """Latency at the largest width everywhere over latency at `[..., U]`."""
-        return self.latency_ms(self.full_width()) / self.latency_ms(bit_widths)
+    @property
+    def controller_share(self) -> float:
+        """`controller_ms` over the latency at the largest width everywhere: what looking costs a step."""
+        return self.controller_ms / float(self.latency_ms(self.full_width()))
 
     def check(self, model: NestedCausalLM, num_threads: int | None = None) -> None:
         """Raises InputError if the table is of another model or, where measured, of steps that are timed otherwise.

@@ -92,18 +92,17 @@ class Replay:
 
     def __init__(self, token_ids: Tensor) -> None:
         self._token_ids = token_ids
-        self._position = torch.zeros(len(token_ids), dtype=torch.int64)
-
-    def rewind(self, position: int = 0) -> None:
-        """Continues every row from a position of the text."""
-        self._position.fill_(position)
+        self._positions = [0] * len(token_ids)
 
     def __call__(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """See `NextTokens`; the logits are not looked at."""
-        rows = torch.arange(len(self._token_ids)) if rows is None else rows
-        tokens = self._token_ids[rows, self._position[rows]]
-        self._position[rows] += 1
-        return tokens
+        chosen = range(len(self._positions)) if rows is None else rows.tolist()
+        places = [self._positions[row] for row in chosen]
+        for row in chosen:
+            self._positions[row] += 1
+        if len(places) == 1:  # a row that is timed: indexing by tensors takes as long as a small policy
+            return self._token_ids[chosen[0], places[0]].view(1)
+        return self._token_ids[list(chosen), places]
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:

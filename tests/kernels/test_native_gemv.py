@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexquant_rl.kernels import native, native_build
 from flexquant_rl.kernels.bitplane import NestedWeight, pack_codes, padded_inputs, unpack_codes
-from flexquant_rl.kernels.native import Isa, Mode, NativeGemv, native_gemv
+from flexquant_rl.kernels.native import Isa, Mode, NativeGemv
 from flexquant_rl.kernels.reference import dequantize
 
 WIDTHS = range(1, 9)
@@ -406,13 +406,6 @@ def test_bad_weights_and_options_are_value_errors(monkeypatch: pytest.MonkeyPatc
 def test_environment_forces_the_isa(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FQ_CPU_ISA", isa)
     assert NativeGemv(make_weight(1, 64, 64)).isa == isa
-
-
-@needs_library
-def test_one_call_function() -> None:
-    weight = make_weight(17, 352, 64)
-    x = make_activations(2, 352)
-    assert torch.equal(native_gemv(x, weight, bit_width=4), NativeGemv(weight)(x, bit_width=4))
 
 
 @pytest.fixture

@@ -41,14 +41,14 @@ def test_static_candidates_are_within_the_budget(tiny_prepared: Prepared) -> Non
     family = static_family(tiny_prepared)
     for budget in (0.5, 0.7, 1.0):
         candidates = list(family.candidates(budget))
-        shares = [1 / float(tiny_prepared.cost.speedup(one.bit_widths)) for one in candidates]
+        shares = [float(tiny_prepared.cost.time_share(one.bit_widths)) for one in candidates]
         assert max(shares) <= budget + 1e-9
         # The knapsack at the very budget comes first: no allocation of its front is nearer.
         assert shares[0] == pytest.approx(max(shares[:2]))
         names = {one.name for one in candidates}
         assert ("fixed:8" in names) == (budget == 1.0)
         assert "fixed:3" in names
-    assert max(1 / float(tiny_prepared.cost.speedup(one.bit_widths)) for one in family.candidates(1.0)) == 1.0
+    assert max(float(tiny_prepared.cost.time_share(one.bit_widths)) for one in family.candidates(1.0)) == 1.0
 
 
 def test_baselines_of_a_model_without_four_bits() -> None:

@@ -94,7 +94,7 @@ def test_static_policy_equals_the_parallel_pass(tiny_prepared: Prepared) -> None
     assert torch.equal(trace.top1_agreement, reference.argmax(-1) == log_probs.argmax(-1))
     assert torch.equal(trace.bit_widths, allocation.expand(len(windows), 12, 3))
     cost = tiny_prepared.profile.cost
-    assert trace.speedup == pytest.approx(float(cost.speedup(allocation)))
+    assert trace.speedup == pytest.approx(1 / float(cost.time_share(allocation)))
     torch.testing.assert_close(
         trace.reward, (1 - 1 / trace.speedup - dials[:, None] * trace.output_kl_nats), atol=1e-5, rtol=1e-5
     )

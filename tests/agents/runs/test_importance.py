@@ -167,6 +167,25 @@ def test_validation_chooses_how_far_to_go(tiny_prepared: Prepared, monkeypatch: 
     assert Validation(tiny_prepared, 8).score(importance._ByImportance(net, tiny_prepared)) == 0
 
 
+def test_looking_is_paid_at_every_exponent(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that chooses static allocations looks as well: a gain may be smaller than what looking costs."""
+    cost = replace(
+        tiny_prepared.cost, controller_ms=0.03 * float(tiny_prepared.cost.latency_ms(torch.tensor([8, 8, 8])))
+    )
+    costly = replace(tiny_prepared, cost=cost, profile=replace(tiny_prepared.profile, cost=cost))
+    net = Importance(SignalSchema(3, costly.model.bit_widths))
+    validation = Validation(costly, 8)
+    net.exponent.fill_(0.0)
+    at_zero = validation.score(importance._ByImportance(net, costly))
+    assert at_zero == pytest.approx(-0.03)
+    monkeypatch.setattr(Validation, "score", lambda self, policy: {0.5: -0.02}.get(float(net.exponent), -0.1))
+    assert choose_exponent(net, costly, validation) == -0.02
+    assert float(net.exponent) == 0.5
+    monkeypatch.setattr(Validation, "score", lambda self, policy: -0.1)
+    assert choose_exponent(net, costly, validation) == pytest.approx(at_zero)
+    assert float(net.exponent) == 0
+
+
 def test_no_multiple_is_beyond_all_measure() -> None:
     net = Importance(SCHEMA)
     torch.nn.init.constant_(net.layers[2].bias, 1e6)  # type: ignore[arg-type]

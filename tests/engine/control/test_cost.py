@@ -48,17 +48,18 @@ class TestTable:
         assert TABLE.latency_ms(widths[1]).item() == 8
         assert TABLE.latency_ms(widths).dtype == torch.float64
 
-    def test_speedup_is_against_the_largest_width_everywhere(self) -> None:
+    def test_shares_are_of_the_largest_width_everywhere(self) -> None:
         assert TABLE.full_width().tolist() == [8, 8]
-        assert TABLE.speedup(TABLE.full_width()).item() == 1
-        assert TABLE.speedup(torch.tensor([3, 3])).item() == 10 / 4
+        assert TABLE.time_share(TABLE.full_width()).item() == 1
+        assert TABLE.time_share(torch.tensor([3, 3])).item() == 4 / 10
+        assert replace(TABLE, controller_ms=0.5).controller_share == 0.5 / 10
 
     @settings(max_examples=30)
     @given(st.lists(st.sampled_from(WIDTHS), min_size=2, max_size=2), st.integers(0, 1))
     def test_narrower_is_never_slower(self, widths: list[int], unit: int) -> None:
         narrower = list(widths)
         narrower[unit] = WIDTHS[max(0, WIDTHS.index(widths[unit]) - 1)]
-        assert TABLE.speedup(torch.tensor(narrower)) >= TABLE.speedup(torch.tensor(widths))
+        assert TABLE.time_share(torch.tensor(narrower)) <= TABLE.time_share(torch.tensor(widths))
 
     @pytest.mark.parametrize("bit_width", [0, 2, 4, 9])
     def test_width_without_an_entry_is_refused(self, bit_width: int) -> None:
@@ -120,11 +121,10 @@ class TestRoofline:
         table = roofline_cost(model, bandwidth_gb_s=1.0)
         assert table.fixed_ms == pytest.approx((biases + norms + head) * 4 / 1e6)
 
-    def test_speedup_does_not_depend_on_the_bandwidth(self, nested_model: NestedCausalLM) -> None:
+    def test_shares_do_not_depend_on_the_bandwidth(self, nested_model: NestedCausalLM) -> None:
         widths = torch.tensor([3, 4, 8])
         slow, fast = (roofline_cost(nested_model, bandwidth_gb_s=value) for value in (1.0, 100.0))
-        assert slow.speedup(widths).item() == pytest.approx(fast.speedup(widths).item())
-        assert slow.speedup(slow.full_width()).item() == 1
+        assert slow.time_share(widths).item() == pytest.approx(fast.time_share(widths).item())
 
     def test_table_belongs_to_the_model(self, nested_model: NestedCausalLM) -> None:
         roofline_cost(nested_model).check(nested_model)
@@ -167,7 +167,7 @@ class TestMeasured:
         torch.testing.assert_close(saved, clock.truth.unit_ms[:, -1:] - clock.truth.unit_ms, rtol=1e-3, atol=1e-4)
         assert table.error_p50 is not None
         assert table.error_p50 < 1e-4
-        assert table.speedup(table.full_width()).item() == 1
+        assert table.time_share(table.full_width()).item() == 1
 
     @pytest.mark.parametrize("seed", range(3))
     def test_noise_and_preempted_steps_are_seen_through(self, half_unit_model: NestedCausalLM, seed: int) -> None:

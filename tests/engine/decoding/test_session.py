@@ -102,21 +102,6 @@ class TestEquivalence:
         monkeypatch.setattr("flexquant_rl.engine.decoding.session._SCORE_TOKENS_PER_PASS", 12)
         torch.testing.assert_close(session.score(token_ids, widths), whole, **TOLERANCE)
 
-    def test_score_in_several_passes(self, nested_model: NestedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("flexquant_rl.engine.decoding.session._SCORE_TOKENS_PER_PASS", 20)
-        session, first = DecodeSession(nested_model), 8
-        token_ids, widths = random_ids(5, 10), random_widths(nested_model, 5, 10)
-        alone = [session.score(token_ids[i : i + 1], widths[i : i + 1], first=first) for i in range(5)]
-        passes: list[torch.Size] = []
-        forward = nested_model.forward
-        monkeypatch.setattr(
-            nested_model,
-            "forward",
-            lambda ids, *args, **options: passes.append(ids.shape) or forward(ids, *args, **options),
-        )
-        torch.testing.assert_close(session.score(token_ids, widths, first=first), torch.cat(alone), **TOLERANCE)
-        assert passes == [(2, 10), (2, 10), (1, 10)]
-
     def test_score_leaves_the_rows_alone(self, nested_model: NestedCausalLM) -> None:
         sessions = [DecodeSession(nested_model), DecodeSession(nested_model)]
         for session in sessions:
