@@ -228,10 +228,9 @@ class NativeController:
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
-        parts = _by_row(output.logits, output.residual_update, output.crest)
-        starts = zip(self._chosen(rows), parts, next_token_ids.tolist(), kl_weight.tolist(), strict=True)
-        for row, own, token, dial in starts:
-            row.reset(*own, token, dial)
+        tokens, dials = next_token_ids.tolist(), kl_weight.tolist()
+        for row, own, token, dial in zip(self._chosen(rows), _by_row(output), tokens, dials, strict=True):
+            row.reset(own.logits, own.residual_update, own.crest, token, dial)
 
     def signals(self, rows: Tensor | None = None) -> Tensor:
         """What the policy sees, `[R', dim]` float32."""
@@ -254,9 +253,9 @@ class NativeController:
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
     ) -> None:
         """See `Controller`."""
-        parts = _by_row(output.logits, output.residual_update, output.crest, bit_widths)
-        for row, own, token in zip(self._chosen(rows), parts, next_token_ids.tolist(), strict=True):
-            row.update(*own, token)
+        tokens, widths = next_token_ids.tolist(), [bit_widths] if len(bit_widths) == 1 else bit_widths.unbind()
+        for row, own, own_widths, token in zip(self._chosen(rows), _by_row(output), widths, tokens, strict=True):
+            row.update(own.logits, own.residual_update, own.crest, own_widths, token)
 
     def mark(self) -> list[ControlMark]:
         """See `Controller`."""
@@ -271,9 +270,11 @@ class NativeController:
         return self._rows if rows is None else [self._rows[index] for index in rows.tolist()]
 
 
-def _by_row(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Each row's part of tensors `[R', ...]`; a row by itself as it is: slicing takes as long as what it is for."""
-    return [tensors] if len(tensors[0]) == 1 else zip(*tensors, strict=True)
+def _by_row(output: StepOutput) -> Iterable[StepOutput]:
+    """The output of each row, `[vocab]` and `[U]`; a single row as it is: slicing takes a fifth of what it is for."""
+    if len(output.logits) == 1:
+        return [output]
+    return map(StepOutput, output.logits, output.residual_update, output.crest)
 
 
 class DraftController:
