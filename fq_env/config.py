@@ -39,9 +39,9 @@ class EnvConfig:
     kl_weight: float | None = None
     """Price of a nat of output KL in full-width steps; None draws it log-uniformly per episode."""
     kl_weight_min: float = 0.5
-    """Lower end of the drawn dial."""
+    """Lower end of the drawn dial; in a training run the range that reaches all static allocations instead."""
     kl_weight_max: float = 150.0
-    """Upper end of the drawn dial."""
+    """Upper end of the drawn dial; likewise."""
     probe_every: int = 0
     """Every so many tokens the reference width is run as well and its time charged, for agents of your own; 0 never."""
 

@@ -26,8 +26,8 @@ from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
 
-_REFERENCE_FLOATS = 1 << 25
-"""Distributions of the reference that are kept (128 MiB of logits, and as much of probabilities)."""
+_REFERENCE_FLOATS = 1 << 27
+"""Distributions of the reference that are kept (512 MiB of logits, and as much of probabilities)."""
 
 _SMALLEST_KL_NATS = 1e-9
 

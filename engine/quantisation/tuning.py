@@ -154,6 +154,7 @@ class _Run:
         }
         self._order = _order(len(windows), config)
         self._evaluated = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+        self._evaluated.add(_warm_up(config.steps))  # a rate that is too large shows at once
         self._arithmetic = torch.bfloat16 if has_bfloat16(model.device) else torch.float32
         self._latest: dict[str, float] = {}  # KL of the last step's windows, nats by width
         self._saved = time.monotonic()
@@ -308,9 +309,14 @@ def _order(num_windows: int, config: TuningConfig) -> Tensor:
     return torch.cat(rounds)[:wanted].view(config.steps, config.windows_per_step)
 
 
+def _warm_up(num_steps: int) -> int:
+    """Steps in which the rate rises."""
+    return max(1, num_steps // 10)
+
+
 def _rate(step: int, num_steps: int) -> float:
     """Share of the learning rate in a step: up over the first tenth, then down half a period of a cosine."""
-    warm_up = max(1, num_steps // 10)
+    warm_up = _warm_up(num_steps)
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, num_steps - warm_up)))
