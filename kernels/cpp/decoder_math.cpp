@@ -1,5 +1,5 @@
 // One text for every instruction set, in vectors of 16 lanes: the same operations in the same order, so the same numbers
-// on every machine.
+// on every machine; those of signals but for rounding (FQ_FUSED).
 #include "decoder_math.h"
 
 #include <algorithm>
