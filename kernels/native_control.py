@@ -53,7 +53,7 @@ class PolicyNetWeights:
 
 _NO_HORIZON = 1 << 62  # no text is as long
 # Decisions that memory is made for at once: behind a pass, which leaves nothing in the caches, making a tensor takes
-# 13 us, as long as the network.
+# 13 us, more than half of what the network takes.
 _SPARE = 64
 _NO_NETWORK = "there is no network to choose with; pass ControlWeights.net"
 
@@ -245,7 +245,7 @@ class NativeControl:
         return signals
 
     def choose(self, signals: Tensor) -> Tensor:
-        """The network's bit-widths for signals `[dim]`, `[U]` int64.
+        """The network's bit-widths for signals `[dim]` or `[1, dim]`, `[U]` int64.
 
         Raises:
             ValueError: If there is no network, or the signals have another shape or dtype.
@@ -266,7 +266,8 @@ class NativeControl:
         """
         with self._lock:
             if not self._spare:
-                self._spare = list(torch.empty(_SPARE, 1, self._num_units, dtype=torch.int64).unbind())
+                with torch.inference_mode(False):  # whoever asks next may be outside of it
+                    self._spare = list(torch.empty(_SPARE, 1, self._num_units, dtype=torch.int64).unbind())
             bit_widths = self._spare.pop()
             status = self._library.fq_control_decide(self._pointer, bit_widths.data_ptr(), self._isa_code)
         self._raise_for(status, _NO_NETWORK)
@@ -362,7 +363,7 @@ def _top_probability_function() -> Any:
 
 def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype) -> None:
     """Raises ValueError unless the library can read the vector by its address."""
-    is_vector = vector.numel() == size == vector.shape[-1]
+    is_vector = tuple(vector.shape) in ((size,), (1, size))
     if vector.dtype is not dtype or not is_vector or not vector.is_contiguous() or vector.is_cuda:
         raise ValueError(
             f"{name} is {vector.dtype} {list(vector.shape)} on {vector.device}; pass contiguous {dtype} [{size}] on "

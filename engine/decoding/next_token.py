@@ -95,12 +95,12 @@ class Replay:
         self._positions = [0] * len(token_ids)
 
     def __call__(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-        """See `NextTokens`; the logits are not looked at."""
+        """See `NextTokens`; the logits are not looked at. One row's token may be a view of the text."""
         chosen = range(len(self._positions)) if rows is None else rows.tolist()
         places = [self._positions[row] for row in chosen]
         for row in chosen:
             self._positions[row] += 1
-        if len(places) == 1:  # a row that is timed: indexing by tensors takes as long as a small policy
+        if len(places) == 1:  # a row that is timed: indexing by lists takes as long as a small policy
             return self._token_ids[chosen[0], places[0]].view(1)
         return self._token_ids[list(chosen), places]
 

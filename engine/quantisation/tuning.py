@@ -153,8 +153,7 @@ class _Run:
             width: WidthState({name: linear.steps(width) for name, linear in linears.items()}) for width in widths
         }
         self._order = _order(len(windows), config)
-        self._evaluated = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
-        self._evaluated.add(_warm_up(config.steps))  # a rate that is too large shows at once
+        self._even = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
         self._arithmetic = torch.bfloat16 if has_bfloat16(model.device) else torch.float32
         self._latest: dict[str, float] = {}  # KL of the last step's windows, nats by width
         self._saved = time.monotonic()
@@ -192,7 +191,7 @@ class _Run:
 
     def is_evaluation(self) -> bool:
         """Whether held-out text is read after the step just taken."""
-        return self.progress.step in self._evaluated
+        return self.progress.step in self._even | {_warm_up(self.config.steps)}
 
     def _active(self) -> list[int]:
         failures = self.progress.failures
@@ -229,7 +228,8 @@ class _Run:
                 progress.best[name], progress.failures[name] = kl, 0
                 self.states[int(name)].keep()
             else:
-                progress.failures[name] = progress.failures.get(name, 0) + 1
+                if progress.step in self._even:  # at the end of the warm-up the rate alone is judged
+                    progress.failures[name] = progress.failures.get(name, 0) + 1
                 progress.rate_shares[name] = _AFTER_FAILURE * progress.rate_shares.get(name, 1.0)
                 self.states[int(name)].restore_best()
         progress.seconds += time.monotonic() - began

@@ -16,8 +16,9 @@ namespace fq {
 // How far ahead each plane is fetched where rows go one by one: the hardware prefetchers alone follow eight streams
 // badly. 1 KiB and more was up to 1.5 times slower on 4096 x 4096 weights (AMD Zen 4).
 constexpr int64_t kPrefetchBytes = 256;
-// The second cache is filled from further ahead. Where a pass over several tokens keeps the arithmetic busy, that hides
-// most of the memory's time: four tokens take 240 us instead of 278 (AMD Zen 4, 896 x 4864 weights, 8 bits).
+// The second cache is filled from further ahead, but for one thread that computes one token (gains_from_far()). Where a
+// pass over several tokens keeps the arithmetic busy, that hides most of the memory's time: four tokens take 240 us
+// instead of 278 (AMD Zen 4, 896 x 4864 weights, 8 bits).
 constexpr int64_t kFarPrefetchBytes = 2048;
 
 struct Codes {
@@ -31,18 +32,19 @@ struct Rows {  // the words of one chunk in each plane
     const char* first;
     int64_t plane_bytes;
     __mmask16 mask;
-    int64_t far_bytes;
+    int64_t far_prefetch_bytes;
     int64_t prefetch_bytes = kPrefetchBytes;
 };
 
-// From a chunk to what is fetched into the second cache; the line that is fetched anyway costs nothing.
+// From a chunk to what is fetched into the second cache. Near, it is a line that is fetched anyway, or with pairs of
+// rows one that was or will be soon: it costs next to nothing.
 constexpr int64_t far_bytes(const Activations& x) { return x.fetches_far ? kFarPrefetchBytes : kPrefetchBytes; }
 
 template <bool kTail>
 FQ_INLINE FQ_AVX512 __m512i load_plane(const Rows& rows, int plane) {
     const char* address = rows.first + plane * rows.plane_bytes;
     _mm_prefetch(address + rows.prefetch_bytes, _MM_HINT_T0);
-    _mm_prefetch(address + rows.far_bytes, _MM_HINT_T1);
+    _mm_prefetch(address + rows.far_prefetch_bytes, _MM_HINT_T1);
     __m512i words;
     if constexpr (kTail) words = _mm512_maskz_loadu_epi32(rows.mask, address);
     else words = _mm512_loadu_si512(address);

@@ -1,5 +1,5 @@
 // One text for every instruction set, in vectors of 16 lanes: the same operations in the same order, so the same numbers
-// on every machine; those of signals but for rounding (FQ_FUSED).
+// on every machine; the statistics of the softmax but for rounding (FQ_FUSED).
 #include "decoder_math.h"
 
 #include <algorithm>
@@ -212,7 +212,7 @@ FQ_INLINE void distribution_body(const float* logits, int64_t size, float floor,
     statistics->top2 = std::exp(std::max(runner_up - largest - log_total, floor));
 }
 
-// 1 / sum of e^(logit - largest): the same sum as above, without all that is not needed for it.
+// 1 / sum of e^(logit - largest): the same sum as above up to rounding, without all that is not needed for it.
 template <class Vector>
 FQ_INLINE float top_probability_body(const float* logits, int64_t size) {
     float largest = -INFINITY;

@@ -74,7 +74,7 @@ def test_optimum_spends_bits_where_the_token_needs_them() -> None:
     best = optimal_bit_widths(model, tokens, 10.0)
     assert torch.equal(best.argmax(-1), token_class(tokens))
     cost, static = fake_profile(model).cost, torch.full((4, 4), 5)
-    rewards = [cost.speedup(widths) - 10.0 * model.own_kl_nats(tokens, widths) for widths in (best, static)]
+    rewards = [-cost.time_share(widths) - 10.0 * model.own_kl_nats(tokens, widths) for widths in (best, static)]
     assert (rewards[0] > rewards[1]).all()
 
 

@@ -101,6 +101,7 @@ class TestEquivalence:
         whole = session.score(token_ids, widths)
         monkeypatch.setattr("flexquant_rl.engine.decoding.session._SCORE_TOKENS_PER_PASS", 12)
         torch.testing.assert_close(session.score(token_ids, widths), whole, **TOLERANCE)
+        torch.testing.assert_close(session.score(token_ids, widths, first=4), whole[:, 4:], **TOLERANCE)
 
     def test_score_leaves_the_rows_alone(self, nested_model: NestedCausalLM) -> None:
         sessions = [DecodeSession(nested_model), DecodeSession(nested_model)]
