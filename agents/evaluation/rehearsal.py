@@ -27,7 +27,7 @@ from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
 
 _REFERENCE_FLOATS = 1 << 27
-"""Distributions of the reference that are kept: 512 MiB of logits, as much of probabilities, and twice that in a pass."""
+"""Distributions of the reference that are kept: 512 MiB of logits, and as much of probabilities."""
 
 _SMALLEST_KL_NATS = 1e-9
 
