@@ -69,6 +69,22 @@ def test_chooses_stored_widths() -> None:
     assert set(control.choose(control.signals()).tolist()) <= set(WIDTHS)
 
 
+def test_decisions_stay_as_they_were() -> None:
+    """Their memory comes from blocks, but no two share any of it, and in-place work on them is allowed."""
+    control = started(make_net())
+    with torch.inference_mode():
+        kept = [control.decide()]
+    copies = [kept[0].clone()]
+    for _ in range(150):  # more than two blocks
+        control.update(torch.randn(VOCAB), torch.rand(3), torch.rand(3), kept[-1], 1)
+        kept.append(control.decide())
+        copies.append(kept[-1].clone())
+    assert len({tuple(copy[0].tolist()) for copy in copies}) > 1
+    assert all(map(torch.equal, kept, copies))
+    kept[1].add_(1)
+    assert torch.equal(kept[2], copies[2])
+
+
 def test_without_a_network_there_are_signals_but_no_choice() -> None:
     control = started()
     assert bool(control.signals().isfinite().all())
