@@ -35,7 +35,7 @@ from flexquant_rl.engine.loading import load_causal_lm
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.nesting import give_reference, nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
-from flexquant_rl.engine.quantisation.tuning import tune_pairs
+from flexquant_rl.engine.quantisation.tuning import default_learning_rate, tune_pairs
 from flexquant_rl.engine.quantisation.unfinished import (
     STATE_FILE,
     has_start,
@@ -162,6 +162,7 @@ class Analysis:
             self._measure(model, start.name, time.perf_counter() - began)
             return
         steps = self.plan.tune_steps if any(one.tuned for one in members) else 0
+        tuning = TuningConfig(steps, default_learning_rate(sum(one.numel() for one in hf_model.parameters())))
         moments, windows = self.fitted_to.fitting_windows(tokenizer, max_context(hf_model), steps)
         directory = unfinished_directory(self.store.directory / start.name.replace(":", "-"))
         with removed_when_over(directory):
@@ -172,7 +173,6 @@ class Analysis:
             for one in members:
                 if one.tuned:
                     held_out = self.fitted_to.held_out_windows(tokenizer, model.max_context)
-                    tuning = TuningConfig(steps)
                     seconds += tune_pairs(
                         model, windows, held_out, tuning, state_file=directory / STATE_FILE, report=say
                     )

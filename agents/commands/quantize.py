@@ -25,7 +25,7 @@ from flexquant_rl.engine.nesting import nest
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.perplexity import perplexity_by_width
 from flexquant_rl.engine.quantisation.rotation import why_not_rotatable
-from flexquant_rl.engine.quantisation.tuning import default_steps, tune_pairs
+from flexquant_rl.engine.quantisation.tuning import default_learning_rate, default_steps, tune_pairs
 from flexquant_rl.engine.quantisation.unfinished import (
     STATE_FILE,
     nested_start,
@@ -49,17 +49,8 @@ def quantize(options: QuantizeOptions) -> None:
     calibration, text = options.calibration, options.text
     fitted_to = CalibrationText(calibration, options.calibration_weights, options.text_field)
     fitted_to.check()
-    chosen = options.method or ("gptq" if calibration else "rtn")
-    config = QuantizationConfig(
-        chosen,
-        options.group_size,
-        options.bit_widths,
-        options.unit,
-        options.quantize_head,
-        options.width_weights,
-        options.rotate == "yes",
-    )
-    config.validate()
+    config = _config(options)
+    chosen = config.method
     if options.text_field is not None and not any(map(is_jsonl, (*calibration, *text))):
         raise InputError(f"--text-field {options.text_field}: no file is a .jsonl file; leave --text-field out")
     path = resolve_model(options.source)
@@ -80,8 +71,9 @@ def quantize(options: QuantizeOptions) -> None:
         if reason is not None:
             say(f"not rotated: {reason}")
     hf_model.to(options.device)  # type: ignore[arg-type]
+    num_weights = sum(parameter.numel() for parameter in hf_model.parameters())
     if steps is None:
-        steps = default_steps(sum(parameter.numel() for parameter in hf_model.parameters())) if calibrated else 0
+        steps = default_steps(num_weights) if calibrated else 0
     context = max_context(hf_model)
     # All text is read before anything takes long: what is wrong with it should not be found out after an hour.
     judged = _text_windows(tokenizer, context, options) if text else None
@@ -104,8 +96,24 @@ def quantize(options: QuantizeOptions) -> None:
         fitted = fitted if calibration or chosen == "gptq" else None  # rtn without a file stays data-free
         model = nested_start(directory, hf_model, tokenizer, config, fitted, progress=track)
         state_file = directory / STATE_FILE
-        tuning_s = tune_pairs(model, windows, held_out, TuningConfig(steps), state_file=state_file, report=say)
+        tuning = TuningConfig(steps, default_learning_rate(num_weights))
+        tuning_s = tune_pairs(model, windows, held_out, tuning, state_file=state_file, report=say)
         _finish(model, options, fitted_to, judged, began, {"tuning_seconds": tuning_s})
+
+
+def _config(options: QuantizeOptions) -> QuantizationConfig:
+    """What is asked for; whether a model is rotated by itself is known once it is loaded."""
+    config = QuantizationConfig(
+        options.method or ("gptq" if options.calibration else "rtn"),
+        options.group_size,
+        options.bit_widths,
+        options.unit,
+        options.quantize_head,
+        options.width_weights,
+        options.rotate == "yes",
+    )
+    config.validate()
+    return config
 
 
 def _finish(

@@ -59,8 +59,7 @@ class TuningConfig:
             gained nothing at an evaluation a quarter of what it had.
         windows_per_step: Windows whose gradient makes one step.
         widths: The widths to tune; none: all that are stored.
-        evaluations: How often held-out text is read, evenly spaced; and once when the rate has risen to its
-            highest, to see whether it is too large.
+        evaluations: How often held-out text is read, evenly spaced.
         patience: Evaluations in a row without gain after which a width stops.
         seed: Of the order of windows.
     """

@@ -39,11 +39,19 @@ _LARGE_STEP_WIDTH, _SMALL_STEP = 3, 0.5
 _AFTER_FAILURE = 0.25
 # By default a step reads a window, and all steps of a width together work this often on a weight; within limits.
 _DEFAULT_WEIGHT_STEPS, _FEWEST_STEPS, _MOST_STEPS = 1.5e10, 40, 200
+# The highest rate of `TuningConfig` suits models up to this size; beyond it falls as they grow. At 135 M weights the
+# whole rate gains most, at 0.5 B 4 bits gain nothing at it and 14% at a quarter (docs/weights.md).
+_WHOLE_RATE_WEIGHTS = 1.35e8
 
 
 def default_steps(num_weights: int) -> int:
     """Steps for a model of so many weights: fewer for larger ones, which lose less and take longer."""
     return min(max(round(_DEFAULT_WEIGHT_STEPS / num_weights), _FEWEST_STEPS), _MOST_STEPS)
+
+
+def default_learning_rate(num_weights: int) -> float:
+    """The highest rate for a model of so many weights, in cells of a group."""
+    return TuningConfig.learning_rate * min(1.0, _WHOLE_RATE_WEIGHTS / num_weights)
 
 
 class _MeanKl(torch.autograd.Function):
@@ -153,7 +161,7 @@ class _Run:
             width: WidthState({name: linear.steps(width) for name, linear in linears.items()}) for width in widths
         }
         self._order = _order(len(windows), config)
-        self._even = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+        self._evaluated = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
         self._arithmetic = torch.bfloat16 if has_bfloat16(model.device) else torch.float32
         self._latest: dict[str, float] = {}  # KL of the last step's windows, nats by width
         self._saved = time.monotonic()
@@ -191,7 +199,7 @@ class _Run:
 
     def is_evaluation(self) -> bool:
         """Whether held-out text is read after the step just taken."""
-        return self.progress.step in self._even | {_warm_up(self.config.steps)}
+        return self.progress.step in self._evaluated
 
     def _active(self) -> list[int]:
         failures = self.progress.failures
@@ -228,8 +236,7 @@ class _Run:
                 progress.best[name], progress.failures[name] = kl, 0
                 self.states[int(name)].keep()
             else:
-                if progress.step in self._even:  # at the end of the warm-up the rate alone is judged
-                    progress.failures[name] = progress.failures.get(name, 0) + 1
+                progress.failures[name] = progress.failures.get(name, 0) + 1
                 progress.rate_shares[name] = _AFTER_FAILURE * progress.rate_shares.get(name, 1.0)
                 self.states[int(name)].restore_best()
         progress.seconds += time.monotonic() - began
@@ -309,14 +316,9 @@ def _order(num_windows: int, config: TuningConfig) -> Tensor:
     return torch.cat(rounds)[:wanted].view(config.steps, config.windows_per_step)
 
 
-def _warm_up(num_steps: int) -> int:
-    """Steps in which the rate rises."""
-    return max(1, num_steps // 10)
-
-
 def _rate(step: int, num_steps: int) -> float:
     """Share of the learning rate in a step: up over the first tenth, then down half a period of a cosine."""
-    warm_up = _warm_up(num_steps)
+    warm_up = max(1, num_steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, num_steps - warm_up)))

@@ -22,7 +22,7 @@ from flexquant_rl.engine.quantisation.calibration import Calibration
 from flexquant_rl.engine.quantisation.config import QuantizationConfig, TuningConfig
 from flexquant_rl.engine.quantisation.quantize import quantize_rtn
 from flexquant_rl.engine.quantisation.tuned_linear import TunedLinear, tunable
-from flexquant_rl.engine.quantisation.tuning import default_steps, tune_pairs
+from flexquant_rl.engine.quantisation.tuning import default_learning_rate, default_steps, tune_pairs
 
 CONFIG = TuningConfig(6, learning_rate=0.02, evaluations=3)
 TOO_LARGE = 0.5
@@ -215,7 +215,7 @@ def test_tuning_lowers_the_kl_of_held_out_text(
     lines: list[str] = []
     seconds = tune_pairs(model, windows, held_out, CONFIG, report=lines.append)
     assert seconds > 0
-    assert len(lines) == 4
+    assert len(lines) == 3
     assert model.fingerprint != fingerprint
     facts = model.tuning
     assert facts is not None
@@ -287,14 +287,6 @@ def test_a_rate_that_is_too_large_is_found_out(
             tune_pairs(resumed, windows, held_out, config, state_file=file)
     tune_pairs(resumed, windows, held_out, config, state_file=file)
     assert same(stored(resumed), stored(wise))
-
-
-def test_the_first_evaluation_is_when_the_rate_is_highest(
-    model: NestedCausalLM, windows: Tensor, held_out: Tensor
-) -> None:
-    lines: list[str] = []
-    tune_pairs(model, windows, held_out, TuningConfig(20, learning_rate=50.0, evaluations=1), report=lines.append)
-    assert [line.split(",")[0] for line in lines] == ["tuning: 2 of 20 steps", "tuning: 20 of 20 steps"]
 
 
 def test_same_seed_same_pairs(fresh: Fresh, windows: Tensor, held_out: Tensor) -> None:
@@ -369,7 +361,7 @@ def test_interrupted_tuning_goes_on(
     assert same(stored(resumed), stored(fresh()))  # nothing half-tuned
     lines: list[str] = []
     tune_pairs(resumed, windows, held_out, CONFIG, state_file=file, report=lines.append)
-    assert len(lines) == 4 - written
+    assert len(lines) == 3 - written
     assert same(stored(resumed), stored(straight))
     assert resumed.tuning == straight.tuning
     # Another run does not go on from it.
@@ -379,8 +371,8 @@ def test_interrupted_tuning_goes_on(
     assert other.tuning.steps == 2
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(112, [11, 22, 45, 67, 90, 112]), (3, [1, 2, 3]), (1, [1])])
-def test_evaluations_are_behind_the_warm_up_and_even(
+@pytest.mark.parametrize(("steps", "expected"), [(112, [22, 45, 67, 90, 112]), (3, [1, 2, 3]), (1, [1])])
+def test_evaluations_are_even_and_the_last_step_is_one(
     model: NestedCausalLM, windows: Tensor, held_out: Tensor, steps: int, expected: list[int]
 ) -> None:
     found = []
@@ -397,8 +389,8 @@ def test_long_runs_say_how_far_they_are(
     monkeypatch.setattr(tuning, "_REPORT_EVERY_S", 0.0)
     lines: list[str] = []
     tune_pairs(model, windows, held_out, CONFIG, report=lines.append)
-    assert ["held-out" in line for line in lines] == [True, True, False, True, False, True]
-    assert re.match(r"tuning: 3 of 6 steps, \d+ s, KL of the last window \d\.\d{4} at 3, .* at 8 bits$", lines[2])
+    assert ["held-out" in line for line in lines] == [False, True] * 3
+    assert re.match(r"tuning: 1 of 6 steps, \d+ s, KL of the last window \d\.\d{4} at 3, .* at 8 bits$", lines[0])
 
 
 def test_damaged_state(model: NestedCausalLM, windows: Tensor, held_out: Tensor, tmp_path: Path) -> None:
@@ -437,3 +429,10 @@ def test_default_steps() -> None:
     counts = [default_steps(round(10**exponent)) for exponent in (5, 6, 7, 8, 8.5, 9, 10, 11)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1] > 0
+
+
+def test_default_learning_rate() -> None:
+    rates = [default_learning_rate(round(10**exponent)) for exponent in (5, 7, 8, 8.5, 9, 11)]
+    assert rates[:3] == [TuningConfig.learning_rate] * 3
+    assert rates[2:] == sorted(set(rates), reverse=True)
+    assert default_learning_rate(540_000_000) == pytest.approx(TuningConfig.learning_rate / 4)
