@@ -162,7 +162,7 @@ class Analysis:
             self._measure(model, start.name, time.perf_counter() - began)
             return
         steps = self.plan.tune_steps if any(one.tuned for one in members) else 0
-        tuning = TuningConfig(steps, default_learning_rate(sum(one.numel() for one in hf_model.parameters())))
+        tuning = TuningConfig(steps, default_learning_rate(hf_model.num_parameters()))
         moments, windows = self.fitted_to.fitting_windows(tokenizer, max_context(hf_model), steps)
         directory = unfinished_directory(self.store.directory / start.name.replace(":", "-"))
         with removed_when_over(directory):

@@ -171,7 +171,7 @@ def _source(options: AnalyseOptions) -> _Source:
     for parameter_name, parameter in hf_model.named_parameters():
         check_finite(parameter_name, parameter)
     weights = sum(unit.num_weights for unit in make_units(hf_model, QuantizationConfig()))
-    parameters = sum(parameter.numel() for parameter in hf_model.parameters())
+    parameters = hf_model.num_parameters()
     digest = weights_sha256(hf_model)
     return _Source(
         name, path, False, None, tokenizer, max_context(hf_model), digest, parameters, weights, options.bit_widths

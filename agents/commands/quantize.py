@@ -71,7 +71,7 @@ def quantize(options: QuantizeOptions) -> None:
         if reason is not None:
             say(f"not rotated: {reason}")
     hf_model.to(options.device)  # type: ignore[arg-type]
-    num_weights = sum(parameter.numel() for parameter in hf_model.parameters())
+    num_weights = hf_model.num_parameters()
     if steps is None:
         steps = default_steps(num_weights) if calibrated else 0
     context = max_context(hf_model)

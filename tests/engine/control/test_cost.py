@@ -125,6 +125,7 @@ class TestRoofline:
         widths = torch.tensor([3, 4, 8])
         slow, fast = (roofline_cost(nested_model, bandwidth_gb_s=value) for value in (1.0, 100.0))
         assert slow.time_share(widths).item() == pytest.approx(fast.time_share(widths).item())
+        assert slow.time_share(slow.full_width()).item() == 1
 
     def test_table_belongs_to_the_model(self, nested_model: NestedCausalLM) -> None:
         roofline_cost(nested_model).check(nested_model)
