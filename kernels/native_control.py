@@ -154,9 +154,9 @@ class NativeControl:
         """Starts a sequence after its prompt.
 
         Args:
-            logits: `[vocab]` or `[1, vocab]` float32. Kept until the next update, and not to be written to.
-            residual_update: `[U]` or `[1, U]` float32.
-            crest: The same.
+            logits: `[vocab]` float32. Kept until the next update, and not to be written to.
+            residual_update: `[U]` float32.
+            crest: `[U]` float32.
             next_token_id: The token that the first step will read.
             kl_weight: The dial, positive.
 
@@ -181,7 +181,7 @@ class NativeControl:
     def update(
         self, logits: Tensor, residual_update: Tensor, crest: Tensor, bit_widths: Tensor, next_token_id: int
     ) -> None:
-        """Moves on by a step that ran at `bit_widths` `[U]` or `[1, U]` int64; the rest as for `reset`."""
+        """Moves on by a step that ran at `bit_widths` `[U]` int64; the rest as for `reset`."""
         self._check_output(logits, residual_update, crest)
         _check_vector("bit_widths", bit_widths, self._num_units, torch.int64)
         if self._logits is None:
@@ -245,7 +245,7 @@ class NativeControl:
         return signals
 
     def choose(self, signals: Tensor) -> Tensor:
-        """The network's bit-widths for signals `[dim]` or `[1, dim]`, `[U]` int64.
+        """The network's bit-widths for signals `[dim]`, `[U]` int64.
 
         Raises:
             ValueError: If there is no network, or the signals have another shape or dtype.
@@ -363,8 +363,7 @@ def _top_probability_function() -> Any:
 
 def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype) -> None:
     """Raises ValueError unless the library can read the vector by its address."""
-    is_vector = tuple(vector.shape) in ((size,), (1, size))
-    if vector.dtype is not dtype or not is_vector or not vector.is_contiguous() or vector.is_cuda:
+    if vector.dtype != dtype or tuple(vector.shape) != (size,) or not vector.is_contiguous() or vector.is_cuda:
         raise ValueError(
             f"{name} is {vector.dtype} {list(vector.shape)} on {vector.device}; pass contiguous {dtype} [{size}] on "
             "the CPU"

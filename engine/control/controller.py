@@ -6,7 +6,7 @@ torch for everything else. A fourth asks a policy that drafts, and takes its sig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -229,8 +229,9 @@ class NativeController:
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
         tokens, dials = next_token_ids.tolist(), kl_weight.tolist()
-        for row, own, token, dial in zip(self._chosen(rows), _by_row(output), tokens, dials, strict=True):
-            row.reset(own.logits, own.residual_update, own.crest, token, dial)
+        for index, row in enumerate(self._chosen(rows)):
+            parts = (output.logits[index], output.residual_update[index], output.crest[index])
+            row.reset(*parts, tokens[index], dials[index])
 
     def signals(self, rows: Tensor | None = None) -> Tensor:
         """What the policy sees, `[R', dim]` float32."""
@@ -253,9 +254,10 @@ class NativeController:
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
     ) -> None:
         """See `Controller`."""
-        tokens, widths = next_token_ids.tolist(), [bit_widths] if len(bit_widths) == 1 else bit_widths.unbind()
-        for row, own, own_widths, token in zip(self._chosen(rows), _by_row(output), widths, tokens, strict=True):
-            row.update(own.logits, own.residual_update, own.crest, own_widths, token)
+        tokens = next_token_ids.tolist()
+        for index, row in enumerate(self._chosen(rows)):
+            parts = (output.logits[index], output.residual_update[index], output.crest[index])
+            row.update(*parts, bit_widths[index], tokens[index])
 
     def mark(self) -> list[ControlMark]:
         """See `Controller`."""
@@ -268,13 +270,6 @@ class NativeController:
 
     def _chosen(self, rows: Tensor | None) -> list[NativeControl]:
         return self._rows if rows is None else [self._rows[index] for index in rows.tolist()]
-
-
-def _by_row(output: StepOutput) -> Iterable[StepOutput]:
-    """The output of each row, `[vocab]` and `[U]`; a single row as it is: slicing takes a fifth of what it is for."""
-    if len(output.logits) == 1:
-        return [output]
-    return map(StepOutput, output.logits, output.residual_update, output.crest)
 
 
 class DraftController:

@@ -76,7 +76,7 @@ def test_decisions_stay_as_they_were() -> None:
         kept = [control.decide()]
     copies = [kept[0].clone()]
     for _ in range(150):  # more than two blocks
-        control.update(torch.randn(VOCAB), torch.rand(3), torch.rand(3), kept[-1], 1)
+        control.update(torch.randn(VOCAB), torch.rand(3), torch.rand(3), kept[-1][0], 1)
         kept.append(control.decide())
         copies.append(kept[-1].clone())
     assert len({tuple(copy[0].tolist()) for copy in copies}) > 1
