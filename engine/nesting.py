@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flexquant_rl.engine.context_length import max_context
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hf_modules import stored_tensors
 from flexquant_rl.engine.linear import (
     DenseCache,
@@ -101,18 +102,9 @@ def nest(
         weights = token_weights(hf_model, list(unit_of), calibration, progress=progress)
         hessians = _input_hessians(hf_model, units, calibration, weights)
     for (name, unit_idx), hessian in zip(progress(list(unit_of.items()), "quantising"), hessians, strict=False):
-        linear = hf_model.get_submodule(name)
-        assert is_dense(linear)
-        nested = _quantize(dense_matrix(linear), hessian, config, name)
-        bias = None if linear.bias is None else linear.bias.detach()
-        replacement = NestedLinear(
-            nested,
-            bias,
-            unit_idx=unit_idx,
-            cache=cache,
-            reference_weight=reference_matrix(linear) if keep_reference else None,
-        )
-        hf_model.set_submodule(name, replacement)
+        linear = _nested(hf_model.get_submodule(name), hessian, unit_idx, config, name, cache, keep_reference)
+        hf_model.set_submodule(name, linear)
+        return_freed_memory()  # of the matrix, and of what it was quantised with
     hf_model.eval().requires_grad_(False)
     facts = None if calibration is None else Calibration.of(calibration)
     return NestedCausalLM(hf_model, tokenizer, config, units, cache, facts)
@@ -187,6 +179,26 @@ def _input_hessians(
         for layer_idx in range(len(layers) + 1)  # the head is one more
     ]
     return input_hessians(hf_model, layers, stages, calibration, weights)
+
+
+def _nested(
+    linear: nn.Module,
+    hessian: Tensor | None,
+    unit_idx: int,
+    config: QuantizationConfig,
+    name: str,
+    cache: DenseCache,
+    keep_reference: bool,
+) -> NestedLinear:
+    """What takes the place of a linear."""
+    assert is_dense(linear)
+    return NestedLinear(
+        _quantize(dense_matrix(linear), hessian, config, name),
+        None if linear.bias is None else linear.bias.detach(),
+        unit_idx=unit_idx,
+        cache=cache,
+        reference_weight=reference_matrix(linear) if keep_reference else None,
+    )
 
 
 def _quantize(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig, name: str) -> NestedWeight:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flexquant_rl.engine.control.output_kl import logit_probes
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.quantisation.calibration import check_windows
 from flexquant_rl.engine.quantisation.tuned_linear import has_bfloat16
 
@@ -66,6 +67,8 @@ def token_weights(
             with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
                 logits = hf_model(input_ids=tokens, use_cache=False).logits[0]
             logits.backward(logit_probes(logits.detach(), generator))
+            del logits
+            return_freed_memory()  # what stays of a window lies between what goes: the next would take new memory
     return {name: _normalised(name, torch.cat(parts)) for name, parts in energies.items() if parts}
 
 

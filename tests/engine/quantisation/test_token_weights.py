@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,3 +139,18 @@ def test_a_gradient_that_is_not_finite_is_named(tokens: Tensor) -> None:
         token_weights(hf_model, names, tokens[None], unseen)
     handle.remove()
     assert len(token_weights(hf_model, names, tokens[None], unseen)) == 2
+
+
+def test_the_memory_of_a_window_goes_back_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-135M held 4 GB after 37 windows instead of 1.7."""
+    windows = torch.zeros(3, TOKENS, dtype=torch.int64)
+    happened: list[str] = []
+
+    def progress(items: Iterable[Any], label: str) -> Iterable[Any]:
+        for item in items:
+            happened.append("read")
+            yield item
+
+    monkeypatch.setattr(module, "return_freed_memory", lambda: happened.append("given back"))
+    token_weights(llama().eval(), ["lm_head"], windows, progress)
+    assert happened == ["read", "given back"] * 3
