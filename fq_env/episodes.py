@@ -15,7 +15,7 @@ from torch import Tensor
 from flexquant_rl.engine.bits_display import coloured_text
 from flexquant_rl.engine.control.controller import StaticController, TorchController
 from flexquant_rl.engine.control.cost import CostTable
-from flexquant_rl.engine.control.decision import Decision, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, StaticAllocation, looks
 from flexquant_rl.engine.control.output_kl import kl_nats
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.runner import PolicyRunner
@@ -268,9 +268,9 @@ class Episodes:
     def _latency_ms(self, decision: Decision, pass_ms: float | None) -> Tensor:
         if pass_ms is not None:
             return torch.full((self.num_rows,), pass_ms, dtype=torch.float64)
-        # Fixed widths need no signals; whoever else decides has looked at them.
-        is_fixed = isinstance(self.controller.policy, StaticAllocation)
-        return self.cost.latency_ms(decision.bit_widths) + (0.0 if is_fixed else self.cost.controller_ms)
+        policy = self.controller.policy
+        is_charged = policy is None or looks(policy)  # None: an agent that was shown the signals
+        return self.cost.latency_ms(decision.bit_widths) + (self.cost.controller_ms if is_charged else 0.0)
 
     def _probe(self, kl: Tensor) -> Tensor:
         """Shows the output KL to the rows whose turn it is and returns what that costs, `[R]` ms."""

@@ -165,7 +165,7 @@ def test_bad_input_is_one_line(tiny_model_dir: Path, ladder: Path, text: Path, t
         (("generate", tiny_model_dir, "--policy", other, "--prompt", "a"), "version 7"),
         ((*combine, tmp_path / "x"), "--policy names no policy"),
         ((*combine, ladder, "--policy", "fixed:4"), "is not empty"),
-        ((*combine, tmp_path / "x", "--policy", "random:4.5", "--text", text, *SMALL), "looks at every token"),
+        ((*combine, tmp_path / "x", "--policy", "random:4.5", "--text", text, *SMALL), "decides at every token"),
         ((*combine, tmp_path / "x", "--policy", "fixed:7", "--text", text, *SMALL), "7"),
     ):
         finished = run(cli.main, *arguments)

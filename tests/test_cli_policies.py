@@ -71,7 +71,7 @@ class TestNames:
 
     def test_a_policy_of_signals_is_served_by_nobody(self, nested: Path, profile: Path, text: Path) -> None:
         error = generate(nested, "entropy:1.5", "--profile", profile, "--text", text).error
-        assert "'entropy:1.5' looks at every token" in error
+        assert "'entropy:1.5' decides at every token" in error
 
     def test_a_choice_in_flight_is_served_by_nobody(self, nested: Path) -> None:
         error = generate(nested, "relative-error:0.5").error

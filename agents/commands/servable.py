@@ -251,8 +251,8 @@ def deployed_by_name(prepared: Prepared, unbound: UnboundPolicy | Drafts) -> Dep
     bound = bind_policy(unbound, policy_context(prepared))
     if not isinstance(bound, StaticAllocation):
         raise InputError(
-            f"policy {policy_name(unbound)!r} looks at every token and needs the trainer's package; serve a static one "
-            "(fixed:4, knapsack:4.5) or an exported policy, and compare this one with `fq evaluate`"
+            f"policy {policy_name(unbound)!r} decides at every token and needs the trainer's package; serve a static "
+            "one (fixed:4, knapsack:4.5) or an exported policy, and compare this one with `fq evaluate`"
         )
     return static_policy(prepared.model, bound)
 

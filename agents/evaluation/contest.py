@@ -45,7 +45,7 @@ from flexquant_rl.fq_env.prompts import spread
 
 # The dial goes a little beyond the range that was trained: the ends of the budgets may lie there.
 _DIAL_MARGIN = 4.0
-_TIMED_WINDOWS, _TIMED_TOKENS = 3, 32
+_TIMED_WINDOWS = 3
 # More than this between the same steps, as a log ratio, is not the steps'.
 _CLOCK_TOLERANCE = 0.1
 
@@ -330,12 +330,11 @@ def _clocked(
 def clocked_shares(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> list[float]:
     """Measured time of each contestant on a few of the windows, over that of the largest width everywhere."""
     say("timing whole continuations")
-    env = replace(prepared.env, max_new_tokens=min(_TIMED_TOKENS, prepared.env.max_new_tokens))
     measured = measured_time_shares(
         prepared.model,
         prepared.profile,
-        spread(windows, _TIMED_WINDOWS)[:, : env.window_tokens],
-        env,
+        spread(windows, _TIMED_WINDOWS),
+        prepared.env,
         [(one.drafts or one.policy, one.kl_weight or 1.0) for one in contestants],
         num_threads=prepared.num_threads,
         progress=lambda rounds: track(rounds, "timing"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.engine.control.controller import TorchController
 from flexquant_rl.engine.control.cost import CostTable
-from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, looks
 from flexquant_rl.engine.control.output_kl import ReferenceDistribution, reference_width
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.runner import PolicyRunner
@@ -84,7 +84,7 @@ class RecordedText:
     def time_share(self, one: Contestant) -> float:
         """Time of all steps, the controller's included, over that at the largest width everywhere, nearly."""
         widths = self._simulated(one.policy, one.kl_weight or 1.0)
-        looking = 0.0 if isinstance(one.policy, StaticAllocation) else self._cost.controller_share
+        looking = self._cost.controller_share if looks(one.policy) else 0.0
         return float(self._cost.time_share(widths).mean()) + looking
 
     def output_kl_nats(self, one: Contestant) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexquant_rl.agents.policies.names import check_parameters, policy_name
 from flexquant_rl.agents.policies.unbound import Family, PolicyContext, UnboundPolicy
-from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, PositionPolicy, StaticAllocation
 from flexquant_rl.engine.errors import InputError
 
 _NAME = re.compile(r"(?P<module>[^\W\d][\w.]*):(?P<kind>[^\W\d]\w*)(:(?P<parameters>.*))?", re.DOTALL)
@@ -106,6 +106,8 @@ def bind_own(policy: UnboundPolicy, context: PolicyContext) -> Policy:
     if isinstance(bound, StaticAllocation):  # once is enough, and it stays as cheap as ours
         checked.check(Decision(bound.bit_widths[None]), 1)
         return replace(bound, name=name)
+    if isinstance(bound, PositionPolicy):  # as above, checked at every step
+        return replace(bound, name=name, at=checked.at)
     if not callable(bound):
         raise InputError(f"policy {name!r}: bind returned {type(bound).__name__}; return a function of the signals")
     return checked
@@ -136,6 +138,13 @@ class CheckedPolicy:
         decision = self.policy(signals)
         self.check(decision, len(signals))
         return decision
+
+    def at(self, positions: Tensor) -> Tensor:
+        """As `PositionPolicy.at`, for a policy that is one; raises as a call does."""
+        assert isinstance(self.policy, PositionPolicy)
+        widths = self.policy.at(positions)
+        self.check(Decision(widths), len(positions))
+        return widths
 
     def check(self, decision: Decision, num_rows: int) -> None:
         """Raises InputError unless a decision gives each unit of each row a stored width."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.policies.names import policy_name
-from flexquant_rl.agents.policies.unbound import Family, PolicyContext, RulePolicy, check_width
-from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_width
+from flexquant_rl.engine.control.decision import PositionPolicy
 from flexquant_rl.engine.errors import InputError
 
 _SEED_LIMIT = 2**63
@@ -20,7 +20,7 @@ _SEED_LIMIT = 2**63
 class RandomWidths:
     """Draws each unit's width anew at every token, from the two stored widths around a mean.
 
-    The bound policy owns a seeded generator. It is the only policy that is not a pure function of the signals.
+    The bound policy owns a seeded generator: the only one of its kind that is no pure function of the position.
 
     Attributes:
         mean_bit_width: Expected width of every unit, bits.
@@ -37,7 +37,7 @@ class RandomWidths:
         if not 0 <= self.seed < _SEED_LIMIT:
             raise InputError(f"seed={self.seed} seeds nothing; choose one from 0 to {_SEED_LIMIT - 1}")
 
-    def bind(self, context: PolicyContext) -> RulePolicy:
+    def bind(self, context: PolicyContext) -> PositionPolicy:
         """See `UnboundPolicy`."""
         name = policy_name(self)
         context.check_mean(self.mean_bit_width, name)
@@ -47,8 +47,8 @@ class RandomWidths:
         share_high = (self.mean_bit_width - low) / (high - low) if high > low else 0.0
         generator = torch.Generator().manual_seed(self.seed)
 
-        def decide(signals: Tensor) -> Decision:
-            draws = torch.rand(len(signals), context.schema.num_units, generator=generator)
-            return Decision(torch.where(draws < share_high, high, low))
+        def at(positions: Tensor) -> Tensor:
+            draws = torch.rand(len(positions), context.schema.num_units, generator=generator)
+            return torch.where(draws < share_high, high, low)
 
-        return RulePolicy(name, decide)
+        return PositionPolicy(name, at, context.schema.tokens_decoded)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flexquant_rl.agents.policies.names import policy_name
-from flexquant_rl.agents.policies.unbound import Family, PolicyContext, RulePolicy, check_width
-from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_width
+from flexquant_rl.engine.control.decision import PositionPolicy
 from flexquant_rl.engine.errors import InputError
 
 _MOST_TOKENS = 1_000_000
@@ -42,14 +42,12 @@ class Schedule:
         if self.low >= self.high:
             raise InputError(f"low={self.low:g} must be below high={self.high:g}; lower it")
 
-    def bind(self, context: PolicyContext) -> RulePolicy:
+    def bind(self, context: PolicyContext) -> PositionPolicy:
         """See `UnboundPolicy`."""
         name = policy_name(self)
-        low, high = (context.allocation(mean, name) for mean in (self.low, self.high))
-        schema = context.schema
+        levels = torch.stack([context.allocation(mean, name) for mean in (self.low, self.high)])
 
-        def decide(signals: Tensor) -> Decision:
-            is_high = (schema.tokens_decoded(signals) < self.first)[:, None]
-            return Decision(torch.where(is_high, high.to(signals.device), low.to(signals.device)))
+        def at(positions: Tensor) -> Tensor:
+            return levels[(positions < self.first).long()]
 
-        return RulePolicy(name, decide)
+        return PositionPolicy(name, at, context.schema.tokens_decoded)

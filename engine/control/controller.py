@@ -1,7 +1,8 @@
 """A policy at work on rows of tokens: what a step put out goes in, the decision for the next step comes out.
 
-Three controllers give the same decisions at different cost: none of a fixed allocation's own, native code on the CPU,
-torch for everything else. A fourth asks a policy that drafts, and takes its signals from one of the others.
+Four controllers give the same decisions at different cost: none of a fixed allocation's own, a count of tokens where
+the position decides, native code on the CPU, torch for everything else. A fifth asks a policy that drafts, and takes
+its signals from one of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, PositionPolicy, StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafts import DraftPolicy, RoundState
 from flexquant_rl.engine.control.policy import LearnedPolicy
@@ -69,13 +70,15 @@ def make_controller(
     Args:
         model: The model.
         policy: The policy.
-        profile: The profile that the policy was trained with; None with a static allocation, which sees none.
+        profile: The profile that the policy was trained with; None where a policy sees none.
         num_rows: R.
     """
     if isinstance(policy, StaticAllocation):
         return StaticController(policy, num_rows)
     if isinstance(policy, DeployedDrafts) and policy.never_drafts:
         return StaticController(StaticAllocation(policy.name, policy.verify_bit_widths), num_rows)
+    if isinstance(policy, PositionPolicy):
+        return PositionController(policy, num_rows)
     assert profile is not None, "a policy that looks at signals has a profile"
     if isinstance(policy, DraftPolicy):
         signals = _signals_alone(model, profile, num_rows) if policy.uses_signals else None
@@ -121,6 +124,46 @@ class StaticController:
 
     def rollback(self, mark: None, rows: Tensor | None = None) -> None:
         """Nothing to undo."""
+
+
+class PositionController:
+    """Counts tokens and looks at nothing.
+
+    Args:
+        policy: What the counts decide.
+        num_rows: R.
+    """
+
+    def __init__(self, policy: PositionPolicy, num_rows: int = 1) -> None:
+        self._policy = policy
+        self._positions = torch.zeros(num_rows, dtype=torch.int64)
+
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        self._positions[_rows_or_all(rows)] = 0
+
+    def decide(self, rows: Tensor | None = None) -> Decision:
+        """See `Controller`."""
+        return Decision(self._policy.at(self._positions if rows is None else self._positions[rows]))
+
+    def update(
+        self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """See `Controller`."""
+        self._positions[_rows_or_all(rows)] += 1
+
+    def mark(self) -> Tensor:
+        """See `Controller`."""
+        return self._positions.clone()
+
+    def rollback(self, mark: Tensor, rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        chosen = _rows_or_all(rows)
+        self._positions[chosen] = mark[chosen]
+
+
+def _rows_or_all(rows: Tensor | None) -> Tensor | slice:
+    return slice(None) if rows is None else rows
 
 
 class TorchController:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,3 +53,27 @@ class StaticAllocation:
     def __call__(self, signals: Tensor) -> Decision:
         """See `Policy`."""
         return Decision(self.bit_widths.to(signals.device).expand(len(signals), -1))
+
+
+@dataclass(frozen=True)
+class PositionPolicy:
+    """Widths that the position alone decides: nothing that a step puts out is looked at.
+
+    Attributes:
+        name: As it appears in tables.
+        at: Positions `[B]` int64 on the CPU, tokens of the continuation before the step, to widths `[B, U]` int64.
+        tokens_decoded: Finds the positions in signals `[B, dim]`, for whoever has them (`SignalSchema`).
+    """
+
+    name: str
+    at: Callable[[Tensor], Tensor]
+    tokens_decoded: Callable[[Tensor], Tensor]
+
+    def __call__(self, signals: Tensor) -> Decision:
+        """See `Policy`."""
+        return Decision(self.at(self.tokens_decoded(signals).cpu()).to(signals.device))
+
+
+def looks(policy: Policy) -> bool:
+    """Whether a policy looks at what steps put out, and so pays for the signals."""
+    return not isinstance(policy, StaticAllocation | PositionPolicy)

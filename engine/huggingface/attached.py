@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.control.artefact import PROFILE_FILE, load_policy, policy_directory
 from flexquant_rl.engine.control.controller import Controller, make_controller
-from flexquant_rl.engine.control.decision import Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Policy, looks
 from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.policy import LearnedPolicy
@@ -237,7 +237,7 @@ def attach_policy(
             f"policy {found.name!r} drafts, which takes passes that `generate` does not make; use flexquant_rl.generate"
         )
     check_policy(found, nested)
-    if profile is None and not isinstance(found, StaticAllocation):
+    if profile is None and looks(found):
         raise InputError(f"policy {found.name!r} sees the model's profile; pass the one it was trained with")
     if profile is not None and profile.fingerprint != nested.fingerprint:
         raise InputError(
@@ -258,7 +258,7 @@ def _kl_weight(policy: Policy, kl_weight: float | None, speed: float | None) -> 
     for name, value in (("speed", speed), ("kl_weight", kl_weight)):
         if value is not None and not isinstance(value, int | float):
             raise InputError(f"{name}={value!r} must be a number; give e.g. 1.5")
-        has_one = not isinstance(policy, StaticAllocation) if name == "kl_weight" else isinstance(policy, LearnedPolicy)
+        has_one = looks(policy) if name == "kl_weight" else isinstance(policy, LearnedPolicy)
         if value is not None and not has_one:
             raise InputError(f"{name}={value:g} sets a dial, and {policy.name} has none; leave it out")
     if kl_weight is not None and speed is not None:

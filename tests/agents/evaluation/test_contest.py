@@ -301,6 +301,22 @@ def test_test_windows_are_spread(tiny_prepared: Prepared) -> None:
     assert documents == [0, 3]
 
 
+def test_the_clock_times_every_token_whose_kl_counts(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who spends its bits early would pay for more than it took if the clock stopped halfway."""
+    timed: list[tuple[Tensor, EnvConfig]] = []
+
+    def shares(model: object, profile: object, windows: Tensor, env: EnvConfig, asked: list[Any], **_: Any) -> Any:
+        timed.append((windows, env))
+        return [1.0] * len(asked)
+
+    monkeypatch.setattr(contest, "measured_time_shares", shares)
+    windows = tiny_prepared.windows.test
+    contest.clocked_shares(tiny_prepared, [contest.contestant(Fixed(4), policy_context(tiny_prepared))], windows)
+    ((read, env),) = timed
+    assert env == tiny_prepared.env
+    assert read.shape[1] == env.window_tokens
+
+
 def test_the_most_moving_sequence_is_found_among_all_that_was_run(tiny_prepared: Prepared, timed: list[str]) -> None:
     """Over seeds, dials and sequences; what is not trained moves as it likes."""
     results = [learned_result(tiny_prepared, seed) for seed in (0, 1)]

@@ -48,10 +48,13 @@ def test_the_controller_is_charged_where_it_looks(tiny_prepared: Prepared) -> No
     text = RecordedText(p.model, p.profile, p.windows.validation, p.env, cost, num_scored=1)
     evaluator = Evaluator(p.model, p.profile, p.windows.validation, p.env, cost=cost)
     fixed = StaticAllocation("fixed:6", torch.full((p.model.num_units,), 6))
-    looking = bind_policy(Schedule(0, low=6), policy_context(p))
-    shares = [text.time_share(Contestant("own", policy)) for policy in (fixed, looking)]
-    assert shares == pytest.approx([1 / evaluator.run(policy).speedup for policy in (fixed, looking)])
-    assert shares[1] - shares[0] == pytest.approx(0.3)
+    blind = bind_policy(Schedule(0, low=6), policy_context(p))
+    looking = bind_policy(EntropyThreshold(-1.0, low_width=4, high_width=6), policy_context(p))
+    policies = (fixed, blind, looking)
+    shares = [text.time_share(Contestant("own", policy)) for policy in policies]
+    assert shares == pytest.approx([1 / evaluator.run(policy).speedup for policy in policies])
+    assert shares[1] == pytest.approx(shares[0])
+    assert shares[2] - shares[0] == pytest.approx(0.3)
 
 
 def test_near_where_the_output_counts(tiny_prepared: Prepared, recorded: RecordedText, evaluator: Evaluator) -> None:

@@ -13,7 +13,7 @@ from policy_checks import check_protocol, fake_context
 
 from flexquant_rl.agents.policies.families import bind_policy, family_name, parse_policy
 from flexquant_rl.agents.policies.names import policy_name
-from flexquant_rl.engine.control.decision import StaticAllocation
+from flexquant_rl.engine.control.decision import PositionPolicy, StaticAllocation
 from flexquant_rl.engine.errors import InputError
 
 HEAD = """
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.policies.unbound import PolicyContext, RulePolicy
-from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, PositionPolicy, StaticAllocation
 """
 GOOD = """
 @dataclass(frozen=True)
@@ -104,6 +104,29 @@ def test_a_static_allocation_stays_one(write: Write) -> None:
     assert isinstance(policy, StaticAllocation), "controllers then need no signals"
     assert policy.name == f"{name}:4", "a class that extends one of ours has a family of its own"
     assert "it chose width 7" in error_of(f"{name}:7")
+
+
+def test_a_choice_by_position_stays_one(write: Write) -> None:
+    source = """
+    @dataclass(frozen=True)
+    class Falling:
+        last: int
+
+        def bind(self, context: PolicyContext) -> Policy:
+            def at(positions):
+                return torch.where(positions[:, None] < 3, 8, self.last).expand(-1, 4)
+
+            return PositionPolicy("x", at, context.schema.tokens_decoded)
+    """
+    name = f"{write(source)}:Falling"
+    policy = bind_policy(parse_policy(f"{name}:4"), fake_context())
+    assert isinstance(policy, PositionPolicy), "controllers then need no signals"
+    assert policy.name == f"{name}:4"
+    assert policy.at(torch.tensor([0, 5])).tolist() == [[8] * 4, [4] * 4]
+    wrong = bind_policy(parse_policy(f"{name}:7"), fake_context())
+    assert isinstance(wrong, PositionPolicy)
+    with pytest.raises(InputError, match="it chose width 7, which is not stored"):
+        wrong.at(torch.tensor([5]))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from torch import Tensor
 from flexquant_rl.engine.control.controller import (
     Controller,
     NativeController,
+    PositionController,
     StaticController,
     TorchController,
     make_controller,
 )
 from flexquant_rl.engine.control.cost import roofline_cost
-from flexquant_rl.engine.control.decision import Decision, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, PositionPolicy, StaticAllocation, looks
 from flexquant_rl.engine.control.policy import LearnedPolicy, PolicyCard, PrecisionNet
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -158,6 +159,49 @@ def test_static_allocations_look_at_nothing(nested_model: NestedCausalLM, profil
     static = make_controller(nested_model, StaticAllocation("static", torch.tensor([3, 4, 8])), profile)
     assert isinstance(static, StaticController)
     assert static.decide().bit_widths.tolist() == [[3, 4, 8]]
+
+
+def test_positions_are_counted_row_by_row_and_nothing_is_looked_at(
+    nested_model: NestedCausalLM, profile: Profile, generator: torch.Generator
+) -> None:
+    """The count decides what the torch controller decides from signals, through restarts and returns to a mark."""
+    levels = torch.tensor([[8, 8, 4], [4, 5, 6], [3, 3, 3]])
+    schema = SignalSchema(nested_model.num_units, nested_model.bit_widths)
+    policy = PositionPolicy("levels", lambda positions: levels[positions.clamp_max(2)], schema.tokens_decoded)
+    counting = make_controller(nested_model, policy, None, num_rows=2)
+    assert isinstance(counting, PositionController)
+    assert not looks(policy)
+    reference = TorchController(nested_model, policy, profile, num_rows=2)
+    both, second = torch.arange(2), torch.tensor([1])
+
+    def output_of(num_rows: int) -> StepOutput:
+        logits = torch.randn(num_rows, nested_model.vocab_size, generator=generator)
+        return StepOutput(logits, *torch.rand(2, num_rows, 3, generator=generator).unbind())
+
+    def play(rows: Tensor) -> None:
+        tokens = torch.randint(nested_model.vocab_size, (len(rows),), generator=generator)
+        for controller in (counting, reference):
+            controller.update(output_of(len(rows)), levels[rows], tokens, rows)
+
+    def agree() -> list[list[int]]:
+        found = counting.decide().bit_widths
+        assert torch.equal(found, reference.decide().bit_widths)
+        assert torch.equal(counting.decide(second).bit_widths, found[1:])
+        return found.tolist()
+
+    for controller in (counting, reference):
+        controller.reset(output_of(2), torch.tensor([1, 2]), torch.ones(2))
+    assert agree() == levels[[0, 0]].tolist()
+    play(both)
+    marks = counting.mark(), reference.mark()
+    play(second)
+    assert agree() == levels[[1, 2]].tolist()
+    counting.rollback(marks[0], second)
+    reference.rollback(marks[1], second)
+    assert agree() == levels[[1, 1]].tolist()
+    for controller in (counting, reference):
+        controller.reset(output_of(1), torch.tensor([1]), torch.ones(1), second)
+    assert agree() == levels[[1, 0]].tolist()
 
 
 def test_choice(
