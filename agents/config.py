@@ -189,7 +189,7 @@ class TrainConfig:
     """Threads of the decode steps that are timed, and of those that the profile was measured on; default: 1 with the
     lean decoder, else torch's number."""
     validation_sequences: int = 48
-    """Sequences on which the best checkpoint is chosen and the time budgets are met."""
+    """Sequences on which the best checkpoint is chosen; the time budgets are met on 24 of them at most."""
     test_sequences: int = 32
     """Sequences of the final table."""
     importance_windows: int = 192

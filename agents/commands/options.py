@@ -46,7 +46,7 @@ class QuantizeOptions:
     """For gptq: how much the error of each of the widths counts, e.g. 8 16 32 64 1024; default: 2^b for b bits."""
     rotate: Literal["auto", "yes", "no"] = "auto"
     """Rotate the residual stream and the values first, which changes no output and costs nothing at run time. auto:
-    with gptq, for Llama, Mistral, Qwen2 and Qwen3, unless a tied head is not nested. With rtn it does not pay."""
+    with gptq, for Llama, Mistral, Qwen2 and Qwen3, unless a tied head is not nested."""
     calibration: Files = ()
     """Text files. The weights are fitted to their training split; rtn then refits scales and offsets. For the embedded
     model gptq reads held-out standard library where no file is named."""
@@ -194,7 +194,7 @@ class SweepOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """What to train; `--seeds` policies of every configuration."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUES")] = ()
-    """Options to vary, each with its values: ppo.learning_rate=1e-4,3e-4 ppo.gamma=0.7,0.8. Every combination is
+    """Options to vary, each with its values: ppo.learning_rate=3e-4,1e-3 ppo.gamma=0.95,0.97. Every combination is
     trained. Only env_steps and the options of ppo can be varied."""
     workers: int | None = None
     """Trials at a time; default: as many as there are processors for."""
