@@ -39,7 +39,7 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
         + " Two families that are not "
         "static are compared by what each leaves of static's KL.",
         "A policy that looks at signals is charged the controller's time, which the latency table holds where it was "
-        "measured.",
+        "measured; static and fixed widths, `schedule` and `random` look at nothing.",
     ]
     if is_budgeted and any(row.family in BASELINES for row in rows):
         lines.insert(
@@ -62,9 +62,9 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
         )
         if any(row.family == PPO.name or row.family.startswith(f"{PPO.name}:") for row in rows):
             lines.append(
-                "On a CPU native code runs the learned policy, and the rules that look at the text or the position "
-                "(`entropy`, `schedule`, `random`, `regressor`) are called through Python: measured comparisons of "
-                "`ppo` with them flatter `ppo`."
+                "On a CPU native code runs the learned policy, and the rules that decide at every token (`entropy`, "
+                "`schedule`, `random`, `regressor`) are called through Python: measured comparisons of `ppo` with "
+                "them flatter `ppo`."
             )
     if any(row.family.partition(":")[0] == Drafts.family.name for row in rows):
         lines.append(

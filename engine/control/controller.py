@@ -144,7 +144,8 @@ class PositionController:
 
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
-        return Decision(self._policy.at(self._positions if rows is None else self._positions[rows]))
+        chosen = self._positions.clone() if rows is None else self._positions[rows]  # `update` moves them in place
+        return Decision(self._policy.at(chosen))
 
     def update(
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None

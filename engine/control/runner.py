@@ -383,7 +383,7 @@ class PolicyRunner:
     def _read_text(self, text: Tensor) -> Iterator[list[tuple[Tensor, StepOutput]]]:
         """Reads all but the last of `[1, T]` tokens behind a context, in passes.
 
-        Where the widths depend on nothing that is read, a pass takes several tokens: the same function of the text.
+        Where the widths are the same at every token, a pass takes several of them: the same function of the text.
 
         Yields:
             Each token `[1]` behind those of a pass, and what it follows from.
