@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flexquant_rl.engine.embedded import resolve_model
 from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
+from flexquant_rl.engine.freed_memory import return_freed_memory
 from flexquant_rl.engine.hf_modules import empty_causal_lm, fill, stored_tensors
 from flexquant_rl.engine.hub import snapshot_config
 from flexquant_rl.engine.linear import DenseCache, NestedLinear, dense_cache_bytes, is_dense
@@ -199,7 +200,9 @@ def load_model(
         return load_checkpoint(local_model(path))
     config = config or QuantizationConfig()
     loaded, tokenizer = load_causal_lm(path) if keep_reference else load_for_serving(path)
-    return nest(loaded, tokenizer, config, keep_reference=keep_reference, progress=progress)
+    model = nest(loaded, tokenizer, config, keep_reference=keep_reference, progress=progress)
+    return_freed_memory()
+    return model
 
 
 def _narrowed(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""When memory that was freed goes back to the system: as soon as a matrix was quantised, not some day.
+"""When memory that was freed goes back to the system: after a model or a calibrated matrix was quantised, not some day.
 
 The C library keeps freed blocks of some megabytes for later use. After nesting, these are the unquantised matrices: 4
 bytes per weight that nobody reads, of a process that may serve for weeks. Where small things that stay are made between

@@ -104,7 +104,8 @@ def nest(
     for (name, unit_idx), hessian in zip(progress(list(unit_of.items()), "quantising"), hessians, strict=False):
         linear = _nested(hf_model.get_submodule(name), hessian, unit_idx, config, name, cache, keep_reference)
         hf_model.set_submodule(name, linear)
-        return_freed_memory()  # of the matrix, and of what it was quantised with
+        if hessian is not None:  # what it was quantised with is large; data-free nesting should stay fast
+            return_freed_memory()
     hf_model.eval().requires_grad_(False)
     facts = None if calibration is None else Calibration.of(calibration)
     return NestedCausalLM(hf_model, tokenizer, config, units, cache, facts)
