@@ -61,10 +61,22 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+class OutputExistsError(InputError):
+    """What was to be written anew is there already.
+
+    Attributes:
+        path: Where.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} exists and is not empty; choose another output directory or remove it")
+        self.path = path
+
+
 def check_new_directory(path: Path) -> None:
-    """Raises InputError if `path` exists and is not an empty directory. Worth doing before the work that fills it."""
+    """Raises OutputExistsError if `path` exists and is no empty directory. Worth doing before what fills it."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not empty; choose another output directory or remove it")
+        raise OutputExistsError(path)
 
 
 @contextmanager

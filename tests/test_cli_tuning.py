@@ -12,9 +12,11 @@ import torch
 from cli_runner import run, write_sentences
 
 from flexquant_rl import cli
+from flexquant_rl.agents.commands import quantize
 from flexquant_rl.agents.runs.run import locked_run
 from flexquant_rl.engine.checkpoint import load_checkpoint, load_model
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.quantisation import tuning
 from flexquant_rl.engine.quantisation.unfinished import unfinished_directory
 
@@ -113,6 +115,32 @@ def test_interrupted_while_perplexity_is_measured(
         assert run(cli.main, *options(tiny_model_dir, out, text), "--text", text).code == 130
     assert not out.exists()
     assert run(cli.main, *options(tiny_model_dir, out, text), "--text", text).result["perplexity_by_width"]
+
+
+def test_output_that_appears_meanwhile_costs_no_work(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    saved = quantize.save_checkpoint
+
+    def late(model: NestedCausalLM, path: Path) -> int:
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+        return saved(model, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize, "save_checkpoint", late)
+        error = run(cli.main, *options(tiny_model_dir, out, text)).error
+    assert error == (
+        f"{out} has appeared meanwhile and is not empty; move it away, and the same command goes on from there"
+    )
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    out.rename(tmp_path / "elsewhere")
+    with monkeypatch.context() as patched:  # nothing is quantised again
+        patched.setattr("flexquant_rl.engine.quantisation.unfinished.nest", None)
+        assert run(cli.main, *options(tiny_model_dir, out, text)).result["out"] == str(out)
+    assert load_checkpoint(out).tuning is not None
+    assert not (tmp_path / ".out.unfinished").exists()
 
 
 def test_second_command_leaves_the_first_ones_work_alone(tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:

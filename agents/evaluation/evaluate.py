@@ -32,7 +32,7 @@ from flexquant_rl.fq_env.episodes import Episodes, StepFacts
 from flexquant_rl.fq_env.task import LossyTask
 
 _MIN_ROUNDS = 5
-_TIMING_S = 20.0
+_TIMING_S_EACH = 2.0
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def measured_time_shares(
         windows: `[n, window_tokens]` int64.
         config: Shape of the episodes.
         policies: Policies, each with its dial.
-        rounds: Turns of every policy; after the fifth no new round begins once 20 s have passed.
+        rounds: Turns of every policy; after the fifth no new round begins once each has had 2 s on average.
         num_threads: Threads of a step, as for `open_session`.
         progress: Wraps the rounds.
     """
@@ -352,9 +352,9 @@ def measured_time_shares(
     texts = _TimedTexts(model, windows, config, num_threads)
     turns: list[list[list[float]]] = [[] for _ in contestants]
     generator = torch.Generator().manual_seed(0)
-    began = time.monotonic()
+    ends_at = time.monotonic() + _TIMING_S_EACH * len(contestants)
     for done in progress(range(rounds)):
-        if done >= _MIN_ROUNDS and time.monotonic() - began > _TIMING_S:
+        if done >= _MIN_ROUNDS and time.monotonic() > ends_at:
             break
         for which in torch.randperm(len(contestants), generator=generator).tolist():
             turns[which].append(texts.turn_ms(controllers[which], contestants[which][1]))

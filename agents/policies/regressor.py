@@ -69,36 +69,33 @@ class Regressor:
             raise InputError(f"policy {name!r} has to be fitted to text, and there is none here; use fq evaluate")
         recording = context.recording()
         kl = torch.stack([recording.token_kl_nats(widths).flatten() for widths in (low, high)], dim=-1)
-        predict = fit_log_kl(_features(context.schema, recording.signals.flatten(0, 1)), kl)
-        asked = self.multiplier * added_time
+        features = _features(context.schema)
+        predict = fit_log_kl(recording.signals.flatten(0, 1)[:, features], kl)
+        asked, levels = self.multiplier * added_time, torch.stack([low, high])
 
         def decide(signals: Tensor) -> Decision:
-            expected = predict(_features(context.schema, signals.cpu())).exp()
-            is_high = (expected[:, 0] - expected[:, 1] > asked)[:, None]
-            return Decision(torch.where(is_high, high, low).to(signals.device))
+            expected = predict(signals.cpu().index_select(1, features)).exp().tolist()
+            is_high = torch.tensor([int(at_low - at_high > asked) for at_low, at_high in expected])
+            return Decision(levels.index_select(0, is_high).to(signals.device))
 
         return RulePolicy(name, decide)
 
 
 @dataclass(frozen=True)
 class LogLinear:
-    """A linear map of standardised features.
+    """A linear map of features.
 
     Attributes:
-        mean: `[F]`.
-        std: `[F]`.
-        coefficients: `[F, K]`.
-        constant: `[K]`.
+        coefficients: `[F, K]` float64.
+        constant: `[K]` float64.
     """
 
-    mean: Tensor
-    std: Tensor
     coefficients: Tensor
     constant: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
         """`[n, F]` -> `[n, K]` float64."""
-        return (features.double() - self.mean) / self.std @ self.coefficients + self.constant
+        return torch.addmm(self.constant, features.double(), self.coefficients)
 
 
 def fit_log_kl(features: Tensor, kl_nats: Tensor) -> LogLinear:
@@ -114,12 +111,16 @@ def fit_log_kl(features: Tensor, kl_nats: Tensor) -> LogLinear:
     inputs = (inputs - mean) / std
     gram = inputs.T @ inputs + _RIDGE * torch.eye(inputs.shape[1], dtype=torch.float64)
     constant = targets.mean(0)
-    return LogLinear(mean, std, torch.linalg.solve(gram, inputs.T @ (targets - constant)), constant)
+    coefficients = torch.linalg.solve(gram, inputs.T @ (targets - constant)) / std[:, None]
+    return LogLinear(coefficients, constant - mean @ coefficients)
 
 
-def _features(schema: SignalSchema, signals: Tensor) -> Tensor:
-    """`[n, dim]` -> `[n, F]`: the token's signals, and the statistics of every unit."""
-    global_signals, per_unit = schema.split(signals)
-    kept = [index for index, name in enumerate(schema.global_names) if name not in _LEFT_OUT]
-    columns = [schema.index_in_unit(name) for name in _UNIT_FEATURES]
-    return torch.cat([global_signals[:, kept], per_unit[..., columns].flatten(1)], dim=1)
+def _features(schema: SignalSchema) -> Tensor:
+    """`[F]` int64: which of the signals say something of the token, and the statistics of every unit."""
+    of_token = [index for index, name in enumerate(schema.global_names) if name not in _LEFT_OUT]
+    of_units = [
+        schema.num_global + unit_idx * schema.num_per_unit + schema.index_in_unit(name)
+        for unit_idx in range(schema.num_units)
+        for name in _UNIT_FEATURES
+    ]
+    return torch.tensor(of_token + of_units)

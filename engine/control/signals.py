@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,7 @@ class SignalSchema:
     num_embedding_dims: int = 32
     horizon: int | None = None
 
-    @property
+    @cached_property
     def global_names(self) -> tuple[str, ...]:
         """Signals of the token."""
         return (
@@ -68,7 +69,7 @@ class SignalSchema:
             *(f"embedding_{index}" for index in range(self.num_embedding_dims)),
         )
 
-    @property
+    @cached_property
     def unit_names(self) -> tuple[str, ...]:
         """Signals of each unit."""
         return (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexquant_rl.engine.checkpoint import load_checkpoint, save_checkpoint
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.engine.files import read_json, write_json
+from flexquant_rl.engine.files import OutputExistsError, read_json, write_json
 from flexquant_rl.engine.hf_modules import stored_tensors
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.engine.nesting import Progress, give_reference, nest, unseen
@@ -42,7 +42,9 @@ def unfinished_directory(out: Path) -> Path:
 
 @contextmanager
 def removed_when_over(directory: Path) -> Iterator[None]:
-    """Removes a directory after the block, but not after an interruption that left something, nor after a full disk.
+    """Removes a directory after the block, but not what the same command can go on from.
+
+    That is what an interruption left, a full disk, and an output directory that appeared during the work.
 
     Raises:
         KeyboardInterrupt: After an interruption, with what to do next where something is kept.
@@ -54,6 +56,11 @@ def removed_when_over(directory: Path) -> Iterator[None]:
             raise KeyboardInterrupt("the same command goes on from there") from interruption
         shutil.rmtree(directory)
         raise
+    except OutputExistsError as error:
+        raise InputError(
+            f"{error.path} has appeared meanwhile and is not empty; move it away, and the same command goes on from "
+            "there"
+        ) from error
     except InputError:
         shutil.rmtree(directory)
         raise
