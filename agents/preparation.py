@@ -132,9 +132,15 @@ def prepare(config: TrainConfig, run_dir: Path | None, exported: Sequence[Export
     profile = carried or judging
     front = _front(model, windows, replace(profile, cost=judging.cost), config.env.prompt_tokens, run_dir)
     fixed = config.env.kl_weight
-    low, high = (fixed, fixed) if fixed is not None else front.dial_range()
+    low, high = (fixed, fixed) if fixed is not None else front.dial_range(_fastest_asked(config, judging.cost, front))
     env = replace(config.env, kl_weight_min=low, kl_weight_max=high)
     return Prepared(model, windows, profile, judging.cost, front, env, config.threads)
+
+
+def _fastest_asked(config: TrainConfig, cost: CostTable, front: StaticFront) -> float:
+    """The time share that is left for the widths of a policy that looks, at the smallest budget in its reach."""
+    left = [budget - cost.controller_share for budget in config.time_budgets]
+    return min((share for share in left if share >= float(front.time_share.min())), default=math.inf)
 
 
 def check_budgets(config: TrainConfig, prepared: Prepared) -> None:

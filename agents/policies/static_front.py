@@ -5,6 +5,7 @@ This is the baseline that a learned policy has to beat, the start that it is clo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,12 @@ class StaticFront:
         """`[U]`: the allocation whose mean width is nearest."""
         return self.bit_widths[int((self.mean_bit_width - mean_bit_width).abs().argmin())]
 
-    def dial_range(self) -> tuple[float, float]:
+    def dial_range(self, fastest_share: float = math.inf) -> tuple[float, float]:
         """KL weights between which the best allocation moves from the fast to the slow end of the front.
+
+        Args:
+            fastest_share: A time share that the range reaches, if an allocation does: the smallest that will be asked
+                for. But for that a tenth of the front's slopes is left out at either end.
 
         Raises:
             InputError: If there is only one allocation, so that no weight moves anything.
@@ -84,7 +89,9 @@ class StaticFront:
             )
         slopes = self.time_share.diff() / -self.output_kl_nats.diff()
         low, high = slopes.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
-        return low, high
+        dials = 0.9 * slopes  # at a slope itself two allocations are equally good
+        reaching = dials[self.time_share[self.best(dials)] <= fastest_share].tolist()
+        return min(low, max(reaching, default=low)), high
 
     def measured_on(
         self,

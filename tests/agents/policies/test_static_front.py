@@ -118,6 +118,19 @@ def test_allocate_moves_from_fast_to_exact_over_the_dial_range() -> None:
     assert front.allocate(torch.tensor([1e9]))[0].tolist() == [8, 8, 8, 8]
 
 
+def test_dial_range_reaches_the_time_that_is_asked_for() -> None:
+    front = static_front(random_profile(2, 8), torch.ones(8))
+    low, high = front.dial_range()
+    fastest, usual = front.time_share[0].item(), front.time_share[front.best(torch.tensor([low]))].item()
+    assert fastest < usual
+    for asked in (fastest, (fastest + usual) / 2):
+        lower, same = front.dial_range(asked)
+        assert (lower < low, same) == (True, high)
+        assert float(front.time_share[front.best(torch.tensor([lower]))]) <= asked
+    # What the range reaches anyway, and what no allocation does, change nothing.
+    assert front.dial_range(1.0) == front.dial_range(fastest / 2) == (low, high)
+
+
 def test_thinning_keeps_the_ends() -> None:
     profile = random_profile(1, 6, integer_times=True)
     whole = static_front(profile, torch.ones(6), num_points=10_000)
