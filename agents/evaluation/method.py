@@ -10,7 +10,7 @@ from flexquant_rl.agents.evaluation.equal_time import Rung, StaticClock, rung_er
 from flexquant_rl.agents.evaluation.resampling import interval_method
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
-from flexquant_rl.agents.policies.families import PPO, STATIC, UNTRAINED
+from flexquant_rl.agents.policies.families import STATIC, UNTRAINED
 
 _BUDGETS = (
     "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
@@ -58,14 +58,9 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
             "over the same sum at the largest width. Static in equal measured time is found on the line from point "
             "to point through the clocked shares of all static allocations over their modelled ones"
             + _missed(rows)
-            + "."
+            + ". On a CPU the signals of every policy and a learned policy's network are native code; each other rule "
+            "is a few lines of Python."
         )
-        if any(row.family == PPO.name or row.family.startswith(f"{PPO.name}:") for row in rows):
-            lines.append(
-                "On a CPU native code runs the learned policy, and the rules that decide at every token (`entropy`, "
-                "`schedule`, `random`, `regressor`) are called through Python: measured comparisons of `ppo` with "
-                "them flatter `ppo`."
-            )
     if any(row.family.partition(":")[0] == Drafts.family.name for row in rows):
         lines.append(
             "Drafts lose nothing against their verify width: their KL, perplexity and agreement are those of that "

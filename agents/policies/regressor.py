@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import Family, PolicyContext, RulePolicy, check_width
-from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.engine.control.decision import Decision, joined_rows
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 
@@ -71,12 +71,12 @@ class Regressor:
         kl = torch.stack([recording.token_kl_nats(widths).flatten() for widths in (low, high)], dim=-1)
         features = _features(context.schema)
         predict = fit_log_kl(recording.signals.flatten(0, 1)[:, features], kl)
-        asked, levels = self.multiplier * added_time, torch.stack([low, high])
+        asked = self.multiplier * added_time
 
         def decide(signals: Tensor) -> Decision:
             expected = predict(signals.cpu().index_select(1, features)).exp().tolist()
-            is_high = torch.tensor([int(at_low - at_high > asked) for at_low, at_high in expected])
-            return Decision(levels.index_select(0, is_high).to(signals.device))
+            widths = [high if at_low - at_high > asked else low for at_low, at_high in expected]
+            return Decision(joined_rows([each[None] for each in widths]).to(signals.device))
 
         return RulePolicy(name, decide)
 

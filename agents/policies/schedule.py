@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import Family, PolicyContext, check_width
-from flexquant_rl.engine.control.decision import PositionPolicy
+from flexquant_rl.engine.control.decision import PositionPolicy, joined_rows
 from flexquant_rl.engine.errors import InputError
 
 _MOST_TOKENS = 1_000_000
@@ -45,9 +44,9 @@ class Schedule:
     def bind(self, context: PolicyContext) -> PositionPolicy:
         """See `UnboundPolicy`."""
         name = policy_name(self)
-        levels = torch.stack([context.allocation(mean, name) for mean in (self.low, self.high)])
+        low, high = (context.allocation(mean, name)[None] for mean in (self.low, self.high))
 
         def at(positions: Tensor) -> Tensor:
-            return levels[(positions < self.first).long()]
+            return joined_rows([high if position < self.first else low for position in positions.tolist()])
 
         return PositionPolicy(name, at, context.schema.tokens_decoded)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexquant_rl.engine.control.decision import Decision, Policy, PositionPolicy, StaticAllocation
+from flexquant_rl.engine.control.decision import Decision, Policy, PositionPolicy, StaticAllocation, joined_rows
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafts import DraftPolicy, RoundState
 from flexquant_rl.engine.control.policy import LearnedPolicy
@@ -140,31 +140,32 @@ class PositionController:
 
     def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
-        self._positions[_rows_or_all(rows)] = 0
+        self._put(rows, torch.zeros(len(next_token_ids), dtype=torch.int64))
 
     def decide(self, rows: Tensor | None = None) -> Decision:
         """See `Controller`."""
-        chosen = self._positions.clone() if rows is None else self._positions[rows]  # `update` moves them in place
-        return Decision(self._policy.at(chosen))
+        return Decision(self._policy.at(self._of(rows)))
 
     def update(
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
     ) -> None:
         """See `Controller`."""
-        self._positions[_rows_or_all(rows)] += 1
+        self._put(rows, self._of(rows) + 1)
 
     def mark(self) -> Tensor:
         """See `Controller`."""
-        return self._positions.clone()
+        return self._positions
 
     def rollback(self, mark: Tensor, rows: Tensor | None = None) -> None:
         """See `Controller`."""
-        chosen = _rows_or_all(rows)
-        self._positions[chosen] = mark[chosen]
+        self._put(rows, mark if rows is None else mark[rows])
 
+    def _of(self, rows: Tensor | None) -> Tensor:
+        return self._positions if rows is None else self._positions[rows]
 
-def _rows_or_all(rows: Tensor | None) -> Tensor | slice:
-    return slice(None) if rows is None else rows
+    def _put(self, rows: Tensor | None, positions: Tensor) -> None:
+        """Never in place: marks keep the old tensor, and so may the policy."""
+        self._positions = positions if rows is None else self._positions.index_copy(0, rows, positions)
 
 
 class TorchController:
@@ -291,8 +292,7 @@ class NativeController:
             decision = self._policy(self.signals(rows))
             # A class of the user's may well have expanded one width over all units.
             return Decision(decision.bit_widths.contiguous(), decision.verify)
-        widths = [row.decide() for row in self._chosen(rows)]
-        return Decision(widths[0] if len(widths) == 1 else torch.cat(widths))
+        return Decision(joined_rows([row.decide() for row in self._chosen(rows)]))
 
     def update(
         self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -77,3 +78,8 @@ class PositionPolicy:
 def looks(policy: Policy) -> bool:
     """Whether a policy looks at what steps put out, and so pays for the signals."""
     return not isinstance(policy, StaticAllocation | PositionPolicy)
+
+
+def joined_rows(allocations: Sequence[Tensor]) -> Tensor:
+    """The widths of B rows from those of each, `[1, U]`; of a single row those themselves, which takes no time."""
+    return allocations[0] if len(allocations) == 1 else torch.cat([*allocations])
