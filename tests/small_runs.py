@@ -38,7 +38,7 @@ def make_drafts_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights choose EOS soon; here it is a token like the others. What takes seconds is cut short."""
     monkeypatch.setattr(NestedCausalLM, "eos_token_ids", ())
     monkeypatch.setattr(verified_ppo, "_CLONE_STEPS", 20)
-    monkeypatch.setattr(evaluate, "_TIMING_S", 0.0)
+    monkeypatch.setattr(evaluate, "_TIMING_S_EACH", 0.0)
 
 
 def leave_out_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
