@@ -26,7 +26,7 @@ Device = Literal["cpu", "cuda"]
 Latency = Literal["measured", "roofline"]
 Task = Literal["lossy", "verified"]
 
-BASELINES = ("random", "entropy", "schedule", "relative-error", "regressor", "untrained")
+BASELINES = ("random", "entropy", "schedule", "token", "relative-error", "regressor", "untrained")
 """Families that are tuned beside the policy; static allocations and fixed widths always compete."""
 _LEAST_WINDOWS = 10
 _MOST_DRAFTS = 32
@@ -197,10 +197,10 @@ class TrainConfig:
     static allocations."""
     time_budgets: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARES")] = (0.5, 0.6, 0.7, 0.8)
     """Shares of the time at the largest width that every family is asked for in the final table."""
-    baselines: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = ("random", "entropy", "schedule")
-    """Families beside static and fixed in the final table, each tuned at every budget: random, entropy, schedule,
-    relative-error (a reference that no decoder here can serve), regressor, untrained; the last three are left out for
-    the time they take."""
+    baselines: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = ("random", "entropy", "schedule", "token")
+    """Families beside static and fixed in the final table, each tuned at every budget: random, entropy, schedule, token
+    (what the run has learned of tokens, looked up), relative-error (a reference that no decoder here can serve),
+    regressor, untrained; the last three are left out for the time they take."""
     oracle_samples: int = 16
     """Backward passes per sequence from which the oracles learn the influence of tokens and units, whose logarithm has
     a standard error of 0.36 with 16; 0 leaves the oracles out."""

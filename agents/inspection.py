@@ -38,6 +38,7 @@ from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, drafts_t
 from flexquant_rl.engine.control.ladder import LADDER_FILE, read_ladder
 from flexquant_rl.engine.control.policy import StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.token_policy import TokenPolicy
 from flexquant_rl.engine.control.traces import EMBEDDING_FILE, PLAN_FILE, read_plan, read_sequence, read_traces
 from flexquant_rl.engine.control.traces import sequence_path as trace_path
 from flexquant_rl.engine.errors import InputError, first_line
@@ -206,6 +207,7 @@ def _policy(path: Path) -> tuple[str, Facts]:
     card, policy = exported.card, exported.policy
     is_of_drafts = isinstance(policy, DeployedDrafts)
     kind = "static policy" if isinstance(policy, StaticPolicy) else "learned policy"
+    kind = "policy by tokens" if isinstance(policy, TokenPolicy) else kind
     facts: Facts = {
         "name": read_json(path / CARD_FILE)["name"],
         "mode": "verified" if is_of_drafts else "lossy",

@@ -22,11 +22,12 @@ from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts, may_draf
 from flexquant_rl.engine.control.draft_limits import check_ngram_drafts
 from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.log_probs import TokenLogProbs
-from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
+from flexquant_rl.engine.control.policy import StaticPolicy
 from flexquant_rl.engine.control.profile import Profile
 from flexquant_rl.engine.control.request import GeneratedToken, Request, RunningRequest
 from flexquant_rl.engine.control.runner import Likelihood, PolicyRunner, check_pairs
 from flexquant_rl.engine.control.served_drafts import ServedDrafts
+from flexquant_rl.engine.control.token_policy import DialPolicy
 from flexquant_rl.engine.decoding.choice import default_decoder, session_opener
 from flexquant_rl.engine.decoding.decoder import Decoder, check_bit_widths, check_max_length
 from flexquant_rl.engine.decoding.graph_turn import CLOSED, GraphTurn
@@ -338,7 +339,7 @@ def generate(
 
 def check_policy(policy: Policy | DraftPolicy, model: NestedCausalLM) -> None:
     """Raises InputError if a policy is one of another model, or has fixed widths that this model has not."""
-    if isinstance(policy, LearnedPolicy | StaticPolicy | DeployedDrafts):
+    if isinstance(policy, DialPolicy | StaticPolicy | DeployedDrafts):
         policy.card.check_model(model.fingerprint, Path(policy.name))
     if isinstance(policy, StaticAllocation):
         check_bit_widths(policy.bit_widths, model.bit_widths, model.num_units)

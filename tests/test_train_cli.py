@@ -17,7 +17,7 @@ from PIL import Image
 from small_runs import make_quick
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flexquant_rl import train
+from flexquant_rl import cli, train
 from flexquant_rl.engine.checkpoint import load_model
 from flexquant_rl.engine.control.artefact import load_policy
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
@@ -179,7 +179,7 @@ def start(tiny_model_dir: Path, text: Path) -> tuple[object, ...]:
     """The options of every run below: two seeds."""
     # Latencies that are the same in every run: those that are measured are not. Of the policies that learn nothing by
     # reward, those are judged that cost little, at two budgets.
-    options = ("--latency", "roofline", "--time-budgets", 0.5, 0.7, "--baselines", "untrained")
+    options = ("--latency", "roofline", "--time-budgets", 0.5, 0.7, "--baselines", "untrained", "token")
     return ("--model", tiny_model_dir, "--text", text, "--seeds", 2, *TINY_RUN, *options)
 
 
@@ -193,9 +193,30 @@ def uninterrupted(start: tuple[object, ...], tmp_path_factory: pytest.TempPathFa
     return run_dir
 
 
+def test_policy_by_tokens_is_judged_inspected_exported_and_served(
+    uninterrupted: Path, tiny_model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (uninterrupted / "eval.jsonl").read_text().splitlines()]
+    assert "token" in {row["family"] for row in rows}
+    assert "output KL of token against static" in (uninterrupted / "report.md").read_text()
+    found = run(cli.main, "inspect", uninterrupted / "by_token", "--json").result
+    assert (found["kind"], len(found["dial"]), found["complete"]) == ("policy by tokens", 2, True)
+    exported = run(cli.main, "export", uninterrupted / "by_token", tmp_path / "by_token").result
+    assert exported["dial"] == found["dial"]
+    speed = min(point["speedup_modelled"] for point in found["dial"])
+    asked = ("--policy", tmp_path / "by_token", "--prompt", "abc abc", "--max-new-tokens", 4)
+    for setting in (("--speed", speed), ("--kl-weight", 3.0)):
+        generated = run(cli.main, "generate", tiny_model_dir, *asked, *setting)
+        assert generated.code == 0, generated.err
+    options = ("--text", text, "--sequences", 2, "--latency", "roofline")
+    judged = run(cli.main, "evaluate", tiny_model_dir, "--policy", tmp_path / "by_token", *options).result
+    assert {row["family"] for row in judged["rows"] if row["kl_weight"]} == {f"token:{tmp_path / 'by_token'}"}
+
+
 def outcome(run_dir: Path) -> dict[str, Any]:
     """All that a run ends with, but for clocks."""
-    files = [f"{folder}/policy.safetensors" for folder in ("policy", "seeds/0/policy", "seeds/1/policy")]
+    folders = ("policy", "by_token", "seeds/0/policy", "seeds/1/policy")
+    files = [f"{folder}/policy.safetensors" for folder in folders]
     # The last checkpoints too: where no update beats the clone, the policy says nothing about training.
     files += ["seeds/0/checkpoint.safetensors", "seeds/1/checkpoint.safetensors"]
     files += ["seeds/0/cloned.safetensors", "seeds/1/cloned.safetensors"]

@@ -13,13 +13,14 @@ from flexquant_rl.agents.evaluation.baselines import contestant
 from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.export import ExportedPolicy, load_exported_together
 from flexquant_rl.agents.policies.drafts import Drafts, parse_drafts
-from flexquant_rl.agents.policies.families import PPO, family_name, parse_policy
+from flexquant_rl.agents.policies.families import PPO, TOKEN, family_name, parse_policy
 from flexquant_rl.agents.policies.relative_error import RelativeError, parse_in_flight
 from flexquant_rl.agents.policies.unbound import PolicyContext, UnboundPolicy
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.engine.control.artefact import DeployedPolicy
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
+from flexquant_rl.engine.control.token_policy import DialPolicy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
 
@@ -94,9 +95,12 @@ class AskedPolicies:
             if isinstance(policy, DeployedDrafts):
                 found.append((name, Contestant.of_drafts(f"{Drafts.family.name}:{name}", policy)))
                 continue
-            family = f"{PPO.name}:{name}" if isinstance(policy, LearnedPolicy) else name  # each a front of its own
-            dials = _dials(prepared, policy, num_dials) if isinstance(policy, LearnedPolicy) else [None]
-            found += [(name, Contestant(family, policy, dial)) for dial in dials]
+            if isinstance(policy, DialPolicy):  # each a front of its own
+                kind = PPO if isinstance(policy, LearnedPolicy) else TOKEN
+                dials = _dials(prepared, policy, num_dials)
+                found += [(name, Contestant(f"{kind.name}:{name}", policy, dial)) for dial in dials]
+            else:
+                found.append((name, Contestant(name, policy)))
         return found
 
 
@@ -117,7 +121,7 @@ def _by_name(asked: UnboundPolicy | Drafts, context: PolicyContext, deployed: De
     )
 
 
-def _dials(prepared: Prepared, policy: LearnedPolicy, count: int) -> list[float]:
+def _dials(prepared: Prepared, policy: DialPolicy, count: int) -> list[float]:
     """Settings of a policy's dial: over the range that its card knows, or the one asked for."""
     known = [point.kl_weight for point in policy.card.dial]
     if prepared.env.kl_weight is not None or not known:

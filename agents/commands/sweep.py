@@ -95,7 +95,7 @@ def _finish(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path
         )
     best = found[0]
     say(f"validation text chose {described(best.settings)}: {best.mean:+.4f} over static")
-    trained = export_best(best.config, prepared, best.results, sweep_dir)
+    trained = export_best(best.config, prepared, best.results, sweep_dir, importance)
     result = evaluate_run(best.config, trained, sweep_dir, notes(found, failed))
     return {**result, "sweep": _summary(found, failed, len(every))}
 

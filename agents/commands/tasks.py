@@ -31,7 +31,8 @@ from flexquant_rl.engine.benches.machine import cpu_name
 from flexquant_rl.engine.checkpoint import is_nested_model, load_model
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
-from flexquant_rl.engine.control.policy import LearnedPolicy, StaticPolicy
+from flexquant_rl.engine.control.policy import StaticPolicy
+from flexquant_rl.engine.control.token_policy import DialPolicy
 from flexquant_rl.engine.decoding.options import check_num_threads
 from flexquant_rl.engine.embedded import EMBEDDED_MODEL_NAME, resolve_model
 from flexquant_rl.engine.errors import InputError
@@ -203,7 +204,7 @@ class _TasksRun:
         if isinstance(policy, StaticPolicy | StaticAllocation):
             kind = "static"
         sha256 = policy_sha256(named, servable)
-        if servable.rung is not None or not isinstance(policy, LearnedPolicy) or not self._options.speeds:
+        if servable.rung is not None or not isinstance(policy, DialPolicy) or not self._options.speeds:
             setting = servable.setting()
             return [_Asked(named, kind, sha256, None if setting is None else setting.kl_weight, servable)]
         settings = {speed: servable.setting(speed=speed) for speed in self._options.speeds}

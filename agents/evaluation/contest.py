@@ -33,14 +33,14 @@ from flexquant_rl.agents.evaluation.equal_time import (
 from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_time_shares, summarise
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.evaluation.showcase import MostMoving
-from flexquant_rl.agents.policies.families import PPO, STATIC, UNTRAINED
+from flexquant_rl.agents.policies.families import PPO, STATIC, TOKEN, UNTRAINED
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.training import SeedResult
 from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.output_kl import reference_name
-from flexquant_rl.engine.control.policy import LearnedPolicy
+from flexquant_rl.engine.control.token_policy import DialPolicy, TokenPolicy
 from flexquant_rl.fq_env.prompts import spread
 
 # The dial goes a little beyond the range that was trained: the ends of the budgets may lie there.
@@ -102,12 +102,19 @@ def untrained(prepared: Prepared, best: SeedResult, rehearsal: Callable[[], Rehe
     return [_rehearsed(dial_family(prepared, UNTRAINED.name, best.cloned, best.seed), rehearsal)]
 
 
+def by_token(prepared: Prepared, policy: TokenPolicy | None, rehearsal: Callable[[], Rehearsal]) -> list[TimedFamily]:
+    """The policy that looks at the input token alone."""
+    if policy is None:
+        return [MissingFamily(TOKEN.name, "the run has not learned what tokens need; give --importance-windows")]
+    return [_rehearsed(dial_family(prepared, TOKEN.name, policy, None), rehearsal)]
+
+
 def _rehearsed(family: KnobFamily, rehearsal: Callable[[], Rehearsal]) -> BestOfFamily:
     """A family whose knob is turned in rehearsal before it is measured."""
     return BestOfFamily(family.name, (family,), rehearsal)
 
 
-def dial_family(prepared: Prepared, name: str, policy: LearnedPolicy, seed: int | None) -> KnobFamily:
+def dial_family(prepared: Prepared, name: str, policy: DialPolicy, seed: int | None) -> KnobFamily:
     """A learned policy at all settings of its dial, from a little below the trained range to a little above."""
     margin = 1.0 if prepared.env.kl_weight is not None else _DIAL_MARGIN
     low, high = math.log(prepared.env.kl_weight_min / margin), math.log(prepared.env.kl_weight_max * margin)

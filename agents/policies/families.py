@@ -26,9 +26,10 @@ from flexquant_rl.engine.errors import InputError
 # In the order of tables and legends.
 POLICIES: tuple[type[Baseline], ...] = (Fixed, RandomWidths, Schedule, EntropyThreshold, Regressor, Knapsack)
 # Families without names to parse: the best static allocation of each time budget, the learned policy's network before
-# PPO, what is loaded from a directory, and what looks at the text that it is judged on.
+# PPO, what the run learned of tokens, what is loaded from a directory, and what looks at the text that it is judged on.
 STATIC = Family("static", "static (best)", "#004B87", "p", is_static=True)
 UNTRAINED = Family("untrained", "untrained (cloned)", "#E8A06A", "d")
+TOKEN = Family("token", "token (looked up)", "#882255", "8")
 PPO = Family("ppo", "ppo", "#D55E00", "o")
 ORACLE = Family("oracle", "oracle of tokens (bound)", "#009E73", "*", draws="points", is_oracle=True)
 UNIT_ORACLE = Family("oracle-unit", "oracle of units (bound)", "#00614A", "H", draws="points", is_oracle=True)
@@ -36,6 +37,7 @@ UNIT_ORACLE = Family("oracle-unit", "oracle of units (bound)", "#00614A", "H", d
 _TABLES_ONLY = {
     STATIC.name: "static is another allocation at each time budget; name one, e.g. knapsack:4.5",
     UNTRAINED.name: "train.py --baselines untrained has it in its table",
+    TOKEN.name: "train.py --baselines token has it in its table",
     PPO.name: "a learned policy is named by the directory of its run",
     ORACLE.name: "an oracle knows the text; train.py has it in its table",
     UNIT_ORACLE.name: "an oracle knows the text; train.py has it in its table",
@@ -46,7 +48,7 @@ _TABLES_ONLY = {
 # again. These are left for families that only the user knows.
 _SPARE_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100", "#999933", "#56B4E9")
 _LEGEND_CHARACTERS = 24
-_SPARE_MARKERS = ("<", ">", "1", "3", "8", "4", "2")
+_SPARE_MARKERS = ("<", ">", "1", "3", "4", "2")
 
 
 def family_facts(names: Iterable[str]) -> dict[str, Family]:
@@ -55,6 +57,7 @@ def family_facts(names: Iterable[str]) -> dict[str, Family]:
         *(policy.family for policy in POLICIES),
         STATIC,
         UNTRAINED,
+        TOKEN,
         PPO,
         Drafts.family,
         RelativeError.family,

@@ -47,6 +47,23 @@ class StaticFront:
         """`[R]` -> `[R]` int64, the point with the largest `1 - time_share - kl_weight * output_kl_nats`."""
         return (self.time_share + kl_weight.double()[:, None] * self.output_kl_nats).argmin(-1)
 
+    def envelope(self) -> tuple[Tensor, Tensor]:
+        """The allocations that `best` ever picks, `[P', U]` from fastest to slowest, and where each takes over.
+
+        Returns:
+            Their widths, and the KL weights `[P' - 1]` float64, ascending, from which on the next one is better.
+        """
+        picked, prices = [0], []
+        time, kl = self.time_share.tolist(), self.output_kl_nats.tolist()
+        while picked[-1] < len(time) - 1:
+            last = picked[-1]
+            later = range(last + 1, len(time))
+            slopes = {index: (time[index] - time[last]) / (kl[last] - kl[index]) for index in later}
+            cheapest = min(slopes.values())
+            picked.append(max(index for index in later if slopes[index] == cheapest))
+            prices.append(cheapest)
+        return self.bit_widths[picked], torch.tensor(prices, dtype=torch.float64)
+
     def marginal_rewards(self, profile: Profile, kl_weight: Tensor) -> Tensor:
         """What changing one unit alone from the best allocation to each width would gain or cost per token.
 

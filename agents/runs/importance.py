@@ -4,7 +4,8 @@ What low widths at a token cost is its own output KL and that of all later token
 text is given, backward passes measure this influence of all tokens at once (`evaluation/influence.py`). A small network
 learns the expected influence from the signals, as a multiple of an average token's. A static allocation at the dial
 times a power of that multiple spends its bits where they count. The power is below 1 where the multiple is noisy;
-validation text chooses it.
+validation text chooses it. A second network learns the same from the input token's embedding alone. What it says can be
+looked up, so its policy costs a step nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from flexquant_rl.agents.evaluation.influence import influences
 from flexquant_rl.agents.evaluation.rehearsal import signals_at
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import say, track
-from flexquant_rl.agents.runs.training import Validation
-from flexquant_rl.engine.control.decision import Decision
+from flexquant_rl.agents.runs.training import Validation, policy_card
+from flexquant_rl.engine.control.decision import Decision, Policy, looks
+from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.control.token_policy import ImportanceNet, TokenPolicy
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
 from flexquant_rl.fq_env.prompts import spread
@@ -34,52 +37,34 @@ from flexquant_rl.fq_env.task import draw_kl_weights
 _NUM_SAMPLES = 4
 # Sequences that share a dial, and so the widths whose errors are measured.
 _ROWS_PER_DIAL = 8
-_HIDDEN = 32
-_LARGEST_LOG = 3.0
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _SMALLEST_NATS = 1e-12
 IMPORTANCE_FILE = "importance.safetensors"
 
 
-class Importance(nn.Module):
-    """The expected effect of a token's bits over that of an average token, from the signals before it.
+class Importance(ImportanceNet):
+    """What a token needs, from the signals before it.
 
     Args:
         schema: What the signals are.
+
+    Attributes:
+        token: The same from the input token's embedding alone, for a policy that looks at nothing else.
     """
 
-    mean: Tensor
-    std: Tensor
-    exponent: Tensor
-
     def __init__(self, schema: SignalSchema) -> None:
-        super().__init__()
+        super().__init__(schema.num_global + schema.num_per_unit)
         self.schema = schema
-        size = schema.num_global + schema.num_per_unit
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
-        self.register_buffer("exponent", torch.ones(()))
-        last = nn.Linear(_HIDDEN, 1)
-        # An average token, until something is learned.
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(nn.Linear(size, _HIDDEN), nn.Tanh(), last)
-        self.float()
+        self.token = ImportanceNet(schema.num_embedding_dims)
 
     def features(self, signals: Tensor) -> Tensor:
         """The global signals, and the means of the unit signals over units: `[n, dim]` -> `[n, F]`."""
         global_signals, unit_signals = self.schema.split(signals)
         return torch.cat([global_signals, unit_signals.mean(1)], dim=-1)
 
-    def log(self, features: Tensor) -> Tensor:
-        """Logarithm of the multiple, `[n, F]` -> `[n]`."""
-        found: Tensor = self.layers((features - self.mean) / self.std)[:, 0]
-        return found.clamp(-_LARGEST_LOG, _LARGEST_LOG)
-
     def forward(self, signals: Tensor) -> Tensor:
         """The multiple, raised to the exponent; signals `[n, dim]` -> `[n]`."""
-        with torch.inference_mode():
-            return (self.exponent * self.log(self.features(signals))).exp()
+        return self.multiple(self.features(signals))
 
 
 @dataclass(frozen=True)
@@ -124,24 +109,41 @@ def load_importance(
     say("learning which tokens need their bits")
     generator = torch.Generator().manual_seed(config.seed)
     effects = measure_effects(prepared, config.importance_windows, config.ppo.num_envs, generator)
-    explained = fit_importance(net, effects, generator)
-    say(f"the signals explain {explained:.1%} of the deviance of what tokens need")
-    score = choose_exponent(net, prepared, validation or Validation(prepared, config.validation_sequences))
-    say(f"validation reward over static {score:+.4f} with it to the power of {float(net.exponent):g}")
+    signals = effects.signals.flatten(0, 1)
+    validation = validation or Validation(prepared, config.validation_sequences)
+    for part, what, features, policy in (
+        (net, "the signals explain", net.features(signals), _ByImportance(net, prepared)),
+        (
+            net.token,
+            "the input token alone explains",
+            signals[:, net.schema.embedding_columns],
+            token_policy(net, prepared, policy_card(prepared, config)),
+        ),
+    ):
+        explained = fit_importance(part, features, effects.relative, generator)
+        say(f"{what} {explained:.1%} of the deviance of what tokens need")
+        score = choose_exponent(part, policy, prepared, validation)
+        say(f"validation reward over static {score:+.4f} with it to the power of {float(part.exponent):g}")
     write_tensors(path, net.state_dict(), {})
     return net
 
 
-def choose_exponent(net: Importance, prepared: Prepared, validation: Validation) -> float:
-    """Sets the exponent that earns most on validation text; 0 is the plain static allocation, chosen by a network.
+def token_policy(net: Importance, prepared: Prepared, card: PolicyCard) -> TokenPolicy:
+    """The policy that looks at the input token alone."""
+    return TokenPolicy(net.token, *prepared.front.envelope(), card)
+
+
+def choose_exponent(net: ImportanceNet, policy: Policy, prepared: Prepared, validation: Validation) -> float:
+    """Sets the exponent of a net with which a policy of it earns most on validation text; 0 is the static allocation.
 
     Returns:
         Mean reward per token over static, in full-width steps.
     """
-    scores = {0.0: -prepared.profile.cost.controller_share}  # what looking costs: a network pays it whatever it chooses
+    # A network pays for looking whatever it chooses.
+    scores = {0.0: -prepared.profile.cost.controller_share if looks(policy) else 0.0}
     for exponent in _EXPONENTS:
         net.exponent.fill_(exponent)
-        scores[exponent] = validation.score(_ByImportance(net, prepared))
+        scores[exponent] = validation.score(policy)
     best = max(scores, key=lambda exponent: scores[exponent])
     net.exponent.fill_(best)
     return scores[best]
@@ -199,8 +201,9 @@ def measure_effects(prepared: Prepared, num_windows: int, num_rows: int, generat
 
 
 def fit_importance(
-    net: Importance,
-    effects: Effects,
+    net: ImportanceNet,
+    features: Tensor,
+    relative: Tensor,
     generator: torch.Generator,
     *,
     num_steps: int = 600,
@@ -213,7 +216,8 @@ def fit_importance(
 
     Args:
         net: Trained in place.
-        effects: What was measured.
+        features: `[S * T, F]` of the tokens of S sequences, one after the other.
+        relative: `[S, T]`, what was measured: see `Effects`.
         generator: Draws batches.
         num_steps: Gradient steps.
         batch_size: Tokens per step.
@@ -222,7 +226,6 @@ def fit_importance(
     Returns:
         Share of the deviance of the held-out sequences that is explained; 0 where nothing could be learned.
     """
-    features = net.features(effects.signals.flatten(0, 1))
     net.mean.copy_(features.mean(0))
     net.std.copy_(features.std(0).clamp_min(1e-4))
     # From the generator that is given, so that a resumed run learns the same.
@@ -230,8 +233,8 @@ def fit_importance(
     assert isinstance(first, nn.Linear)
     nn.init.orthogonal_(first.weight, generator=generator)
     nn.init.zeros_(first.bias)
-    relative = effects.relative.float().flatten()
-    is_held_out = (torch.arange(len(effects.signals)) % 5 == 0).repeat_interleave(effects.signals.shape[1])
+    is_held_out = (torch.arange(len(relative)) % 5 == 0).repeat_interleave(relative.shape[1])
+    relative = relative.float().flatten()
     seen = (~is_held_out).nonzero()[:, 0]
 
     def deviance(picked: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The two phases of a run: training, which never opens test text, and the evaluation, which opens it once.
 
-model -> profile.json -> static_front.safetensors -> importance.safetensors -> seeds/<k>/policy -> policy
+model -> profile.json -> static_front.safetensors -> importance.safetensors -> seeds/<k>/policy -> policy, by_token
       |  -> eval.jsonl, report.md, PNGs
 """
 
@@ -20,6 +20,7 @@ from flexquant_rl.agents.evaluation.budgets import Contestant
 from flexquant_rl.agents.evaluation.comparison import compare_by_both_clocks, steps_unlike_static
 from flexquant_rl.agents.evaluation.contest import (
     Settings,
+    by_token,
     compete_at_budgets,
     compete_long,
     heuristics,
@@ -46,20 +47,23 @@ from flexquant_rl.agents.evaluation.report import (
 )
 from flexquant_rl.agents.evaluation.rows import LONG_ROWS_FILE, ROWS_FILE, EvalRow, public_dict, write_rows
 from flexquant_rl.agents.evaluation.showcase import MostMoving, Showcase
-from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, UNTRAINED
+from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, TOKEN, UNTRAINED
 from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
-from flexquant_rl.agents.runs.importance import load_importance
-from flexquant_rl.agents.runs.training import SeedResult, Validation, train_seed, with_dial_table
+from flexquant_rl.agents.runs.importance import Importance, load_importance, token_policy
+from flexquant_rl.agents.runs.training import SeedResult, Validation, policy_card, train_seed, with_dial_table
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.output_kl import reference_name
+from flexquant_rl.engine.control.token_policy import TokenPolicy
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.fq_env.prompts import load_windows, spread
 
 # A second look, so less of everything: sequences, families and budgets.
 _LONG_SEQUENCES = 8
+TOKEN_DIR = "by_token"
+"""Where a run keeps the policy that looks at the input token alone."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,13 @@ class TrainedRun:
         prepared: Model, text, profile and front.
         results: The policy of every seed.
         policy_dir: The exported policy of the seed that validation chose.
+        by_token: The policy that looks at the input token alone; None where what tokens need was not learned.
     """
 
     prepared: Prepared
     results: tuple[SeedResult, ...]
     policy_dir: Path
+    by_token: TokenPolicy | None = None
 
     @property
     def best(self) -> SeedResult:
@@ -98,15 +104,26 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     validation.close()
-    return export_best(config, prepared, results, run_dir)
+    return export_best(config, prepared, results, run_dir, importance)
 
 
-def export_best(config: TrainConfig, prepared: Prepared, results: Sequence[SeedResult], run_dir: Path) -> TrainedRun:
-    """Exports the policy of the seed that validation chose with its dial's table, where that is not done."""
-    trained = TrainedRun(prepared, tuple(results), run_dir / "policy")
-    if not trained.policy_dir.exists():
-        policy = with_dial_table(trained.best.policy, prepared, config.validation_sequences, config.num_dials)
-        save_policy(policy, prepared.profile, trained.policy_dir)
+def export_best(
+    config: TrainConfig,
+    prepared: Prepared,
+    results: Sequence[SeedResult],
+    run_dir: Path,
+    importance: Importance | None = None,
+) -> TrainedRun:
+    """Exports the policy of the seed that validation chose and that by tokens, where that is not done."""
+    by_token = None if importance is None else token_policy(importance, prepared, policy_card(prepared, config))
+    trained = TrainedRun(prepared, tuple(results), run_dir / "policy", by_token)
+    best = trained.best.policy.with_card(trained.best.policy.card, PPO.name)  # no longer that of a seed
+    for policy, directory in ((best, trained.policy_dir), (by_token, run_dir / TOKEN_DIR)):
+        if policy is None or directory.exists():
+            continue
+        say(f"measuring what {policy.name} gives at {config.num_dials} settings of its dial")
+        told = with_dial_table(policy, prepared, config.validation_sequences, config.num_dials)
+        save_policy(told, prepared.profile, directory)
     return trained
 
 
@@ -124,6 +141,8 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     families = [*heuristics(prepared, config.baselines, rehearsal), *learned(prepared, results, rehearsal)]
     if UNTRAINED.name in config.baselines:
         families += untrained(prepared, trained.best, rehearsal)
+    if TOKEN.name in config.baselines:
+        families += by_token(prepared, trained.by_token, rehearsal)
     settings = tune(prepared, families, config.time_budgets, config.validation_sequences)
     moving = MostMoving()
 
@@ -254,8 +273,11 @@ def _publish(
 
 
 def _findings(config: TrainConfig, trained: TrainedRun, rows: list[EvalRow], share: float | None) -> list[str]:
-    others = (*(policy.family.name for policy in POLICIES), RelativeError.family.name, UNTRAINED.name)
-    comparisons = compare_by_both_clocks(rows, PPO.name, (STATIC.name, *others), budgets=config.time_budgets)
+    others = (*(policy.family.name for policy in POLICIES), RelativeError.family.name, UNTRAINED.name, TOKEN.name)
+    comparisons = [
+        *compare_by_both_clocks(rows, PPO.name, (STATIC.name, *others), budgets=config.time_budgets),
+        *compare_by_both_clocks(rows, TOKEN.name, (STATIC.name,), budgets=config.time_budgets),
+    ]
     sentences = [comparison.sentence() for comparison in comparisons]
     sentences += [sentence for sentence in (steps_unlike_static(rows, PPO.name),) if sentence is not None]
     sentences += [comparison.setting_sentence() for comparison in comparisons if comparison.family_b == STATIC.name]

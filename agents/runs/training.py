@@ -27,6 +27,7 @@ from flexquant_rl.agents.runs.tensorboard_log import hyper_parameters
 from flexquant_rl.engine.control.artefact import load_policy, save_policy
 from flexquant_rl.engine.control.decision import Policy, StaticAllocation
 from flexquant_rl.engine.control.policy import DialPoint, LearnedPolicy, PolicyCard, PrecisionNet
+from flexquant_rl.engine.control.token_policy import DialPolicy
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.files import read_tensors, write_tensors
@@ -238,7 +239,7 @@ def _trained_card(
     return replace(card, config={**card.config, "scores": scores})
 
 
-def with_dial_table(policy: LearnedPolicy, prepared: Prepared, num_sequences: int, num_dials: int) -> LearnedPolicy:
+def with_dial_table(policy: DialPolicy, prepared: Prepared, num_sequences: int, num_dials: int) -> DialPolicy:
     """Measures speed and KL of a policy at each setting of the dial on validation text and writes them on its card."""
     evaluator = Evaluator(
         prepared.model, prepared.profile, spread(prepared.windows.validation, num_sequences), prepared.env
@@ -250,4 +251,4 @@ def with_dial_table(policy: LearnedPolicy, prepared: Prepared, num_sequences: in
             DialPoint(dial, trace.speedup, float(trace.output_kl_nats.mean()), float(trace.mean_bit_width.mean()))
         )
     evaluator.close()
-    return LearnedPolicy(policy.net, replace(policy.card, dial=tuple(points)), "ppo")
+    return policy.with_card(replace(policy.card, dial=tuple(points)))

@@ -23,8 +23,8 @@ from flexquant_rl.engine.control.decision import StaticAllocation
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafting_rules import Lookups
 from flexquant_rl.engine.control.drafts import DraftPolicy
-from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.request import Request
+from flexquant_rl.engine.control.token_policy import DialPolicy
 from flexquant_rl.engine.decoding.options import DecoderName
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.serving import Engine, encode, encode_chat
@@ -142,7 +142,7 @@ class Served:
                 }
                 for rung in self.rungs.ladder.rungs
             ]
-        if not isinstance(self.found.policy, LearnedPolicy):
+        if not isinstance(self.found.policy, DialPolicy):
             return []
         return [
             {
@@ -280,7 +280,7 @@ class Served:
 
     def _check_dial(self, body: Body) -> None:
         """Raises ApiError if a body sets a dial that there is not, without saying where the policy lies."""
-        if isinstance(self.found.policy, LearnedPolicy):
+        if isinstance(self.found.policy, DialPolicy):
             if body.speed is not None and not self.found.policy.card.dial:
                 raise invalid(f"{self.policy_name} has no table of its dial for a speed; give kl_weight", "speed")
             return
@@ -329,7 +329,7 @@ def _public(name: str) -> str:
 
 
 def _why_no_dial(name: str, policy: object) -> str:
-    if isinstance(policy, LearnedPolicy):
+    if isinstance(policy, DialPolicy):
         return f"The policy {name} has no table of its dial; requests may name kl_weight."
     if isinstance(policy, DeployedDrafts):
         return f"The policy {name} has no dial: it drafts, and its text is that of {policy.verify_width} bits."

@@ -26,8 +26,9 @@ from flexquant_rl.engine.control.policy import (
     StaticPolicy,
 )
 from flexquant_rl.engine.control.signals import SIGNAL_SCHEMA_VERSION, SignalSchema
+from flexquant_rl.engine.control.token_policy import TokenPolicy
 from flexquant_rl.engine.control.verified_signals import VERIFIED_SCHEMA_VERSION
-from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.errors import InputError, first_line
 from flexquant_rl.engine.files import file_sha256, new_directory, read_json, write_json, write_tensors
 
 if TYPE_CHECKING:  # loading a policy needs torch alone
@@ -39,7 +40,7 @@ PROFILE_FILE = "profile.json"
 WEIGHTS_FILE = "policy.safetensors"
 _STATIC_TENSOR = "bit_widths"
 
-DeployedPolicy = LearnedPolicy | StaticPolicy | DeployedDrafts
+DeployedPolicy = LearnedPolicy | TokenPolicy | StaticPolicy | DeployedDrafts
 """What is exported and loaded."""
 
 
@@ -47,7 +48,8 @@ def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
     """Writes `policy.safetensors`, `policy.json` and the `profile.json` it was trained with, atomically.
 
     The profile belongs to the policy: sensitivities and times are among its signals. The weights of a static
-    allocation are its widths; a policy of drafts has its levels and verify widths there, and a network its weights.
+    allocation are its widths; a policy of drafts has its levels and verify widths there, a network its weights, and a
+    policy by tokens its network's and its allocations.
 
     Raises:
         InputError: If `out` exists and is not an empty directory.
@@ -56,6 +58,8 @@ def save_policy(policy: DeployedPolicy, profile: Profile, out: Path) -> None:
     more: dict[str, Any] = {}
     if isinstance(policy, LearnedPolicy):
         kind, tensors = "learned", dict(policy.net.state_dict())
+    elif isinstance(policy, TokenPolicy):
+        kind, tensors = "token", policy.state_dict()
     elif isinstance(policy, DeployedDrafts):
         kind, tensors, more = "drafts", drafts_tensors(policy), {"drafts": drafts_to_dict(policy)}
     else:
@@ -94,7 +98,7 @@ def load_policy(
     name: str | None = None,
     repair: str = "export it again with `fq export`",
 ) -> DeployedPolicy:
-    """Loads an exported policy: learned, static, or one of drafts. Needs torch alone.
+    """Loads an exported policy: learned, by tokens, static, or one of drafts. Needs torch alone.
 
     Args:
         directory: Holds `policy.safetensors`, `policy.json` and `profile.json`.
@@ -134,8 +138,13 @@ def load_policy(
         return StaticPolicy(name or own_name, _static_widths(weights, card, f"{weights_path}", repair), card)
     if kind == "drafts":
         return _drafts(directory, data.get("drafts"), weights, card, name or directory.name, repair)
+    if kind == "token":
+        try:
+            return TokenPolicy.from_state_dict(weights, card, name or directory.name)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{weights_path}: not a whole policy by tokens ({first_line(error)}); {repair}") from error
     if kind != "learned":
-        raise InputError(f"{card_path}: kind {kind!r} is not learned, static or drafts; {repair}")
+        raise InputError(f"{card_path}: kind {kind!r} is not learned, token, static or drafts; {repair}")
     return LearnedPolicy(_net(weights, card, weights_path, repair), card, name or directory.name)
 
 

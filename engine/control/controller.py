@@ -1,8 +1,8 @@
 """A policy at work on rows of tokens: what a step put out goes in, the decision for the next step comes out.
 
-Four controllers give the same decisions at different cost: none of a fixed allocation's own, a count of tokens where
-the position decides, native code on the CPU, torch for everything else. A fifth asks a policy that drafts, and takes
-its signals from one of the others.
+Five controllers give the same decisions at different cost: none of a fixed allocation's own, a count of tokens where
+the position decides, a look-up where the token does, native code on the CPU, torch for everything else. A sixth asks a
+policy that drafts, and takes its signals from one of the others.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from flexquant_rl.engine.control.signals import (
     unit_constants,
     unit_depths,
 )
+from flexquant_rl.engine.control.token_policy import TokenPolicy, TokenTable
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
 from flexquant_rl.engine.model import NestedCausalLM
@@ -79,6 +80,8 @@ def make_controller(
         return StaticController(StaticAllocation(policy.name, policy.verify_bit_widths), num_rows)
     if isinstance(policy, PositionPolicy):
         return PositionController(policy, num_rows)
+    if isinstance(policy, TokenPolicy):
+        return TokenController(policy, model.embedding_matrix(), num_rows)
     assert profile is not None, "a policy that looks at signals has a profile"
     if isinstance(policy, DraftPolicy):
         signals = _signals_alone(model, profile, num_rows) if policy.uses_signals else None
@@ -166,6 +169,51 @@ class PositionController:
     def _put(self, rows: Tensor | None, positions: Tensor) -> None:
         """Never in place: marks keep the old tensor, and so may the policy."""
         self._positions = positions if rows is None else self._positions.index_copy(0, rows, positions)
+
+
+class TokenController:
+    """Looks up what the token about to be read needs, and looks at nothing else.
+
+    Args:
+        policy: What the tokens decide.
+        embedding: `[vocab, d]` input embeddings of the model.
+        num_rows: R.
+    """
+
+    def __init__(self, policy: TokenPolicy, embedding: Tensor, num_rows: int = 1) -> None:
+        self._table = TokenTable(policy, embedding)
+        self._token_ids = [0] * num_rows
+        self._kl_weights = [1.0] * num_rows
+
+    def reset(self, output: StepOutput, next_token_ids: Tensor, kl_weight: Tensor, rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        for row, token, dial in zip(self._chosen(rows), next_token_ids.tolist(), kl_weight.tolist(), strict=True):
+            self._token_ids[row], self._kl_weights[row] = token, dial
+
+    def decide(self, rows: Tensor | None = None) -> Decision:
+        """See `Controller`."""
+        chosen = self._chosen(rows)
+        tokens, dials = [self._token_ids[row] for row in chosen], [self._kl_weights[row] for row in chosen]
+        return Decision(self._table.widths(tokens, dials))
+
+    def update(
+        self, output: StepOutput, bit_widths: Tensor, next_token_ids: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """See `Controller`."""
+        for row, token in zip(self._chosen(rows), next_token_ids.tolist(), strict=True):
+            self._token_ids[row] = token
+
+    def mark(self) -> tuple[list[int], list[float]]:
+        """See `Controller`."""
+        return [*self._token_ids], [*self._kl_weights]
+
+    def rollback(self, mark: tuple[list[int], list[float]], rows: Tensor | None = None) -> None:
+        """See `Controller`."""
+        for row in self._chosen(rows):
+            self._token_ids[row], self._kl_weights[row] = mark[0][row], mark[1][row]
+
+    def _chosen(self, rows: Tensor | None) -> Sequence[int]:
+        return range(len(self._token_ids)) if rows is None else rows.tolist()
 
 
 class TorchController:

@@ -39,8 +39,12 @@ class Policy(Protocol):
         """`[B, dim]` float32 signals to a decision for B rows."""
 
 
+class BlindPolicy:
+    """A policy that looks at nothing that a step puts out, and so pays for no signals."""
+
+
 @dataclass(frozen=True)
-class StaticAllocation:
+class StaticAllocation(BlindPolicy):
     """The same widths at every token.
 
     Attributes:
@@ -57,7 +61,7 @@ class StaticAllocation:
 
 
 @dataclass(frozen=True)
-class PositionPolicy:
+class PositionPolicy(BlindPolicy):
     """Widths that the position alone decides: nothing that a step puts out is looked at.
 
     Attributes:
@@ -77,7 +81,7 @@ class PositionPolicy:
 
 def looks(policy: Policy) -> bool:
     """Whether a policy looks at what steps put out, and so pays for the signals."""
-    return not isinstance(policy, StaticAllocation | PositionPolicy)
+    return not isinstance(policy, BlindPolicy)
 
 
 def joined_rows(allocations: Sequence[Tensor]) -> Tensor:

@@ -96,6 +96,11 @@ class SignalSchema:
         """Length of the signal vector: G + U * F."""
         return self.num_global + self.num_units * self.num_per_unit
 
+    @property
+    def embedding_columns(self) -> slice:
+        """Where in the vector the projected embedding of the input token is."""
+        return slice(self.num_global - self.num_embedding_dims, self.num_global)
+
     def index(self, name: str) -> int:
         """Position of a global signal in the vector."""
         return self.global_names.index(name)

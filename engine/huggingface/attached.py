@@ -23,8 +23,8 @@ from flexquant_rl.engine.control.controller import Controller, make_controller
 from flexquant_rl.engine.control.decision import Policy, looks
 from flexquant_rl.engine.control.dial import check_kl_weight
 from flexquant_rl.engine.control.drafts import DraftPolicy
-from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.token_policy import DialPolicy
 from flexquant_rl.engine.decoding.decoder import ExtendOutput, StepOutput
 from flexquant_rl.engine.errors import InputError
 from flexquant_rl.engine.huggingface.quantizer import nested_model
@@ -258,7 +258,7 @@ def _kl_weight(policy: Policy, kl_weight: float | None, speed: float | None) -> 
     for name, value in (("speed", speed), ("kl_weight", kl_weight)):
         if value is not None and not isinstance(value, int | float):
             raise InputError(f"{name}={value!r} must be a number; give e.g. 1.5")
-        has_one = looks(policy) if name == "kl_weight" else isinstance(policy, LearnedPolicy)
+        has_one = isinstance(policy, DialPolicy) or (name == "kl_weight" and looks(policy))
         if value is not None and not has_one:
             raise InputError(f"{name}={value:g} sets a dial, and {policy.name} has none; leave it out")
     if kl_weight is not None and speed is not None:
@@ -266,6 +266,6 @@ def _kl_weight(policy: Policy, kl_weight: float | None, speed: float | None) -> 
     if kl_weight is not None:
         check_kl_weight(kl_weight)
         return kl_weight
-    if not isinstance(policy, LearnedPolicy):
+    if not isinstance(policy, DialPolicy):
         return 1.0
     return (policy.card.middle_setting() if speed is None else policy.card.setting_for_speed(speed)).kl_weight

@@ -118,6 +118,17 @@ def test_allocate_moves_from_fast_to_exact_over_the_dial_range() -> None:
     assert front.allocate(torch.tensor([1e9]))[0].tolist() == [8, 8, 8, 8]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_envelope_has_what_every_price_picks(seed: int) -> None:
+    front = static_front(random_profile(seed, 8), torch.ones(8), num_points=60)
+    widths, prices = front.envelope()
+    assert (prices.diff() > 0).all()
+    dials = torch.logspace(-4, 6, 400, dtype=torch.float64)
+    expected = front.allocate(dials)
+    assert torch.equal(widths[torch.bucketize(dials, prices, right=True)], expected)
+    assert set(map(tuple, widths.tolist())) == set(map(tuple, front.allocate(torch.logspace(-6, 8, 20_000)).tolist()))
+
+
 def test_dial_range_reaches_the_time_that_is_asked_for() -> None:
     front = static_front(random_profile(2, 8), torch.ones(8))
     low, high = front.dial_range()

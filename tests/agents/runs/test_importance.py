@@ -21,9 +21,10 @@ from flexquant_rl.agents.runs.importance import (
     fit_importance,
     load_importance,
     measure_effects,
+    token_policy,
 )
-from flexquant_rl.agents.runs.training import Validation
-from flexquant_rl.engine.control.decision import Policy
+from flexquant_rl.agents.runs.training import Validation, policy_card
+from flexquant_rl.engine.control.decision import Policy, looks
 from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.errors import InputError
 
@@ -91,12 +92,17 @@ def effects(log_importance: Tensor, signals: Tensor, noise: float) -> Effects:
     return Effects(signals, relative / relative.mean())
 
 
+def fit(net: Importance, known: Effects, generator: torch.Generator, num_steps: int) -> float:
+    features = net.features(known.signals.flatten(0, 1))
+    return fit_importance(net, features, known.relative, generator, num_steps=num_steps)
+
+
 def test_what_the_signals_tell_is_found() -> None:
     generator = torch.Generator().manual_seed(0)
     signals = torch.randn(60, 50, SCHEMA.dim, generator=generator)
     known = 0.8 * signals[..., SCHEMA.index("token_entropy")] - 0.5 * signals[..., SCHEMA.index("embedding_3")]
     net = Importance(SCHEMA)
-    explained = fit_importance(net, effects(known, signals, noise=2.0), generator, num_steps=300)
+    explained = fit(net, effects(known, signals, noise=2.0), generator, num_steps=300)
     assert 0.05 < explained < 1
     fresh = torch.randn(2000, SCHEMA.dim, generator=generator)
     truth = 0.8 * fresh[:, SCHEMA.index("token_entropy")] - 0.5 * fresh[:, SCHEMA.index("embedding_3")]
@@ -108,7 +114,7 @@ def test_noise_teaches_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     signals = torch.randn(200, 50, SCHEMA.dim, generator=generator)
     net = Importance(SCHEMA)
-    explained = fit_importance(net, effects(torch.zeros(200, 50), signals, noise=2.0), generator, num_steps=300)
+    explained = fit(net, effects(torch.zeros(200, 50), signals, noise=2.0), generator, num_steps=300)
     assert 0 <= explained < 0.01
     assert float(net(signals.flatten(0, 1)).log().std()) < 0.25
 
@@ -118,7 +124,7 @@ def test_a_fit_repeats() -> None:
     nets = [Importance(SCHEMA), Importance(SCHEMA)]
     for net in nets:
         known = effects(signals[..., 0], signals, noise=0.5)
-        fit_importance(net, known, torch.Generator().manual_seed(3), num_steps=50)
+        fit(net, known, torch.Generator().manual_seed(3), num_steps=50)
     assert torch.equal(nets[0](signals[0]), nets[1](signals[0]))
 
 
@@ -152,11 +158,12 @@ def test_validation_chooses_how_far_to_go(tiny_prepared: Prepared, monkeypatch: 
 
     monkeypatch.setattr(Validation, "score", score)
     validation = Validation(tiny_prepared, 8)
-    assert choose_exponent(net, tiny_prepared, validation) == 0  # nothing is better than static
+    policy = importance._ByImportance(net, tiny_prepared)
+    assert choose_exponent(net, policy, tiny_prepared, validation) == 0  # nothing is better than static
     assert float(net.exponent) == 0
     seen.clear()
     found |= {0.25: 0.3, 0.5: 0.2}
-    assert choose_exponent(net, tiny_prepared, validation) == 0.3
+    assert choose_exponent(net, policy, tiny_prepared, validation) == 0.3
     assert seen == [0.25, 0.5, 0.75, 1.0]
     assert float(net.exponent) == 0.25
     torch.nn.init.constant_(net.layers[2].bias, 1.0)  # type: ignore[arg-type]
@@ -164,7 +171,7 @@ def test_validation_chooses_how_far_to_go(tiny_prepared: Prepared, monkeypatch: 
     assert net(signals).log().tolist() == pytest.approx([0.25, 0.25])
     monkeypatch.undo()
     net.exponent.fill_(0.0)
-    assert Validation(tiny_prepared, 8).score(importance._ByImportance(net, tiny_prepared)) == 0
+    assert Validation(tiny_prepared, 8).score(policy) == 0
 
 
 def test_looking_is_paid_at_every_exponent(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,14 +183,44 @@ def test_looking_is_paid_at_every_exponent(tiny_prepared: Prepared, monkeypatch:
     net = Importance(SignalSchema(3, costly.model.bit_widths))
     validation = Validation(costly, 8)
     net.exponent.fill_(0.0)
-    at_zero = validation.score(importance._ByImportance(net, costly))
+    policy = importance._ByImportance(net, costly)
+    at_zero = validation.score(policy)
     assert at_zero == pytest.approx(-0.03)
     monkeypatch.setattr(Validation, "score", lambda self, policy: {0.5: -0.02}.get(float(net.exponent), -0.1))
-    assert choose_exponent(net, costly, validation) == -0.02
+    assert choose_exponent(net, policy, costly, validation) == -0.02
     assert float(net.exponent) == 0.5
     monkeypatch.setattr(Validation, "score", lambda self, policy: -0.1)
-    assert choose_exponent(net, costly, validation) == pytest.approx(at_zero)
+    assert choose_exponent(net, policy, costly, validation) == pytest.approx(at_zero)
     assert float(net.exponent) == 0
+
+
+def test_what_the_token_alone_tells_costs_nothing(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = replace(tiny_prepared.cost, controller_ms=0.03)
+    costly = replace(tiny_prepared, cost=cost, profile=replace(tiny_prepared.profile, cost=cost))
+    net = Importance(SignalSchema(3, costly.model.bit_widths))
+    policy = token_policy(net, costly, policy_card(costly))
+    assert not looks(policy)
+    net.token.exponent.fill_(0.0)
+    assert Validation(costly, 8).score(policy) == 0  # the static allocation of every dial
+    monkeypatch.setattr(Validation, "score", lambda self, policy: -0.001)
+    assert choose_exponent(net.token, policy, costly, Validation(costly, 8)) == 0
+
+
+def test_the_token_is_learned_from_what_was_measured_once(
+    tiny_prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = load_importance(CONFIG, tiny_prepared, tmp_path)
+    assert net is not None
+    said = capsys.readouterr().err
+    assert "the signals explain" in said
+    assert "the input token alone explains" in said
+    # What no signal but the embedding says moves nothing.
+    signals = torch.randn(50, net.schema.dim, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(50, net.schema.dim, generator=torch.Generator().manual_seed(1))
+    for kept in (net.schema.embedding_columns, net.schema.index("dial")):
+        other[:, kept] = signals[:, kept]
+    policy = token_policy(net, tiny_prepared, policy_card(tiny_prepared))
+    assert torch.equal(policy(signals).bit_widths, policy(other).bit_widths)
 
 
 def test_no_multiple_is_beyond_all_measure() -> None:

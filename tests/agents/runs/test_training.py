@@ -242,7 +242,7 @@ def test_oracles_take_no_negative_number_of_samples() -> None:
 
 @pytest.mark.parametrize("names", [("random", "entropi"), ("static",), ("",)])
 def test_baselines_are_known(names: tuple[str, ...]) -> None:
-    choices = "choose from --baselines random entropy schedule relative-error regressor untrained"
+    choices = "choose from --baselines random entropy schedule token relative-error regressor untrained"
     with pytest.raises(InputError, match=f"baselines='{names[-1]}' is unknown; {choices}"):
         check_config(TrainConfig(baselines=names))
     check_config(TrainConfig(baselines=()))
