@@ -10,7 +10,7 @@ from flexquant_rl.agents.evaluation.equal_time import Rung, StaticClock, rung_er
 from flexquant_rl.agents.evaluation.resampling import interval_method
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.policies.drafts import Drafts
-from flexquant_rl.agents.policies.families import STATIC, UNTRAINED
+from flexquant_rl.agents.policies.families import STATIC, TOKEN, UNTRAINED
 
 _BUDGETS = (
     "Every family is asked for the same shares of full-width time. The setting that meets a budget is found on "
@@ -39,7 +39,7 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
         + " Two families that are not "
         "static are compared by what each leaves of static's KL.",
         "A policy that looks at signals is charged the controller's time, which the latency table holds where it was "
-        "measured; static and fixed widths, `schedule` and `random` look at nothing.",
+        "measured; static and fixed widths, `schedule`, `random` and `token` look at nothing that a step puts out.",
     ]
     if is_budgeted and any(row.family in BASELINES for row in rows):
         lines.insert(
@@ -51,6 +51,11 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
         lines.append(
             "`untrained` is the network of the best seed before PPO, not one of random weights: it was cloned from "
             "static allocations, one for each token by its importance, and its dial meets the budgets as that of `ppo`."
+        )
+    if any(row.family == TOKEN.name for row in rows):
+        lines.append(
+            "`token` looks up what the token about to be read needs, learned from the same backward passes as "
+            "`untrained`, and takes the static allocation at the dial times that."
         )
     if any(row.time_share_measured is not None for row in rows):
         lines.append(
