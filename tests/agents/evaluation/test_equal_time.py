@@ -209,9 +209,9 @@ def test_the_report_says_how_noisy_the_clock_was() -> None:
     words = " ".join(method_sentences(static))
     assert f"the static rows miss a straight one by {clock.misfit:.3f} (root mean square)" in words
     assert "root mean square" not in " ".join(method_sentences(static[:2]))
-    assert "flatter" not in words
-    learned = row("ppo:run", 0.6, 0.02, policy="ppo:run", time_share_measured=0.7)
-    assert "measured comparisons of `ppo` with them flatter `ppo`" in " ".join(method_sentences([*static, learned]))
+    assert "each other rule is a few lines of Python" in words
+    assert "`token` looks up" not in words
+    assert "`token` looks up" in " ".join(method_sentences([*static, row("token", 0.6, 0.02)]))
 
 
 def test_static_is_asked_for_the_time_that_was_taken(tiny_prepared: Prepared) -> None:
