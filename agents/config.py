@@ -193,10 +193,11 @@ class TrainConfig:
     test_sequences: int = 32
     """Sequences of the final table."""
     importance_windows: int = 192
-    """Sequences of training text on which the start of PPO learns what tokens need their bits; 0 starts it from plain
-    static allocations."""
+    """Sequences of training text on which a run learns what tokens need their bits: for the start of PPO and for the
+    policy by tokens. 0 starts PPO from plain static allocations, and makes no policy by tokens."""
     time_budgets: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARES")] = (0.5, 0.6, 0.7, 0.8)
-    """Shares of the time at the largest width that every family is asked for in the final table."""
+    """Shares of the time at the largest width that every family is asked for in the final table. The dial is trained
+    down to the smallest one in reach."""
     baselines: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = ("random", "entropy", "schedule", "token")
     """Families beside static and fixed in the final table, each tuned at every budget: random, entropy, schedule, token
     (what the run has learned of tokens, looked up), relative-error (a reference that no decoder here can serve),

@@ -146,7 +146,7 @@ def _checked_seed(run_dir: Path, source: Path, repair: str) -> LearnedPolicy:
 
 def _learned(policy: DeployedPolicy, directory: Path, repair: str) -> LearnedPolicy:
     if not isinstance(policy, LearnedPolicy):
-        raise InputError(f"{directory} holds a static allocation, which no run trains; {repair}")
+        raise InputError(f"{directory} holds no learned policy, which a run has there; {repair}")
     return policy
 
 

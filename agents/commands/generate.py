@@ -60,7 +60,7 @@ def generate(options: GenerateOptions) -> None:
             found.profile,
             prompt_ids,
             max_new_tokens=max_new_tokens,
-            kl_weight=1.0 if setting is None else setting.kl_weight,  # only a learned policy looks at it
+            kl_weight=1.0 if setting is None else setting.kl_weight,  # only a policy with a dial looks at it
             temperature=options.temperature,
             top_p=options.top_p,
             seed=options.seed,

@@ -13,7 +13,7 @@ from flexquant_rl.agents.commands.train import print_outcome
 from flexquant_rl.agents.config import TrainConfig
 from flexquant_rl.agents.preparation import check_budgets, prepare
 from flexquant_rl.agents.progress import say
-from flexquant_rl.agents.runs.importance import load_importance
+from flexquant_rl.agents.runs.importance import TOKEN_DIR, load_importance
 from flexquant_rl.agents.runs.phases import evaluate_run, export_best
 from flexquant_rl.agents.runs.ray_trials import Workers, run_trials
 from flexquant_rl.agents.runs.run import Swept, load_sweep, locked_run, new_run
@@ -75,7 +75,8 @@ def _run(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path) -
 def _finish(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path) -> dict[str, Any]:
     prepared = prepare(config, sweep_dir)
     check_budgets(config, prepared)
-    importance = load_importance(config, prepared, sweep_dir)
+    importances = load_importance(config, prepared, sweep_dir)
+    importance = None if importances is None else importances.by_signals
     every = trials(config, swept, sweep_dir)
     left = [trial for trial in every if not trial.is_finished]
     failed: dict[str, str] = {}
@@ -85,7 +86,8 @@ def _finish(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path
             make_trial(trial, sweep_dir)
         failed = run_trials(left, workers)
         # What was chosen among fewer trials is chosen again.
-        shutil.rmtree(sweep_dir / "policy", ignore_errors=True)
+        for chosen in ("policy", TOKEN_DIR):
+            shutil.rmtree(sweep_dir / chosen, ignore_errors=True)
     found = scored(config, swept, sweep_dir, prepared, importance)
     if not found:
         name, error = next(iter(failed.items()), ("", "no trial has a policy"))
@@ -95,7 +97,7 @@ def _finish(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path
         )
     best = found[0]
     say(f"validation text chose {described(best.settings)}: {best.mean:+.4f} over static")
-    trained = export_best(best.config, prepared, best.results, sweep_dir, importance)
+    trained = export_best(best.config, prepared, best.results, sweep_dir, importances)
     result = evaluate_run(best.config, trained, sweep_dir, notes(found, failed))
     return {**result, "sweep": _summary(found, failed, len(every))}
 

@@ -105,7 +105,7 @@ def untrained(prepared: Prepared, best: SeedResult, rehearsal: Callable[[], Rehe
 def by_token(prepared: Prepared, policy: TokenPolicy | None, rehearsal: Callable[[], Rehearsal]) -> list[TimedFamily]:
     """The policy that looks at the input token alone."""
     if policy is None:
-        return [MissingFamily(TOKEN.name, "the run has not learned what tokens need; give --importance-windows")]
+        return [MissingFamily(TOKEN.name, "this run is of a version that did not learn what tokens need")]
     return [_rehearsed(dial_family(prepared, TOKEN.name, policy, None), rehearsal)]
 
 
@@ -115,7 +115,7 @@ def _rehearsed(family: KnobFamily, rehearsal: Callable[[], Rehearsal]) -> BestOf
 
 
 def dial_family(prepared: Prepared, name: str, policy: DialPolicy, seed: int | None) -> KnobFamily:
-    """A learned policy at all settings of its dial, from a little below the trained range to a little above."""
+    """A policy at all settings of its dial, from a little below the trained range to a little above."""
     margin = 1.0 if prepared.env.kl_weight is not None else _DIAL_MARGIN
     low, high = math.log(prepared.env.kl_weight_min / margin), math.log(prepared.env.kl_weight_max * margin)
 

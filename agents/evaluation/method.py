@@ -52,10 +52,10 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
             "`untrained` is the network of the best seed before PPO, not one of random weights: it was cloned from "
             "static allocations, one for each token by its importance, and its dial meets the budgets as that of `ppo`."
         )
-    if any(row.family == TOKEN.name for row in rows):
+    if any(row.family.partition(":")[0] == TOKEN.name for row in rows):
         lines.append(
             "`token` looks up what the token about to be read needs, learned from the same backward passes as "
-            "`untrained`, and takes the static allocation at the dial times that."
+            "the clones that PPO starts from, and takes the static allocation at the dial times a power of that."
         )
     if any(row.time_share_measured is not None for row in rows):
         lines.append(

@@ -37,7 +37,7 @@ UNIT_ORACLE = Family("oracle-unit", "oracle of units (bound)", "#00614A", "H", d
 _TABLES_ONLY = {
     STATIC.name: "static is another allocation at each time budget; name one, e.g. knapsack:4.5",
     UNTRAINED.name: "train.py --baselines untrained has it in its table",
-    TOKEN.name: "train.py --baselines token has it in its table",
+    TOKEN.name: "name the one that a run has made, RUN/by_token",
     PPO.name: "a learned policy is named by the directory of its run",
     ORACLE.name: "an oracle knows the text; train.py has it in its table",
     UNIT_ORACLE.name: "an oracle knows the text; train.py has it in its table",

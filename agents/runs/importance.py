@@ -11,7 +11,8 @@ looked up, so its policy costs a step nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from flexquant_rl.agents.evaluation.influence import influences
 from flexquant_rl.agents.evaluation.rehearsal import signals_at
 from flexquant_rl.agents.preparation import Prepared
 from flexquant_rl.agents.progress import say, track
-from flexquant_rl.agents.runs.training import Validation, policy_card
+from flexquant_rl.agents.runs.training import Validation
 from flexquant_rl.engine.control.decision import Decision, Policy, looks
 from flexquant_rl.engine.control.policy import PolicyCard
 from flexquant_rl.engine.control.signals import SignalSchema
@@ -40,6 +41,9 @@ _ROWS_PER_DIAL = 8
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _SMALLEST_NATS = 1e-12
 IMPORTANCE_FILE = "importance.safetensors"
+TOKEN_DIR = "by_token"
+"""Where a run keeps the policy that looks at the input token alone."""
+_TOKEN = "token."
 
 
 class Importance(ImportanceNet):
@@ -47,15 +51,11 @@ class Importance(ImportanceNet):
 
     Args:
         schema: What the signals are.
-
-    Attributes:
-        token: The same from the input token's embedding alone, for a policy that looks at nothing else.
     """
 
     def __init__(self, schema: SignalSchema) -> None:
         super().__init__(schema.num_global + schema.num_per_unit)
         self.schema = schema
-        self.token = ImportanceNet(schema.num_embedding_dims)
 
     def features(self, signals: Tensor) -> Tensor:
         """The global signals, and the means of the unit signals over units: `[n, dim]` -> `[n, F]`."""
@@ -65,6 +65,19 @@ class Importance(ImportanceNet):
     def forward(self, signals: Tensor) -> Tensor:
         """The multiple, raised to the exponent; signals `[n, dim]` -> `[n]`."""
         return self.multiple(self.features(signals))
+
+
+@dataclass(frozen=True)
+class Importances:
+    """What a run has learned of tokens.
+
+    Attributes:
+        by_signals: From all signals: what PPO starts from.
+        by_token: From the embedding of the input token alone; None in a run of a version that did not learn it.
+    """
+
+    by_signals: Importance
+    by_token: ImportanceNet | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class Effects:
 
 def load_importance(
     config: TrainConfig, prepared: Prepared, run_dir: Path, validation: Validation | None = None
-) -> Importance | None:
+) -> Importances | None:
     """Learns the importance of tokens, or reads what the run has kept; None where the configuration leaves it out.
 
     Args:
@@ -96,41 +109,54 @@ def load_importance(
     """
     if not config.importance_windows:
         return None
-    net = Importance(SignalSchema(prepared.model.num_units, prepared.model.bit_widths))
+    schema = SignalSchema(prepared.model.num_units, prepared.model.bit_widths)
+    net, of_token = Importance(schema), ImportanceNet(schema.num_embedding_dims)
     path = run_dir / IMPORTANCE_FILE
     if path.exists():
-        fix = "delete it to have it learned again"
-        tensors, _ = read_tensors(path, fix=fix)
-        try:
-            net.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise InputError(f"{path}: not of this model ({error}); {fix}") from error
-        return net
+        return _kept(path, net, of_token)
+    shutil.rmtree(run_dir / TOKEN_DIR, ignore_errors=True)  # of what was learned before
     say("learning which tokens need their bits")
     generator = torch.Generator().manual_seed(config.seed)
     effects = measure_effects(prepared, config.importance_windows, config.ppo.num_envs, generator)
     signals = effects.signals.flatten(0, 1)
     validation = validation or Validation(prepared, config.validation_sequences)
-    for part, what, features, policy in (
+    policies: tuple[tuple[ImportanceNet, str, Tensor, Policy], ...] = (
         (net, "the signals explain", net.features(signals), _ByImportance(net, prepared)),
         (
-            net.token,
+            of_token,
             "the input token alone explains",
-            signals[:, net.schema.embedding_columns],
-            token_policy(net, prepared, policy_card(prepared, config)),
+            signals[:, schema.embedding_columns],
+            token_policy(of_token, config, prepared),
         ),
-    ):
+    )
+    for part, what, features, policy in policies:
         explained = fit_importance(part, features, effects.relative, generator)
         say(f"{what} {explained:.1%} of the deviance of what tokens need")
         score = choose_exponent(part, policy, prepared, validation)
         say(f"validation reward over static {score:+.4f} with it to the power of {float(part.exponent):g}")
-    write_tensors(path, net.state_dict(), {})
-    return net
+    of_tokens = {f"{_TOKEN}{name}": tensor for name, tensor in of_token.state_dict().items()}
+    write_tensors(path, net.state_dict() | of_tokens, {})
+    return Importances(net, of_token)
 
 
-def token_policy(net: Importance, prepared: Prepared, card: PolicyCard) -> TokenPolicy:
-    """The policy that looks at the input token alone."""
-    return TokenPolicy(net.token, *prepared.front.envelope(), card)
+def _kept(path: Path, net: Importance, of_token: ImportanceNet) -> Importances:
+    """What a run has kept, read into networks of its model."""
+    fix = "delete it to have it learned again"
+    tensors, _ = read_tensors(path, fix=fix)
+    of_tokens = {name.removeprefix(_TOKEN): tensors.pop(name) for name in [*tensors] if name.startswith(_TOKEN)}
+    try:
+        net.load_state_dict(tensors)
+        if of_tokens:
+            of_token.load_state_dict(of_tokens)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not of this model ({error}); {fix}") from error
+    return Importances(net, of_token if of_tokens else None)
+
+
+def token_policy(net: ImportanceNet, config: TrainConfig, prepared: Prepared) -> TokenPolicy:
+    """The policy that looks at the input token alone; it sees no position, and so has no horizon."""
+    card = PolicyCard.of_model(prepared.model, asdict(config))
+    return TokenPolicy(net, *prepared.front.envelope(), card)
 
 
 def choose_exponent(net: ImportanceNet, policy: Policy, prepared: Prepared, validation: Validation) -> float:

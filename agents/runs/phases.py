@@ -51,10 +51,11 @@ from flexquant_rl.agents.policies.families import POLICIES, PPO, STATIC, TOKEN, 
 from flexquant_rl.agents.policies.relative_error import RelativeError
 from flexquant_rl.agents.preparation import Prepared, check_budgets, prepare
 from flexquant_rl.agents.progress import say
-from flexquant_rl.agents.runs.importance import Importance, load_importance, token_policy
-from flexquant_rl.agents.runs.training import SeedResult, Validation, policy_card, train_seed, with_dial_table
+from flexquant_rl.agents.runs.importance import TOKEN_DIR, Importances, load_importance, token_policy
+from flexquant_rl.agents.runs.training import SeedResult, Validation, train_seed, with_dial_table
 from flexquant_rl.engine.control.artefact import save_policy
 from flexquant_rl.engine.control.output_kl import reference_name
+from flexquant_rl.engine.control.policy import LearnedPolicy
 from flexquant_rl.engine.control.token_policy import TokenPolicy
 from flexquant_rl.engine.embedded import DEFAULT_MODEL, resolve_model
 from flexquant_rl.engine.errors import InputError
@@ -62,8 +63,6 @@ from flexquant_rl.fq_env.prompts import load_windows, spread
 
 # A second look, so less of everything: sequences, families and budgets.
 _LONG_SEQUENCES = 8
-TOKEN_DIR = "by_token"
-"""Where a run keeps the policy that looks at the input token alone."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,14 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     prepared = prepare(config, run_dir)
     check_budgets(config, prepared)
     validation = Validation(prepared, config.validation_sequences)
-    importance = load_importance(config, prepared, run_dir, validation)
+    importances = load_importance(config, prepared, run_dir, validation)
+    importance = None if importances is None else importances.by_signals
     results = [
         train_seed(config, prepared, seed, run_dir / "seeds" / str(seed), importance, validation)
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     validation.close()
-    return export_best(config, prepared, results, run_dir, importance)
+    return export_best(config, prepared, results, run_dir, importances)
 
 
 def export_best(
@@ -112,12 +112,13 @@ def export_best(
     prepared: Prepared,
     results: Sequence[SeedResult],
     run_dir: Path,
-    importance: Importance | None = None,
+    importances: Importances | None,
 ) -> TrainedRun:
     """Exports the policy of the seed that validation chose and that by tokens, where that is not done."""
-    by_token = None if importance is None else token_policy(importance, prepared, policy_card(prepared, config))
+    net = None if importances is None else importances.by_token
+    by_token = None if net is None else token_policy(net, config, prepared)
     trained = TrainedRun(prepared, tuple(results), run_dir / "policy", by_token)
-    best = trained.best.policy.with_card(trained.best.policy.card, PPO.name)  # no longer that of a seed
+    best = LearnedPolicy(trained.best.policy.net, trained.best.policy.card, PPO.name)  # no longer that of a seed
     for policy, directory in ((best, trained.policy_dir), (by_token, run_dir / TOKEN_DIR)):
         if policy is None or directory.exists():
             continue
@@ -141,7 +142,7 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     families = [*heuristics(prepared, config.baselines, rehearsal), *learned(prepared, results, rehearsal)]
     if UNTRAINED.name in config.baselines:
         families += untrained(prepared, trained.best, rehearsal)
-    if TOKEN.name in config.baselines:
+    if TOKEN.name in config.baselines and config.importance_windows:
         families += by_token(prepared, trained.by_token, rehearsal)
     settings = tune(prepared, families, config.time_budgets, config.validation_sequences)
     moving = MostMoving()
@@ -166,6 +167,7 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     return {
         "run_dir": str(run_dir),
         "policy_dir": str(trained.policy_dir),
+        "by_token_dir": None if trained.by_token is None else str(run_dir / TOKEN_DIR),
         "env_steps": config.steps_per_seed * config.seeds,
         "env_steps_per_s": sum(rates) / len(rates) if rates else None,
         "validation_reward_over_static": {

@@ -162,7 +162,8 @@ def _train(trial: dict[str, Any]) -> dict[str, Any]:
             with locked_run(directory):
                 prepared = prepare(config, directory)
                 validation = Validation(prepared, config.validation_sequences)
-                importance = load_importance(config, prepared, directory, validation)
+                importances = load_importance(config, prepared, directory, validation)
+                importance = None if importances is None else importances.by_signals
                 seed_dir = directory / "seeds" / str(config.seed)
                 result = train_seed(config, prepared, config.seed, seed_dir, importance, validation)
         except InputError as error:

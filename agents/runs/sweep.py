@@ -1,7 +1,7 @@
 """A sweep: seeds times configurations, one run for each, one preparation for all, one evaluation of the chosen one.
 
     config.json (with what is swept), profile.json, static_front.safetensors, importance.safetensors
-      -> trials/<configuration>-seed<k> (a run each) -> policy -> eval.jsonl, report.md, PNGs
+      -> trials/<configuration>-seed<k> (a run each) -> policy, by_token -> eval.jsonl, report.md, PNGs
 
 What is swept decides how a policy is trained, never what validation text measures: the scores of all trials compare.
 """

@@ -11,7 +11,7 @@ from flexquant_rl.agents.commands.servable import Servable
 from flexquant_rl.engine.control.artefact import CARD_FILE, PROFILE_FILE, WEIGHTS_FILE, policy_directory
 from flexquant_rl.engine.control.deployed_drafts import DeployedDrafts
 from flexquant_rl.engine.control.drafting_rules import rule_to_dict
-from flexquant_rl.engine.control.policy import LearnedPolicy
+from flexquant_rl.engine.control.token_policy import DialPolicy
 from flexquant_rl.engine.files import file_sha256, json_sha256
 
 _WEIGHTS = (".safetensors", ".gguf")
@@ -29,7 +29,7 @@ def policy_sha256(named: str, servable: Servable) -> str:
     if path.is_dir():
         directory = policy_directory(path if servable.rung is None else path / servable.rung.folder)
         return json_sha256([file_sha256(directory / name) for name in (CARD_FILE, WEIGHTS_FILE, PROFILE_FILE)])
-    assert not isinstance(policy, LearnedPolicy), "no name has learned anything"
+    assert not isinstance(policy, DialPolicy), "no name has learned anything"
     if isinstance(policy, DeployedDrafts):
         assert policy.facts.rule is not None, "no name has learned anything"
         levels, verify = policy.level_bit_widths.tolist(), policy.verify_bit_widths.tolist()

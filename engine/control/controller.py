@@ -28,7 +28,7 @@ from flexquant_rl.engine.control.signals import (
     unit_constants,
     unit_depths,
 )
-from flexquant_rl.engine.control.token_policy import TokenPolicy, TokenTable
+from flexquant_rl.engine.control.token_policy import TokenPolicy
 from flexquant_rl.engine.decoding.choice import default_decoder
 from flexquant_rl.engine.decoding.decoder import DecoderModel, StepOutput
 from flexquant_rl.engine.model import NestedCausalLM
@@ -181,7 +181,7 @@ class TokenController:
     """
 
     def __init__(self, policy: TokenPolicy, embedding: Tensor, num_rows: int = 1) -> None:
-        self._table = TokenTable(policy, embedding)
+        self._table = policy.table(embedding)
         self._token_ids = [0] * num_rows
         self._kl_weights = [1.0] * num_rows
 

@@ -40,7 +40,11 @@ class Policy(Protocol):
 
 
 class BlindPolicy:
-    """A policy that looks at nothing that a step puts out, and so pays for no signals."""
+    """A policy that looks at nothing that a step puts out, and so pays for no signals.
+
+    Each kind has a controller of its own in `make_controller`, so a policy of the user's is one of these kinds, and not
+    a subclass of this.
+    """
 
 
 @dataclass(frozen=True)

@@ -236,9 +236,9 @@ class LearnedPolicy:
         self._device = net.mean.device
         self._widths = torch.tensor(card.schema.bit_widths, device=self._device)
 
-    def with_card(self, card: PolicyCard, name: str | None = None) -> LearnedPolicy:
-        """The same with another card; the name stays where none is given."""
-        return LearnedPolicy(self.net, card, name or self.name)
+    def with_card(self, card: PolicyCard) -> LearnedPolicy:
+        """The same with another card."""
+        return LearnedPolicy(self.net, card, self.name)
 
     def __call__(self, signals: Tensor) -> Decision:
         """See `Policy`; the widths are on the signals' device."""

@@ -75,6 +75,7 @@ class TokenPolicy(BlindPolicy):
         self.prices = prices
         self.card = card
         self.name = name
+        self._table: tuple[tuple[int, int], TokenTable] | None = None
 
     def __call__(self, signals: Tensor) -> Decision:
         """See `Policy`; of the signals it reads the dial and the embedding of the input token."""
@@ -117,13 +118,20 @@ class TokenPolicy(BlindPolicy):
         projected = project_embedding(embedding, self.card.schema.num_embedding_dims).cpu()
         return self.net.multiple(projected.clamp(-SIGNAL_LIMIT, SIGNAL_LIMIT))
 
+    def table(self, embedding: Tensor) -> TokenTable:
+        """The table for a model's embeddings `[vocab, d]`, made once: it takes a look at the whole vocabulary."""
+        key = embedding.data_ptr(), len(embedding)
+        if self._table is None or self._table[0] != key:
+            self._table = key, TokenTable(self, embedding)
+        return self._table[1]
+
 
 DialPolicy = LearnedPolicy | TokenPolicy
 """Policies that have a dial."""
 
 
 class TokenTable:
-    """A `TokenPolicy` as it is served: two look-ups for each token.
+    """A `TokenPolicy` as it is served: two look-ups for each token. Threads may share it.
 
     Args:
         policy: The policy.

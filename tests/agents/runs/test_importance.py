@@ -23,10 +23,12 @@ from flexquant_rl.agents.runs.importance import (
     measure_effects,
     token_policy,
 )
-from flexquant_rl.agents.runs.training import Validation, policy_card
+from flexquant_rl.agents.runs.training import Validation
 from flexquant_rl.engine.control.decision import Policy, looks
 from flexquant_rl.engine.control.signals import SignalSchema
+from flexquant_rl.engine.control.token_policy import ImportanceNet
 from flexquant_rl.engine.errors import InputError
+from flexquant_rl.engine.files import write_tensors
 
 SCHEMA = SignalSchema(3, (3, 4, 8))
 CONFIG = TrainConfig(importance_windows=8, ppo=PPOConfig(num_envs=4))
@@ -128,6 +130,13 @@ def test_a_fit_repeats() -> None:
     assert torch.equal(nets[0](signals[0]), nets[1](signals[0]))
 
 
+def assert_equal_nets(found: ImportanceNet | None, expected: ImportanceNet | None) -> None:
+    assert found is not None
+    assert expected is not None
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+
+
 def test_a_run_keeps_what_it_has_learned(
     tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,9 +147,17 @@ def test_a_run_keeps_what_it_has_learned(
     again = load_importance(CONFIG, tiny_prepared, tmp_path)
     assert first is not None
     assert again is not None
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert_equal_nets(again.by_signals, first.by_signals)
+    assert_equal_nets(again.by_token, first.by_token)
     path = tmp_path / "importance.safetensors"
+    # What a version before wrote: what the token alone tells was not learned.
+    older = tmp_path / "older"
+    older.mkdir()
+    write_tensors(older / path.name, first.by_signals.state_dict(), {})
+    of_older = load_importance(CONFIG, tiny_prepared, older)
+    assert of_older is not None
+    assert of_older.by_token is None
+    assert_equal_nets(of_older.by_signals, first.by_signals)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="importance.safetensors: .*delete it to have it learned again"):
         load_importance(CONFIG, tiny_prepared, tmp_path)
@@ -197,29 +214,31 @@ def test_looking_is_paid_at_every_exponent(tiny_prepared: Prepared, monkeypatch:
 def test_what_the_token_alone_tells_costs_nothing(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     cost = replace(tiny_prepared.cost, controller_ms=0.03)
     costly = replace(tiny_prepared, cost=cost, profile=replace(tiny_prepared.profile, cost=cost))
-    net = Importance(SignalSchema(3, costly.model.bit_widths))
-    policy = token_policy(net, costly, policy_card(costly))
+    net = ImportanceNet(SignalSchema(3, costly.model.bit_widths).num_embedding_dims)
+    policy = token_policy(net, CONFIG, costly)
     assert not looks(policy)
-    net.token.exponent.fill_(0.0)
+    net.exponent.fill_(0.0)
     assert Validation(costly, 8).score(policy) == 0  # the static allocation of every dial
     monkeypatch.setattr(Validation, "score", lambda self, policy: -0.001)
-    assert choose_exponent(net.token, policy, costly, Validation(costly, 8)) == 0
+    assert choose_exponent(net, policy, costly, Validation(costly, 8)) == 0
 
 
 def test_the_token_is_learned_from_what_was_measured_once(
     tiny_prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    net = load_importance(CONFIG, tiny_prepared, tmp_path)
-    assert net is not None
+    found = load_importance(CONFIG, tiny_prepared, tmp_path)
+    assert found is not None
+    assert found.by_token is not None
+    schema = found.by_signals.schema
     said = capsys.readouterr().err
     assert "the signals explain" in said
     assert "the input token alone explains" in said
     # What no signal but the embedding says moves nothing.
-    signals = torch.randn(50, net.schema.dim, generator=torch.Generator().manual_seed(0))
-    other = torch.randn(50, net.schema.dim, generator=torch.Generator().manual_seed(1))
-    for kept in (net.schema.embedding_columns, net.schema.index("dial")):
+    signals = torch.randn(50, schema.dim, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(50, schema.dim, generator=torch.Generator().manual_seed(1))
+    for kept in (schema.embedding_columns, schema.index("dial")):
         other[:, kept] = signals[:, kept]
-    policy = token_policy(net, tiny_prepared, policy_card(tiny_prepared))
+    policy = token_policy(found.by_token, CONFIG, tiny_prepared)
     assert torch.equal(policy(signals).bit_widths, policy(other).bit_widths)
 
 

@@ -141,7 +141,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         (lambda data: data["drafts"].update(speedup_validation="fast"), "speedup_validation is no finite number"),
         (lambda data: data["drafts"].update(rule={"family": "none", "parameters": {}}), "KeyError"),
         (lambda data: data["drafts"].update(rule=rule_to_dict(FixedRounds(0, 1))), "a rule has no weights"),
-        (lambda data: data.update(kind="other"), "kind 'other' is not learned, static or drafts"),
+        (lambda data: data.update(kind="other"), "kind 'other' is not learned, token, static or drafts"),
     ],
 )
 def test_a_card_that_is_wrong(change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path) -> None:

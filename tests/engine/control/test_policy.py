@@ -226,7 +226,7 @@ class TestFiles:
 
     def test_another_kind(self, saved: Path) -> None:
         self.edit(saved, kind="surprising")
-        self.assert_refused(saved, "kind 'surprising' is not learned, static or drafts")
+        self.assert_refused(saved, "kind 'surprising' is not learned, token, static or drafts")
 
     def test_is_a_few_kilobytes(self, saved: Path) -> None:
         assert sum(file.stat().st_size for file in saved.iterdir()) < 200_000

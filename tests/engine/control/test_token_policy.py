@@ -111,6 +111,7 @@ def test_round_trip(nested_model: NestedCausalLM, profile: Profile, tmp_path: Pa
     assert (found.name, found.card) == ("kept", policy.card)
     signals = torch.randn(100, policy.card.schema.dim, generator=torch.Generator().manual_seed(4))
     assert torch.equal(found(signals).bit_widths, policy(signals).bit_widths)
+    assert found.table(nested_model.embedding_matrix()) is found.table(nested_model.embedding_matrix())
     assert torch.equal(found.needs(nested_model.embedding_matrix()), policy.needs(nested_model.embedding_matrix()))
     with pytest.raises(InputError, match="was trained for model"):
         load_policy(tmp_path / "kept", model_fingerprint="0" * 64)
