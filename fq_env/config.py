@@ -39,7 +39,7 @@ class EnvConfig:
     kl_weight: float | None = None
     """Price of a nat of output KL in full-width steps; None draws it log-uniformly per episode."""
     kl_weight_min: float = 0.5
-    """Lower end of the drawn dial; in a training run the range of the static front, down to the smallest time budget."""
+    """Lower end of the drawn dial; in a training run that of the static front, down to the smallest time budget."""
     kl_weight_max: float = 150.0
     """Upper end of the drawn dial; likewise."""
     probe_every: int = 0

@@ -60,7 +60,7 @@ class TestWholeRun:
 
     def test_rows_cover_all_kinds_of_policies(self, finished: Finished) -> None:
         rows = finished.result["rows"]
-        expected = {"fixed", "static", "random", "entropy", "schedule", "ppo", "oracle", "oracle-unit"}
+        expected = {"fixed", "static", "random", "entropy", "schedule", "token", "ppo", "oracle", "oracle-unit"}
         assert {row["family"] for row in rows} == expected
         learned = [row for row in rows if row["family"] == "ppo"]
         assert {row["seed"] for row in learned} <= {0}
@@ -74,7 +74,7 @@ class TestWholeRun:
     def test_longer_than_in_training(self, finished: Finished, folder: Path) -> None:
         """Ten tokens where four were trained: in files of their own, and told apart in the report."""
         rows = finished.result["long_rows"]
-        assert {"static"} <= {row["family"] for row in rows} <= {"static", "ppo"}
+        assert {"static"} <= {row["family"] for row in rows} <= {"static", "ppo", "token"}
         run_dir = folder / finished.result["run_dir"]
         for name, tokens, expected in (("eval_long.jsonl", 10, rows), ("eval.jsonl", 4, finished.result["rows"])):
             lines = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
@@ -96,6 +96,8 @@ class TestWholeRun:
             "solving",
             "learning which tokens",
             "the signals explain",
+            "the input token alone explains",
+            "measuring what",
             "validation reward over static",
             "PPO seed 0",
             "meeting the time budgets",

@@ -348,8 +348,8 @@ class ExportOptions:
     """Writes a policy, of a run or by name, as files that need torch alone."""
 
     policy: Positional[PolicyName]
-    """Directory of a run of train.py or of a policy in it (RUN/by_token, RUN/rules/confidence), or a name (fixed:4, knapsack:4.5,
-    draft:3,length=4, lookups)."""
+    """Directory of a run of train.py or of a policy in it (RUN/by_token, RUN/rules/confidence), or a name (fixed:4,
+    knapsack:4.5, draft:3,length=4, lookups)."""
     out: Out
     """New directory."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None

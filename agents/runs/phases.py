@@ -203,7 +203,7 @@ def _long_rows(config: TrainConfig, trained: TrainedRun, settings: Settings) -> 
     entries = tuple(
         entry
         for entry in settings.entries
-        if entry.family in (STATIC.name, PPO.name)
+        if entry.family in (STATIC.name, PPO.name, TOKEN.name)
         and entry.time_budget in config.time_budgets[1::2]
         and entry.first.seed in (None, trained.best.seed)
     )
