@@ -13,7 +13,6 @@ from flexquant_rl.agents.policies.names import policy_name
 from flexquant_rl.agents.policies.unbound import Family, PolicyContext, RulePolicy, check_width
 from flexquant_rl.engine.control.decision import Decision, joined_rows
 from flexquant_rl.engine.errors import InputError
-from flexquant_rl.kernels import signal_constants as constants
 
 # Float32 cannot divide by much less.
 _SMALLEST_SPREAD_NATS = 1e-3
@@ -72,14 +71,14 @@ class EntropyThreshold:
         by_num_low = torch.where(is_low, self.low_width, self.high_width).split(1)  # U + 1 times [1, U]
         entropy_at, position_at = schema.index("token_entropy_ema"), schema.index("position")
         widths_at = slice(schema.num_global + schema.index_in_unit("last_width"), None, schema.num_per_unit)
-        low_signal = self.low_width / constants.WIDTH_SCALE
+        low_signal = schema.width_signal(self.low_width)
 
         def decide(signals: Tensor) -> Decision:
             # In plain numbers: behind a step, which leaves nothing in the caches, an operation of torch takes 20 us.
             widths = []
             for row in signals.tolist():
                 before = None if row[position_at] == 0 else row[widths_at].count(low_signal)
-                entropy_ema_nats = row[entropy_at] * constants.NATS_SCALE
+                entropy_ema_nats = schema.nats(row[entropy_at])
                 widths.append(by_num_low[self._num_low(schema.num_units, entropy_ema_nats, before)])
             return Decision(joined_rows(widths).to(signals.device))
 

@@ -48,7 +48,7 @@ _TABLES_ONLY = {
 # again. These are left for families that only the user knows.
 _SPARE_COLOURS = ("#AA4499", "#117733", "#332288", "#6699CC", "#661100", "#999933", "#56B4E9")
 _LEGEND_CHARACTERS = 24
-_SPARE_MARKERS = ("<", ">", "1", "3", "4", "2")
+_SPARE_MARKERS = ("<", ">", "1", "3", "h", "4", "2")
 
 
 def family_facts(names: Iterable[str]) -> dict[str, Family]:

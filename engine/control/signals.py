@@ -119,6 +119,14 @@ class SignalSchema:
         _, per_unit = self.split(signals)
         return (per_unit[..., self.index_in_unit("last_width")] * constants.WIDTH_SCALE).round().long()
 
+    def width_signal(self, bit_width: int) -> float:
+        """The signal of a width, as `last_width` carries it: exact, for a row of plain numbers."""
+        return bit_width / constants.WIDTH_SCALE
+
+    def nats(self, signal: float) -> float:
+        """Nats of the signal of an entropy or a surprisal, of a row of plain numbers."""
+        return signal * constants.NATS_SCALE
+
     def retold(self, signals: Tensor, kl_weight: float, last_widths: Tensor, mean_widths: Tensor) -> Tensor:
         """Recorded signals as a policy would see them that chose other widths; the model's output stays as it was.
 

@@ -12,7 +12,9 @@ from flexquant_rl.agents.policies.families import (
     POLICIES,
     PPO,
     STATIC,
+    TOKEN,
     UNIT_ORACLE,
+    UNTRAINED,
     bind_policy,
     family_facts,
     family_name,
@@ -33,7 +35,8 @@ def test_simple_families_come_first_and_bounds_last() -> None:
 
 
 def test_families_are_told_apart() -> None:
-    known = [*(policy.family for policy in POLICIES), STATIC, PPO, RelativeError.family, ORACLE, UNIT_ORACLE]
+    learned = (UNTRAINED, TOKEN, PPO)
+    known = [*(kind.family for kind in POLICIES), STATIC, *learned, RelativeError.family, ORACLE, UNIT_ORACLE]
     unknown = [family for name, family in family_facts([*"abcdefg", "ppo"]).items() if name != "ppo"]
     for fact in ("name", "label", "colour", "marker"):
         values = [getattr(family, fact) for family in (*known, *unknown)]
