@@ -76,7 +76,6 @@ def _finish(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path
     prepared = prepare(config, sweep_dir)
     check_budgets(config, prepared)
     importances = load_importance(config, prepared, sweep_dir)
-    importance = None if importances is None else importances.by_signals
     every = trials(config, swept, sweep_dir)
     left = [trial for trial in every if not trial.is_finished]
     failed: dict[str, str] = {}
@@ -88,7 +87,7 @@ def _finish(config: TrainConfig, swept: Swept, workers: Workers, sweep_dir: Path
         # What was chosen among fewer trials is chosen again.
         for chosen in ("policy", TOKEN_DIR):
             shutil.rmtree(sweep_dir / chosen, ignore_errors=True)
-    found = scored(config, swept, sweep_dir, prepared, importance)
+    found = scored(config, swept, sweep_dir, prepared, importances)
     if not found:
         name, error = next(iter(failed.items()), ("", "no trial has a policy"))
         raise InputError(

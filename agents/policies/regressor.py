@@ -71,12 +71,12 @@ class Regressor:
         kl = torch.stack([recording.token_kl_nats(widths).flatten() for widths in (low, high)], dim=-1)
         features = _features(context.schema)
         predict = fit_log_kl(recording.signals.flatten(0, 1)[:, features], kl)
-        asked = self.multiplier * added_time
+        asked, low_row, high_row = self.multiplier * added_time, low[None], high[None]
 
         def decide(signals: Tensor) -> Decision:
             expected = predict(signals.cpu().index_select(1, features)).exp().tolist()
-            widths = [high if at_low - at_high > asked else low for at_low, at_high in expected]
-            return Decision(joined_rows([each[None] for each in widths]).to(signals.device))
+            rows = [high_row if at_low - at_high > asked else low_row for at_low, at_high in expected]
+            return Decision(joined_rows(rows).to(signals.device))
 
         return RulePolicy(name, decide)
 

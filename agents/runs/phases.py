@@ -98,9 +98,8 @@ def train_run(config: TrainConfig, run_dir: Path) -> TrainedRun:
     check_budgets(config, prepared)
     validation = Validation(prepared, config.validation_sequences)
     importances = load_importance(config, prepared, run_dir, validation)
-    importance = None if importances is None else importances.by_signals
     results = [
-        train_seed(config, prepared, seed, run_dir / "seeds" / str(seed), importance, validation)
+        train_seed(config, prepared, seed, run_dir / "seeds" / str(seed), importances, validation)
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     validation.close()

@@ -163,9 +163,8 @@ def _train(trial: dict[str, Any]) -> dict[str, Any]:
                 prepared = prepare(config, directory)
                 validation = Validation(prepared, config.validation_sequences)
                 importances = load_importance(config, prepared, directory, validation)
-                importance = None if importances is None else importances.by_signals
                 seed_dir = directory / "seeds" / str(config.seed)
-                result = train_seed(config, prepared, config.seed, seed_dir, importance, validation)
+                result = train_seed(config, prepared, config.seed, seed_dir, importances, validation)
         except InputError as error:
             return {"error": str(error)}
         except Exception as error:

@@ -21,7 +21,7 @@ import numpy as np
 
 from flexquant_rl.agents.config import PPOConfig, TrainConfig, check_config
 from flexquant_rl.agents.preparation import FRONT_FILE, Prepared
-from flexquant_rl.agents.runs.importance import IMPORTANCE_FILE, Importance
+from flexquant_rl.agents.runs.importance import IMPORTANCE_FILE, Importances
 from flexquant_rl.agents.runs.run import CONFIG_FILE, Swept, write_config
 from flexquant_rl.agents.runs.training import SeedResult, train_seed
 from flexquant_rl.engine.control.artefact import PROFILE_FILE
@@ -190,7 +190,7 @@ def scored(
     swept: Swept,
     sweep_dir: Path,
     prepared: Prepared,
-    importance: Importance | None,
+    importances: Importances | None,
 ) -> list[Scored]:
     """The configurations whose every seed has finished, best mean validation score first."""
     grouped: dict[str, list[Trial]] = {}
@@ -200,7 +200,7 @@ def scored(
     for group in grouped.values():
         if not all(trial.is_finished for trial in group):
             continue
-        results = [train_seed(one.config, prepared, one.config.seed, one.seed_dir, importance) for one in group]
+        results = [train_seed(one.config, prepared, one.config.seed, one.seed_dir, importances) for one in group]
         whole = replace(group[0].config, seeds=config.seeds, seed=config.seed)
         found.append(Scored(group[0].settings, whole, tuple(results)))
     return sorted(found, key=lambda one: one.mean if math.isfinite(one.mean) else -math.inf, reverse=True)

@@ -37,7 +37,7 @@ from flexquant_rl.fq_env.task import LossyTask
 from flexquant_rl.fq_env.vec_env import DecodeVecEnv
 
 if TYPE_CHECKING:  # which uses the validation below
-    from flexquant_rl.agents.runs.importance import Importance
+    from flexquant_rl.agents.runs.importance import Importances
 
 _CLONED_FILE = "cloned.safetensors"
 _POLICY_DIR = "policy"
@@ -130,7 +130,7 @@ def train_seed(
     prepared: Prepared,
     seed: int,
     directory: Path,
-    importance: Importance | None = None,
+    importances: Importances | None = None,
     validation: Validation | None = None,
 ) -> SeedResult:
     """Clones static allocations, improves on them with PPO and saves the network that was best on validation text.
@@ -140,7 +140,7 @@ def train_seed(
         prepared: Model, text, profile and front.
         seed: Training seed.
         directory: Where checkpoint and policy are kept.
-        importance: What the signals say of a token's need of bits; None to start from plain static allocations.
+        importances: What the run has learned of tokens; None to start from plain static allocations.
         validation: That of the run, of `config.validation_sequences`; default: a new one.
     """
     if (directory / _POLICY_DIR / "policy.json").exists():
@@ -167,6 +167,7 @@ def train_seed(
         signals = collect_signals(env, prepared.front, generator)
         dials = (prepared.env.kl_weight_min, prepared.env.kl_weight_max)
         net = precision_net(ppo)
+        importance = None if importances is None else importances.by_signals
         agreement = clone(
             net, signals, prepared.front, prepared.profile, dials, importance=importance, generator=generator
         )

@@ -213,7 +213,7 @@ class TokenController:
             self._token_ids[row], self._kl_weights[row] = mark[0][row], mark[1][row]
 
     def _chosen(self, rows: Tensor | None) -> Sequence[int]:
-        return range(len(self._token_ids)) if rows is None else rows.tolist()
+        return _indices(rows, len(self._token_ids))
 
 
 class TorchController:
@@ -357,7 +357,7 @@ class NativeController:
 
     def rollback(self, mark: list[ControlMark], rows: Tensor | None = None) -> None:
         """See `Controller`."""
-        for index in range(len(self._rows)) if rows is None else rows.tolist():
+        for index in _indices(rows, len(self._rows)):
             self._rows[index].rollback(mark[index])
 
     def _chosen(self, rows: Tensor | None) -> list[NativeControl]:
@@ -435,7 +435,12 @@ class DraftController:
             self._signals.rollback(mark, rows)
 
     def _chosen(self, rows: Tensor | None) -> Sequence[int]:
-        return range(len(self._of_row)) if rows is None else rows.tolist()
+        return _indices(rows, len(self._of_row))
+
+
+def _indices(rows: Tensor | None, num_rows: int) -> Sequence[int]:
+    """The rows that a call is about, one after the other."""
+    return range(num_rows) if rows is None else rows.tolist()
 
 
 def _restarted(policy: DraftPolicy) -> DraftPolicy:
