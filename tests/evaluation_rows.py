@@ -36,6 +36,7 @@ def row(
         "differs_from_static": None if family == "oracle" else 0.25,
         "time_share_modelled": time_share,
         "time_share_measured": None,
+        "time_share_measured_error": None,
         "speedup_modelled": None if time_share is None else 1 / time_share,
         "speedup_measured": None,
         "num_sequences": NUM_SEQUENCES,
@@ -44,6 +45,7 @@ def row(
         "sequence_kl_nats": tuple(sequences.tolist()),
         "static_kl_nats": None if time_share is None else sequence_kl(static_kl(time_share)),
         "static_kl_nats_measured": None,
+        "static_log_error_measured": None,
         "sequence_documents": tuple(index % NUM_DOCUMENTS for index in range(NUM_SEQUENCES)),
     }
     return EvalRow(**(values | changes))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from cli_runner import Finished, run, write_text
 from flexquant_rl import cli
 from flexquant_rl.agents.commands import combine
 from flexquant_rl.agents.evaluation.budgets import Contestant
+from flexquant_rl.agents.evaluation.wall_clock import ClockedShares
 from flexquant_rl.agents.policies.knapsack import Knapsack
 from flexquant_rl.agents.policies.unbound import PolicyContext
 from flexquant_rl.engine.control.ladder import Ladder, Rung, read_ladder, write_ladder
@@ -56,8 +57,8 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Speeds of policies by name, in place of a clock; 1 of those that are not in it. Afterwards all asked are."""
     speeds: dict[str, float] = {}
 
-    def shares(_prepared: object, contestants: Sequence[Contestant], _windows: object) -> list[float]:
-        return [1 / speeds.setdefault(one.name, 1.0) for one in contestants]
+    def shares(_prepared: object, contestants: Sequence[Contestant], _windows: object) -> ClockedShares:
+        return ClockedShares(tuple(1 / speeds.setdefault(one.name, 1.0) for one in contestants), 0.0, 5)
 
     monkeypatch.setattr(combine, "clocked_shares", shares)
     return speeds

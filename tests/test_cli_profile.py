@@ -15,6 +15,7 @@ from cli_runner import TINY_EPISODES, TINY_RUN, Finished, run, tree, write_text
 from small_runs import make_quick
 
 from flexquant_rl import cli, train
+from flexquant_rl.agents.evaluation.wall_clock import ClockedShares
 from flexquant_rl.engine.checkpoint import load_model, save_checkpoint
 from flexquant_rl.engine.control import runner
 from flexquant_rl.engine.control.artefact import save_policy
@@ -289,9 +290,9 @@ class TestThreads:
         assert "2 threads" in evaluate(inputs, "--profile", path).error
         seen: list[int | None] = []
 
-        def spy(*args: Any, num_threads: int | None, **_: object) -> list[float]:
+        def spy(*args: Any, num_threads: int | None, **_: object) -> ClockedShares:
             seen.append(num_threads)
-            return [1.0] * len(args[4])
+            return ClockedShares((1.0,) * len(args[4]), 0.0, 5)
 
         profile = Profile.load(path)  # at one time for all widths there is nothing to choose
         unit_ms = profile.cost.unit_ms + torch.tensor(profile.bit_widths, dtype=torch.float64)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cli_runner import Finished, leftovers, run, tree, write_sentences
-from small_runs import TINY_DRAFTS, make_drafts_short
+from small_runs import TINY_DRAFTS, make_drafts_short, no_clock
 
 from flexquant_rl import cli, train
 from flexquant_rl.agents.runs import verified_preparation, verified_run
@@ -45,7 +45,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     make_drafts_short(monkeypatch)
     monkeypatch.setattr(verified_run, "EVERY_RULE", (Plain, FixedRounds, ProductStop))
     monkeypatch.setattr(verified_preparation, "timed_drafts", lambda *_, **__: COSTS)
-    monkeypatch.setattr(verified_run, "measured_time_shares", lambda *arguments, **_: [1.0] * len(arguments[4]))
+    monkeypatch.setattr(verified_run, "measured_time_shares", no_clock)
     monkeypatch.setattr(verified_run, "plot_drafts", lambda *arguments, **_: arguments[3].write_bytes(b"."))
 
 

@@ -99,7 +99,7 @@ def _measured(
     windows = spread(prepared.windows.validation, num_sequences)
     contestants = [one for _, _, one in named]
     traces = traces_of(prepared, contestants, windows)
-    shares = clocked_shares(prepared, contestants, windows)
+    shares = clocked_shares(prepared, contestants, windows).shares
     full = max(prepared.model.bit_widths)
     rungs = []
     for (folder, policy, one), trace, share in zip(named, traces, shares, strict=True):

@@ -8,6 +8,7 @@ more from each other than policies do, so resamples draw the same documents for 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -388,11 +389,20 @@ def _documents(rows: Iterable[EvalRow]) -> tuple[int, ...]:
 
 
 def _log_left(row: EvalRow, weights: Array, clock: Clock) -> Array:
-    """Log of what a row leaves of static's KL, under each weighting of the sequences, `[1 + R, n]` -> `[1 + R]`."""
+    """Log of what a row leaves of static's KL, under each weighting of the sequences, `[1 + R, n]` -> `[1 + R]`.
+
+    By the clock each resample draws the clock's error too.
+    """
     side = row.static_kl_nats if clock == "modelled" else row.static_kl_nats_measured
     own, static = (weights @ np.array(kl, dtype=np.float64) for kl in (row.sequence_kl_nats, side))
     logs = (np.log(np.maximum(kl, SMALLEST_KL_NATS)) for kl in (own, static))
-    return np.asarray(np.subtract(*logs), dtype=np.float64)
+    left = np.asarray(np.subtract(*logs), dtype=np.float64)
+    if clock == "measured" and row.static_log_error_measured is not None:
+        # The row was timed by itself; the static allocations beside it are those of all rows at its setting.
+        for timed in (f"{row.family} {row.policy} {row.seed} {setting_of(row)}", f"static {setting_of(row)}"):
+            generator = np.random.default_rng((zlib.crc32(timed.encode()), 2))
+            left[1:] += row.static_log_error_measured * generator.standard_normal(len(left) - 1)
+    return left
 
 
 _Rows = Mapping[Setting, EvalRow]

@@ -30,9 +30,10 @@ from flexquant_rl.agents.evaluation.equal_time import (
     static_entries,
     static_family,
 )
-from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, measured_time_shares, summarise
+from flexquant_rl.agents.evaluation.evaluate import Evaluator, SharedTrace, Trace, summarise
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.agents.evaluation.showcase import MostMoving
+from flexquant_rl.agents.evaluation.wall_clock import ClockedShares, measured_time_shares
 from flexquant_rl.agents.policies.families import PPO, STATIC, TOKEN, UNTRAINED
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.preparation import Prepared, policy_context
@@ -182,8 +183,9 @@ def compete_at_budgets(
     traces = dict(zip(members, traces_of(prepared, [*members.values()], windows), strict=True))
     for key, trace in traces.items():
         watch(members[key], trace)
-    shares, clock = _clocked(prepared, [*members.values()], windows)
-    rows = _rows(prepared, settings, traces, dict(zip(members, shares, strict=True)), documents)
+    clocked, clock = _clocked(prepared, [*members.values()], windows)
+    measured = {key: (share, clocked.error) for key, share in zip(members, clocked.shares, strict=True)}
+    rows = _rows(prepared, settings, traces, measured, documents)
     beside = references()
     # One look at validation text for all of them: it takes as long as one for a few.
     taken = _taken_without_budget(settings.entries, rows)
@@ -246,16 +248,17 @@ def _rows(
     prepared: Prepared,
     settings: Settings,
     traces: dict[_Key, Trace],
-    measured: dict[_Key, float],
+    measured: dict[_Key, tuple[float, float]],
     documents: Sequence[int],
 ) -> list[EvalRow]:
-    """The rows of the entries, without static beside them."""
+    """The rows of the entries, without static beside them; `measured` has shares and their standard errors."""
     rows = []
     for entry in settings.entries:
         keys = [_key(member) for member in entry.members]
         times = [measured[key] for key in keys if key in measured]
         # Time shares mix as the tokens do.
-        time = (1 - entry.share) * times[0] + entry.share * times[-1] if times else None
+        time = (1 - entry.share) * times[0][0] + entry.share * times[-1][0] if times else None
+        error = times[0][1] if times and math.isfinite(times[0][1]) else None
         rows.append(
             summarise(
                 _trace_of(entry, traces),
@@ -266,6 +269,7 @@ def _rows(
                 kl_weight=entry.first.kl_weight,
                 time_budget=entry.time_budget,
                 time_share_measured=time,
+                time_share_measured_error=error,
                 documents=documents,
                 is_modelled=entry.first.drafts is None,
             )
@@ -319,7 +323,7 @@ def test_windows(prepared: Prepared, num_sequences: int) -> tuple[Tensor, list[i
 
 def _clocked(
     prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor
-) -> tuple[list[float], StaticClock | None]:
+) -> tuple[ClockedShares, StaticClock | None]:
     """Measured time share of each contestant, and how the clock's shares of static allocations follow the modelled."""
     context = policy_context(prepared)
     fixed = [contestant(Fixed(width), context) for width in prepared.model.bit_widths]
@@ -327,14 +331,14 @@ def _clocked(
     measured = clocked_shares(prepared, asked, windows)
     static = [
         (float(prepared.cost.time_share(one.policy.bit_widths)), share)
-        for one, share in zip(asked, measured, strict=True)
+        for one, share in zip(asked, measured.shares, strict=True)
         if one.is_static and isinstance(one.policy, StaticAllocation)
     ]
     clock = StaticClock.fit([modelled for modelled, _ in static], [share for _, share in static])
-    return measured[: len(contestants)], clock
+    return replace(measured, shares=measured.shares[: len(contestants)]), clock
 
 
-def clocked_shares(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> list[float]:
+def clocked_shares(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> ClockedShares:
     """Measured time of each contestant on a few of the windows, over that of the largest width everywhere."""
     say("timing whole continuations")
     measured = measured_time_shares(
@@ -347,7 +351,7 @@ def clocked_shares(prepared: Prepared, contestants: Sequence[Contestant], window
         progress=lambda rounds: track(rounds, "timing"),
     )
     full = prepared.cost.full_width()
-    _check_clock([share for one, share in zip(contestants, measured, strict=True) if _plays(one, full)])
+    _check_clock([share for one, share in zip(contestants, measured.shares, strict=True) if _plays(one, full)])
     return measured
 
 

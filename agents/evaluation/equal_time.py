@@ -254,6 +254,7 @@ def beside_static(
             row,
             static_kl_nats=None if modelled is None else static_between(rungs, modelled),
             static_kl_nats_measured=None if measured is None else static_between(rungs, measured),
+            static_log_error_measured=None if clock is None else _log_error(rungs, row, clock),
         )
         if row.family != STATIC.name
         else replace(
@@ -310,6 +311,18 @@ def _ladder(rungs: Iterable[Rung]) -> list[Rung]:
 def _rung(row: EvalRow) -> Rung:
     assert row.time_share_modelled is not None, "static rows have a time"
     return Rung(row.time_share_modelled, row.sequence_kl_nats)
+
+
+def _log_error(rungs: Sequence[Rung], row: EvalRow, clock: StaticClock) -> float | None:
+    """What the standard error of a measured time is worth in the logarithm of static's KL: half of what two change."""
+    share, error = row.time_share_measured, row.time_share_measured_error
+    if share is None or error is None:
+        return None
+    times = (clock.modelled_share(at) for at in (share - error, share, share + error))
+    around = [static_between(rungs, min(at, 1.0)) for at in times]
+    logs = [math.log(max(float(np.mean(kl)), SMALLEST_KL_NATS)) for kl in around if kl is not None]
+    # At an end of the ladder one side alone is known.
+    return abs(logs[-1] - logs[0]) / (len(logs) - 1) if len(logs) > 1 else None
 
 
 def _shares(row: EvalRow, clock: StaticClock | None) -> tuple[float | None, float | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,25 +12,15 @@ from torch import Tensor
 from flexquant_rl.agents.evaluation.resampling import document_weights, percentile_interval
 from flexquant_rl.agents.evaluation.rows import EvalRow
 from flexquant_rl.engine.control.allocation_kl import TextFacts, allocation_facts
-from flexquant_rl.engine.control.controller import Controller, DraftController, make_controller
-from flexquant_rl.engine.control.cost import CostTable, clock_ms
+from flexquant_rl.engine.control.cost import CostTable
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
-from flexquant_rl.engine.control.drafts import DraftPolicy
 from flexquant_rl.engine.control.output_kl import kl_nats
 from flexquant_rl.engine.control.profile import Profile
-from flexquant_rl.engine.control.rounds import Rounds, Settled
-from flexquant_rl.engine.control.runner import PolicyRunner
-from flexquant_rl.engine.decoding.choice import open_session
-from flexquant_rl.engine.decoding.decoder import Decoder, StepOutput
-from flexquant_rl.engine.decoding.next_token import Replay, Sampler
 from flexquant_rl.engine.decoding.session import DecodeSession
 from flexquant_rl.engine.model import NestedCausalLM
 from flexquant_rl.fq_env.config import EnvConfig
 from flexquant_rl.fq_env.episodes import Episodes, StepFacts
 from flexquant_rl.fq_env.task import LossyTask
-
-_MIN_ROUNDS = 5
-_TIMING_S_EACH = 2.0
 
 
 @dataclass(frozen=True)
@@ -258,6 +246,7 @@ def summarise(
     kl_weight: float | None = None,
     time_budget: float | None = None,
     time_share_measured: float | None = None,
+    time_share_measured_error: float | None = None,
     documents: Sequence[int] | None = None,
     is_modelled: bool = True,
 ) -> EvalRow:
@@ -272,6 +261,7 @@ def summarise(
         kl_weight: See there.
         time_budget: See there.
         time_share_measured: See there.
+        time_share_measured_error: See there.
         documents: The document of each sequence; default: each is its own.
         is_modelled: Whether the trace has the policy's time; that of drafts is what a text costs without them.
     """
@@ -296,6 +286,7 @@ def summarise(
         differs_from_static=None,
         time_share_modelled=time_share if is_modelled else None,
         time_share_measured=time_share_measured,
+        time_share_measured_error=time_share_measured_error,
         speedup_modelled=1 / time_share if is_modelled else None,
         speedup_measured=None if time_share_measured is None else 1 / time_share_measured,
         num_sequences=len(per_sequence),
@@ -304,6 +295,7 @@ def summarise(
         sequence_kl_nats=tuple(per_sequence.tolist()),
         static_kl_nats=None,
         static_kl_nats_measured=None,
+        static_log_error_measured=None,
         sequence_documents=owners,
     )
 
@@ -312,123 +304,3 @@ def bootstrap_interval(values: Tensor, documents: Sequence[int] | None = None) -
     """95% interval of the mean of `[S]` values by resampling documents; default: each value is one of its own."""
     weights = document_weights(range(len(values)) if documents is None else documents)
     return percentile_interval(weights[1:] @ values.double().numpy())
-
-
-def measured_time_shares(
-    model: NestedCausalLM,
-    profile: Profile,
-    windows: Tensor,
-    config: EnvConfig,
-    policies: Sequence[tuple[Policy | DraftPolicy, float]],
-    *,
-    rounds: int = 21,
-    num_threads: int | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> list[float]:
-    """Wall-clock time of batch-1 decoding as a share of that at the largest width, signals and policy included.
-
-    In every round each policy and the baseline decode the same windows, one after the other in a new random order:
-    drift of the machine hits all alike, and the weights are as warm in the caches as when a policy decodes alone. Of
-    each token the median over rounds counts, so that a stall does not; the medians are added up over all tokens, so
-    that dear tokens count as they are.
-
-    A policy of drafts has no say in a text that is given: it continues the windows' prompts greedily, for as many
-    tokens or to the end of its text, and its time is per token. Its steps are the same in every round, so medians are
-    taken alike; of a policy that learns on the way the median of whole turns counts.
-
-    Args:
-        model: The model.
-        profile: Profile that the signals are made with.
-        windows: `[n, window_tokens]` int64.
-        config: Shape of the episodes.
-        policies: Policies, each with its dial.
-        rounds: Turns of every policy; after the fifth no new round begins once each has had 2 s on average.
-        num_threads: Threads of a step, as for `open_session`.
-        progress: Wraps the rounds.
-    """
-    baseline = StaticAllocation("baseline", profile.cost.full_width())
-    contestants: list[tuple[Policy | DraftPolicy, float]] = [(baseline, 1.0), *policies]
-    controllers = [make_controller(model, policy, profile) for policy, _ in contestants]
-    texts = _TimedTexts(model, windows, config, num_threads)
-    turns: list[list[list[float]]] = [[] for _ in contestants]
-    generator = torch.Generator().manual_seed(0)
-    ends_at = time.monotonic() + _TIMING_S_EACH * len(contestants)
-    for done in progress(range(rounds)):
-        if done >= _MIN_ROUNDS and time.monotonic() > ends_at:
-            break
-        for which in torch.randperm(len(contestants), generator=generator).tolist():
-            turns[which].append(texts.turn_ms(controllers[which], contestants[which][1]))
-    texts.close()
-    full_ms, *own_ms = map(_usual_ms, turns)
-    return [ms / full_ms for ms in own_ms]
-
-
-class _TimedTexts:
-    """Windows whose prompts are read once, and decoded by one policy after the other.
-
-    Args:
-        model: The model.
-        windows: `[n, window_tokens]` int64.
-        config: Shape of the episodes.
-        num_threads: Threads of a step, as for `open_session`.
-    """
-
-    def __init__(self, model: NestedCausalLM, windows: Tensor, config: EnvConfig, num_threads: int | None) -> None:
-        self._model, self._windows = model, windows
-        self._first, self._num_steps = config.prompt_tokens, config.max_new_tokens
-        length = config.window_tokens - 1
-        self._parents = [open_session(model, max_length=length, num_threads=num_threads) for _ in windows]
-        self._prompts = [
-            parent.prefill(window[None, : self._first]) for parent, window in zip(self._parents, windows, strict=True)
-        ]
-
-    def turn_ms(self, controller: Controller, kl_weight: float) -> list[float]:
-        """Times of all tokens of all windows."""
-        times = []
-        for parent, prompt, window in zip(self._parents, self._prompts, self._windows, strict=True):
-            if isinstance(controller, DraftController):
-                times += _drafted_ms(parent.fork(), controller, prompt, window[: self._first], self._num_steps)
-                continue
-            runner = PolicyRunner(parent.fork(), controller, Replay(window[None, self._first :]))
-            runner.begin(prompt, torch.tensor([kl_weight]))
-            times += [clock_ms(runner.step, self._model.device) for _ in range(self._num_steps)]
-            runner.decoder.close()
-        return times
-
-    def close(self) -> None:
-        """Frees the decoders."""
-        for parent in self._parents:
-            parent.close()
-
-
-def _drafted_ms(
-    decoder: Decoder, controller: DraftController, prompt: StepOutput, prompt_ids: Tensor, num_tokens: int
-) -> list[float]:
-    """Wall clock of the steps of a greedy text behind a prompt that a decoder holds, as if it had `num_tokens`."""
-    runner = PolicyRunner(decoder, controller)
-    runner.begin(prompt, torch.ones(1))
-    rounds, eos = Rounds(decoder, controller, Sampler(1)), tuple(decoder.model.eos_token_ids)
-    rounds.begin(0, prompt_ids.tolist(), int(runner.upcoming_token_ids), eos_token_ids=eos)
-    done, has_ended = 0, False
-    times_ms: list[float] = []
-    while done < num_tokens and not has_ended:
-        settled: list[Settled | None] = []
-        wanted = num_tokens - done
-        times_ms.append(clock_ms(_kept(settled, rounds, wanted), decoder.model.device))
-        if settled[0] is not None:
-            done += len(settled[0].token_ids)
-            has_ended = bool(set(settled[0].token_ids) & set(eos))
-    decoder.close()
-    return [ms * num_tokens / done for ms in times_ms]
-
-
-def _usual_ms(turns: Sequence[Sequence[float]]) -> float:
-    """Time of a turn: of each step the median over turns, or of whole turns where their steps differ."""
-    if len({len(turn) for turn in turns}) == 1:
-        return float(sum(map(statistics.median, zip(*turns, strict=True))))
-    return float(statistics.median(map(sum, turns)))
-
-
-def _kept(settled: list[Settled | None], rounds: Rounds, num_wanted: int) -> Callable[[], None]:
-    """A step of rounds that leaves what it settles in a list."""
-    return lambda: settled.append(rounds.step(0, num_wanted))

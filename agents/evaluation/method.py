@@ -60,7 +60,9 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
     if any(row.time_share_measured is not None for row in rows):
         lines.append(
             "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "
-            "over the same sum at the largest width. Static in equal measured time is found on the line from point "
+            "over the same sum at the largest width; policies take turns every tenth of a second"
+            + _clock_error(rows)
+            + ". Static in equal measured time is found on the line from point "
             "to point through the clocked shares of all static allocations over their modelled ones"
             + _missed(rows)
             + ". On a CPU the signals of every policy and a learned policy's network are native code; each other rule "
@@ -73,6 +75,17 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
             "prompts of the same windows greedily, in turns with the other policies; no latency table has their time."
         )
     return [*lines, *interval_method(documents, seeds)]
+
+
+def _clock_error(rows: Sequence[EvalRow]) -> str:
+    """How well the clock knows a share."""
+    errors = [row.time_share_measured_error for row in rows if row.time_share_measured_error is not None]
+    if not errors:
+        return ""
+    return (
+        f". The standard error of a share over rounds is {max(errors):.4f}, and intervals in equal measured time "
+        "have it in them"
+    )
 
 
 def _missed(rows: Sequence[EvalRow]) -> str:

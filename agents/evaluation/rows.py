@@ -40,6 +40,10 @@ _PUBLIC = (
 )
 
 
+# Rows of before do not have them.
+_ADDED = ("time_share_measured_error", "static_log_error_measured")
+
+
 @dataclass(frozen=True)
 class EvalRow:
     """What one policy at one dial scored on the test text.
@@ -64,6 +68,7 @@ class EvalRow:
         time_share_modelled: Time of all steps over that at the largest width everywhere, by the latency table and with
             the controller's own: what was attained on test text, which may miss the budget a little.
         time_share_measured: The same by wall clock of batch-1 decoding; None where not measured.
+        time_share_measured_error: Standard error of that over rounds; None where not measured or not known.
         speedup_modelled: One over the modelled share.
         speedup_measured: One over the measured share.
         num_sequences: Test sequences.
@@ -73,6 +78,8 @@ class EvalRow:
         static_kl_nats: The same under the best static allocation that takes the same modelled time, nats; None where
             there is none.
         static_kl_nats_measured: The same under the one that takes the same measured time.
+        static_log_error_measured: What the standard error of a measured time is worth in the logarithm of that KL; None
+            where it is not known.
         sequence_documents: The document of each test sequence, the unit of the bootstraps.
     """
 
@@ -91,6 +98,7 @@ class EvalRow:
     differs_from_static: float | None
     time_share_modelled: float | None
     time_share_measured: float | None
+    time_share_measured_error: float | None
     speedup_modelled: float | None
     speedup_measured: float | None
     num_sequences: int
@@ -99,6 +107,7 @@ class EvalRow:
     sequence_kl_nats: tuple[float, ...]
     static_kl_nats: tuple[float, ...] | None
     static_kl_nats_measured: tuple[float, ...] | None
+    static_log_error_measured: float | None
     sequence_documents: tuple[int, ...]
 
     @property
@@ -139,6 +148,8 @@ def _parse(line: str, where: str) -> EvalRow:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON ({error.msg}); write it again with fq evaluate") from error
+    if isinstance(data, dict):
+        data = dict.fromkeys(_ADDED) | data
     expected = {field.name for field in fields(EvalRow)}
     found = data.keys() if isinstance(data, dict) else set()
     if found != expected:

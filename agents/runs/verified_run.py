@@ -35,8 +35,8 @@ from flexquant_rl.agents.evaluation.draft_rows import (
     with_clock,
 )
 from flexquant_rl.agents.evaluation.drafting import Played, clairvoyant, hindsight, play, play_rule, tuned
-from flexquant_rl.agents.evaluation.evaluate import measured_time_shares
 from flexquant_rl.agents.evaluation.rows import ROWS_FILE, write_rows
+from flexquant_rl.agents.evaluation.wall_clock import measured_time_shares
 from flexquant_rl.agents.export import PARITY_OBSERVATIONS, RULES_FOLDER, check_parity
 from flexquant_rl.agents.policies.families import PPO
 from flexquant_rl.agents.progress import say, track
@@ -291,7 +291,7 @@ def _clocked(
     windows = torch.tensor(
         [[*prompt[-prompt_tokens:], *text[: new_tokens + 1]] for prompt, text in zip(prompts, texts, strict=True)]
     )
-    shares = measured_time_shares(
+    clocked = measured_time_shares(
         prepared.model,
         unmeasured_profile(prepared.model),
         windows,
@@ -300,7 +300,7 @@ def _clocked(
         num_threads=config.threads,
         progress=lambda rounds: track(rounds, "timing"),
     )
-    return shares, list(longest)
+    return list(clocked.shares), list(longest)
 
 
 def _networks(seeds: Sequence[Candidate]) -> list[str]:

@@ -107,6 +107,33 @@ def test_both_clocks_against_every_other_family() -> None:
     assert found[3].sentence().startswith("output KL of ppo against random at equal measured time: 54.9% less")
 
 
+def test_intervals_by_the_clock_have_its_error_in_them() -> None:
+    """A policy 5% better on every text is not sure to be better where each clocked time is worth 3% of the KL."""
+    rows = [
+        replace(r, static_kl_nats_measured=r.static_kl_nats, static_log_error_measured=0.03)
+        for r in evaluation(factor=0.95, noise=0.0, seeds=1)
+    ]
+    exact, noisy = (compare(rows, "ppo", clock=clock, budgets=BUDGETS[:1]) for clock in ("modelled", "measured"))
+    assert exact is not None
+    assert noisy is not None
+    assert exact.overall.excludes_zero
+    assert exact.overall.value == pytest.approx(noisy.overall.value)
+    assert not noisy.overall.excludes_zero
+    assert noisy.overall.low is not None
+    assert noisy.overall.low == pytest.approx(math.log(0.95) - 1.96 * 0.03 * math.sqrt(2), abs=0.01)
+    # Rows are timed one by one: over four budgets the errors are half as large.
+    every = compare(rows, "ppo", clock="measured", budgets=BUDGETS[:4])
+    assert every is not None
+    assert every.overall.low == pytest.approx(math.log(0.95) - 1.96 * 0.03 * math.sqrt(2) / 2, abs=0.01)
+    assert compare(rows, "ppo", clock="measured") == compare(rows, "ppo", clock="measured")
+    # Between two families static's own times make no difference.
+    other = [*rows, *(replace(r, family="token", policy="token", seed=None) for r in rows if r.family == "ppo")]
+    against = compare(other, "ppo", "token", clock="measured", budgets=BUDGETS[:1])
+    assert against is not None
+    assert against.overall.value == 0
+    assert against.overall.low == pytest.approx(-1.96 * 0.03 * math.sqrt(2), abs=0.01)
+
+
 def test_few_seeds_are_not_called_significant() -> None:
     for seeds in (1, 2, 4):
         rows = evaluation(factor=0.5, seeds=seeds)

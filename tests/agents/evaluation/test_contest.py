@@ -23,6 +23,7 @@ from flexquant_rl.agents.evaluation.contest import compete, heuristics
 from flexquant_rl.agents.evaluation.equal_time import on_validation_text, static_entries, static_family
 from flexquant_rl.agents.evaluation.evaluate import Trace
 from flexquant_rl.agents.evaluation.showcase import MostMoving, movement_bits
+from flexquant_rl.agents.evaluation.wall_clock import ClockedShares
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
 from flexquant_rl.agents.policies.families import PPO, parse_policy
 from flexquant_rl.agents.policies.fixed import Fixed
@@ -124,7 +125,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def fake_shares(model: object, profile: object, windows: Tensor, config: object, policies: list, **_: object):
         found.extend(policy.name for policy, _ in policies)
         widths = [getattr(policy, "bit_widths", torch.full((3,), 5)) for policy, _ in policies]
-        return [0.1 + 0.9 * float(own.double().mean()) / 8 for own in widths]
+        return ClockedShares(tuple(0.1 + 0.9 * float(own.double().mean()) / 8 for own in widths), 0.002, 5)
 
     monkeypatch.setattr(contest, "measured_time_shares", fake_shares)
     return found
@@ -307,7 +308,7 @@ def test_the_clock_times_every_token_whose_kl_counts(tiny_prepared: Prepared, mo
 
     def shares(model: object, profile: object, windows: Tensor, env: EnvConfig, asked: list[Any], **_: Any) -> Any:
         timed.append((windows, env))
-        return [1.0] * len(asked)
+        return ClockedShares((1.0,) * len(asked), 0.0, 5)
 
     monkeypatch.setattr(contest, "measured_time_shares", shares)
     windows = tiny_prepared.windows.test
@@ -397,9 +398,10 @@ def test_a_clock_that_disagrees_with_itself(
 ) -> None:
     """The largest width is timed as a policy too: on a busy machine it took a third of its own time."""
 
-    def measured(model: Any, profile: Any, windows: Any, config: Any, policies: list[Any], **_: Any) -> list[float]:
+    def measured(model: Any, profile: Any, windows: Any, config: Any, policies: list[Any], **_: Any) -> ClockedShares:
         full = tiny_prepared.cost.full_width()
-        return [share if torch.equal(policy.bit_widths, full) else 0.5 for policy, _ in policies]
+        shares = [share if torch.equal(policy.bit_widths, full) else 0.5 for policy, _ in policies]
+        return ClockedShares(tuple(shares), 0.002, 5)
 
     monkeypatch.setattr(contest, "measured_time_shares", measured)
     context = policy_context(tiny_prepared)

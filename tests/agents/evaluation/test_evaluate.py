@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from flexquant_rl.agents.evaluation import evaluate
 from flexquant_rl.agents.evaluation.evaluate import (
     Evaluator,
     Trace,
     bootstrap_interval,
-    measured_time_shares,
     summarise,
 )
 from flexquant_rl.agents.policies.entropy import EntropyThreshold
@@ -26,7 +21,6 @@ from flexquant_rl.agents.policies.random_widths import RandomWidths
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.engine.control.decision import Decision, Policy, StaticAllocation
 from flexquant_rl.engine.control.output_kl import kl_nats
-from flexquant_rl.engine.control.signals import SignalSchema
 from flexquant_rl.engine.decoding.session import DecodeSession
 
 TRACE_FIELDS = (
@@ -200,115 +194,3 @@ def test_bootstrap_covers_a_known_mean() -> None:
     assert sum(widths) / 200 == pytest.approx(2 * 1.96 / math.sqrt(40), rel=0.1)
     assert bootstrap_interval(torch.full((5,), 0.3, dtype=torch.float64)) == pytest.approx((0.3, 0.3))
     assert bootstrap_interval(values) == bootstrap_interval(values)
-
-
-class FakeClock:
-    """Steps take as many milliseconds as `step_ms` says of their mean width and round; a thousand at some tokens."""
-
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        *,
-        turns: int,
-        tokens: int,
-        slow: tuple[int, ...] = (),
-        step_ms: Callable[[float, int], float] = lambda width, _: width,
-    ) -> None:
-        self.widths: list[float] = []
-        self._turns, self._tokens, self._slow, self._step_ms = turns, tokens, slow, step_ms
-        monkeypatch.setattr(evaluate, "clock_ms", self)
-
-    def __call__(self, run: MethodType, device: torch.device) -> float:
-        run()
-        turn, token = divmod(len(self.widths), self._tokens)
-        self.widths.append(float(run.__self__.controller.decide().bit_widths.double().mean()))
-        return 1000.0 if token in self._slow else self._step_ms(self.widths[-1], turn // self._turns)
-
-
-def test_measured_shares_are_sums_of_medians(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each token the median over rounds, added up over the tokens of all windows."""
-    tokens = 2 * tiny_prepared.env.max_new_tokens
-
-    def step_ms(width: float, round_idx: int) -> float:
-        """The machine becomes slower from round to round, for 4 bits otherwise than for the rest."""
-        return (4.0, 4.0, 24.0)[round_idx] if width == 4 else width * (1 + round_idx)
-
-    clock = FakeClock(monkeypatch, turns=4, tokens=tokens, step_ms=step_ms)
-    context = policy_context(tiny_prepared)
-    entries: list[tuple[Policy, float]] = [(Fixed(b).bind(context), 1.0) for b in (4, 8, 5)]
-    shares = measured_time_shares(
-        tiny_prepared.model, tiny_prepared.profile, tiny_prepared.windows.test[:2], tiny_prepared.env, entries, rounds=3
-    )
-    assert shares == pytest.approx([4 / 16, 1.0, 10 / 16])
-    turns = torch.tensor(clock.widths).view(3, 4, tokens)
-    assert torch.equal(turns, turns[..., :1].expand_as(turns))  # the windows of a policy one after the other
-    assert torch.equal(turns[..., 0].sort(1).values, torch.tensor([4.0, 5, 8, 8]).expand(3, 4))
-    assert not torch.equal(turns[0], turns[1])
-
-
-def test_dear_tokens_count_as_they_are(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A policy that takes half the time at one token and one and a half at the next earns no more than one at 1."""
-    env = replace(tiny_prepared.env, max_new_tokens=6)
-
-    def fickle_ms(width: float, round_idx: int) -> float:
-        return {8.0: 1.0, 3.0: 0.5, 6.0: 1.5}[width]
-
-    class Fickle:
-        """3 bits at the even tokens, 6 at the odd ones."""
-
-        name = "fickle"
-
-        def __call__(self, signals: Tensor) -> Decision:
-            schema = SignalSchema(tiny_prepared.model.num_units, tiny_prepared.model.bit_widths)
-            width = torch.where(schema.last_widths(signals)[:, :1] == 3, 6, 3)
-            return Decision(width.expand(-1, schema.num_units).long())
-
-    class ByDecision(FakeClock):
-        def __call__(self, run: MethodType, device: torch.device) -> float:
-            step = run()
-            return fickle_ms(float(step.decision.bit_widths.double().mean()), 0)
-
-    ByDecision(monkeypatch, turns=2, tokens=6)
-    (share,) = measured_time_shares(
-        tiny_prepared.model, tiny_prepared.profile, tiny_prepared.windows.test[:1], env, [(Fickle(), 1.0)], rounds=1
-    )
-    assert share == pytest.approx(1.0)
-
-
-def test_a_stall_is_not_a_token(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four of forty steps stall, none of them twice in one place: the medians do not know of it."""
-    env = replace(tiny_prepared.env, max_new_tokens=4)
-    entry = (Fixed(4).bind(policy_context(tiny_prepared)), 1.0)
-    calls = itertools.count()
-
-    class Stalling(FakeClock):
-        def __call__(self, run: MethodType, device: torch.device) -> float:
-            ms = super().__call__(run, device)
-            return 1000.0 if next(calls) % 11 == 0 else ms
-
-    Stalling(monkeypatch, turns=2, tokens=4)
-    shares = measured_time_shares(
-        tiny_prepared.model, tiny_prepared.profile, tiny_prepared.windows.test[:1], env, [entry], rounds=5
-    )
-    assert shares == pytest.approx([0.5])
-
-
-def test_timing_of_slow_models_is_cut_short(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    env = replace(tiny_prepared.env, max_new_tokens=2)
-    windows = tiny_prepared.windows.test[:1, : env.window_tokens]
-    entry = (Fixed(4).bind(policy_context(tiny_prepared)), 1.0)
-    for seconds_per_look, rounds in ((0.0, 9), (21.0, 5)):
-        clock = FakeClock(monkeypatch, turns=2, tokens=2)
-        looks = itertools.count(0.0, seconds_per_look)
-        monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=looks.__next__))
-        measured_time_shares(tiny_prepared.model, tiny_prepared.profile, windows, env, [entry], rounds=9)
-        assert len(clock.widths) == rounds * 2 * 2
-
-
-def test_equal_policies_take_equal_times_by_the_real_clock(tiny_prepared: Prepared) -> None:
-    entry = (Fixed(4).bind(policy_context(tiny_prepared)), 1.0)
-    windows = tiny_prepared.windows.test[:2]
-    one, other = measured_time_shares(
-        tiny_prepared.model, tiny_prepared.profile, windows, tiny_prepared.env, [entry, entry], rounds=9
-    )
-    assert one == pytest.approx(other, rel=0.5)  # however busy the machine is

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cli_runner import TINY_EPISODES, Finished, leftovers, run, tree, write_text
+from small_runs import no_clock
 
 from flexquant_rl import cli, train
 from flexquant_rl.agents import preparation
@@ -58,7 +59,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Workers, "check", lambda self: None)
     monkeypatch.setattr(training, "clone", partial(training.clone, num_steps=10))
     monkeypatch.setattr(
-        "flexquant_rl.agents.evaluation.contest.measured_time_shares", lambda *args, **_: [1.0] * len(args[4])
+        "flexquant_rl.agents.evaluation.contest.measured_time_shares",
+        no_clock,
     )
     for name in ("plot_pareto", "plot_bits", "plot_learning_curve"):
         monkeypatch.setattr(f"flexquant_rl.agents.runs.phases.{name}", lambda *_, **__: None)

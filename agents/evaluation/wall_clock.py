@@ -1,0 +1,260 @@
+"""Policies timed by the clock on the wall, in small pieces and in turns, with the error that is left.
+
+Two copies of one allocation must take the same time. When each decoded whole windows in its turn they were up to a
+twentieth apart on a shared machine, whose speed moves within seconds, and a hundredth of the time is worth a tenth of
+the KL. So policies take turns every tenth of a second: what the machine does meanwhile hits all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flexquant_rl.agents.evaluation.resampling import Array
+from flexquant_rl.engine.control.controller import Controller, DraftController, make_controller
+from flexquant_rl.engine.control.cost import clock_ms
+from flexquant_rl.engine.control.decision import Policy, StaticAllocation
+from flexquant_rl.engine.control.drafts import DraftPolicy
+from flexquant_rl.engine.control.profile import Profile
+from flexquant_rl.engine.control.rounds import Rounds, Settled
+from flexquant_rl.engine.control.runner import PolicyRunner
+from flexquant_rl.engine.decoding.choice import open_session
+from flexquant_rl.engine.decoding.next_token import Replay, Sampler
+from flexquant_rl.engine.model import NestedCausalLM
+from flexquant_rl.fq_env.config import EnvConfig
+
+_MAX_ROUNDS = 41
+_MIN_ROUNDS = 5
+_TIMING_S_EACH = 2.0
+_SMALL_ERROR = 0.001
+"""Of a share; with this much the KL of static in equal time is known to a hundredth."""
+_PIECE_MS = 100.0
+_FIRST_PIECE_TOKENS = 8
+"""Of the first round, when nobody knows yet how long a step takes."""
+_NUM_RESAMPLES = 100
+
+
+@dataclass(frozen=True)
+class ClockedShares:
+    """Wall-clock time of policies as a share of that at the largest width.
+
+    Attributes:
+        shares: Of every policy.
+        error: Standard error of a share over rounds, root mean square over the policies; NaN of a single round.
+        num_rounds: Turns that every policy had.
+    """
+
+    shares: tuple[float, ...]
+    error: float
+    num_rounds: int
+
+
+def measured_time_shares(
+    model: NestedCausalLM,
+    profile: Profile,
+    windows: Tensor,
+    config: EnvConfig,
+    policies: Sequence[tuple[Policy | DraftPolicy, float]],
+    *,
+    rounds: int = _MAX_ROUNDS,
+    num_threads: int | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> ClockedShares:
+    """Wall-clock time of batch-1 decoding as a share of that at the largest width, signals and policy included.
+
+    In every round each policy and the baseline decode the same windows. They do it in pieces of a tenth of a second,
+    piece after piece in a new random order: drift of the machine hits all alike. A model that decodes a whole window in
+    less does so: its weights are as warm in the caches as when a policy decodes alone. Where pieces begin is drawn in
+    every round. Of each token the median over rounds counts, so that a stall does not; the medians are added up over
+    all tokens, so that dear tokens count as they are.
+
+    A policy of drafts has no say in a text that is given: it continues the windows' prompts greedily, for as many
+    tokens or to the end of its text, and its time is per token. Its steps are the same in every round, so medians are
+    taken alike; of a policy that learns on the way the median of whole turns counts.
+
+    Args:
+        model: The model.
+        profile: Profile that the signals are made with.
+        windows: `[n, window_tokens]` int64.
+        config: Shape of the episodes.
+        policies: Policies, each with its dial.
+        rounds: Turns of every policy at most. After the fifth no new one begins once the shares are known to a
+            thousandth, or each policy has had 2 s on average.
+        num_threads: Threads of a step, as for `open_session`.
+        progress: Wraps the rounds.
+    """
+    baseline = StaticAllocation("baseline", profile.cost.full_width())
+    contestants: list[tuple[Policy | DraftPolicy, float]] = [(baseline, 1.0), *policies]
+    texts = _TimedTexts(model, profile, windows, config, contestants, num_threads)
+    turns: list[list[list[float]]] = [[] for _ in contestants]
+    ends_at = time.monotonic() + _TIMING_S_EACH * len(contestants)
+    measured = ClockedShares((), math.nan, 0)
+    for done in progress(range(rounds)):
+        for own, times_ms in zip(turns, texts.round_ms(), strict=True):
+            own.append(times_ms)
+        measured = _shares(turns)
+        if done + 1 >= _MIN_ROUNDS and (measured.error <= _SMALL_ERROR or time.monotonic() > ends_at):
+            break
+    texts.close()
+    return measured
+
+
+def _shares(turns: Sequence[Sequence[Sequence[float]]]) -> ClockedShares:
+    """Of the times of every contestant in every round, the baseline first."""
+    num_rounds = len(turns[0])
+    # Of a contestant whose steps differ from round to round only whole turns can be compared. [R, P] each.
+    times = [
+        np.array(own) if len({len(turn) for turn in own}) == 1 else np.array([[sum(turn)] for turn in own])
+        for own in turns
+    ]
+
+    def shares(chosen: NDArray[np.int64]) -> Array:
+        usual = [float(np.median(own[chosen], axis=0).sum()) for own in times]
+        return np.array(usual[1:]) / usual[0]
+
+    found = shares(np.arange(num_rounds))
+    error = math.nan
+    if num_rounds > 1:
+        # One round less than there are, as for training seeds (`resampling.seed_weights`).
+        generator = np.random.default_rng(0)
+        drawn = generator.integers(num_rounds, size=(_NUM_RESAMPLES, num_rounds - 1))
+        resampled = np.stack([shares(chosen) for chosen in drawn])
+        error = float(np.sqrt(resampled.var(0, ddof=1).mean()))
+    return ClockedShares(tuple(found.tolist()), error, num_rounds)
+
+
+class _TimedTexts:
+    """Windows whose prompts are read once, and decoded by all contestants in turns.
+
+    Args:
+        model: The model.
+        profile: Profile that the signals are made with.
+        windows: `[n, window_tokens]` int64.
+        config: Shape of the episodes.
+        contestants: Policies, each with its dial; the first one's steps say how many make a piece.
+        num_threads: Threads of a step, as for `open_session`.
+    """
+
+    def __init__(
+        self,
+        model: NestedCausalLM,
+        profile: Profile,
+        windows: Tensor,
+        config: EnvConfig,
+        contestants: Sequence[tuple[Policy | DraftPolicy, float]],
+        num_threads: int | None,
+    ) -> None:
+        self._model, self._windows = model, windows
+        self._first, self._num_tokens = config.prompt_tokens, config.max_new_tokens
+        self._contestants = [(make_controller(model, policy, profile), dial) for policy, dial in contestants]
+        self._piece_tokens = _FIRST_PIECE_TOKENS
+        self._generator = torch.Generator().manual_seed(0)
+        length = config.window_tokens - 1
+        self._parents = [open_session(model, max_length=length, num_threads=num_threads) for _ in windows]
+        self._prompts = [
+            parent.prefill(window[None, : self._first]) for parent, window in zip(self._parents, windows, strict=True)
+        ]
+
+    def round_ms(self) -> list[list[float]]:
+        """Times of the steps of every contestant on all windows."""
+        times_ms: list[list[float]] = [[] for _ in self._contestants]
+        for index in range(len(self._windows)):
+            plays = [self._play(index, controller, dial) for controller, dial in self._contestants]
+            for end in self._ends():
+                for which in torch.randperm(len(plays), generator=self._generator).tolist():
+                    plays[which].play(end)
+            for own, play in zip(times_ms, plays, strict=True):
+                own += play.times_ms
+                play.runner.decoder.close()
+        self._piece_tokens = max(1, round(_PIECE_MS / max(statistics.median(times_ms[0]), 1e-6)))
+        return times_ms
+
+    def close(self) -> None:
+        """Frees the decoders."""
+        for parent in self._parents:
+            parent.close()
+
+    def _ends(self) -> list[int]:
+        """Where pieces of a window end: the first one anywhere in the length of a piece."""
+        longest = min(self._piece_tokens, self._num_tokens)
+        first = int(torch.randint(1, longest + 1, (), generator=self._generator))
+        return [*range(first, self._num_tokens, longest), self._num_tokens]
+
+    def _play(self, index: int, controller: Controller, dial: float) -> _Play:
+        decoder, prompt, window = self._parents[index].fork(), self._prompts[index], self._windows[index]
+        if isinstance(controller, DraftController):
+            runner = PolicyRunner(decoder, controller)
+            runner.begin(prompt, torch.ones(1))
+            return _DraftedPlay(runner, self._model, self._num_tokens, window[: self._first], controller)
+        runner = PolicyRunner(decoder, controller, Replay(window[None, self._first :]))
+        runner.begin(prompt, torch.tensor([dial]))
+        return _Play(runner, self._model, self._num_tokens)
+
+
+class _Play:
+    """One window under one policy, behind a prompt that its decoder holds.
+
+    Attributes:
+        runner: Holds the row.
+    """
+
+    def __init__(self, runner: PolicyRunner, model: NestedCausalLM, num_tokens: int) -> None:
+        self.runner = runner
+        self._model, self._num_tokens = model, num_tokens
+        self._done = 0
+        self._times_ms: list[float] = []
+
+    @property
+    def times_ms(self) -> list[float]:
+        """Wall clock of every step so far."""
+        return self._times_ms
+
+    def play(self, end: int) -> None:
+        """Decodes up to a token."""
+        while self._done < end:
+            self._times_ms.append(clock_ms(self.runner.step, self._model.device))
+            self._done += 1
+
+
+class _DraftedPlay(_Play):
+    """A greedy text by rounds of drafts, which may end early."""
+
+    def __init__(
+        self,
+        runner: PolicyRunner,
+        model: NestedCausalLM,
+        num_tokens: int,
+        prompt_ids: Tensor,
+        controller: DraftController,
+    ) -> None:
+        super().__init__(runner, model, num_tokens)
+        self._eos = tuple(model.eos_token_ids)
+        self._rounds = Rounds(runner.decoder, controller, Sampler(1))
+        self._rounds.begin(0, prompt_ids.tolist(), int(runner.upcoming_token_ids), eos_token_ids=self._eos)
+        self._settled: Settled | None = None
+        self._has_ended = False
+
+    @property
+    def times_ms(self) -> list[float]:
+        """Wall clock of every round so far, as if the text had all its tokens."""
+        return [ms * self._num_tokens / self._done for ms in self._times_ms]
+
+    def play(self, end: int) -> None:
+        """Goes on to a token, or to the end of the text."""
+        while self._done < end and not self._has_ended:
+            self._times_ms.append(clock_ms(self._round, self._model.device))
+            if self._settled is not None:
+                self._done += len(self._settled.token_ids)
+                self._has_ended = bool(set(self._settled.token_ids) & set(self._eos))
+
+    def _round(self) -> None:
+        self._settled = self._rounds.step(0, self._num_tokens - self._done)
