@@ -48,11 +48,12 @@ def test_both_modes_stand_in_one_table_and_nothing_is_done_twice(
     out = tmp_path / "demo"
     done = run(cli.main, "demo", "--out", out, "--text", small)
     families = {row["family"] for row in done.result["rows"]}
-    assert {"plain", "ppo", "static"} <= families
+    assert {"plain", "ppo", "static", "token"} <= families
     table = (out / "table.md").read_text(encoding="utf-8")
     assert table in done.out + "\n"
     assert "| verified, learned |" in table
     assert "| lossy, static |" in table
+    assert "| lossy, looked up |" in table
     speeds = [float(line.split("|")[3].strip().rstrip("x")) for line in table.splitlines()[2:]]
     assert speeds == sorted(speeds, reverse=True)
     assert (Path(done.result["verified_policy"]) / "policy.json").is_file()

@@ -16,6 +16,7 @@ from flexquant_rl.agents.config import PPOConfig, TrainConfig, VerifiedConfig
 from flexquant_rl.agents.evaluation.draft_rows import DraftRow, read_draft_rows
 from flexquant_rl.agents.evaluation.markdown import table_of
 from flexquant_rl.agents.evaluation.rows import REPORT_FILE, ROWS_FILE, EvalRow, read_rows
+from flexquant_rl.agents.policies.families import PPO, TOKEN
 from flexquant_rl.agents.progress import say, track
 from flexquant_rl.agents.runs.phases import evaluate_run, train_run
 from flexquant_rl.agents.runs.run import load_run, locked_run, new_run
@@ -125,7 +126,7 @@ def _lossy_config(model: Path, text: tuple[str, ...]) -> TrainConfig:
         env=_EPISODES,
         ppo=_PPO,
         time_budgets=_BUDGETS,
-        baselines=(),
+        baselines=(TOKEN.name,),
         validation_sequences=8,
         test_sequences=8,
         importance_windows=16,
@@ -166,7 +167,7 @@ def _table(drafts: Sequence[DraftRow], rows: Sequence[EvalRow]) -> str:
             lines.append(_line(kind, draft.policy, draft.speedup_measured, loss, f"{draft.verify_width:.2f}"))
     for row in rows:
         if row.speedup_measured is not None:
-            kind = "lossy, learned" if row.family == "ppo" else f"lossy, {row.family}"
+            kind = {PPO.name: "lossy, learned", TOKEN.name: "lossy, looked up"}.get(row.family, f"lossy, {row.family}")
             loss = f"{row.output_kl_nats:.4f}"
             lines.append(_line(kind, row.policy, row.speedup_measured, loss, f"{row.mean_bit_width:.2f}"))
     lines.sort(key=lambda entry: -entry[0])
