@@ -28,7 +28,8 @@ TINY_DRAFTS = ("--task", "verified", *TINY_RECORDING)
 
 def no_clock(*arguments: Any, **_: object) -> ClockedShares:
     """In place of `measured_time_shares`: every policy takes as long as the largest width."""
-    return ClockedShares((1.0,) * len(arguments[4]), 0.0, 5)
+    count = len(arguments[4])
+    return ClockedShares((1.0,) * count, (0.0,) * count, 5)
 
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     speeds: dict[str, float] = {}
 
     def shares(_prepared: object, contestants: Sequence[Contestant], _windows: object) -> ClockedShares:
-        return ClockedShares(tuple(1 / speeds.setdefault(one.name, 1.0) for one in contestants), 0.0, 5)
+        found = tuple(1 / speeds.setdefault(one.name, 1.0) for one in contestants)
+        return ClockedShares(found, (0.0,) * len(found), 5)
 
     monkeypatch.setattr(combine, "clocked_shares", shares)
     return speeds

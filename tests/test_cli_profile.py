@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import TINY_EPISODES, TINY_RUN, Finished, run, tree, write_text
-from small_runs import make_quick
+from small_runs import make_quick, no_clock
 
 from flexquant_rl import cli, train
 from flexquant_rl.agents.evaluation.wall_clock import ClockedShares
@@ -292,7 +292,7 @@ class TestThreads:
 
         def spy(*args: Any, num_threads: int | None, **_: object) -> ClockedShares:
             seen.append(num_threads)
-            return ClockedShares((1.0,) * len(args[4]), 0.0, 5)
+            return no_clock(*args)
 
         profile = Profile.load(path)  # at one time for all widths there is nothing to choose
         unit_ms = profile.cost.unit_ms + torch.tensor(profile.bit_widths, dtype=torch.float64)

@@ -273,7 +273,8 @@ def compare(
 
     def left(row: EvalRow, family: str) -> Array:
         # Static against itself: nothing, whatever row stands for it.
-        return np.zeros(len(weights)) if family == STATIC.name else _log_left(row, weights, clock)
+        draws_seeds = row.seed is not None and sum(seed is not None for seed in pairs) >= ENOUGH_SEEDS
+        return np.zeros(len(weights)) if family == STATIC.name else _log_left(row, weights, clock, draws_seeds)
 
     # [S, G, 1 + R]: column 0 is the text itself.
     logs = np.stack(
@@ -388,7 +389,7 @@ def _documents(rows: Iterable[EvalRow]) -> tuple[int, ...]:
     return documents.pop()
 
 
-def _log_left(row: EvalRow, weights: Array, clock: Clock) -> Array:
+def _log_left(row: EvalRow, weights: Array, clock: Clock, draws_seeds: bool) -> Array:
     """Log of what a row leaves of static's KL, under each weighting of the sequences, `[1 + R, n]` -> `[1 + R]`.
 
     By the clock each resample draws the clock's error too.
@@ -398,8 +399,11 @@ def _log_left(row: EvalRow, weights: Array, clock: Clock) -> Array:
     logs = (np.log(np.maximum(kl, SMALLEST_KL_NATS)) for kl in (own, static))
     left = np.asarray(np.subtract(*logs), dtype=np.float64)
     if clock == "measured" and row.static_log_error_measured is not None:
-        # The row was timed by itself; the static allocations beside it are those of all rows at its setting.
-        for timed in (f"{row.family} {row.policy} {row.seed} {setting_of(row)}", f"static {setting_of(row)}"):
+        # The static allocations beside a row are those of all rows at its setting; the row was timed by itself. How far
+        # seeds are apart has that in it already, where seeds are drawn.
+        timed_as = [f"static {setting_of(row)}"]
+        timed_as += [] if draws_seeds else [f"{row.family} {row.policy} {row.seed} {row.kl_weight}"]
+        for timed in timed_as:
             generator = np.random.default_rng((zlib.crc32(timed.encode()), 2))
             left[1:] += row.static_log_error_measured * generator.standard_normal(len(left) - 1)
     return left

@@ -48,7 +48,7 @@ from flexquant_rl.fq_env.prompts import spread
 _DIAL_MARGIN = 4.0
 _TIMED_WINDOWS = 3
 # More than this between the same steps, as a log ratio, is not the steps'.
-_CLOCK_TOLERANCE = 0.1
+_CLOCK_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def compete_at_budgets(
     for key, trace in traces.items():
         watch(members[key], trace)
     clocked, clock = _clocked(prepared, [*members.values()], windows)
-    measured = {key: (share, clocked.error) for key, share in zip(members, clocked.shares, strict=True)}
+    measured = dict(zip(members, zip(clocked.shares, clocked.errors, strict=True), strict=True))
     rows = _rows(prepared, settings, traces, measured, documents)
     beside = references()
     # One look at validation text for all of them: it takes as long as one for a few.
@@ -258,7 +258,7 @@ def _rows(
         times = [measured[key] for key in keys if key in measured]
         # Time shares mix as the tokens do.
         time = (1 - entry.share) * times[0][0] + entry.share * times[-1][0] if times else None
-        error = times[0][1] if times and math.isfinite(times[0][1]) else None
+        error = max(own for _, own in times) if times and not math.isnan(times[0][1]) else None
         rows.append(
             summarise(
                 _trace_of(entry, traces),
@@ -335,7 +335,8 @@ def _clocked(
         if one.is_static and isinstance(one.policy, StaticAllocation)
     ]
     clock = StaticClock.fit([modelled for modelled, _ in static], [share for _, share in static])
-    return replace(measured, shares=measured.shares[: len(contestants)]), clock
+    count = len(contestants)
+    return replace(measured, shares=measured.shares[:count], errors=measured.errors[:count]), clock
 
 
 def clocked_shares(prepared: Prepared, contestants: Sequence[Contestant], windows: Tensor) -> ClockedShares:

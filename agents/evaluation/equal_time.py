@@ -318,10 +318,10 @@ def _log_error(rungs: Sequence[Rung], row: EvalRow, clock: StaticClock) -> float
     share, error = row.time_share_measured, row.time_share_measured_error
     if share is None or error is None:
         return None
-    times = (clock.modelled_share(at) for at in (share - error, share, share + error))
-    around = [static_between(rungs, min(at, 1.0)) for at in times]
+    times = [clock.modelled_share(at) for at in (share - error, share, share + error)]
+    around = [static_between(rungs, at) for at in times if at <= 1]
     logs = [math.log(max(float(np.mean(kl)), SMALLEST_KL_NATS)) for kl in around if kl is not None]
-    # At an end of the ladder one side alone is known.
+    # At an end of the ladder, and at full width, one side alone is known.
     return abs(logs[-1] - logs[0]) / (len(logs) - 1) if len(logs) > 1 else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from flexquant_rl.agents.config import BASELINES
@@ -60,7 +61,7 @@ def method_sentences(rows: Sequence[EvalRow], rungs: Sequence[Rung] = ()) -> lis
     if any(row.time_share_measured is not None for row in rows):
         lines.append(
             "By the clock, a time share is the sum over tokens of medians over rounds, signals and policy included, "
-            "over the same sum at the largest width; policies take turns every tenth of a second"
+            "over the same sum at the largest width"
             + _clock_error(rows)
             + ". Static in equal measured time is found on the line from point "
             "to point through the clocked shares of all static allocations over their modelled ones"
@@ -83,8 +84,9 @@ def _clock_error(rows: Sequence[EvalRow]) -> str:
     if not errors:
         return ""
     return (
-        f". The standard error of a share over rounds is {max(errors):.4f}, and intervals in equal measured time "
-        "have it in them"
+        "; policies take turns every tenth of a second. The standard error of a share over rounds, that of the largest "
+        f"width aside, is {statistics.median(errors):.4f} (median; {max(errors):.4f} at most), and intervals in equal "
+        "measured time have it in them"
     )
 
 

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,11 @@ from flexquant_rl.fq_env.config import EnvConfig
 _MAX_ROUNDS = 41
 _MIN_ROUNDS = 5
 _TIMING_S_EACH = 2.0
+# Of a share: with this much the KL of static in equal time is known to a hundredth.
 _SMALL_ERROR = 0.001
-"""Of a share; with this much the KL of static in equal time is known to a hundredth."""
 _PIECE_MS = 100.0
-_FIRST_PIECE_TOKENS = 8
-"""Of the first round, when nobody knows yet how long a step takes."""
+# The steps that say how long one takes.
+_REHEARSED_TOKENS = 8
 _NUM_RESAMPLES = 100
 
 
@@ -49,12 +50,14 @@ class ClockedShares:
 
     Attributes:
         shares: Of every policy.
-        error: Standard error of a share over rounds, root mean square over the policies; NaN of a single round.
+        errors: Standard error of each share over rounds, without that of the largest width, which all have in common
+            and which no comparison of two policies has in it; NaN of a single round. Few rounds may agree by chance,
+            so none is less than the median of all.
         num_rounds: Turns that every policy had.
     """
 
     shares: tuple[float, ...]
-    error: float
+    errors: tuple[float, ...]
     num_rounds: int
 
 
@@ -87,8 +90,8 @@ def measured_time_shares(
         windows: `[n, window_tokens]` int64.
         config: Shape of the episodes.
         policies: Policies, each with its dial.
-        rounds: Turns of every policy at most. After the fifth no new one begins once the shares are known to a
-            thousandth, or each policy has had 2 s on average.
+        rounds: Turns of every policy at most. After the fifth no new one begins once half of the shares are known to
+            a thousandth, or each policy has had 2 s on average.
         num_threads: Threads of a step, as for `open_session`.
         progress: Wraps the rounds.
     """
@@ -97,15 +100,20 @@ def measured_time_shares(
     texts = _TimedTexts(model, profile, windows, config, contestants, num_threads)
     turns: list[list[list[float]]] = [[] for _ in contestants]
     ends_at = time.monotonic() + _TIMING_S_EACH * len(contestants)
-    measured = ClockedShares((), math.nan, 0)
-    for done in progress(range(rounds)):
-        for own, times_ms in zip(turns, texts.round_ms(), strict=True):
-            own.append(times_ms)
-        measured = _shares(turns)
-        if done + 1 >= _MIN_ROUNDS and (measured.error <= _SMALL_ERROR or time.monotonic() > ends_at):
-            break
-    texts.close()
-    return measured
+    try:
+        for done in progress(range(1, rounds + 1)):
+            for own, times_ms in zip(turns, texts.round_ms(), strict=True):
+                own.append(times_ms)
+            if done >= _MIN_ROUNDS and (time.monotonic() > ends_at or _are_known(turns)):
+                break
+    finally:
+        texts.close()
+    return _shares(turns)
+
+
+def _are_known(turns: Sequence[Sequence[Sequence[float]]]) -> bool:
+    """Whether half of the shares are known as well as it takes: one policy that is rough keeps nobody waiting."""
+    return statistics.median(_shares(turns).errors) <= _SMALL_ERROR
 
 
 def _shares(turns: Sequence[Sequence[Sequence[float]]]) -> ClockedShares:
@@ -117,30 +125,34 @@ def _shares(turns: Sequence[Sequence[Sequence[float]]]) -> ClockedShares:
         for own in turns
     ]
 
-    def shares(chosen: NDArray[np.int64]) -> Array:
-        usual = [float(np.median(own[chosen], axis=0).sum()) for own in times]
-        return np.array(usual[1:]) / usual[0]
+    def usual_ms(chosen: NDArray[np.int64]) -> Array:
+        return np.array([np.median(own[chosen], axis=0).sum() for own in times])
 
-    found = shares(np.arange(num_rounds))
-    error = math.nan
+    full_ms, *own_ms = usual_ms(np.arange(num_rounds)).tolist()
+    shares = np.array(own_ms) / full_ms
+    errors = np.full(len(shares), math.nan)
     if num_rounds > 1:
         # One round less than there are, as for training seeds (`resampling.seed_weights`).
-        generator = np.random.default_rng(0)
-        drawn = generator.integers(num_rounds, size=(_NUM_RESAMPLES, num_rounds - 1))
-        resampled = np.stack([shares(chosen) for chosen in drawn])
-        error = float(np.sqrt(resampled.var(0, ddof=1).mean()))
-    return ClockedShares(tuple(found.tolist()), error, num_rounds)
+        drawn = np.random.default_rng(0).integers(num_rounds, size=(_NUM_RESAMPLES, num_rounds - 1))
+        logs = np.log(np.stack([usual_ms(chosen) for chosen in drawn]))
+        # What all contestants have in common is the machine's: their median, which has a part of each one's own in it.
+        common = np.median(logs, axis=1, keepdims=True)
+        own = (logs - common).std(0, ddof=1) * math.sqrt(len(times) / (len(times) - 1))
+        errors = shares * np.maximum(own, np.median(own))[1:]
+    return ClockedShares(tuple(shares.tolist()), tuple(errors.tolist()), num_rounds)
 
 
 class _TimedTexts:
     """Windows whose prompts are read once, and decoded by all contestants in turns.
+
+    Every contestant holds the keys and values of one window at a time.
 
     Args:
         model: The model.
         profile: Profile that the signals are made with.
         windows: `[n, window_tokens]` int64.
         config: Shape of the episodes.
-        contestants: Policies, each with its dial; the first one's steps say how many make a piece.
+        contestants: Policies, each with its dial; a few steps of the first one say how many make a piece.
         num_threads: Threads of a step, as for `open_session`.
     """
 
@@ -156,26 +168,27 @@ class _TimedTexts:
         self._model, self._windows = model, windows
         self._first, self._num_tokens = config.prompt_tokens, config.max_new_tokens
         self._contestants = [(make_controller(model, policy, profile), dial) for policy, dial in contestants]
-        self._piece_tokens = _FIRST_PIECE_TOKENS
         self._generator = torch.Generator().manual_seed(0)
         length = config.window_tokens - 1
         self._parents = [open_session(model, max_length=length, num_threads=num_threads) for _ in windows]
         self._prompts = [
             parent.prefill(window[None, : self._first]) for parent, window in zip(self._parents, windows, strict=True)
         ]
+        self._piece_tokens = max(1, round(_PIECE_MS / max(self._rehearsed_ms(), 1e-6)))
 
     def round_ms(self) -> list[list[float]]:
         """Times of the steps of every contestant on all windows."""
         times_ms: list[list[float]] = [[] for _ in self._contestants]
         for index in range(len(self._windows)):
-            plays = [self._play(index, controller, dial) for controller, dial in self._contestants]
-            for end in self._ends():
-                for which in torch.randperm(len(plays), generator=self._generator).tolist():
-                    plays[which].play(end)
-            for own, play in zip(times_ms, plays, strict=True):
-                own += play.times_ms
-                play.runner.decoder.close()
-        self._piece_tokens = max(1, round(_PIECE_MS / max(statistics.median(times_ms[0]), 1e-6)))
+            with ExitStack() as closing:
+                plays = [self._play(index, controller, dial) for controller, dial in self._contestants]
+                for play in plays:
+                    closing.callback(play.runner.decoder.close)
+                for end in self._ends():
+                    for which in torch.randperm(len(plays), generator=self._generator).tolist():
+                        plays[which].play(end)
+                for own, play in zip(times_ms, plays, strict=True):
+                    own += play.times_ms
         return times_ms
 
     def close(self) -> None:
@@ -183,11 +196,19 @@ class _TimedTexts:
         for parent in self._parents:
             parent.close()
 
+    def _rehearsed_ms(self) -> float:
+        """How long a step of the first contestant takes."""
+        play = self._play(0, *self._contestants[0])
+        play.play(min(_REHEARSED_TOKENS, self._num_tokens))
+        play.runner.decoder.close()
+        return statistics.median(play.times_ms)
+
     def _ends(self) -> list[int]:
-        """Where pieces of a window end: the first one anywhere in the length of a piece."""
-        longest = min(self._piece_tokens, self._num_tokens)
-        first = int(torch.randint(1, longest + 1, (), generator=self._generator))
-        return [*range(first, self._num_tokens, longest), self._num_tokens]
+        """Where the pieces of a window end, the first anywhere in the length of a piece; a short window is one."""
+        if self._piece_tokens >= self._num_tokens:
+            return [self._num_tokens]
+        first = int(torch.randint(1, self._piece_tokens + 1, (), generator=self._generator))
+        return [*range(first, self._num_tokens, self._piece_tokens), self._num_tokens]
 
     def _play(self, index: int, controller: Controller, dial: float) -> _Play:
         decoder, prompt, window = self._parents[index].fork(), self._prompts[index], self._windows[index]

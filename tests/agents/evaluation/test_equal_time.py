@@ -212,7 +212,7 @@ def test_the_report_says_how_noisy_the_clock_was() -> None:
     assert "each other rule is a few lines of Python" in words
     assert "standard error" not in words
     timed = [replace(one, time_share_measured_error=0.0023) for one in static]
-    assert "The standard error of a share over rounds is 0.0023" in " ".join(method_sentences(timed))
+    assert "is 0.0023 (median; 0.0023 at most), and intervals" in " ".join(method_sentences(timed))
     assert "`token` looks up" not in words
     assert "`token` looks up" in " ".join(method_sentences([*static, row("token", 0.6, 0.02)]))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from flexquant_rl.agents.evaluation import wall_clock
 from flexquant_rl.agents.evaluation.wall_clock import ClockedShares, measured_time_shares
+from flexquant_rl.agents.policies.drafts import parse_drafts
 from flexquant_rl.agents.policies.fixed import Fixed
 from flexquant_rl.agents.preparation import Prepared, policy_context
 from flexquant_rl.engine.control.decision import Decision, Policy
@@ -22,17 +25,28 @@ from flexquant_rl.engine.control.signals import SignalSchema
 
 
 class FakeClock:
-    """Steps take as many milliseconds as `step_ms` says of their mean width and of how many steps were timed before."""
+    """Steps take as many milliseconds as `step_ms` says of their mean width and of how many steps were timed before.
+
+    The steps that only say how long pieces are come first and are not counted.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, step_ms: Callable[[float, int], float] = lambda width, _: width
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        step_ms: Callable[[float, int], float] = lambda width, _: width,
+        *,
+        tokens: int = 4,
     ) -> None:
         self.widths: list[float] = []
         self._step_ms = step_ms
+        self._rehearsed = min(wall_clock._REHEARSED_TOKENS, tokens)
         monkeypatch.setattr(wall_clock, "clock_ms", self)
 
     def __call__(self, run: MethodType, device: torch.device) -> float:
         step = run()
+        if self._rehearsed:
+            self._rehearsed -= 1
+            return self._step_ms(8.0, 0)
         self.widths.append(float(step.decision.bit_widths.double().mean()))
         return self._step_ms(self.widths[-1], len(self.widths) - 1)
 
@@ -57,7 +71,7 @@ def test_measured_shares_are_sums_of_medians(tiny_prepared: Prepared, monkeypatc
         round_idx = call // per_round
         return (4.0, 4.0, 24.0)[round_idx] if width == 4 else width * (1 + round_idx)
 
-    clock = FakeClock(monkeypatch, step_ms)
+    clock = FakeClock(monkeypatch, step_ms, tokens=6)
     measured = clocked(tiny_prepared, (4, 8, 5), windows=2, tokens=6, rounds=3)
     assert measured.shares == pytest.approx((4 / 16, 1.0, 10 / 16))
     assert measured.num_rounds == 3
@@ -66,28 +80,24 @@ def test_measured_shares_are_sums_of_medians(tiny_prepared: Prepared, monkeypatc
 
 
 def test_policies_take_turns_within_a_window(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tenth of a second; in the first round, when nobody knows how long that is, every eight tokens."""
-    clock = FakeClock(monkeypatch, lambda width, _: 5 * width)  # 40 ms for the baseline: two or three in a piece
+    """Every tenth of a second, by the steps of the largest width."""
+    clock = FakeClock(monkeypatch, lambda width, _: 5 * width, tokens=12)  # two in a piece
     clocked(tiny_prepared, (4, 5), tokens=12, rounds=3)
     rounds = torch.tensor(clock.widths).view(3, 36)
-    longest = []
     for one in rounds:
-        runs = torch.unique_consecutive(one, return_counts=True)
-        assert len(runs[0]) > 3, "nobody decodes the whole window in one go"
-        longest.append(int(runs[1].max()))
-    assert 3 < longest[0] <= 16  # two pieces of one width may meet
-    assert max(longest[1:]) <= 4
-    assert not torch.equal(rounds[1], rounds[2])
+        _, counts = torch.unique_consecutive(one, return_counts=True)
+        assert 1 <= int(counts.max()) <= 4  # two pieces of one width may meet
+    assert not torch.equal(rounds[0], rounds[1])
 
 
 def test_a_model_that_decodes_a_window_at_once_does_so(
     tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights are as warm in the caches as when it is served."""
-    clock = FakeClock(monkeypatch, lambda width, _: 0.01 * width)
+    clock = FakeClock(monkeypatch, lambda width, _: 0.01 * width, tokens=12)
     clocked(tiny_prepared, (4, 5), tokens=12, rounds=3)
-    for one in torch.tensor(clock.widths).view(3, 36)[1:]:
-        assert len(torch.unique_consecutive(one)) <= 6  # the first piece ends anywhere
+    for one in torch.tensor(clock.widths).view(3, 36):
+        assert len(torch.unique_consecutive(one)) == 3
 
 
 def test_drift_within_a_round_hits_all_alike(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +107,7 @@ def test_drift_within_a_round_hits_all_alike(tiny_prepared: Prepared, monkeypatc
     def step_ms(width: float, call: int) -> float:
         return 5 * width * (1 + 2 * (call % per_round) / per_round)
 
-    FakeClock(monkeypatch, step_ms)
+    FakeClock(monkeypatch, step_ms, tokens=12)
     shares = clocked(tiny_prepared, (4, 4, 6, 8), windows=4, tokens=12, rounds=9).shares
     assert shares == pytest.approx((0.5, 0.5, 0.75, 1.0), rel=0.02)
 
@@ -116,32 +126,44 @@ def test_dear_tokens_count_as_they_are(tiny_prepared: Prepared, monkeypatch: pyt
             width = torch.where(schema.last_widths(signals)[:, :1] == 3, 6, 3)
             return Decision(width.expand(-1, schema.num_units).long())
 
-    FakeClock(monkeypatch, lambda width, _: {8.0: 1.0, 3.0: 0.5, 6.0: 1.5}[width])
+    FakeClock(monkeypatch, lambda width, _: {8.0: 1.0, 3.0: 0.5, 6.0: 1.5}[width], tokens=6)
     measured = measured_time_shares(
         tiny_prepared.model, tiny_prepared.profile, tiny_prepared.windows.test[:1], env, [(Fickle(), 1.0)], rounds=1
     )
     assert measured.shares == pytest.approx((1.0,))
-    assert math.isnan(measured.error), "one round says nothing of another"
+    assert math.isnan(measured.errors[0]), "one round says nothing of another"
 
 
 def test_a_stall_is_not_a_token(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step in eleven stalls, seldom the same one twice: the medians do not know of it."""
-    FakeClock(monkeypatch, lambda width, call: 1000.0 if call % 11 == 0 else 200 * width)
+    FakeClock(monkeypatch, lambda width, call: 1e5 if call % 11 == 0 else 200 * width)
     assert clocked(tiny_prepared, (4,), rounds=9).shares == pytest.approx((0.5,))
 
 
-@pytest.mark.parametrize("noise", [0.02, 0.2])
-def test_the_error_is_that_of_the_shares(noise: float) -> None:
-    """Copies of one allocation are as far apart as the error says."""
+@pytest.mark.parametrize("rounds", [5, 9])
+@pytest.mark.parametrize(("noise", "token_noise"), [(0.02, 0.0), (0.1, 0.1), (0.0, 0.2)])
+def test_copies_are_as_far_apart_as_the_error_says(rounds: int, noise: float, token_noise: float) -> None:
+    """Whatever the baseline does: noise of rounds, of single steps, and drift that all have in common."""
     generator = np.random.default_rng(0)
-    shares, errors = [], []
-    for _ in range(60):
-        # A round is fast or slow for a policy as a whole.
-        turns = np.exp(noise * generator.standard_normal((4, 9, 1))) * np.ones((4, 9, 24))
-        found = wall_clock._shares(turns.tolist())
-        shares += found.shares
-        errors.append(found.error)
-    assert float(np.sqrt(np.mean(np.square(errors)))) == pytest.approx(float(np.std(shares)), rel=0.25)
+    apart, errors = [], []
+    for _ in range(200):
+        drift = np.exp(0.3 * generator.standard_normal((1, rounds, 1)))
+        own = noise * generator.standard_normal((6, rounds, 1))
+        own = own + token_noise * generator.standard_normal((6, rounds, 48))
+        found = wall_clock._shares((drift * np.exp(own)).tolist())
+        apart.append((found.shares[0] - found.shares[1]) / math.sqrt(2))
+        errors += found.errors
+    # Where a round is fast or slow as a whole, resampled medians of five are a fifth too sure.
+    assert float(np.sqrt(np.mean(np.square(errors)))) == pytest.approx(float(np.std(apart)), rel=0.35)
+
+
+def test_one_rough_policy_is_rough_alone() -> None:
+    generator = np.random.default_rng(0)
+    turns = np.exp(0.001 * generator.standard_normal((6, 9, 1))) * np.ones((6, 9, 24))
+    turns[3] *= np.exp(0.5 * generator.standard_normal((9, 1)))
+    errors = wall_clock._shares(turns.tolist()).errors
+    assert errors[2] > 0.05
+    assert statistics.median(errors) < 0.001
 
 
 def test_a_quiet_machine_is_asked_five_times(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +174,7 @@ def test_a_quiet_machine_is_asked_five_times(tiny_prepared: Prepared, monkeypatc
     FakeClock(monkeypatch, lambda width, _: width * float(np.exp(0.3 * generator.standard_normal())))
     measured = clocked(tiny_prepared, (4,), rounds=9)
     assert measured.num_rounds == 9
-    assert measured.error > 0.01
+    assert measured.errors[0] > 0.01
 
 
 def test_timing_of_slow_models_is_cut_short(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +184,60 @@ def test_timing_of_slow_models_is_cut_short(tiny_prepared: Prepared, monkeypatch
         looks = itertools.count(0.0, seconds_per_look)
         monkeypatch.setattr(wall_clock, "time", SimpleNamespace(monotonic=looks.__next__))
         assert clocked(tiny_prepared, (4,), tokens=2, rounds=9).num_rounds == rounds
+
+
+@pytest.mark.parametrize("name", ["draft:3,length=3", "draft:3,length=2,verify=6,ngrams=0"])
+def test_rounds_of_drafts_are_the_same_in_pieces(
+    tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of one token or of the whole window: as many rounds, and a time per token that is the same."""
+    env = replace(tiny_prepared.env, max_new_tokens=12)
+    drafts = parse_drafts(name)
+    assert drafts is not None
+    policy = drafts.bind(policy_context(tiny_prepared))
+    timed: dict[float, tuple[int, float]] = {}
+    for ms in (0.01, 1000.0):
+        calls = itertools.count()
+
+        def clock(run: Callable[[], object], device: torch.device, ms: float = ms, calls: Any = calls) -> float:
+            run()
+            next(calls)
+            return ms
+
+        monkeypatch.setattr(wall_clock, "clock_ms", clock)
+        measured = measured_time_shares(
+            tiny_prepared.model, tiny_prepared.profile, tiny_prepared.windows.test[:2], env, [(policy, 1.0)], rounds=2
+        )
+        timed[ms] = next(calls), measured.shares[0]
+    assert timed[0.01] == pytest.approx(timed[1000.0])
+    assert timed[0.01][1] > 0
+
+
+def test_decoders_are_closed_when_a_step_fails(tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[object] = []
+    opened: list[object] = []
+    calls = itertools.count()
+
+    def failing(run: Callable[[], object], device: torch.device) -> float:
+        run()
+        if next(calls) == 20:
+            raise RuntimeError("no more")
+        return 1.0
+
+    monkeypatch.setattr(wall_clock, "clock_ms", failing)
+    decoder_class = type(wall_clock.open_session(tiny_prepared.model, max_length=8))
+    close, fork = decoder_class.close, decoder_class.fork
+
+    def forked(self: Any) -> Any:
+        opened.append(fork(self))
+        return opened[-1]
+
+    monkeypatch.setattr(decoder_class, "fork", forked)
+    monkeypatch.setattr(decoder_class, "close", lambda self: (closed.append(self), close(self)))
+    with pytest.raises(RuntimeError, match="no more"):
+        clocked(tiny_prepared, (4, 5), tokens=12, rounds=3)
+    assert opened
+    assert {id(one) for one in opened} <= {id(one) for one in closed}
 
 
 def test_equal_policies_take_equal_times_by_the_real_clock(tiny_prepared: Prepared) -> None:
