@@ -51,6 +51,7 @@ def tuned_baselines(
         rehearsal: That of all families; default: one of these alone.
     """
     widths = prepared.model.bit_widths
+    pairs = mean_pairs(widths)
     rehearsal = rehearsal or validation_rehearsal(prepared)
 
     def best_of(kind: type[UnboundPolicy], knobs: Iterable[Callable[[float], UnboundPolicy]]) -> BestOfFamily:
@@ -69,8 +70,8 @@ def tuned_baselines(
                 )
             ),
         ),
-        best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in mean_pairs(widths))),
-        best_of(Regressor, (_regressor(low, high) for low, high in mean_pairs(widths))),
+        best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in pairs)),
+        best_of(Regressor, (_regressor(low, high) for low, high in pairs if _takes_longer(high, low, context))),
     ]
     return [family for family in families if family.name in names]
 
@@ -118,6 +119,13 @@ def _entropy(
     return lambda position: EntropyThreshold(
         round(highest + position * (lowest - highest), 4), spread_nats, hysteresis_units, one_way, low, high
     )
+
+
+def _takes_longer(high: float, low: float, context: PolicyContext) -> bool:
+    """Whether more bits take more time here: 5 bits everywhere may be slower than a mix of 4 and 6."""
+    slow, fast = (context.allocation(mean, Regressor.family.name) for mean in (high, low))
+    cost = context.profile.cost
+    return bool(cost.time_share(slow) > cost.time_share(fast))
 
 
 def _regressor(low: float, high: float) -> Callable[[float], UnboundPolicy]:

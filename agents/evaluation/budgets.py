@@ -240,7 +240,9 @@ class BestOfFamily:
             entry = next((e for e in (one.owner.measured(budget, measure) for one in ranked) if e is not None), None)
             if entry is None:
                 times = [outcome.time_share for one in tries for outcome in one.knob.known.values()]
-                reach = f"its settings take {min(times):.3f} to {max(times):.3f}"
+                reach = (
+                    f"its settings take {min(times):.3f} to {max(times):.3f}" if times else "it has no settings here"
+                )
                 missed.append(f"{self.name}{self._seed()} has no point at {budget:.3g} of full-width time: {reach}")
             else:
                 found.append(entry)

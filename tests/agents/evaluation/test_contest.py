@@ -85,6 +85,32 @@ def test_baselines_of_a_model_without_four_bits() -> None:
     }
 
 
+@pytest.mark.parametrize("slow", [5, 8])
+def test_more_bits_may_be_faster(tiny_prepared: Prepared, slow: int) -> None:
+    """On a processor that reads 5 bits slowly, what lies between 5 and 6 takes less time: nobody regresses there."""
+    unit_ms = tiny_prepared.cost.unit_ms.clone()
+    widths = tiny_prepared.model.bit_widths
+    if slow == 5:
+        unit_ms[:, widths.index(5)] = unit_ms[:, widths.index(6)] * 1.05
+    else:
+        unit_ms[:] = unit_ms[:, :1]
+    cost = replace(tiny_prepared.cost, unit_ms=unit_ms)
+    prepared = replace(tiny_prepared, cost=cost, profile=replace(tiny_prepared.profile, cost=cost))
+    (family,) = [family for family in heuristics(prepared, ["regressor"]) if family.name == "regressor"]
+    assert isinstance(family, BestOfFamily)
+    names = [member.at(0.5).name for member in family.members]
+    if slow == 5:
+        assert names
+        assert not [name for name in names if "low=5,high=6" in name]
+    else:
+        assert not names
+        with on_validation_text(prepared) as measure:
+            assert family.entries((0.7,), measure) == (
+                [],
+                ["regressor has no point at 0.7 of full-width time: it has no settings here"],
+            )
+
+
 def test_only_the_baselines_that_are_named_compete(tiny_prepared: Prepared) -> None:
     def names(*baselines: str) -> list[str]:
         return [family.name for family in heuristics(tiny_prepared, baselines)]
