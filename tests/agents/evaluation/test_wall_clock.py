@@ -153,8 +153,20 @@ def test_copies_are_as_far_apart_as_the_error_says(rounds: int, noise: float, to
         found = wall_clock._shares((drift * np.exp(own)).tolist())
         apart.append((found.shares[0] - found.shares[1]) / math.sqrt(2))
         errors += found.errors
-    # Where a round is fast or slow as a whole, resampled medians of five are a fifth too sure.
     assert float(np.sqrt(np.mean(np.square(errors)))) == pytest.approx(float(np.std(apart)), rel=0.35)
+
+
+def test_stalls_do_not_make_shares_uncertain() -> None:
+    """Medians do not know of them, so the error must not either: drawn with replacement it was four times too large."""
+    generator = np.random.default_rng(0)
+    apart, errors = [], []
+    for _ in range(60):
+        turns = np.exp(0.03 * generator.standard_normal((8, 6, 96)))
+        turns *= np.where(generator.random((8, 6, 96)) < 0.05, 4, 1)
+        found = wall_clock._shares(turns.tolist())
+        apart.append((found.shares[0] - found.shares[1]) / math.sqrt(2))
+        errors += found.errors
+    assert 0.8 < float(np.sqrt(np.mean(np.square(errors))) / np.std(apart)) < 3
 
 
 def test_one_rough_policy_is_rough_alone() -> None:
