@@ -71,7 +71,10 @@ def tuned_baselines(
             ),
         ),
         best_of(Schedule, (_schedule(low, high, prepared.env.max_new_tokens) for low, high in pairs)),
-        best_of(Regressor, (_regressor(low, high) for low, high in pairs if _takes_longer(high, low, context))),
+        best_of(
+            Regressor,
+            (_regressor(low, high) for low, high in pairs if Regressor(0.0, low, high).added_time(context) > 0),
+        ),
     ]
     return [family for family in families if family.name in names]
 
@@ -119,13 +122,6 @@ def _entropy(
     return lambda position: EntropyThreshold(
         round(highest + position * (lowest - highest), 4), spread_nats, hysteresis_units, one_way, low, high
     )
-
-
-def _takes_longer(high: float, low: float, context: PolicyContext) -> bool:
-    """Whether more bits take more time here: 5 bits everywhere may be slower than a mix of 4 and 6."""
-    slow, fast = (context.allocation(mean, Regressor.family.name) for mean in (high, low))
-    cost = context.profile.cost
-    return bool(cost.time_share(slow) > cost.time_share(fast))
 
 
 def _regressor(low: float, high: float) -> Callable[[float], UnboundPolicy]:

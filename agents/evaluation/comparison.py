@@ -270,17 +270,17 @@ def compare(
     documents = _documents(used)
     weights = document_weights(documents)
     pairs = _paired_by_seed(a, b)
+    seeds = [seed for seed in pairs if seed is not None]
 
     def left(row: EvalRow, family: str) -> Array:
         # Static against itself: nothing, whatever row stands for it.
-        draws_seeds = row.seed is not None and sum(seed is not None for seed in pairs) >= ENOUGH_SEEDS
+        draws_seeds = row.seed is not None and len(seeds) >= ENOUGH_SEEDS
         return np.zeros(len(weights)) if family == STATIC.name else _log_left(row, weights, clock, draws_seeds)
 
     # [S, G, 1 + R]: column 0 is the text itself.
     logs = np.stack(
         [[left(one[g], family_a) - left(other[g], family_b) for g in chosen] for one, other in pairs.values()]
     )
-    seeds = [seed for seed in pairs if seed is not None]
     num_documents = len(set(documents))
 
     def ratio(values: Array) -> LogRatio:

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,10 +195,10 @@ class _TimedTexts:
         """Times of the steps of every contestant on all windows."""
         times_ms: list[list[float]] = [[] for _ in self._contestants]
         for index in range(len(self._windows)):
-            with ExitStack() as closing:
+            with ExitStack() as opened:
                 plays = [self._play(index, controller, dial) for controller, dial in self._contestants]
                 for play in plays:
-                    closing.callback(play.runner.decoder.close)
+                    opened.enter_context(closing(play.runner.decoder))
                 for end in self._ends():
                     for which in torch.randperm(len(plays), generator=self._generator).tolist():
                         plays[which].play(end)
@@ -214,8 +214,8 @@ class _TimedTexts:
     def _rehearsed_ms(self) -> float:
         """How long a step of the first contestant takes."""
         play = self._play(0, *self._contestants[0])
-        play.play(min(_REHEARSED_TOKENS, self._num_tokens))
-        play.runner.decoder.close()
+        with closing(play.runner.decoder):
+            play.play(min(_REHEARSED_TOKENS, self._num_tokens))
         return statistics.median(play.times_ms)
 
     def _ends(self) -> list[int]:
