@@ -36,7 +36,7 @@ from flexquant_rl.fq_env.config import EnvConfig
 
 _MAX_ROUNDS = 41
 _MIN_ROUNDS = 5
-_TIMING_S_EACH = 2.0
+_TIMING_S_EACH = 1.0
 # Of a share: with this much the KL of static in equal time is known to a hundredth.
 _SMALL_ERROR = 0.001
 _PIECE_MS = 100.0
@@ -92,7 +92,7 @@ def measured_time_shares(
         config: Shape of the episodes.
         policies: Policies, each with its dial.
         rounds: Turns of every policy at most. After the fifth no new one begins once half of the shares are known to
-            a thousandth, or each policy has had 2 s on average.
+            a thousandth, or each policy has had a second on average.
         num_threads: Threads of a step, as for `open_session`.
         progress: Wraps the rounds.
     """
