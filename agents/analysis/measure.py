@@ -163,14 +163,21 @@ class PeerTurn:
 
 
 def time_rows(
-    models: Sequence[NestedCausalLM], plan: Plan, windows: Tensor, peers: Sequence[PeerTurn] = ()
+    models: Sequence[NestedCausalLM],
+    plan: Plan,
+    windows: Tensor,
+    peers: Sequence[PeerTurn] = (),
+    beside: str | None = None,
 ) -> list[TimeRow]:
-    """What a step takes in the format of each model and of each peer, all in turns; none without the lean decoder.
+    """What a step of the lean decoder takes in the format of each model, and one of each peer, all in turns.
 
-    Hugging Face's modules read decoded matrices, the same bytes at every width: their time says nothing of a format.
+    Args:
+        models: Ours, a group size each; the lean decoder can run them.
+        plan: Their widths and threads.
+        windows: `[n, first + T + 1]` int64; steps are halfway through the first.
+        peers: Steps of another library's format, by width.
+        beside: Its name.
     """
-    if any(default_decoder(model)[0] != "lean" for model in models):
-        return []
     sessions = [halfway(model, windows, plan.threads)[0] for model in models]
     forms = [(None, model.config.group_size, width) for model in models for width in plan.bit_widths]
     turns = [step_turn(session, windows[0, :1], width) for session in sessions for width in plan.bit_widths]
@@ -188,6 +195,7 @@ def time_rows(
             num_threads=default_decoder(models[0], plan.threads)[1],
             cpu=cpu_name(),
             strategy=strategy,
+            beside=beside,
         )
         for (strategy, group_size, bit_width), rounds in zip([*forms, *named], times, strict=True)
     ]

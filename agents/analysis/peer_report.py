@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from flexquant_rl.agents.analysis.rows import StrategyRow, TimeRow, times_by_row
 from flexquant_rl.agents.analysis.strategies import is_peer, recipe_text
@@ -54,10 +55,9 @@ def peer_sections(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list
     peers = [row for row in rows if is_peer(row.strategy)]
     if not peers:
         return []
-    clock, places = times_by_row(rows, times), _places(rows, times)
-    lines = []
+    clock, lines = times_by_row(rows, times), []
     for row in peers:
-        beside = [_beside(rows, place, row) for place in places]
+        beside = [_beside(rows, place, row) for place in _places(rows, times, row)]
         lines.append(
             (
                 f"`{row.strategy}`",
@@ -87,11 +87,12 @@ def peer_sections(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list
 def peer_findings(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list[str]:
     """How our best strategies compare with each library, in a sentence each for bytes and for time."""
     found = []
-    for words, place in zip(("bytes per weight", "measured time"), _places(rows, times), strict=True):
+    for number, words in enumerate(("bytes per weight", "measured time")):
         compared, beaten = [], []
-        for row in rows:
+        for row in filter(lambda one: is_peer(one.strategy), rows):
+            place = _places(rows, times, row)[number]
             at = place(row)
-            best = None if at is None or not is_peer(row.strategy) else best_at(rows, place, at)
+            best = None if at is None else best_at(rows, place, at)
             if best is not None and row.output_kl_nats > 0:
                 label = f"`{row.strategy}` at {row.bit_width} bits"
                 compared.append(f"{label} {best[0] / row.output_kl_nats:.2g}")
@@ -115,15 +116,19 @@ def peer_method(rows: Sequence[StrategyRow]) -> list[str]:
         "llama.cpp gives some matrices another type than it is asked for, and rows that are no multiple of 256 have "
         "no k-quant. With a tied head its embedding is quantised too.",
         "Their times are of their own decoding (llama.cpp's library; HQQ's modules in Hugging Face's model, which "
-        "decode a matrix at every step on a CPU), in turns with ours on as many threads.",
+        "decode a matrix at every step on a CPU), each in turns with ours on as many threads while no other library's "
+        "model is held. Ours at its time is by the same turns.",
         "Ours at its bytes, or at its time: the least KL of our strategies there, its logarithm taken from a straight "
         "line between neighbouring widths of one strategy, or that of its largest width where even this one reads or "
         "takes less; nothing where all of them need more.",
     ]
 
 
-def _places(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> tuple[_Place, _Place]:
-    clock = times_by_row(rows, times)
+def _places(rows: Sequence[StrategyRow], times: Sequence[TimeRow], peer: StrategyRow) -> tuple[_Place, _Place]:
+    """Bytes per weight, and milliseconds by the turns that a peer's format took with ours."""
+    together = [replace(row, beside=None) for row in times if row.beside == peer.strategy]
+    # Analyses of before version 4 had all formats take turns at once.
+    clock = times_by_row(rows, together or times)
 
     def time_of(row: StrategyRow) -> float | None:
         timed = clock.get((row.strategy, row.bit_width))

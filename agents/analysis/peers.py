@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class Peers:
         if library == LLAMA_CPP:
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as directory:
-                file = self._gguf_files(Path(directory), [form])[form]
+                file = self._gguf_file(Path(directory), form)
                 seconds = time.perf_counter() - began
                 model = copy.deepcopy(self._model)
                 num_bytes = read_values(file, model)
@@ -137,39 +137,33 @@ class Peers:
             seconds = time.perf_counter() - began
             yield Format(name, int(form[1:]), bit_width, total / self._num_weights, seconds), model
 
-    def _gguf_files(self, directory: Path, types: Sequence[Any]) -> dict[str, Path]:
-        """Files of these types, quantised by llama.cpp."""
-        source = directory / "f16.gguf"
+    def _gguf_file(self, directory: Path, type_: Any) -> Path:
+        """A file of this type, quantised by llama.cpp."""
+        source, file = directory / "f16.gguf", directory / f"{type_}.gguf"
         write_gguf(self._model, source, "F16")
-        files = {}
-        for type_ in types:
-            files[type_] = directory / f"{type_}.gguf"
-            quantise_gguf(source, files[type_], type_)
+        quantise_gguf(source, file, type_)
         source.unlink()
-        return files
+        return file
 
     @contextmanager
-    def turns(self, names: Sequence[str], num_threads: int) -> Iterator[list[PeerTurn]]:
-        """Steps of some of them halfway through the first window, for `time_rows`."""
+    def turns(self, name: str, num_threads: int) -> Iterator[list[PeerTurn]]:
+        """Steps of one of them halfway through the first window, for `time_rows`; of each width that it stands for."""
         num_held = max(1, min(self._windows.shape[1] // 2, max_context(self._model) - MAX_PAIRS))
         prompt, token_id = self._windows[0, :num_held].tolist(), int(self._windows[0, 0])
-        with ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            types = [name.partition(":")[2] for name in names if name.startswith(LLAMA_CPP)]
-            found = []
-            for type_, file in (self._gguf_files(directory, types) if types else {}).items():
+        library, _, form = name.partition(":")
+        if library == LLAMA_CPP:
+            with tempfile.TemporaryDirectory() as directory:
+                file = self._gguf_file(Path(directory), form)
                 session = LlamaCppSession(file, max_length=num_held + MAX_PAIRS, num_threads=num_threads)
-                stack.callback(session.close)
-                session.prefill(prompt)
-                turn = _llama_cpp_turn(session, num_held, token_id)
-                found.append(PeerTurn(f"{LLAMA_CPP}:{type_}", _BLOCK, _BITS[type_], turn))
-            for name in names:
-                if name.startswith(HQQ):
-                    size = int(name.removeprefix(f"{HQQ}:g"))
-                    for width in PEER_WIDTHS:
-                        model, _ = with_hqq(self._model, self._linears, width, size)
-                        found.append(PeerTurn(name, size, width, _module_turn(model, prompt, token_id, num_threads)))
-            yield found
+                with closing(session):
+                    session.prefill(prompt)
+                    yield [PeerTurn(name, _BLOCK, _BITS[form], _llama_cpp_turn(session, num_held, token_id))]
+            return
+        size, found = int(form.removeprefix("g")), []
+        for width in PEER_WIDTHS:
+            model, _ = with_hqq(self._model, self._linears, width, size)
+            found.append(PeerTurn(name, size, width, _module_turn(model, prompt, token_id, num_threads)))
+        yield found
 
 
 def model_facts(

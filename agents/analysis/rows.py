@@ -20,8 +20,8 @@ from flexquant_rl.engine.field_types import check_field_types
 from flexquant_rl.engine.files import json_lines, read_json, write_json
 
 PLAN_FILE = "analysis.json"
-PLAN_VERSION = 3
-_WITHOUT_PEERS = 2  # whose rows of times have no strategy
+PLAN_VERSION = 4
+_READABLE = (2, 3)  # whose rows of times do not say what took turns with ours
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class StrategyRow:
 
 @dataclass(frozen=True)
 class TimeRow:
-    """The measured time of a decode step in one format. All formats take turns in one run.
+    """The measured time of a decode step in one format. Ours take turns, alone or with one of another library.
 
     Attributes:
         group_size: Inputs that share a scale.
@@ -145,6 +145,7 @@ class TimeRow:
         num_threads: Threads of the lean decoder, and of the other library.
         cpu: The machine's processor.
         strategy: The format of another library; None: ours, of every strategy with this group size.
+        beside: The format of another library in these turns; None: ours alone.
     """
 
     group_size: int
@@ -155,6 +156,7 @@ class TimeRow:
     num_threads: int
     cpu: str
     strategy: str | None = None
+    beside: str | None = None
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,9 @@ _DIGITS = 5
 
 
 def times_by_row(rows: Iterable[StrategyRow], times: Iterable[TimeRow]) -> dict[tuple[str, int], TimeRow]:
-    """The measured time of strategies by their name and width, where there is one."""
-    known = {(row.strategy, row.group_size, row.bit_width): row for row in times}
+    """The measured time of strategies by their name and width, where there is one: of ours, alone."""
+    alone = [row for row in times if row.strategy is not None or row.beside is None]
+    known = {(row.strategy, row.group_size, row.bit_width): row for row in alone}
     found: dict[tuple[str, int], TimeRow] = {}
     for row in rows:
         form = row.group_size, row.bit_width
@@ -305,7 +308,7 @@ class RowStore:
         try:
             data = read_json(path)
             version = data.pop("version")
-            if version in (PLAN_VERSION, _WITHOUT_PEERS):
+            if version in (PLAN_VERSION, *_READABLE):
                 return _checked(Plan, data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(

@@ -122,30 +122,43 @@ class Analysis:
         return_freed_memory()
 
     def _time(self, peers: Peers | None) -> None:
-        """Times all formats together, unless that was done; the cheapest recipe stands for all of a group size."""
-        rows, times = self.store.read(StrategyRow), self.store.read(TimeRow)
-        sizes = sorted({row.group_size for row in rows if not is_peer(row.strategy)})
-        # What is timed anew takes the place of all, so that everything that stands side by side took turns.
+        """Times our formats, and each of another library in turns with ours, whatever is missing.
+
+        The cheapest recipe stands for all of a group size. One format of another library is held at a time, so that
+        its time does not depend on which others are measured.
+        """
+        sizes = sorted({row.group_size for row in self.store.read(StrategyRow) if not is_peer(row.strategy)})
         names = [name for name in peers.names() if name in self._names(StrategyRow)] if peers else []
-        timed = {row.group_size for row in times if row.strategy is None}
-        if timed >= set(sizes) and {row.strategy for row in times} >= set(names):
+        missing = [beside for beside in (None, *names) if not self._is_timed(beside, sizes)]
+        if not missing:
             return
-        if not peers and any(row.strategy for row in times):
-            say(
-                "the times of other libraries' formats are dropped, as all formats take turns; --peers takes them again"
-            )
-        say(f"timing steps in groups of {', '.join(map(str, sizes))}" + "".join(f", {name}" for name in names))
         if self.plan.nested:
             models = [load_checkpoint(Path(self.path))]
         else:
             configs = [QuantizationConfig("rtn", size, self.plan.bit_widths) for size in sizes]
             models = [load_model(self.path, config, keep_reference=False) for config in configs]
         decoder, num_threads = default_decoder(models[0], self.plan.threads)
-        opened: AbstractContextManager[list[PeerTurn]] = (
-            peers.turns(names, num_threads) if peers and decoder == "lean" else nullcontext([])
-        )
-        with opened as turns:
-            self.store.replace(time_rows(models, self.plan, self.text.windows, turns), TimeRow)
+        if decoder != "lean":
+            # Hugging Face's modules read decoded matrices, the same bytes at every width: their time says nothing.
+            return
+        for beside in missing:
+            say(f"timing steps in groups of {', '.join(map(str, sizes))}" + (f" beside {beside}" if beside else ""))
+            opened: AbstractContextManager[list[PeerTurn]] = (
+                peers.turns(beside, num_threads) if peers and beside else nullcontext([])
+            )
+            with opened as turns:
+                found = time_rows(models, self.plan, self.text.windows, turns, beside)
+            kept = [
+                row
+                for row in self.store.read(TimeRow)
+                if row.beside != beside and (not beside or row.strategy != beside)
+            ]
+            self.store.replace([*kept, *found], TimeRow)
+
+    def _is_timed(self, beside: str | None, sizes: Sequence[int]) -> bool:
+        """Whether all our group sizes took turns, alone or with a format of another library."""
+        rows = [row for row in self.store.read(TimeRow) if row.beside == beside]
+        return {row.group_size for row in rows if row.strategy is None} >= set(sizes)
 
     def _run_start(self, start: Strategy, members: Sequence[Strategy]) -> None:
         """Quantises once and measures all strategies that begin with it."""

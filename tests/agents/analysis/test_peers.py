@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,17 +87,47 @@ def test_peers_stand_beside_ours(text: Path, tmp_path: Path, tiny_tokenizer: Pre
     assert "at equal measured time" in report or "at equal bytes per weight" in report
     assert "nan" not in report
     times = store.read(TimeRow)
-    assert {row.strategy for row in times if row.strategy} == {*LLAMA_CPP_NAMES, "hqq:g64", "hqq:g128"}
+    names = {*LLAMA_CPP_NAMES, "hqq:g64", "hqq:g128"}
+    assert {row.strategy for row in times if row.strategy} == names
+    assert {row.beside for row in times} == {None, *names}
+    for name in names:  # one at a time, and ours at every width in its turns
+        together = [row for row in times if row.beside == name]
+        assert {row.strategy for row in together} == {None, name}
+        assert [row.bit_width for row in together if row.strategy is None] == [3, 4, 8]
     # Nothing is measured twice, and rows are enough for the report.
     again = analyse(model, text, out, "--peers")
     assert "timing" not in again.err
     assert store.read(TimeRow) == times
     # Groups of 128 are timed among HQQ's, which are not ours.
-    more = analyse(model, text, shutil.copytree(out, tmp_path / "more"), "--strategies", "rtn", "--peers").result
+    copied = shutil.copytree(out, tmp_path / "more")
+    more = analyse(model, text, copied, "--strategies", "rtn", "--peers").result
     assert all(row["measured_ms"] > 0 for row in more["rows"])
+    assert {(row.group_size, row.beside) for row in RowStore(copied).read(TimeRow) if row.strategy is None} == {
+        (size, beside) for size in (64, 128) for beside in (None, *names)
+    }
+    # What an interrupted run had timed stays, and only what is missing is timed.
+    kept = [row for row in times if row.beside != "hqq:g64"]
+    store.replace(kept, TimeRow)
+    resumed = analyse(model, text, out, "--peers").err
+    assert [line for line in resumed.splitlines() if line.startswith("timing")] == [
+        "timing steps in groups of 64 beside hqq:g64"
+    ]
+    assert store.read(TimeRow)[: len(kept)] == kept
+    store.replace(times, TimeRow)
+    analyse(model, text, out, "--peers")
     (out / "report.md").unlink()
     run(cli.main, "analyse", "--from-rows", shutil.copytree(out, tmp_path / "copy"))
     assert (tmp_path / "copy" / "report.md").read_text() == report
+    # An analysis of before version 4 knows one run of turns.
+    old = shutil.copytree(out, tmp_path / "old")
+    plan = json.loads((old / "analysis.json").read_text())
+    (old / "analysis.json").write_text(json.dumps(plan | {"version": 3}))
+    lines = [json.loads(line) for line in (old / "times.jsonl").read_text().splitlines()]
+    alone = [one for one in lines if one["strategy"] or not one["beside"]]
+    without = [{key: value for key, value in one.items() if key != "beside"} for one in alone]
+    (old / "times.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in without))
+    assert run(cli.main, "analyse", "--from-rows", old).code == 0
+    assert "at equal measured time" in (old / "report.md").read_text()
 
 
 @needs_hqq
@@ -186,16 +217,22 @@ ROWS = [
 ]
 
 
-def timed(strategy: str | None, group_size: int, bit_width: int, ms: float) -> TimeRow:
-    return TimeRow(group_size, bit_width, ms, ms, ms, 2, "cpu", strategy)
+def timed(strategy: str | None, group_size: int, bit_width: int, ms: float, beside: str | None = None) -> TimeRow:
+    return TimeRow(group_size, bit_width, ms, ms, ms, 2, "cpu", strategy, beside)
 
 
-TIMES = [timed(None, 128, 3, 1.0), timed(None, 128, 4, 2.0), timed("llama.cpp:Q4_0", 32, 4, 1.5)]
+Q4_0 = "llama.cpp:Q4_0"
+# The machine was twice as slow while Q4_0 took turns with ours.
+TIMES = [
+    *(timed(None, 128, 3, 1.0), timed(None, 128, 4, 2.0)),
+    *(timed(None, 128, 3, 2.0, Q4_0), timed(None, 128, 4, 4.0, Q4_0), timed(Q4_0, 32, 4, 3.0, Q4_0)),
+]
+AT_ONCE = [*TIMES[:2], timed(Q4_0, 32, 4, 1.5)]
 
 
 def test_times_go_to_the_rows_that_they_are_of() -> None:
     found = {key: one.measured_ms for key, one in times_by_row(ROWS, [*TIMES, timed(None, 64, 4, 3.0)]).items()}
-    expected = {("rtn", 3): 1.0, ("rtn", 4): 2.0, ("gptq:64", 4): 3.0, ("llama.cpp:Q4_0", 4): 1.5}
+    expected = {("rtn", 3): 1.0, ("rtn", 4): 2.0, ("gptq:64", 4): 3.0, ("llama.cpp:Q4_0", 4): 3.0}
     assert found == expected, "hqq has groups of 64 and 4 bits too, and no time of ours"
 
 
@@ -211,6 +248,7 @@ def test_the_best_of_ours_at_equal_bytes() -> None:
 
 
 def test_words_and_table() -> None:
+    assert peer_findings(ROWS, TIMES) == peer_findings(ROWS, AT_ONCE), "analyses of before had all at once"
     by_bytes, by_time = peer_findings(ROWS, TIMES)
     assert "equal bytes per weight: `llama.cpp:Q4_0` at 4 bits 0.5, `hqq:g64` at 4 bits" in by_bytes
     assert "Ours loses no more in 1 of 3." in by_bytes
