@@ -194,6 +194,20 @@ def test_full_disk(
         error = run(cli.main, *options(tiny_model_dir, out, text)).error
     assert error == "some.safetensors: No space left on device; free some space and run the command again"
     assert not out.exists()
+    # What can be gone on from stays, and nothing else does.
+    unfinished = tmp_path / ".out.unfinished"
+    assert not unfinished.exists() or (unfinished / "start.json").is_file()
+    assert run(cli.main, *options(tiny_model_dir, out, text)).result["tuning_steps"] == 3
+
+
+def test_a_damaged_beginning_is_made_anew(
+    tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning._Run, "evaluate", interrupt)
+        run(cli.main, *options(tiny_model_dir, out, text))
+    (tmp_path / ".out.unfinished" / "start.json").write_text('"half of a dig')
     assert run(cli.main, *options(tiny_model_dir, out, text)).result["tuning_steps"] == 3
 
 

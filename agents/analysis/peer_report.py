@@ -76,11 +76,15 @@ def peer_sections(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list
         *("format", "bits", "output KL (nats)", "95% interval", "KL p99 (nats)", "perplexity", "top-1 agreement (%)"),
         *("bytes per weight", "ms per token, measured", "ours at its bytes (nats)", "ours at its time (nats)"),
     )
-    seconds = {row.strategy: row.quantising_seconds for row in peers}
+    seconds: dict[str, list[str]] = {}
+    for row in peers:
+        seconds.setdefault(row.strategy, []).append(f"{row.quantising_seconds:.0f} s at {row.bit_width} bits")
     return [
         "## Beside other libraries",
         table_of(header, lines),
-        bullets([f"`{name}`: {recipe_text(name)}; quantising took {seconds[name]:.0f} s." for name in seconds]),
+        bullets(
+            [f"`{name}`: {recipe_text(name)}; quantising took {' and '.join(each)}." for name, each in seconds.items()]
+        ),
     ]
 
 

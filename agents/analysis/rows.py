@@ -21,7 +21,7 @@ from flexquant_rl.engine.files import json_lines, read_json, write_json
 
 PLAN_FILE = "analysis.json"
 PLAN_VERSION = 4
-_READABLE = (2, 3)  # whose rows of times do not say what took turns with ours
+_READABLE = (2, 3)  # whose rows of times do not say what took turns with ours, and whose recipes were others
 
 
 @dataclass(frozen=True)
@@ -298,17 +298,20 @@ class RowStore:
         """Writes what the rows depend on."""
         write_json(self.directory / PLAN_FILE, {"version": PLAN_VERSION, **asdict(plan)})
 
-    def read_plan(self) -> Plan:
+    def read_plan(self, *, to_continue: bool = False) -> Plan:
         """Reads it.
 
+        Args:
+            to_continue: Whether rows are to be added: recipes have changed since older versions.
+
         Raises:
-            InputError: If the directory has none of this version.
+            InputError: If the directory has none of this version, or of one that can still be read.
         """
         path = self.directory / PLAN_FILE
         try:
             data = read_json(path)
             version = data.pop("version")
-            if version in (PLAN_VERSION, *_READABLE):
+            if version == PLAN_VERSION or (version in _READABLE and not to_continue):
                 return _checked(Plan, data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(

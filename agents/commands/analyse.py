@@ -272,7 +272,7 @@ def _claim(store: RowStore, plan: Plan) -> None:
         store.directory.mkdir(parents=True, exist_ok=True)
         store.write_plan(plan)
         return
-    there = asdict(store.read_plan())
+    there = asdict(store.read_plan(to_continue=True))
     for name, value in asdict(plan).items():
         if there[name] != value:
             raise InputError(

@@ -69,7 +69,9 @@ def token_weights(
             logits.backward(logit_probes(logits.detach(), generator))
             del logits
             return_freed_memory()  # what stays of a window lies between what goes: the next would take new memory
-    return {name: _normalised(name, torch.cat(parts)) for name, parts in energies.items() if parts}
+    # The nearest to the loss first: what is not finite there is not finite in anything before it either.
+    found = {name: _normalised(name, torch.cat(parts)) for name, parts in reversed(energies.items()) if parts}
+    return dict(reversed(found.items()))
 
 
 @contextmanager

@@ -293,10 +293,10 @@ class _Run:
         return {name: total / len(self._held_out) for name, total in totals.items()}
 
     def _check_gradient(self, width: int) -> None:
-        """Raises InputError naming the first linear whose gradient is not finite."""
+        """Raises InputError naming the linear nearest the loss whose gradient is not finite: those before it follow."""
         if bool(torch.isfinite(self.states[width].gradient).all()):
             return
-        for name, linear in self.linears.items():
+        for name, linear in reversed(self.linears.items()):
             gradient = linear.steps(width).grad
             assert gradient is not None, "a view of the gradient of its width"
             num_bad = int((~torch.isfinite(gradient)).sum())

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _START, START_FILE = "start", "start.json"
+_RECIPE = 1
+"""Raised whenever the same options quantise to something else: nobody goes on from what another recipe made."""
 STATE_FILE = "state.safetensors"
 """The file in the directory that tuning keeps its state in."""
 
@@ -44,7 +46,8 @@ def unfinished_directory(out: Path) -> Path:
 def removed_when_over(directory: Path) -> Iterator[None]:
     """Removes a directory after the block, but not what the same command can go on from.
 
-    That is what an interruption left, a full disk, and an output directory that appeared during the work.
+    That is the nested weights and what followed, after an interruption, on a full disk, and where an output directory
+    has appeared during the work.
 
     Raises:
         KeyboardInterrupt: After an interruption, with what to do next where something is kept.
@@ -63,6 +66,10 @@ def removed_when_over(directory: Path) -> Iterator[None]:
         ) from error
     except InputError:
         shutil.rmtree(directory)
+        raise
+    except OSError:
+        if not has_start(directory):
+            shutil.rmtree(directory)
         raise
     shutil.rmtree(directory)
 
@@ -88,7 +95,7 @@ def nested_start(
     """
     key = _key(hf_model, config, calibration)
     start, key_file = directory / _START, directory / START_FILE
-    if key_file.is_file() and read_json(key_file) == key:
+    if _read_key(key_file) == key:
         model = load_checkpoint(start).to(hf_model.device)
         give_reference(model, hf_model)
         return model
@@ -102,6 +109,14 @@ def nested_start(
     return model
 
 
+def _read_key(key_file: Path) -> object:
+    """What the nested weights depend on; None where there are none, or where it cannot be read."""
+    try:
+        return read_json(key_file)
+    except (OSError, ValueError):
+        return None
+
+
 def has_start(directory: Path) -> bool:
     """Whether an interrupted run has left nested weights there."""
     return (directory / START_FILE).is_file()
@@ -109,7 +124,7 @@ def has_start(directory: Path) -> bool:
 
 def _key(hf_model: PreTrainedModel, config: QuantizationConfig, calibration: Tensor | None) -> str:
     """Digest of all that nesting depends on."""
-    facts = [asdict(config), None if calibration is None else Calibration.of(calibration).sha256]
+    facts = [_RECIPE, asdict(config), None if calibration is None else Calibration.of(calibration).sha256]
     return weights_sha256(hf_model, json.dumps(facts))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_peers_stand_beside_ours(text: Path, tmp_path: Path, tiny_tokenizer: Pre
     alone = [one for one in lines if one["strategy"] or not one["beside"]]
     without = [{key: value for key, value in one.items() if key != "beside"} for one in alone]
     (old / "times.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in without))
+    refused = analyse(model, text, old, "--peers").error
+    assert "version 3, this is 4; analyse again into another directory" in refused
     assert run(cli.main, "analyse", "--from-rows", old).code == 0
     assert "at equal measured time" in (old / "report.md").read_text()
 
@@ -253,7 +256,8 @@ def test_words_and_table() -> None:
     assert "equal bytes per weight: `llama.cpp:Q4_0` at 4 bits 0.5, `hqq:g64` at 4 bits" in by_bytes
     assert "Ours loses no more in 1 of 3." in by_bytes
     assert "equal measured time: `llama.cpp:Q4_0` at 4 bits 0.5. Ours loses no more in 1 of 1." in by_time
-    table = "\n".join(peer_sections(ROWS, TIMES))
+    table = "\n".join(peer_sections([*ROWS, replace(row("hqq:g64", 3, 0.1, 0.5, 64), quantising_seconds=7.0)], TIMES))
+    assert "quantising took 1 s at 4 bits and 7 s at 3 bits." in table
     assert "| `llama.cpp:Q8_0` |" in table
     assert "not measured" in table
     assert peer_method(ROWS)

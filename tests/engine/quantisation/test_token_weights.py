@@ -129,16 +129,18 @@ def test_tokens_that_do_not_matter_count_alike(tokens: Tensor) -> None:
 def test_a_gradient_that_is_not_finite_is_named(tokens: Tensor) -> None:
     """The logits are finite, what is sent back is not."""
     hf_model = llama().eval()
-    names = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+    names = ["model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head"]
 
     def broken(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(lambda gradient: gradient * float("nan"))
 
-    handle = hf_model.get_submodule(names[1]).register_forward_hook(broken)
-    with pytest.raises(InputError, match=f"the gradients of {TOKENS} of {TOKENS} calibration tokens are NaN"):
+    handle = hf_model.get_submodule(names[2]).register_forward_hook(broken)
+    with pytest.raises(
+        InputError, match=rf"^{names[2]}: the gradients of {TOKENS} of {TOKENS} calibration tokens are NaN"
+    ):
         token_weights(hf_model, names, tokens[None], unseen)
     handle.remove()
-    assert len(token_weights(hf_model, names, tokens[None], unseen)) == 2
+    assert list(token_weights(hf_model, names, tokens[None], unseen)) == names
 
 
 def test_the_memory_of_a_window_goes_back_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -418,6 +418,24 @@ def test_gradient_that_is_not_finite(
     assert model.tuning is None
 
 
+def test_a_gradient_is_named_where_it_stops_being_finite(
+    model: NestedCausalLM, windows: Tensor, held_out: Tensor
+) -> None:
+    """What comes before in the model has no finite gradients either."""
+    names = list(model.nested_linears())
+    broken = next(name for name in names if name.endswith("layers.0.mlp.down_proj"))
+    assert 0 < names.index(broken) < len(names) - 1
+
+    def arrives(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+
+    handle = model.hf_model.get_submodule(broken.removesuffix(".down_proj")).register_forward_hook(arrives)
+    with pytest.raises(InputError, match=rf"^{broken}: .* are NaN or infinite in step 1"):
+        tune_pairs(model, windows, held_out, CONFIG)
+    handle.remove()
+
+
 def test_bad_windows(model: NestedCausalLM, windows: Tensor) -> None:
     with pytest.raises(InputError, match="at least one token"):
         tune_pairs(model, windows, windows[:0], CONFIG)
