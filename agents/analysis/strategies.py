@@ -40,7 +40,7 @@ RECIPES: dict[str, tuple[Literal["rtn", "gptq"], bool, bool, bool]] = {
 """Method, whether calibrated, tuned and rotated, by name."""
 _GROUP_SIZE = 128
 _CHEAP = ("rtn:32", "rtn:64", "rtn", "rtn-text")
-_DEAR = ("gptq", "gptq-tuned")
+_DEAR, _DEAR_UNROTATED = ("gptq", "gptq-rotated", "gptq-rotated-tuned"), ("gptq", "gptq-tuned")
 # gptq takes two seconds for a million weights, tuning ten: more than a sample may cost.
 _DEAR_UP_TO = 20_000_000
 
@@ -101,9 +101,11 @@ def parse_strategy(name: str) -> Strategy:
     return Strategy(*RECIPES[recipe], int(size) if separator else _GROUP_SIZE)
 
 
-def default_strategies(num_weights: int) -> tuple[str, ...]:
-    """What is analysed of a model of so many weights unless told otherwise, the best last."""
-    return _CHEAP if num_weights > _DEAR_UP_TO else (*_CHEAP, *_DEAR)
+def default_strategies(num_weights: int, *, rotatable: bool) -> tuple[str, ...]:
+    """What is analysed of a model of so many weights unless told otherwise; last what quantising would make of it."""
+    if num_weights > _DEAR_UP_TO:
+        return _CHEAP
+    return (*_CHEAP, *(_DEAR if rotatable else _DEAR_UNROTATED))
 
 
 def by_start(strategies: Iterable[Strategy]) -> list[tuple[Strategy, Sequence[Strategy]]]:

@@ -32,7 +32,7 @@ from flexquant_rl.engine.model import NestedCausalLM, make_units
 from flexquant_rl.engine.nesting import give_reference
 from flexquant_rl.engine.plain_model import check_finite
 from flexquant_rl.engine.quantisation.config import QuantizationConfig
-from flexquant_rl.engine.quantisation.rotation import check_rotatable
+from flexquant_rl.engine.quantisation.rotation import check_rotatable, why_not_rotatable
 from flexquant_rl.engine.quantisation.tuning import default_steps
 from flexquant_rl.engine.quantisation.unfinished import weights_sha256
 from flexquant_rl.fq_env.calibration_text import CalibrationText
@@ -104,6 +104,7 @@ class _Source:
     num_parameters: int
     num_weights: int
     bit_widths: tuple[int, ...]
+    rotatable: bool = False
 
 
 def _check(options: AnalyseOptions) -> None:
@@ -172,10 +173,9 @@ def _source(options: AnalyseOptions) -> _Source:
         check_finite(parameter_name, parameter)
     weights = sum(unit.num_weights for unit in make_units(hf_model, QuantizationConfig()))
     parameters = hf_model.num_parameters()
-    digest = weights_sha256(hf_model)
-    return _Source(
-        name, path, False, None, tokenizer, max_context(hf_model), digest, parameters, weights, options.bit_widths
-    )
+    digest, rotatable = weights_sha256(hf_model), why_not_rotatable(hf_model.config) is None
+    context, widths = max_context(hf_model), options.bit_widths
+    return _Source(name, path, False, None, tokenizer, context, digest, parameters, weights, widths, rotatable)
 
 
 def _nested_source(name: str, path: str, model: NestedCausalLM, reference: str | None) -> _Source:
@@ -224,7 +224,7 @@ def _plan(
     options: AnalyseOptions, source: _Source, text: AnalysedText
 ) -> tuple[Plan, CalibrationText, tuple[str, ...]]:
     """What results depend on, what strategies are fitted to, and their names."""
-    given = options.strategies or default_strategies(source.num_weights)
+    given = options.strategies or default_strategies(source.num_weights, rotatable=source.rotatable)
     names = (STORED,) if source.is_nested else tuple(parse_strategy(name).name for name in given)
     strategies = [] if source.is_nested else [parse_strategy(name) for name in names]
     fitted_to = CalibrationText(options.calibration or options.text, options.calibration_weights, options.text_field)

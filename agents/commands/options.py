@@ -111,8 +111,8 @@ class AnalyseOptions:
     strategies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[STRATEGY ...]")] = ()
     """rtn, rtn-text (scales fitted to text), rtn-tuned (and tuned to the model's KL), gptq, gptq-tuned; rtn-rotated,
     gptq-rotated and gptq-rotated-tuned rotate the model before. Each with a group size as in gptq:64 (32, 64 or 128,
-    the default). Default: rtn:32 rtn:64 rtn rtn-text, and up to 20 M weights gptq gptq-tuned, which take minutes to
-    hours on larger models."""
+    the default). Default: rtn:32 rtn:64 rtn rtn-text, and up to 20 M weights gptq gptq-rotated gptq-rotated-tuned
+    (gptq-tuned where the model cannot be rotated), which take minutes to hours on larger models."""
     examine: Annotated[str | None, tyro.conf.arg(metavar="STRATEGY")] = None
     """The strategy whose units, matrices and tokens are looked into; default: the last one."""
     calibration: Files = ()
