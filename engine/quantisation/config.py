@@ -54,10 +54,9 @@ class TuningConfig:
     """How scales and offsets are tuned (engine/quantisation/tuning.py).
 
     Attributes:
-        steps: Steps of each width.
+        steps: Steps of each width, each on one window.
         learning_rate: Of Adam, at its highest, in cells of a group; widths above 3 take half of it, and a width that
             gained nothing at an evaluation a quarter of what it had.
-        windows_per_step: Windows whose gradient makes one step.
         widths: The widths to tune; none: all that are stored.
         evaluations: How often held-out text is read, evenly spaced.
         patience: Evaluations in a row without gain after which a width stops.
@@ -66,7 +65,6 @@ class TuningConfig:
 
     steps: int
     learning_rate: float = 2e-3
-    windows_per_step: int = 1
     widths: tuple[int, ...] = ()
     evaluations: int = 5
     patience: int = 3

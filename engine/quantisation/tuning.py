@@ -212,13 +212,13 @@ class _Run:
             self.progress.before = self._held_out_kl(list(self.states))
             self.progress.best = dict(self.progress.before)
         index, active = self.progress.step, self._active()
-        for tokens in self._windows[self._order[index]]:
-            with torch.no_grad():
-                reference = self._logits(tokens, REFERENCE_WIDTH)
-            for width in active:
-                loss: Tensor = _MeanKl.apply(self._logits(tokens, width), reference)  # type: ignore[no-untyped-call]
-                (loss / self.config.windows_per_step).backward()
-                self._latest[str(width)] = float(loss.detach())
+        tokens = self._windows[self._order[index]]
+        with torch.no_grad():
+            reference = self._logits(tokens, REFERENCE_WIDTH)
+        for width in active:
+            loss: Tensor = _MeanKl.apply(self._logits(tokens, width), reference)  # type: ignore[no-untyped-call]
+            loss.backward()
+            self._latest[str(width)] = float(loss.detach())
         for width in active:
             self._check_gradient(width)
             rate = self.config.learning_rate * (1.0 if width <= _LARGE_STEP_WIDTH else _SMALL_STEP)
@@ -309,11 +309,10 @@ class _Run:
 
 
 def _order(num_windows: int, config: TuningConfig) -> Tensor:
-    """Which windows each step reads, `[steps, windows_per_step]`: each once in random order, then again in another."""
+    """Which window each step reads, `[steps]`: each once in random order, then again in another."""
     generator = torch.Generator().manual_seed(config.seed)
-    wanted = config.steps * config.windows_per_step
-    rounds = [torch.randperm(num_windows, generator=generator) for _ in range(-(-wanted // num_windows))]
-    return torch.cat(rounds)[:wanted].view(config.steps, config.windows_per_step)
+    rounds = [torch.randperm(num_windows, generator=generator) for _ in range(-(-config.steps // num_windows))]
+    return torch.cat(rounds)[: config.steps]
 
 
 def _rate(step: int, num_steps: int) -> float:
