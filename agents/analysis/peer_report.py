@@ -109,10 +109,16 @@ def peer_findings(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list
     return found
 
 
-def peer_method(rows: Sequence[StrategyRow]) -> list[str]:
+def peer_method(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list[str]:
     """How other libraries were measured; nothing without any."""
     if not any(is_peer(row.strategy) for row in rows):
         return []
+    turns = "all formats in turns on as many threads as ours"  # analyses of before version 4
+    if any(row.beside for row in times):
+        turns = (
+            "each in turns with ours on as many threads while no other library's model is held. Ours at its time is by "
+            "the same turns"
+        )
     return [
         "Other libraries quantise the unquantised weights themselves, without text. KL is of the values that their "
         "files or modules stand for, read in float32 by the same modules as ours; what they lose by rounding "
@@ -120,8 +126,7 @@ def peer_method(rows: Sequence[StrategyRow]) -> list[str]:
         "llama.cpp gives some matrices another type than it is asked for, and rows that are no multiple of 256 have "
         "no k-quant. With a tied head its embedding is quantised too.",
         "Their times are of their own decoding (llama.cpp's library; HQQ's modules in Hugging Face's model, which "
-        "decode a matrix at every step on a CPU), each in turns with ours on as many threads while no other library's "
-        "model is held. Ours at its time is by the same turns.",
+        f"decode a matrix at every step on a CPU), {turns}.",
         "Ours at its bytes, or at its time: the least KL of our strategies there, its logarithm taken from a straight "
         "line between neighbouring widths of one strategy, or that of its largest width where even this one reads or "
         "takes less; nothing where all of them need more.",

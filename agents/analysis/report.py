@@ -71,7 +71,7 @@ def write_analysis(store: RowStore, examined: str | None = None) -> Path:
         "## What was run",
         facts_table(_facts(plan, rows, times, windows)),
         "## How it was measured",
-        bullets([*_method(plan, own_parts, len({row.document for row in windows})), *peer_method(every)]),
+        bullets([*_method(plan, own_parts, len({row.document for row in windows})), *peer_method(every, times)]),
     ]
     path = store.directory / REPORT_FILE
     with replacing(path) as temporary:

@@ -184,6 +184,12 @@ def evaluate_run(config: TrainConfig, trained: TrainedRun, run_dir: Path, notes:
     }
 
 
+def every_other(time_budgets: Sequence[float]) -> list[float]:
+    """The budgets of the comparison on long texts: every other one from the second smallest on, or the only one."""
+    ordered = sorted(time_budgets)
+    return ordered[1::2] or ordered
+
+
 def _long_rows(config: TrainConfig, trained: TrainedRun, settings: Settings) -> list[EvalRow]:
     """Learned and static policies on continuations beyond the horizon of training; none where nothing is longer."""
     prepared = trained.prepared
@@ -203,7 +209,7 @@ def _long_rows(config: TrainConfig, trained: TrainedRun, settings: Settings) -> 
         entry
         for entry in settings.entries
         if entry.family in (STATIC.name, PPO.name, TOKEN.name)
-        and entry.time_budget in config.time_budgets[1::2]
+        and entry.time_budget in every_other(config.time_budgets)
         and entry.first.seed in (None, trained.best.seed)
     )
     chosen = Settings(entries, ())

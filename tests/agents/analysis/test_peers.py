@@ -260,9 +260,10 @@ def test_words_and_table() -> None:
     assert "quantising took 1 s at 4 bits and 7 s at 3 bits." in table
     assert "| `llama.cpp:Q8_0` |" in table
     assert "not measured" in table
-    assert peer_method(ROWS)
+    assert "while no other library's model is held" in "".join(peer_method(ROWS, TIMES))
+    assert "all formats in turns" in "".join(peer_method(ROWS, AT_ONCE))
     ours = [one for one in ROWS if not is_peer(one.strategy)]
-    assert peer_sections(ours, TIMES) == peer_method(ours) == peer_findings(ours, TIMES) == []
+    assert peer_sections(ours, TIMES) == peer_method(ours, TIMES) == peer_findings(ours, TIMES) == []
     assert "asked for Q4_0" in recipe_text("llama.cpp:Q4_0")
     assert "groups of 64" in recipe_text("hqq:g64")
 
