@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from flexquant_rl.agents.analysis.rows import StrategyRow, TimeRow, times_by_row
 from flexquant_rl.agents.analysis.strategies import is_peer, recipe_text
@@ -91,10 +90,11 @@ def peer_sections(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list
 def peer_findings(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list[str]:
     """How our best strategies compare with each library, in a sentence each for bytes and for time."""
     found = []
+    peers = [(row, _places(rows, times, row)) for row in rows if is_peer(row.strategy)]
     for number, words in enumerate(("bytes per weight", "measured time")):
         compared, beaten = [], []
-        for row in filter(lambda one: is_peer(one.strategy), rows):
-            place = _places(rows, times, row)[number]
+        for row, places in peers:
+            place = places[number]
             at = place(row)
             best = None if at is None else best_at(rows, place, at)
             if best is not None and row.output_kl_nats > 0:
@@ -135,9 +135,9 @@ def peer_method(rows: Sequence[StrategyRow], times: Sequence[TimeRow]) -> list[s
 
 def _places(rows: Sequence[StrategyRow], times: Sequence[TimeRow], peer: StrategyRow) -> tuple[_Place, _Place]:
     """Bytes per weight, and milliseconds by the turns that a peer's format took with ours."""
-    together = [replace(row, beside=None) for row in times if row.beside == peer.strategy]
     # Analyses of before version 4 had all formats take turns at once.
-    clock = times_by_row(rows, together or times)
+    beside = peer.strategy if any(row.beside == peer.strategy for row in times) else None
+    clock = times_by_row(rows, times, beside)
 
     def time_of(row: StrategyRow) -> float | None:
         timed = clock.get((row.strategy, row.bit_width))

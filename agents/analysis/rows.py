@@ -238,10 +238,18 @@ _Row = TypeVar("_Row")
 _DIGITS = 5
 
 
-def times_by_row(rows: Iterable[StrategyRow], times: Iterable[TimeRow]) -> dict[tuple[str, int], TimeRow]:
-    """The measured time of strategies by their name and width, where there is one: of ours, alone."""
-    alone = [row for row in times if row.strategy is not None or row.beside is None]
-    known = {(row.strategy, row.group_size, row.bit_width): row for row in alone}
+def times_by_row(
+    rows: Iterable[StrategyRow], times: Iterable[TimeRow], beside: str | None = None
+) -> dict[tuple[str, int], TimeRow]:
+    """The measured time of strategies by their name and width, where there is one: of ours, that of one run of turns.
+
+    Args:
+        rows: The strategies.
+        times: All that was measured.
+        beside: The format of another library in those turns; None: ours alone.
+    """
+    chosen = [row for row in times if row.strategy is not None or row.beside == beside]
+    known = {(row.strategy, row.group_size, row.bit_width): row for row in chosen}
     found: dict[tuple[str, int], TimeRow] = {}
     for row in rows:
         form = row.group_size, row.bit_width

@@ -148,11 +148,7 @@ class Analysis:
             )
             with opened as turns:
                 found = time_rows(models, self.plan, self.text.windows, turns, beside)
-            kept = [
-                row
-                for row in self.store.read(TimeRow)
-                if row.beside != beside and (not beside or row.strategy != beside)
-            ]
+            kept = [row for row in self.store.read(TimeRow) if row.beside != beside]
             self.store.replace([*kept, *found], TimeRow)
 
     def _is_timed(self, beside: str | None, sizes: Sequence[int]) -> bool:

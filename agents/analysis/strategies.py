@@ -102,7 +102,7 @@ def parse_strategy(name: str) -> Strategy:
 
 
 def default_strategies(num_weights: int, *, rotatable: bool) -> tuple[str, ...]:
-    """What is analysed of a model of so many weights unless told otherwise; last what quantising would make of it."""
+    """What is analysed of a model unless told otherwise; of a small one last what `fq quantize` makes of it."""
     if num_weights > _DEAR_UP_TO:
         return _CHEAP
     return (*_CHEAP, *(_DEAR if rotatable else _DEAR_UNROTATED))
